@@ -1,0 +1,293 @@
+"""Fetch a diffusers pipeline into a folder: only the files that it needs, and no pickles.
+
+The weights of the fp16 variant (`model.fp16.safetensors`) are saved under the plain name (`model.safetensors`), so that
+any diffusers program loads the folder without being told of a variant. An interrupted download continues with the same
+command. model_index.json comes last: a folder that has it is whole. source.json says what the folder holds.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+DEFAULT_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
+DEFAULT_REVISION = "462165984030d82259a11f4367a4eed129e94a7b"
+INDEX = "model_index.json"
+RECORD = "source.json"
+SETTINGS = (".json", ".txt", ".model")
+PICKLES = (".bin", ".ckpt", ".msgpack", ".pt", ".pth")
+VARIANT = ".fp16"
+# The shards' names are diffusers' `model.fp16-00001-of-00002.safetensors` or, older, `model-00001-of-00002.fp16.…`, and
+# their index is `….safetensors.index.fp16.json` or `….safetensors.fp16.index.json`: all plain without the variant.
+WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+class DownloadError(Exception):
+    """The model cannot be fetched, for a reason that the message states."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a pipeline.
+
+    Args:
+        name: its path at the source, relative to the pipeline's folder.
+        size: bytes.
+        sha256: of its content, where the source states it.
+    """
+
+    name: str
+    size: int
+    sha256: str | None = None
+
+    @property
+    def saved_name(self) -> str:
+        """Its path in the output folder."""
+        return self.name.replace(VARIANT, "")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A pipeline where it comes from.
+
+    Args:
+        model: the hub's id or the local folder's name.
+        revision: the hub's commit or the local files' fingerprint.
+        files: everything there, needed or not.
+        fetch: adds to an open file what it lacks of the source's.
+    """
+
+    model: str
+    revision: str
+    files: Sequence[SourceFile]
+    fetch: Callable[[SourceFile, BinaryIO], None]
+
+
+def open_hub(model: str, revision: str) -> Source:
+    """Return the pipeline that the hub has under this id."""
+    from huggingface_hub import HfApi, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    info = HfApi().model_info(model, revision=revision, files_metadata=True)
+
+    def fetch(file: SourceFile, stream: BinaryIO) -> None:
+        # Not hf_hub_download: in 2.4.0 it throws away a partial file when it is interrupted
+        http_get(
+            hf_hub_url(model, file.name, revision=info.sha),
+            stream,
+            resume_size=stream.tell(),
+            expected_size=file.size,
+            headers=build_hf_headers(),
+            displayed_filename=file.name,
+        )
+
+    files = [SourceFile(each.rfilename, each.size, each.lfs and each.lfs.sha256) for each in info.siblings]
+    return Source(model, info.sha, files, fetch)
+
+
+def open_folder(folder: Path) -> Source:
+    """Return the pipeline in a local folder."""
+
+    def fetch(file: SourceFile, stream: BinaryIO) -> None:
+        with (folder / file.name).open("rb") as original:
+            original.seek(stream.tell())
+            shutil.copyfileobj(original, stream)
+
+    paths = sorted(path for path in (*folder.glob("*"), *folder.glob("*/*")) if path.is_file())
+    files = [SourceFile(path.relative_to(folder).as_posix(), path.stat().st_size) for path in paths]
+    times = [path.stat().st_mtime_ns for path in paths]
+    return Source(folder.resolve().name, hashlib.sha256(repr((files, times)).encode()).hexdigest(), files, fetch)
+
+
+def select_weights(names: Iterable[str], dtype: str) -> list[str]:
+    """Return the names of one component's weights: the fp16 variant if wanted and there, else the plain ones."""
+    plain = [name for name in names if WEIGHTS.fullmatch(name)]
+    half = [name for name in names if VARIANT in name and WEIGHTS.fullmatch(name.replace(VARIANT, ""))]
+    return half or plain if dtype == "fp16" else plain
+
+
+def select_files(index: dict[str, Any], files: Sequence[SourceFile], dtype: str) -> list[SourceFile]:
+    """Return the files that the pipeline needs, model_index.json apart.
+
+    Raises:
+        DownloadError: a component has no files, or is a model without weights in safetensors.
+    """
+    # A component is an attribute of the pipeline, so no other name (such as "..") is taken from a hub
+    components = [
+        name
+        for name, value in index.items()  # a component's value is [library, class]; that of one left out, [null, null]
+        if isinstance(value, list) and [type(part) for part in value] == [str, str] and name.isidentifier()
+    ]
+    chosen, problems = [], []
+    for component in components:
+        inside = {each.name.rpartition("/")[2]: each for each in files if each.name.rpartition("/")[0] == component}
+        weights = select_weights(inside, dtype)
+        chosen += [inside[name] for name in inside if name.endswith(SETTINGS) and ".index." not in name]
+        chosen += [inside[name] for name in weights]
+        if not inside:
+            problems.append(f"{component} is missing")
+        elif "config.json" in inside and not weights:  # of all components, only models have this file
+            pickles = ", ".join(name for name in inside if name.endswith(PICKLES)) or "none"
+            problems.append(f"{component} has no {dtype} weights in safetensors (pickled ones: {pickles})")
+    if problems or not components:
+        raise DownloadError("; ".join(problems) or f"{INDEX} names no components")
+    return chosen
+
+
+def check_folder(folder: Path, record: dict[str, str]) -> None:
+    """Refuse a folder that holds anything but this model, so that no two models mix."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    path = folder / RECORD
+    held = json.loads(path.read_text()) if path.exists() else {"model": "files of another origin"}
+    if held != record:
+        is_held, is_wanted = " ".join(held.values()), " ".join(record.values())
+        raise DownloadError(f"{folder} holds {is_held}, not {is_wanted}: remove it or choose another --output-dir")
+
+
+def check_disk_space(folder: Path, needed: int) -> None:
+    """Refuse to start what the disk cannot hold.
+
+    Args:
+        needed: bytes.
+    """
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise DownloadError(f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free on the disk of {folder}")
+
+
+def get_partial_path(target: Path) -> Path:
+    """Return where a file grows until it is whole."""
+    return target.with_name(target.name + ".incomplete")
+
+
+def rename_shards(index: Path) -> None:
+    """Let the index of weights in several files name these as they are saved."""
+    content = json.loads(index.read_text())
+    content["weight_map"] = {weight: name.replace(VARIANT, "") for weight, name in content["weight_map"].items()}
+    index.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def fetch_file(source: Source, file: SourceFile, target: Path) -> None:
+    """Fetch one file, or the rest of it; it bears its name only when it is whole."""
+    partial = get_partial_path(target)
+    target.parent.mkdir(exist_ok=True)
+    is_shard_index = target.name.endswith(".index.json")
+    with partial.open("wb" if is_shard_index else "ab") as stream:  # what is edited below cannot be continued
+        source.fetch(file, stream)
+    if file.sha256:
+        with partial.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if digest != file.sha256:
+            partial.unlink()
+            raise DownloadError(f"{file.name} arrived damaged and was removed: run the same command again")
+    if is_shard_index:
+        rename_shards(partial)
+    partial.replace(target)
+
+
+def fetch_pipeline(source: Source, folder: Path, dtype: str) -> None:
+    """Bring the folder to hold the whole pipeline, whatever it holds of it now."""
+    index_file = next((each for each in source.files if each.name == INDEX), None)
+    if index_file is None:
+        raise DownloadError(f"{source.model} is not a diffusers pipeline: it has no {INDEX}")
+    index = io.BytesIO()
+    source.fetch(index_file, index)
+    files = select_files(json.loads(index.getvalue()), source.files, dtype)
+    record = {"model": source.model, "revision": source.revision, "dtype": dtype}
+    check_folder(folder, record)
+
+    targets = {folder / each.saved_name: each for each in [*files, index_file]}
+    missing = {target: each for target, each in targets.items() if not target.exists()}
+    if not missing:
+        print(f"{folder} already holds {source.model} ({dtype}): nothing to fetch")
+        return
+    partials = [partial for partial in map(get_partial_path, missing) if partial.exists()]
+    needed = sum(each.size for each in missing.values()) - sum(partial.stat().st_size for partial in partials)
+    check_disk_space(folder, needed)
+    print(f"{source.model} at {source.revision}: {needed / 1e9:.2f} GB to fetch, {len(missing)} files into {folder}")
+    plain = {
+        each.name.split("/")[0] for each in files if each.name.endswith(".safetensors") and VARIANT not in each.name
+    }
+    if dtype == "fp16" and plain:
+        print(f"no fp16 variant of {', '.join(sorted(plain))}: taking the weights that are there")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    for target, file in missing.items():
+        fetch_file(source, file, target)
+    print(f"{folder} is complete")
+
+
+def download_model(model: str, revision: str | None, *, folder: Path, dtype: str) -> None:
+    """Fetch a pipeline from the hub, or copy it from a local folder.
+
+    Raises:
+        DownloadError: with the reason, in one line.
+    """
+    from huggingface_hub import constants, errors
+
+    try:
+        if Path(model).is_dir():
+            if revision:
+                raise DownloadError(f"--revision is for a model on the hub; {model} is a local folder")
+            source = open_folder(Path(model))
+        else:
+            revision = revision or (DEFAULT_REVISION if model == DEFAULT_MODEL else "main")
+            source = open_hub(model, revision)
+        fetch_pipeline(source, folder, dtype)
+    except errors.GatedRepoError as error:
+        raise DownloadError(
+            f"{model} is gated: accept its terms on the hub, then set HF_TOKEN to your token"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise DownloadError(
+            f"no local folder and no public model on the hub is {model}; if private, set HF_TOKEN"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise DownloadError(f"{model} has no revision {revision}") from error
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, json.JSONDecodeError) as error:
+        raise DownloadError(" ".join(str(error).split())) from error
+    except errors.HTTPError as error:  # the HTTP client's own: no answer came
+        raise DownloadError(f"cannot reach the hub at {constants.ENDPOINT}: {error}") from error
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="hub id or local folder (default: %(default)s)")
+    parser.add_argument(
+        "--revision", help="the hub's branch, tag or commit (default: a pinned commit; other models: main)"
+    )
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("Base_Diffusion_model"), help="where to save it (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("fp16", "fp32"), default="fp16", help="fp16 halves the download (default: %(default)s)"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    try:
+        download_model(arguments.model, arguments.revision, folder=arguments.output_dir, dtype=arguments.dtype)
+    except DownloadError as error:
+        print(f"Download_model.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

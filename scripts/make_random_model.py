@@ -1,0 +1,158 @@
+"""Write a Stable Diffusion pipeline with seeded random weights to a folder, in diffusers' format.
+
+No model hub is needed: the configurations stand here. `tiny` is for tests and the demonstration, `base` is SDXL base
+1.0 at its real size (2.57 B parameters in the UNet, 7 GB on disk), for measuring speed. The pictures show noise.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+TINY_UNET = {
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "sample_size": 16,
+    "norm_num_groups": 8,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": (2, 4),
+    "use_linear_projection": True,
+}
+SDXL_CONDITIONING = {"addition_embed_type": "text_time"}
+TINY_VAE = {"block_out_channels": (16, 16, 32, 32), "norm_num_groups": 8, "sample_size": 128, "layers_per_block": 1}
+TINY_TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "projection_dim": 32,
+    "vocab_size": 514,
+}
+BASE_UNET = {
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "sample_size": 128,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": (5, 10, 20),
+    "transformer_layers_per_block": (1, 2, 10),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    **SDXL_CONDITIONING,
+}
+BASE_VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "sample_size": 1024,
+    "force_upcast": True,
+}
+BASE_TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+BASE_TEXT_2 = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "class": "StableDiffusionXLPipeline",
+        "unet": {
+            **TINY_UNET,
+            **SDXL_CONDITIONING,
+            "transformer_layers_per_block": (1, 1),
+            "cross_attention_dim": 64,
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + 32,
+        },
+        "vae": TINY_VAE,
+        "text": [TINY_TEXT, {**TINY_TEXT, "hidden_act": "gelu"}],
+    },
+    "tiny-sd": {
+        "class": "StableDiffusionPipeline",
+        "unet": {**TINY_UNET, "cross_attention_dim": 32},
+        "vae": TINY_VAE,
+        "text": [TINY_TEXT],
+    },
+    "base": {
+        "class": "StableDiffusionXLPipeline",
+        "unet": BASE_UNET,
+        "vae": BASE_VAE,
+        "text": [
+            {**BASE_TEXT, "projection_dim": 768, "vocab_size": 49408},
+            {**BASE_TEXT_2, "projection_dim": 1280, "vocab_size": 49408, "hidden_act": "gelu"},
+        ],
+    },
+}
+SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+}
+
+
+def make_tokenizer() -> Any:
+    """Return a CLIP tokenizer whose vocabulary is the bytes alone, so that any text tokenises."""
+    from transformers import CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
+
+
+def make_text_encoder(config: dict[str, Any], tokenizer: Any, with_projection: bool) -> Any:
+    """Return a CLIP text encoder whose special tokens are the tokenizer's."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    settings = CLIPTextConfig(**{"hidden_act": "quick_gelu", **config, **ids})
+    return (CLIPTextModelWithProjection if with_projection else CLIPTextModel)(settings)
+
+
+def make_pipeline(size: str, *, seed: int = 0) -> Any:
+    """Return the pipeline of one size with weights drawn from the seed, in float32, or float16 for `base`."""
+    import diffusers
+    import torch
+
+    config = CONFIGURATIONS[size]
+    torch.manual_seed(seed)
+    default_dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16 if size == "base" else torch.float32)
+    try:
+        is_xl = config["class"] == "StableDiffusionXLPipeline"
+        parts: dict[str, Any] = {
+            "vae": diffusers.AutoencoderKL(
+                in_channels=3,
+                out_channels=3,
+                latent_channels=4,
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                scaling_factor=0.13025,
+                **config["vae"],
+            ),
+            "unet": diffusers.UNet2DConditionModel(in_channels=4, out_channels=4, **config["unet"]),
+            "scheduler": diffusers.EulerDiscreteScheduler(**SCHEDULER),
+        }
+        for suffix, text, projects in zip(("", "_2"), config["text"], (False, True), strict=False):
+            parts["tokenizer" + suffix] = make_tokenizer()
+            parts["text_encoder" + suffix] = make_text_encoder(text, parts["tokenizer" + suffix], projects)
+        if not is_xl:
+            parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        return getattr(diffusers, config["class"])(**parts)
+    finally:
+        torch.set_default_dtype(default_dtype)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where to write the pipeline; replaced if it exists")
+    parser.add_argument("--size", choices=sorted(CONFIGURATIONS), default="tiny")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    pipeline = make_pipeline(arguments.size, seed=arguments.seed)
+    shutil.rmtree(arguments.folder, ignore_errors=True)
+    pipeline.save_pretrained(arguments.folder, safe_serialization=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""openvino_backend on its own: small modules, real OpenVINO."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import openvino
+import pytest
+import torch
+
+from openvino_backend import OpenVINOBackend, OpenVINOBackendError
+
+HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="this CPU computes in float32 only")
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def make_module(*, seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.LayerNorm(32), torch.nn.GELU(), torch.nn.Linear(32, 8))
+
+
+def compile_module(module: torch.nn.Module, backend: OpenVINOBackend) -> torch.nn.Module:
+    compiled: torch.nn.Module = torch.compile(module, backend=backend, fullgraph=True, dynamic=False)
+    return compiled
+
+
+def measure_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the relative L2 distance."""
+    return float((value.double() - reference.double()).norm() / reference.double().norm())
+
+
+def test_float32_is_the_same_to_rounding() -> None:
+    module, backend, x = make_module(), OpenVINOBackend(), torch.randn(4, 16)
+    result = compile_module(module, backend)(x)
+    assert measure_error(result, module(x)) < 1e-6
+    (report,) = backend.reports
+    assert (report.devices, report.precision, report.inputs, report.constants) == (("CPU",), "f32", 1, 6)
+    assert not report.loaded_from_cache
+
+
+@needs_bf16
+def test_bfloat16_is_as_near_as_torchs_own() -> None:
+    module, backend, x = make_module(), OpenVINOBackend(), torch.randn(64, 16)
+    reference = module(x)
+    module.bfloat16()
+    torchs_error = measure_error(module(x.bfloat16()), reference)
+    result = compile_module(module, backend)(x.bfloat16())
+    assert result.dtype == torch.bfloat16
+    assert backend.reports[0].precision == "bf16"
+    assert measure_error(result, reference) <= 1.2 * torchs_error
+
+
+class TimeEmbedding(torch.nn.Module):
+    """Sines of large angles before a linear layer, as in a diffusion model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(64, 64)
+
+    def forward(self, time: torch.Tensor) -> torch.Tensor:
+        angles = time[:, None].float() * torch.exp(-0.1 * torch.arange(32))
+        waves = torch.cat([angles.sin(), angles.cos()], dim=-1)
+        return self.linear(waves.to(self.linear.weight.dtype))
+
+
+@needs_bf16
+def test_sines_stay_in_float32() -> None:
+    module, backend, time = TimeEmbedding(), OpenVINOBackend(), torch.tensor([981.0, 777.0])
+    reference = module(time)
+    module.bfloat16()
+    result = compile_module(module, backend)(time)
+    assert [report.precision for report in backend.reports] == ["f32", "bf16"]
+    assert measure_error(result, reference) < 0.01  # in bfloat16 throughout it is 0.7
+
+
+@needs_bf16
+def test_another_precision_than_asked_for_is_refused() -> None:
+    module = make_module().half()
+    with pytest.raises(Exception, match="computes in bf16 here, not in f16"):
+        compile_module(module, OpenVINOBackend())(torch.randn(4, 16).half())
+    torch._dynamo.reset()
+    backend = OpenVINOBackend({"config": {"INFERENCE_PRECISION_HINT": "f32"}})
+    result = compile_module(module, backend)(torch.randn(4, 16).half())
+    assert (result.dtype, backend.reports[0].precision) == (torch.float16, "f32")
+
+
+def test_operator_unknown_to_openvino_is_refused_by_name() -> None:
+    class Unsupported(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.special.bessel_j0(x)
+
+    with pytest.raises(Exception, match="bessel_j0") as caught:
+        compile_module(Unsupported(), OpenVINOBackend())(torch.randn(4))
+    assert OpenVINOBackendError.__name__ in str(caught.value)
+
+
+def test_training_is_refused() -> None:
+    with torch.enable_grad(), pytest.raises(Exception, match="inference only"):
+        compile_module(make_module(), OpenVINOBackend())(torch.randn(4, 16))
+
+
+def test_dynamic_shapes_are_refused() -> None:
+    compiled = torch.compile(make_module(), backend=OpenVINOBackend(), dynamic=True)
+    with pytest.raises(Exception, match="dynamic=False"):
+        compiled(torch.randn(4, 16))
+
+
+def test_new_shape_is_compiled_anew() -> None:
+    module, backend = make_module(), OpenVINOBackend()
+    compiled = compile_module(module, backend)
+    for rows in (4, 5, 4):
+        x = torch.randn(rows, 16)
+        assert measure_error(compiled(x), module(x)) < 1e-6
+    assert len(backend.reports) == 2
+
+
+def test_results_are_not_overwritten_by_later_calls() -> None:
+    compiled = compile_module(make_module(), OpenVINOBackend())
+    first = compiled(torch.randn(4, 16))
+    kept = first.clone()
+    compiled(torch.randn(4, 16))
+    assert torch.equal(first, kept)
+
+
+def test_input_with_other_strides() -> None:
+    module = make_module()
+    compiled = compile_module(module, OpenVINOBackend())
+    x = torch.randn(16, 4).t()
+    assert measure_error(compiled(x), module(x)) < 1e-6
+
+
+def test_threads_get_their_own_results() -> None:
+    module = make_module()
+    compiled = compile_module(module, OpenVINOBackend())
+    inputs = [torch.randn(4, 16) for _ in range(8)]
+    compiled(inputs[0])
+    wrong: list[int] = []
+
+    def call(x: torch.Tensor) -> None:
+        with torch.no_grad():
+            wrong.extend(i for i in range(50) if measure_error(compiled(x), module(x)) > 1e-6)
+
+    threads = [threading.Thread(target=call, args=(x,)) for x in inputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_cache_serves_the_second_start_and_tells_weights_apart(tmp_path: Path) -> None:
+    options = {"model_caching": True, "cache_dir": str(tmp_path / "cache")}
+    x = torch.randn(4, 16)
+    for seed, is_cached in ((0, False), (0, True), (1, False), (1, True)):
+        torch._dynamo.reset()
+        module, backend = make_module(seed=seed), OpenVINOBackend(options)
+        assert measure_error(compile_module(module, backend)(x), module(x)) < 1e-6
+        assert [report.loaded_from_cache for report in backend.reports] == [is_cached]
+
+
+def test_cache_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    backend = OpenVINOBackend({"model_caching": True, "cache_dir": str(tmp_path / "file" / "cache")})
+    with pytest.raises(Exception, match="cannot make the cache folder"):
+        compile_module(make_module(), backend)(torch.randn(4, 16))
+
+
+def test_dynamo_finds_it_by_name() -> None:
+    module, x = make_module(), torch.randn(4, 16)
+    compiled = torch.compile(module, backend="openvino_backend", dynamic=False, options={"device": "CPU"})
+    assert measure_error(compiled(x), module(x)) < 1e-6

@@ -1,0 +1,318 @@
+"""Download_model.py as its user runs it, with the real client library, against a hub on loopback."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import Download_model
+from tests.hub import Hub
+
+ROOT = Path(__file__).parents[2]
+WRITTEN_AT_ONCE = 10 << 20  # the client library writes the body in pieces of this many bytes
+UNET = "unet/diffusion_pytorch_model.safetensors"
+UNET_FP16 = "unet/diffusion_pytorch_model.fp16.safetensors"
+INDEX = {
+    "_class_name": "StableDiffusionXLPipeline",
+    "_diffusers_version": "0.19.0",
+    "force_zeros_for_empty_prompt": True,
+    "image_encoder": [None, None],
+    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+}
+NEEDED = {
+    "model_index.json": json.dumps(INDEX).encode(),
+    "scheduler/scheduler_config.json": b"{}",
+    "text_encoder/config.json": b"{}",
+    "tokenizer/merges.txt": b"a b",
+    "tokenizer/tokenizer.model": b"sentencepiece",
+    "tokenizer/vocab.json": b"{}",
+    "unet/config.json": b"{}",
+}
+WEIGHTS = {
+    "text_encoder/model.fp16.safetensors": b"text, half",
+    "text_encoder/model.safetensors": b"text, single",
+    UNET_FP16: b"unet, half",
+    UNET: b"unet, single",
+}
+UNNEEDED = [
+    "README.md",
+    "01.png",
+    "sd_xl_base_1.0.safetensors",
+    "pipeline.py",
+    "text_encoder/flax_model.msgpack",
+    "text_encoder/model.onnx",
+    "text_encoder/openvino_model.xml",
+    "text_encoder/pytorch_model.bin",
+    "unet/diffusion_pytorch_model.bin",
+    "unet/diffusion_pytorch_model.non_ema.safetensors",
+    "unet/diffusion_pytorch_model.bin.index.json",
+    "unet/model.py",
+    "vae_1_0/config.json",
+    "vae_1_0/diffusion_pytorch_model.fp16.safetensors",
+]
+FILES = {**NEEDED, **WEIGHTS, **dict.fromkeys(UNNEEDED, b"not needed")}
+Download = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub(Download_model.DEFAULT_MODEL, Download_model.DEFAULT_REVISION, dict(FILES)) as hub:
+        yield hub
+
+
+@pytest.fixture
+def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return {**kept, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
+
+
+@pytest.fixture
+def download(environment: dict[str, str], tmp_path: Path) -> Download:
+    """Return what runs the program in an empty folder; more environment as keywords."""
+
+    def run(*arguments: str, **more: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, str(ROOT / "Download_model.py"), *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment | more, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    return run
+
+
+def read_folder(folder: Path) -> dict[str, bytes]:
+    """Return every file under the folder but source.json, by name."""
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files.pop("source.json", None)
+    return files
+
+
+def check_refused(result: "subprocess.CompletedProcess[str]", *parts: str) -> None:
+    """Check that the program ended with one line that has these parts."""
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert [part for part in parts if part not in result.stderr] == [], result.stderr
+
+
+def test_import_does_no_work() -> None:
+    check = "import Download_model, sys; sys.exit(bool({'torch', 'huggingface_hub', 'diffusers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=False).returncode == 0
+
+
+def test_default_is_the_pinned_model_in_half_precision(hub: Hub, download: Download, tmp_path: Path) -> None:
+    result = download()
+    assert result.returncode == 0, result.stderr
+    listing = "/api/models/stabilityai/stable-diffusion-xl-base-1.0/revision/462165984030d82259a11f4367a4eed129e94a7b"
+    assert listing in dict(hub.requests)
+    fetched = hub.get_fetched()
+    assert set(fetched) == {*NEEDED, *(name for name in WEIGHTS if ".fp16" in name)}
+    assert fetched[-1] == "model_index.json"
+    half = {"text_encoder/model.safetensors": b"text, half", UNET: b"unet, half"}
+    assert read_folder(tmp_path / "Base_Diffusion_model") == {**NEEDED, **half}
+
+
+def test_single_precision(hub: Hub, download: Download, tmp_path: Path) -> None:
+    result = download("--dtype", "fp32", "--output-dir", "parent/model")
+    assert result.returncode == 0, result.stderr
+    single = {name: content for name, content in WEIGHTS.items() if ".fp16" not in name}
+    assert read_folder(tmp_path / "parent/model") == {**NEEDED, **single}
+    assert not any(".fp16" in path for path, _ in hub.requests)
+
+
+def test_plain_weights_where_there_is_no_variant(hub: Hub, download: Download, tmp_path: Path) -> None:
+    del hub.files[UNET_FP16]
+    result = download()
+    assert "no fp16 variant of unet:" in result.stdout
+    assert (tmp_path / "Base_Diffusion_model" / UNET).read_bytes() == b"unet, single"
+    assert (tmp_path / "Base_Diffusion_model/text_encoder/model.safetensors").read_bytes() == b"text, half"
+
+
+def test_killed_download_continues(hub: Hub, download: Download, environment: dict[str, str], tmp_path: Path) -> None:
+    hub.files[UNET_FP16] = random.Random(0).randbytes(2 * WRITTEN_AT_ONCE + 1000)
+    hub.stop_at, hub.hang = (UNET_FP16, WRITTEN_AT_ONCE + 1000), True
+    folder = tmp_path / "Base_Diffusion_model"
+    partial = folder / f"{UNET}.incomplete"
+    with subprocess.Popen([sys.executable, str(ROOT / "Download_model.py")], cwd=tmp_path, env=environment) as process:
+        deadline = time.monotonic() + 30
+        while not (partial.exists() and partial.stat().st_size >= WRITTEN_AT_ONCE) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.kill()
+    assert partial.stat().st_size == WRITTEN_AT_ONCE
+    assert not (folder / "model_index.json").exists()
+
+    hub.requests.clear()
+    result = download()
+    assert result.returncode == 0, result.stderr
+    assert (f"/storage/{UNET_FP16}", f"bytes={WRITTEN_AT_ONCE}-") in hub.requests
+    assert "text_encoder/model.fp16.safetensors" not in hub.get_fetched()
+    assert "0.01 GB to fetch" in result.stdout
+    assert (folder / UNET).read_bytes() == hub.files[UNET_FP16]
+    assert not list(folder.rglob("*.incomplete"))
+
+
+def test_broken_connection_is_taken_up_again(hub: Hub, download: Download, tmp_path: Path) -> None:
+    hub.files[UNET_FP16] = random.Random(0).randbytes(2 * WRITTEN_AT_ONCE)
+    hub.stop_at = (UNET_FP16, WRITTEN_AT_ONCE + 1000)
+    result = download()
+    assert result.returncode == 0, result.stderr
+    assert [asked for path, asked in hub.requests if path == f"/storage/{UNET_FP16}"] == [
+        None,
+        f"bytes={WRITTEN_AT_ONCE}-",
+    ]
+    assert (tmp_path / "Base_Diffusion_model" / UNET).read_bytes() == hub.files[UNET_FP16]
+
+
+def test_damaged_rest_is_noticed(hub: Hub, download: Download, tmp_path: Path) -> None:
+    assert download().returncode == 0
+    unet = tmp_path / "Base_Diffusion_model" / UNET
+    unet.rename(f"{unet}.incomplete")
+    Path(f"{unet}.incomplete").write_bytes(b"XXXX")
+    check_refused(download(), UNET_FP16, "damaged")
+    assert download().returncode == 0
+    assert unet.read_bytes() == b"unet, half"
+
+
+def test_second_run_fetches_nothing(hub: Hub, download: Download) -> None:
+    download()
+    hub.requests.clear()
+    result = download()
+    assert result.returncode == 0, result.stderr
+    assert "nothing to fetch" in result.stdout
+    assert hub.get_fetched() == ["model_index.json"]
+
+
+@pytest.mark.parametrize("other", [("--dtype", "fp32"), ("--model", "another/model", "--revision", "main")])
+def test_another_model_does_not_mix_in(hub: Hub, download: Download, tmp_path: Path, other: tuple[str, ...]) -> None:
+    assert download().returncode == 0
+    before = read_folder(tmp_path / "Base_Diffusion_model")
+    if "another/model" in other:
+        hub.model = "another/model"
+    check_refused(download(*other), "Base_Diffusion_model holds", Download_model.DEFAULT_REVISION, "remove it")
+    assert read_folder(tmp_path / "Base_Diffusion_model") == before
+
+
+def test_folder_of_another_origin_is_left_alone(download: Download, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    check_refused(download("--output-dir", "mine"), "mine holds files of another origin")
+    assert read_folder(tmp_path / "mine") == {"notes.txt": b"mine"}
+
+
+def test_full_disk_is_refused_before_the_first_byte(hub: Hub, download: Download, tmp_path: Path) -> None:
+    hub.stated_sizes[UNET_FP16] = 10**18
+    check_refused(download(), "1000000000.00 GB needed", "GB free")
+    assert not (tmp_path / "Base_Diffusion_model").exists()
+    assert hub.get_fetched() == ["model_index.json"]
+
+
+def test_pickled_weights_are_refused(hub: Hub, download: Download) -> None:
+    del hub.files[UNET], hub.files[UNET_FP16], hub.files["scheduler/scheduler_config.json"]
+    check_refused(download(), "scheduler is missing", "unet has no fp16 weights", "diffusion_pytorch_model.bin")
+
+
+def test_names_outside_the_folder_are_not_taken(hub: Hub, download: Download, tmp_path: Path) -> None:
+    hub.files["model_index.json"] = json.dumps(INDEX | {"..": ["diffusers", "Model"]}).encode()
+    hub.files["../evil.json"] = b"{}"
+    assert download().returncode == 0
+    assert not (tmp_path / "evil.json").exists()
+
+
+def test_not_a_pipeline(hub: Hub, download: Download) -> None:
+    del hub.files["model_index.json"]
+    check_refused(download(), "not a diffusers pipeline")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--model", "nobody/nothing"], "no public model on the hub is nobody/nothing"),
+        (["--revision", "v0"], "has no revision v0"),
+        (["--model", "./no/such/folder"], "./no/such/folder"),
+        (["--model", ".", "--revision", "v0"], "local folder"),
+    ],
+)
+def test_unknown_model(download: Download, arguments: list[str], part: str) -> None:
+    check_refused(download(*arguments), part)
+
+
+def test_gated_model_needs_a_token(hub: Hub, download: Download) -> None:
+    hub.token = "hf_secret"
+    check_refused(download(), "gated", "HF_TOKEN")
+    assert download(HF_TOKEN="hf_secret").returncode == 0
+
+
+def test_hub_is_down(hub: Hub, download: Download) -> None:
+    hub.server.shutdown()
+    hub.server.server_close()
+    check_refused(download(), "cannot reach the hub", hub.url)
+
+
+def test_offline(download: Download) -> None:
+    check_refused(download(HF_HUB_OFFLINE="1"), "offline")
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    from scripts.make_random_model import make_pipeline
+
+    return make_pipeline("tiny")
+
+
+def check_loads(folder: Path, pipeline: Any) -> None:
+    """Check that diffusers loads the folder, told of no variant, and finds this pipeline's weights."""
+    import diffusers
+    import torch
+
+    loaded = diffusers.DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
+    for component in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        expected, actual = (getattr(each, component).state_dict() for each in (pipeline, loaded))
+        assert expected.keys() == actual.keys()
+        for name, weight in expected.items():
+            torch.testing.assert_close(actual[name], weight)  # as exact as the saved type, which both have
+
+
+@pytest.mark.parametrize("shard", ["10GB", "100KB"])
+def test_downloaded_pipeline_loads(hub: Hub, download: Download, pipeline: Any, tmp_path: Path, shard: str) -> None:
+    pipeline.save_pretrained(tmp_path / "hub", safe_serialization=True, variant="fp16", max_shard_size=shard)
+    hub.files = read_folder(tmp_path / "hub")
+    assert (len(list((tmp_path / "hub/unet").glob("*.safetensors"))) > 1) is (shard == "100KB")
+    result = download()
+    assert result.returncode == 0, result.stderr
+    assert not list((tmp_path / "Base_Diffusion_model").rglob("*fp16*"))
+    check_loads(tmp_path / "Base_Diffusion_model", pipeline)
+
+
+def test_local_folder_is_copied(hub: Hub, download: Download, pipeline: Any, tmp_path: Path) -> None:
+    local = tmp_path / "local"
+    pipeline.save_pretrained(local, safe_serialization=True, variant="fp16")
+    for name in ("unet/diffusion_pytorch_model.bin", "code.py"):
+        (local / name).write_bytes(b"not needed")
+    result = download("--model", "local")
+    assert result.returncode == 0, result.stderr
+    assert hub.requests == []
+    copied = tmp_path / "Base_Diffusion_model"
+    assert not {"code.py", "unet/diffusion_pytorch_model.bin"} & read_folder(copied).keys()
+    assert "nothing to fetch" in download("--model", "local").stdout
+    check_loads(copied, pipeline)
+
+    (copied / UNET).rename(copied / f"{UNET}.incomplete")
+    os.truncate(copied / f"{UNET}.incomplete", 1000)
+    assert download("--model", "local").returncode == 0
+    assert (copied / UNET).read_bytes() == (local / UNET_FP16).read_bytes()
+
+    (local / "unet/config.json").write_text("{}")
+    check_refused(download("--model", "local"), "Base_Diffusion_model holds local")
+
+
+def test_local_folder_without_a_pipeline(download: Download, tmp_path: Path) -> None:
+    (tmp_path / "local").mkdir()
+    check_refused(download("--model", "local"), "local is not a diffusers pipeline", "model_index.json")

@@ -1,0 +1,505 @@
+"""The client against a real server on loopback whose answers each test scripts."""
+
+import io
+import json
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from email.message import Message
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import query
+
+QUERY = Path(query.__file__)
+TOKEN_ERROR = {"code": 400, "type": "InvalidKeyException", "message": "Token Authorization failed."}
+
+
+def make_picture(kind: str = "JPEG") -> bytes:
+    file = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(file, kind)
+    return file.getvalue()
+
+
+PICTURE = make_picture()
+
+
+@dataclass
+class Request:
+    path: str
+    headers: Message
+    body: bytes
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: "Server"
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests.append(Request(self.path, self.headers, body))
+        self.server.asked.set()
+        with suppress(OSError):  # the client may have left
+            self.server.steps[len(self.server.requests) - 1](self)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+Step = Callable[[Handler], None]
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.steps: list[Step] = [answer()]
+        self.requests: list[Request] = []
+        self.asked = threading.Event()
+        self.released = threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_port}/predictions/diffusion_fast"
+
+
+def answer(
+    body: object = PICTURE, status: int = 200, kind: str = "image/jpeg", headers: dict[str, str] | None = None
+) -> Step:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+
+    def send(handler: Handler) -> None:
+        handler.send_response(status)
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(data)), **(headers or {})}.items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        handler.wfile.write(data)
+
+    return send
+
+
+def after(action: Callable[[], object], step: Step) -> Step:
+    def act(handler: Handler) -> None:
+        action()
+        step(handler)
+
+    return act
+
+
+def hang(handler: Handler) -> None:
+    handler.server.released.wait(10)
+
+
+def drip(*, head: bytes, part: bytes) -> Step:
+    def send(handler: Handler) -> None:
+        handler.wfile.write(head)
+        while not handler.server.released.wait(0.02):
+            handler.wfile.write(part)
+
+    return send
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.released.set()
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder, and nothing of the tester's own environment."""
+    for name in ("TORCHSERVE_TOKEN", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@dataclass
+class Client:
+    server: Server
+    capsys: pytest.CaptureFixture[str]
+    options: list[str] = field(default_factory=lambda: ["--prompt", "a cat"])
+
+    def run(self, *options: str) -> tuple[int, str, str]:
+        status = query.main(["--url", self.server.url, *self.options, *options])
+        out, err = self.capsys.readouterr()
+        return status, out, err
+
+    def save(self, *options: str) -> Path:
+        status, out, err = self.run(*options)
+        assert (status, err) == (0, "")
+        return Path(out.removesuffix("\n"))
+
+    def fail(self, *options: str) -> str:
+        """Run, expect exactly one line of failure and an unchanged folder, and return the line."""
+        before = read_folder()
+        status, out, err = self.run(*options)
+        assert (status, out) == (1, "")
+        assert re.fullmatch(r"query\.py: .*\n", err)
+        assert err.rstrip("\n").isprintable()
+        assert read_folder() == before
+        return err
+
+
+@pytest.fixture
+def client(server: Server, capsys: pytest.CaptureFixture[str]) -> Client:
+    return Client(server, capsys)
+
+
+def read_folder() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path().iterdir()}
+
+
+def write_key(key: str) -> None:
+    keys = {"management": {"key": "m"}, "inference": {"key": key, "expiration time": "…"}, "API": {"key": "a"}}
+    Path("key_file.json").write_text(json.dumps(keys))
+
+
+def start_query(server: Server, *options: str, **popen: object) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-B", str(QUERY), "--url", server.url, "--prompt", "a cat", *options]
+    return subprocess.Popen(command, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **popen})  # type: ignore[call-overload]
+
+
+def get_tokens(server: Server) -> list[str | None]:
+    return [request.headers["Authorization"] for request in server.requests]
+
+
+# What is sent
+
+
+def test_program_sends_prompt_and_saves_picture(server: Server) -> None:
+    write_key("from-file")
+    out, err = start_query(server).communicate(timeout=10)
+    name = out.decode().removesuffix("\n")
+    assert re.fullmatch(r"output-\d{8}-\d{6}\.jpg", name)
+    assert (Path(name).read_bytes(), err) == (PICTURE, b"")
+    (request,) = server.requests
+    assert request.path == "/predictions/diffusion_fast"
+    assert request.headers["Content-Type"] == "application/json"
+    assert json.loads(request.body) == {"prompt": "a cat"}
+
+
+def test_token_order(client: Client, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.steps *= 4
+    client.save("--filename", "1.jpg")
+    write_key("from-file")
+    client.save("--filename", "2.jpg")
+    monkeypatch.setenv("TORCHSERVE_TOKEN", "from-variable")
+    client.save("--filename", "3.jpg")
+    client.save("--filename", "4.jpg", "--token", "from-option")
+    assert get_tokens(server) == [None, "Bearer from-file", "Bearer from-variable", "Bearer from-option"]
+
+
+def test_key_file_option(client: Client, server: Server) -> None:
+    write_key("elsewhere")
+    Path("key_file.json").rename("other.json")
+    client.save("--key-file", "other.json")
+    assert get_tokens(server) == ["Bearer elsewhere"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"inference": "key"}', '{"inference": {}}'])
+def test_damaged_key_file(client: Client, server: Server, content: str) -> None:
+    Path("key_file.json").write_text(content)
+    assert "key_file.json holds no inference key" in client.fail()
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("token", ["secret\r\nX-Other: 1", "secret€"])
+def test_token_that_no_header_can_hold(client: Client, server: Server, token: str) -> None:
+    assert client.fail("--token", token) == "query.py: the token holds a character that cannot be sent\n"
+    assert server.requests == []
+
+
+def test_refused_token_rereads_key_file_once(client: Client, server: Server) -> None:
+    write_key("old")
+    refuse = answer(TOKEN_ERROR, 400, "application/json")
+    server.steps = [after(lambda: write_key("new"), refuse), answer()]
+    client.save()
+    assert get_tokens(server) == ["Bearer old", "Bearer new"]
+
+
+def test_second_refusal_is_final(client: Client, server: Server) -> None:
+    write_key("old")
+    new_keys = iter(["new", "newer"])
+    refuse = answer(TOKEN_ERROR, 400, "application/json")
+    server.steps = [after(lambda: write_key(next(new_keys)), refuse)] * 3
+    status, _, err = client.run()
+    assert (status, get_tokens(server)) == (1, ["Bearer old", "Bearer new"])
+    assert all(word in err for word in ("--token", "TORCHSERVE_TOKEN", "key_file.json"))
+
+
+@pytest.mark.parametrize("options", [[], ["--token", "given"]])
+def test_refused_token_is_not_sent_again(client: Client, server: Server, options: list[str]) -> None:
+    write_key("same")
+    server.steps = [answer(TOKEN_ERROR, 400, "application/json")] * 2
+    assert "--token, then TORCHSERVE_TOKEN, then the inference key in key_file.json" in client.fail(*options)
+    assert len(server.requests) == 1
+
+
+def test_other_400_is_not_sent_again(client: Client, server: Server) -> None:
+    write_key("old")
+    server.steps = [after(lambda: write_key("new"), answer({"error": {"message": "no"}}, 400))] * 2
+    status, _, err = client.run()
+    assert (status, err) == (1, "query.py: the server answered 400: no\n")
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("options", [[], ["--token", "own"]])
+def test_netrc_does_not_replace_token(
+    client: Client, server: Server, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login somebody password else\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    client.save(*options)
+    assert get_tokens(server) == ["Bearer own" if options else None]
+
+
+def test_proxy_is_not_asked(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    client.save()
+
+
+def test_redirect_is_not_followed(client: Client, server: Server) -> None:
+    server.steps = [answer(b"", 307, headers={"Location": "/other"}), answer()]
+    assert "answered 307 (redirects are not followed)" in client.fail("--token", "t")
+    assert len(server.requests) == 1
+
+
+# What is answered
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "line"),
+    [
+        (503, {"code": 503, "type": "InternalServerException", "message": "Prediction failed"}, "Prediction failed"),
+        (400, {"error": {"message": "prompt is empty", "param": "prompt"}}, "prompt is empty"),
+        (404, b"no such\npage", r"no such\npage"),
+        (500, ["a", "list"], '["a", "list"]'),
+        (500, b"[" * 100_000, "[" * 200),
+        (502, b"x" * 500, "x" * 200),
+        (502, b"", ""),
+        (500, {"message": "y" * 5000}, "y" * 1000),
+        (500, {"message": "\x1b[2J\r\u202ered\x9b"}, r"\x1b[2J\r\u202ered\x9b"),
+        (500, b"\x1b]0;title\x07 \xff", r"\x1b]0;title\x07 " + "\ufffd"),
+        (204, b"", ""),
+    ],
+)
+def test_error_answer_is_shown(client: Client, server: Server, status: int, body: object, line: str) -> None:
+    server.steps = [answer(body, status, "application/json")]
+    assert client.fail() == f"query.py: the server answered {status}: {line}\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "line"),
+    [
+        (b"hello\n" * 100, "text/html", "the answer is not a picture (text/html): hello\\nhello"),
+        (PICTURE, "application/octet-stream", "the answer is not a picture (application/octet-stream): "),
+        (b"hello", "image/jpeg", "the answer is not a picture (image/jpeg): hello"),
+        (b"", "image/jpeg", "the answer is not a picture (image/jpeg): "),
+        (PICTURE[:-200], "image/jpeg", "the picture is damaged (image/jpeg, "),
+        (make_picture("PNG")[:-200], "image/png", "the picture is damaged (image/png, "),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "image/jpeg", "the answer is not a picture (image"),
+    ],
+)
+def test_answer_that_is_no_picture(client: Client, server: Server, body: bytes, kind: str, line: str) -> None:
+    server.steps = [answer(body, 200, kind)]
+    assert line in (shown := client.fail())
+    assert len(shown) < 1000
+
+
+def test_answer_that_is_cut_short(client: Client, server: Server) -> None:
+    server.steps = [answer(PICTURE, headers={"Content-Length": str(len(PICTURE) + 9)})]
+    assert f"no answer from {server.url}: IncompleteRead({len(PICTURE)} bytes read, 9 more" in client.fail()
+
+
+def test_answer_that_never_ends_is_refused(client: Client, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(query, "MAX_ANSWER_BYTES", 100_000)
+    server.steps = [drip(head=b"HTTP/1.0 200 OK\r\nContent-Type: image/jpeg\r\n\r\n", part=bytes(50_000))]
+    assert "larger than 100000 bytes" in client.fail("--timeout", "3")
+
+
+def test_server_down(client: Client) -> None:
+    with socket.socket() as unused:  # bound and not listening: nobody else can take the port
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/x"
+        assert client.fail("--url", url) == f"query.py: no answer from {url}: Connection refused\n"
+
+
+def test_server_that_hangs_up(client: Client, server: Server) -> None:
+    server.steps = [lambda handler: None]
+    assert "Remote end closed connection without response" in client.fail()
+
+
+def test_url_without_scheme(client: Client) -> None:
+    assert "no answer from localhost/x: Invalid URL" in client.fail("--url", "localhost/x")
+
+
+# Waiting
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        hang,
+        drip(head=b"HTTP/1.0 200 OK\r\n", part=b"X: y\r\n"),
+        drip(head=b"HTTP/1.0 200 OK\r\nContent-Type: image/jpeg\r\n\r\n", part=b"x"),
+    ],
+    ids=["silence", "headers", "body"],
+)
+def test_timeout_is_for_the_whole_request(client: Client, server: Server, step: Step) -> None:
+    server.steps = [step]
+    start = time.monotonic()
+    assert client.fail("--timeout", "0.4") == f"query.py: no answer from {server.url} within 0.4 s (--timeout)\n"
+    assert 0.4 <= time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "soon"])
+def test_timeout_must_be_positive(client: Client, seconds: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        client.run("--timeout", seconds)
+
+
+def test_time_is_shown_on_a_terminal(server: Server) -> None:
+    server.steps = [after(lambda: time.sleep(1.3), answer())]
+    ours, its = pty.openpty()
+    with start_query(server, "--filename", "cat.jpg", stderr=its) as process:
+        os.close(its)
+        shown = b""
+        with suppress(OSError):  # EIO: the program has ended
+            while part := os.read(ours, 1000):
+                shown += part
+        assert process.stdout
+        assert process.stdout.read() == b"cat.jpg\n"
+    os.close(ours)
+    assert re.fullmatch(rb"(\rwaiting 0 s)+(\rwaiting 1 s)+(\rwaiting \d s)*\r {20}\r", shown)
+
+
+def test_interrupt(server: Server) -> None:
+    server.steps = [hang]
+    # A shell's background job ignores the signal, and so would its children.
+    with start_query(server, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
+        assert server.asked.wait(10)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=5)
+    assert (process.returncode, out, err, read_folder()) == (130, b"", b"", {})
+
+
+# The file
+
+
+def test_filename(client: Client, folder: Path) -> None:
+    (folder / "sub").mkdir()
+    assert client.save("--filename", "sub/cat.jpg") == Path("sub/cat.jpg")
+    assert Path("sub/cat.jpg").read_bytes() == PICTURE
+
+
+def test_file_mode_follows_umask(client: Client) -> None:
+    before = os.umask(0o026)
+    try:
+        assert client.save().stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
+
+
+def test_two_pictures_in_one_second(client: Client, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.steps *= 3
+    now, strftime = time.strptime("2026-11-23 05:45:30", "%Y-%m-%d %H:%M:%S"), time.strftime
+    monkeypatch.setattr(time, "strftime", lambda format: strftime(format, now))
+    names = [str(client.save("--overwrite")) for _ in range(3)]
+    stem = "output-20261123-054530"
+    assert names == [f"{stem}.jpg", f"{stem}-1.jpg", f"{stem}-2.jpg"]
+
+
+@pytest.mark.parametrize("make", [Path.touch, Path.mkdir, lambda path: path.symlink_to("nowhere")])
+def test_existing_name_is_refused_before_asking(
+    client: Client, server: Server, make: Callable[[Path], object], tmp_path: Path
+) -> None:
+    make(path := tmp_path / "cat.jpg")
+    assert f"{path} exists" in client.fail("--filename", str(path))
+    assert server.requests == []
+
+
+def test_overwrite(client: Client) -> None:
+    Path("cat.jpg").write_bytes(b"old")
+    client.save("--filename", "cat.jpg", "--overwrite")
+    assert read_folder() == {"cat.jpg": PICTURE}
+
+
+def test_overwrite_keeps_a_folder(client: Client, server: Server, tmp_path: Path) -> None:
+    assert "is not a file" in client.fail("--filename", str(tmp_path), "--overwrite")
+    assert server.requests == []
+
+
+def test_failure_keeps_the_old_picture(client: Client, server: Server) -> None:
+    Path("cat.jpg").write_bytes(b"old")
+    server.steps = [answer(PICTURE[:-200])]
+    client.fail("--filename", "cat.jpg", "--overwrite")
+    assert read_folder() == {"cat.jpg": b"old"}
+
+
+def test_name_that_is_taken_meanwhile(client: Client, server: Server) -> None:
+    server.steps = [after(lambda: Path("cat.jpg").write_bytes(b"other"), answer())]
+    assert client.save("--filename", "cat.jpg") == Path("cat-1.jpg")
+    assert read_folder() == {"cat.jpg": b"other", "cat-1.jpg": PICTURE}
+
+
+def test_folder_that_cannot_be_written(client: Client, server: Server) -> None:
+    assert "cannot write into the folder missing" in client.fail("--filename", "missing/cat.jpg")
+    assert server.requests == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_folder_that_is_read_only(client: Client, server: Server, tmp_path: Path) -> None:
+    (locked := tmp_path / "locked").mkdir(mode=0o500)
+    assert f"cannot write into the folder {locked}" in client.fail("--filename", str(locked / "cat.jpg"))
+    assert server.requests == []
+
+
+def test_full_disk_leaves_nothing(server: Server) -> None:
+    limit = (
+        f"import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (99, 99)); runpy.run_path({str(QUERY)!r}"
+    )
+    code = f"{limit}, run_name='__main__')"
+    command = [sys.executable, "-B", "-c", code, "--url", server.url, "--prompt", "a cat"]
+    done = subprocess.run(command, capture_output=True, timeout=10, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"query.py: [Errno 27] File too large\n")
+    assert read_folder() == {}
+
+
+# The command line
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = """if True:
+        import contextlib, sys, query
+        with contextlib.suppress(SystemExit):
+            query.main(["--help"])
+        sys.exit(" ".join({"PIL", "requests", "urllib3"} & set(sys.modules)))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=10, cwd=QUERY.parent, check=False)
+    assert done.stderr == b"\n"  # sys.exit("") prints an empty line
+    assert b"--prompt" in done.stdout
+
+
+def test_prompt_is_required(client: Client) -> None:
+    client.options.clear()
+    with pytest.raises(SystemExit, match="2"):
+        client.run()
