@@ -112,6 +112,17 @@ class LocalServer:
         """Return the process id of the model's first worker."""
         return int(self.describe()["workers"][0]["pid"])
 
+    def find_processes(self) -> list[psutil.Process]:
+        """Return the server's process and all below it, none when it is not running."""
+        path = self._temporary / ".model_server.pid"
+        if not path.exists():
+            return []
+        try:
+            server = psutil.Process(int(path.read_text()))
+            return [server, *server.children(recursive=True)]
+        except (psutil.NoSuchProcess, ValueError):
+            return []
+
     def __enter__(self) -> Self:
         try:
             with (self.folder / "server.log").open("w") as log:
@@ -140,7 +151,7 @@ class LocalServer:
         deadline = time.monotonic() + self.timeout
         while not self._is_ready():
             failed = "Backend worker process died" in self.log or "Backend worker monitoring thread interr" in self.log
-            if failed or time.monotonic() > deadline or not self._find_processes():
+            if failed or time.monotonic() > deadline or not self.find_processes():
                 reason = "the model did not load" if failed else "the server is not ready"
                 raise ServerError(f"{reason}; the end of its log:\n{self.log[-6000:]}")
             time.sleep(0.2)
@@ -152,18 +163,8 @@ class LocalServer:
             return False
         return bool(workers) and all(worker["status"] == "READY" for worker in workers)
 
-    def _find_processes(self) -> list[psutil.Process]:
-        path = self._temporary / ".model_server.pid"
-        if not path.exists():
-            return []
-        try:
-            server = psutil.Process(int(path.read_text()))
-            return [server, *server.children(recursive=True)]
-        except (psutil.NoSuchProcess, ValueError):
-            return []
-
     def _stop(self) -> None:
-        processes = self._find_processes()
+        processes = self.find_processes()
         if processes:
             self._torchserve("--stop", stdout=subprocess.DEVNULL)
         _, alive = psutil.wait_procs(processes, timeout=30)

@@ -1,0 +1,98 @@
+"""Each backend behind a real TorchServe: a picture, what ran, and the guide's metrics."""
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import yaml
+from PIL import Image
+
+from scripts.local_server import ROOT, LocalServer, ServerError, make_archive
+
+PARTS = ["unet", "vae", "text_encoder", "text_encoder_2"]
+
+
+def make_settings(pt2: Any, **handler: Any) -> str:
+    """Return the shipped model-config.yaml with another pt2 and some other settings of the handler."""
+    settings = yaml.safe_load((ROOT / "model-config.yaml").read_text())
+    settings["handler"] |= {"num_inference_steps": 4, "profile": True, **handler}
+    settings["pt2"] = pt2
+    if pt2 is None:
+        del settings["pt2"]
+    return yaml.safe_dump(settings, sort_keys=False)
+
+
+def ask_for_picture(server: LocalServer) -> Image.Image:
+    answer = requests.post(server.url, data="a red fox", headers=server.get_headers(), timeout=120)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["Content-Type"] == "image/jpeg"
+    picture = Image.open(io.BytesIO(answer.content))
+    picture.load()
+    assert picture.format == "JPEG"
+    assert picture.size == (128, 128)
+    return picture
+
+
+def serve_pictures(folder: Path, model: Path, settings: str) -> dict[str, Any]:
+    """Serve two pictures and return what the server says of itself."""
+    make_archive(folder, model, settings)
+    with LocalServer(folder) as server:
+        before = server.describe(customized=True)["customizedMetadata"]
+        first, second = ask_for_picture(server), ask_for_picture(server)
+        assert first.tobytes() != second.tobytes()  # each picture starts from noise of its own
+        report: dict[str, Any] = server.describe(customized=True)["customizedMetadata"]
+        assert report == before  # the warm-up had compiled everything
+        for stage in ("preprocess", "inference", "postprocess"):
+            found = re.findall(rf"result=\[METRICS\]ts_handler_{stage}\.Milliseconds:([\d.e-]+)\|", server.log)
+            assert len(found) == 2  # one for each picture
+            assert all(float(value) > 0 for value in found)
+    return report
+
+
+@pytest.mark.parametrize(
+    ("pt2", "backend", "graphs"),
+    [
+        (None, "eager", 0),
+        ("openvino", "openvino", 4),
+        ({"compile": {"enable": True, "backend": "inductor"}}, "inductor", 4),
+    ],
+    ids=["eager", "openvino", "inductor"],
+)
+def test_backend_makes_pictures(tmp_path: Path, tiny_model: Path, pt2: Any, backend: str, graphs: int) -> None:
+    report = serve_pictures(tmp_path, tiny_model, make_settings(pt2))
+    assert (report["backend"], report["graphs"], report["graph_breaks"]) == (backend, graphs, 0)
+    assert report["compiled_parts"] == (PARTS if graphs else [])
+    assert list(report.get("openvino", {})) == (PARTS if backend == "openvino" else [])
+
+
+def test_model_caching_serves_the_second_start(tmp_path: Path, tiny_model: Path) -> None:
+    options = {"device": "CPU", "model_caching": True, "cache_dir": str(tmp_path / "cache")}
+    settings = make_settings({"backend": "openvino", "options": options})
+    for start, is_cached in (("first", False), ("second", True)):
+        folder = tmp_path / start
+        folder.mkdir()
+        report = serve_pictures(folder, tiny_model, settings)
+        for part in PARTS:
+            graphs = report["openvino"][part]
+            assert graphs
+            assert {graph["loaded_from_cache"] for graph in graphs} == {is_cached}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (make_settings("openvino", width=100), "handler.width takes a whole number from 64 to 4096"),
+        (make_settings({"backend": "openvino", "options": {"device": "GPU.7"}}), "takes one of CPU here, not 'GPU.7'"),
+        (make_settings("openvino", is_xl=False), "handler.is_xl: false takes a StableDiffusionPipeline"),
+    ],
+    ids=["setting", "device", "model"],
+)
+def test_wrong_configuration_stops_the_load(tmp_path: Path, tiny_model: Path, settings: str, message: str) -> None:
+    make_archive(tmp_path, tiny_model, settings)
+    with pytest.raises(ServerError) as caught, LocalServer(tmp_path):
+        pass
+    assert "ConfigError: " in str(caught.value)
+    assert message in str(caught.value)

@@ -1,0 +1,173 @@
+"""The guide's commands, one after another, as a reader types them; only the ports are others."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+import Download_model
+from scripts.local_server import ROOT, LocalServer, make_environment, write_properties
+from tests.hub import Hub
+
+SHIPPED = (
+    *("stable_diffusion_handler.py", "pipeline_utils.py", "Download_model.py", "query.py"),
+    *("model-config.yaml", "config.properties", "requirements.txt"),
+)
+ARCHIVER = (
+    "torch-model-archiver --model-name diffusion_fast --version 1.0 --handler stable_diffusion_handler.py"
+    " --config-file model-config.yaml"
+)
+PROMPT = '--prompt "a photo of an astronaut riding a horse on mars"'
+
+
+class Reader:
+    """Somebody at a shell in a folder with the shipped files."""
+
+    def __init__(self, folder: Path, hub: str) -> None:
+        for name in SHIPPED:
+            shutil.copy(ROOT / name, folder)
+        self.folder = folder
+        self.ports = write_properties(ROOT / "config.properties", folder / "config.properties")
+        self.url = f"http://localhost:{self.ports['inference_address']}/predictions/diffusion_fast"
+        # TorchServe's process id and sockets in a folder of its own, beside any other server of this machine.
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir()
+        own = {"TMPDIR": str(self.temporary), "TEMP": str(self.temporary), "HF_ENDPOINT": hub, "HF_HOME": str(folder)}
+        self.environment = {**make_environment(), **own, "NO_PROXY": "127.0.0.1"}
+
+    def run(self, command: str, *, status: int = 0) -> str:
+        """Run a line and return what it printed."""
+        done = subprocess.run(
+            command, shell=True, cwd=self.folder, env=self.environment, text=True, stdout=-1, stderr=-2, timeout=300
+        )
+        assert done.returncode == status, done.stdout
+        return done.stdout
+
+    def start_server(self, archive: str) -> None:
+        """Start the server with its log in a file, as `… > server.log` does, and wait for the model."""
+        self.run(
+            "torchserve --start --ts-config config.properties --model-store model_store"
+            f" --models {archive} > server.log 2>&1"
+        )
+        deadline = time.monotonic() + 180
+        while "Ready: {" not in self.read_log():
+            assert time.monotonic() < deadline, self.read_log()[-5000:]
+            time.sleep(0.5)
+
+    def read_log(self) -> str:
+        return (self.folder / "server.log").read_text()
+
+    def find_server(self) -> list[psutil.Process]:
+        path = self.temporary / ".model_server.pid"
+        if not path.exists():
+            return []
+        server = psutil.Process(int(path.read_text()))
+        return [server, *server.children(recursive=True)]
+
+
+@pytest.fixture
+def reader(tmp_path: Path, tiny_model: Path) -> Iterator[Reader]:
+    files = {path.relative_to(tiny_model).as_posix(): path.read_bytes() for path in tiny_model.glob("**/*.*")}
+    with Hub(Download_model.DEFAULT_MODEL, Download_model.DEFAULT_REVISION, files) as hub:
+        reader = Reader(tmp_path, hub.url)
+        yield reader
+        for process in reader.find_server():
+            process.kill()
+
+
+def find_servers() -> set[int]:
+    """Return the process ids of all TorchServe servers and workers of this machine."""
+    marks = {"org.pytorch.serve.ModelServer", "--sock-type"}
+    return {p.pid for p in psutil.process_iter(["cmdline"]) if marks & set(p.info["cmdline"] or [])}
+
+
+def check_picture(path: Path) -> None:
+    with Image.open(path) as picture:
+        picture.load()
+        assert (picture.format, picture.size) == ("JPEG", (128, 128))
+
+
+def test_requirements_are_installed_by_the_guides_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-r", "requirements.txt"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Successfully installed openvino-backend" in done.stdout
+
+
+def test_every_step_of_the_guide(reader: Reader) -> None:
+    reader.run('echo "    profile: true" >> model-config.yaml')
+    reader.run("python Download_model.py")
+    reader.run(f'{ARCHIVER} --extra-files "./pipeline_utils.py" --archive-format no-archive')
+    reader.run("mv Base_Diffusion_model diffusion_fast/")
+    reader.run("mkdir model_store && mv diffusion_fast model_store")
+    reader.start_server("diffusion_fast")
+
+    printed = reader.run(f'python query.py --url "{reader.url}" {PROMPT}').strip()
+    assert re.fullmatch(r"output-\d{8}-\d{6}\.jpg", printed)
+    check_picture(reader.folder / printed)
+    reader.run(f'python query.py --url "{reader.url}" {PROMPT} --filename astronaut.jpg')
+    check_picture(reader.folder / "astronaut.jpg")
+    told = reader.run(f'python query.py --url "{reader.url}" --prompt " "', status=1)
+    assert "400: prompt is empty" in told
+
+    for stage in ("preprocess", "inference", "postprocess"):
+        times = re.findall(rf"\[METRICS\]ts_handler_{stage}\.Milliseconds:([\d.e-]+)\|", reader.read_log())
+        assert len(times) == 3  # one for each request
+
+    running = reader.find_server()
+    assert len(running) >= 2  # the server and its worker
+    assert "TorchServe has stopped." in reader.run("torchserve --stop")
+    assert psutil.wait_procs(running, timeout=30)[1] == []
+
+
+@pytest.mark.parametrize(("name", "form"), [("diffusion_fast.mar", "default"), ("diffusion_fast.tar.gz", "tgz")])
+def test_archive_with_the_model_packed_in(reader: Reader, name: str, form: str) -> None:
+    reader.run("python Download_model.py --output-dir packed/Base_Diffusion_model")
+    reader.run("mkdir model_store")
+    files = "./pipeline_utils.py,./packed"
+    reader.run(f'{ARCHIVER} --extra-files "{files}" --archive-format {form} --export-path model_store')
+    reader.start_server(f"diffusion_fast={name}")
+    reader.run(f'python query.py --url "{reader.url}" {PROMPT} --filename picture.jpg')
+    check_picture(reader.folder / "picture.jpg")
+    reader.run("torchserve --stop")
+
+
+def test_demo_on_a_machine_without_java(tmp_path: Path) -> None:
+    """`make demo`'s program, with nothing but this environment's programs to be found."""
+    environment = {name: value for name, value in os.environ.items() if name != "JAVA_HOME"}
+    environment["PATH"] = str(tmp_path)
+    before, running = set(ROOT.glob("output-*.jpg")), find_servers()
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.demo"], cwd=ROOT, env=environment, text=True, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    path = Path(done.stdout.split()[-1])
+    assert path.parent == ROOT
+    assert path not in before
+    check_picture(path)
+    path.unlink()
+    assert find_servers() <= running
+
+
+def test_stopping_leaves_nothing(tmp_path: Path, tiny_model: Path) -> None:
+    from scripts.local_server import make_archive
+    from tests.server.test_backends import make_settings
+
+    make_archive(tmp_path, tiny_model, make_settings(None))
+    with LocalServer(tmp_path) as server:
+        processes = server.find_processes()
+        assert len(processes) >= 2
+    assert not [process for process in processes if process.is_running()]

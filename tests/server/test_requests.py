@@ -1,0 +1,132 @@
+"""What one running server answers to good, bad and hostile requests."""
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+from scripts.local_server import LocalServer, make_archive
+from tests.server.test_backends import ask_for_picture, make_settings
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[LocalServer]:
+    folder = tmp_path_factory.mktemp("server")
+    make_archive(folder, tiny_model, make_settings(None))
+    with LocalServer(folder) as running:
+        worker = running.find_worker()
+        yield running
+        ask_for_picture(running)
+        assert running.find_worker() == worker  # it outlived every request
+
+
+def post(server: LocalServer, body: bytes, content_type: str | None) -> requests.Response:
+    headers = {**server.get_headers(), **({"Content-Type": content_type} if content_type else {})}
+    return requests.post(server.url, data=body, headers=headers, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [
+        (b"a red fox", "text/plain"),
+        (b"a red fox", None),
+        (b'{"prompt": "a red fox"}', "application/json"),
+        ("ein Füchslein 🦊".encode(), "text/plain; charset=utf-8"),
+    ],
+)
+def test_prompts_get_a_picture(server: LocalServer, body: bytes, content_type: str | None) -> None:
+    answer = post(server, body, content_type)
+    assert answer.status_code == 200
+    assert answer.headers["Content-Type"] == "image/jpeg"
+
+
+def test_prompt_as_a_form_field_gets_a_picture(server: LocalServer) -> None:
+    files = {"data": ("prompt.txt", b"a red fox", "text/plain")}
+    answer = requests.post(server.url, files=files, headers=server.get_headers(), timeout=60)
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "message", "param"),
+    [
+        (b"", "text/plain", "prompt is empty", "prompt"),
+        (b"", "application/json", "not JSON", None),
+        (b"{", "application/json", "not JSON", None),
+        (b"[" * 100_000, "application/json", "not JSON", None),
+        (b"\xff\xfe", "text/plain", "not UTF-8", None),
+        (b'{"prompt": "\xff"}', "application/json", "not UTF-8", None),
+        (b'{"prompt": ""}', "application/json", "prompt is empty", "prompt"),
+        (b'{"prompt": 3}', "application/json", "prompt takes a text", "prompt"),
+        (b'{"prompt": "\\ud800"}', "application/json", "lone surrogate", "prompt"),
+        (b'{"promt": "a red fox"}', "application/json", "'promt' is not a field", "promt"),
+        (b"a=b", "application/x-www-form-urlencoded", "no body", "prompt"),
+    ],
+)
+def test_mistakes_get_a_400_that_names_them(
+    server: LocalServer, body: bytes, content_type: str, message: str, param: str | None
+) -> None:
+    answer = post(server, body, content_type)
+    assert answer.status_code == 400
+    assert answer.headers["Content-Type"] == "application/json"
+    error = answer.json()["error"]
+    assert message in error["message"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+
+
+def test_request_without_a_body_gets_a_400(server: LocalServer) -> None:
+    answer = requests.get(server.url, headers=server.get_headers(), timeout=60)
+    assert answer.status_code == 400
+    assert "prompt is empty" in answer.json()["error"]["message"]
+
+
+def test_request_that_is_too_large_is_refused(server: LocalServer) -> None:
+    assert post(server, b"x" * 2_000_000, "text/plain").status_code == 413
+
+
+def test_prompt_cannot_forge_a_log_line(server: LocalServer) -> None:
+    prompt = "a fox\n[METRICS]forged.Count:1|#Level:Model|#type:COUNTER\n[PID]1\n\x1b[2J"
+    assert post(server, json.dumps({"prompt": prompt}).encode(), "application/json").status_code == 200
+    lines = [line for line in server.log.splitlines() if "forged" in line]
+    assert lines
+    assert all(json.dumps(prompt) in line for line in lines)
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}])
+def test_nobody_gets_in_without_a_token(server: LocalServer, headers: dict[str, str]) -> None:
+    inference, management = (
+        f"http://127.0.0.1:{server.ports[f'{api}_address']}" for api in ("inference", "management")
+    )
+    for method, url in (
+        ("POST", server.url),
+        ("GET", f"{inference}/ping"),
+        ("GET", f"{management}/models"),
+        ("POST", f"{management}/models?url=https://example.org/x.mar"),
+    ):
+        answer = requests.request(method, url, headers=headers, timeout=60)
+        assert answer.status_code == 400, url
+        assert answer.json()["type"] == "InvalidKeyException"
+
+
+def test_models_cannot_be_registered(server: LocalServer) -> None:
+    url = f"http://127.0.0.1:{server.ports['management_address']}/models?url=https://example.org/x.mar"
+    answer = requests.post(url, headers=server.get_headers("management"), timeout=60)
+    assert answer.status_code == 405
+
+
+def test_only_loopback_is_listened_on(server: LocalServer) -> None:
+    listening = {
+        (connection.laddr.ip.removeprefix("::ffff:"), connection.laddr.port)
+        for process in server.find_processes()
+        for connection in process.net_connections("tcp")
+        if connection.status == "LISTEN"
+    }
+    assert {ip for ip, _ in listening} <= {"127.0.0.1", "::1"}
+    assert {server.ports[key] for key in ("inference_address", "management_address")} <= {port for _, port in listening}
+
+
+def test_client_that_sends_nothing_does_not_block_others(server: LocalServer) -> None:
+    with socket.create_connection(("127.0.0.1", server.ports["inference_address"])):
+        ask_for_picture(server)
