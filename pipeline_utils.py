@@ -250,10 +250,10 @@ def _check_prompt(prompt: Any) -> None:
         raise RequestError("prompt takes Unicode text, not a lone surrogate such as \\ud800", param="prompt")
 
 
-def _shorten(value: Any) -> str:
-    """Return the value in plain ASCII and at most 60 characters, fit for a message or a log line."""
+def _shorten(value: Any, *, length: int = 60) -> str:
+    """Return the value in plain ASCII and at most so many characters, fit for a message or a log line."""
     text = ascii(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 @dataclass(frozen=True)
@@ -312,10 +312,16 @@ def load_pipeline(
     pipeline = read_pipeline(folder, dtype, is_xl=config.is_xl)
     pipeline.to(device)
     set_scheduler(pipeline, config.scheduler)
-    parts = compile_parts(pipeline, config, compilation)
-    loaded = LoadedPipeline(pipeline, config, compilation, dtype, parts)
-    if config.warm_up:
-        warm_up(loaded)
+    try:
+        parts = compile_parts(pipeline, config, compilation)
+        loaded = LoadedPipeline(pipeline, config, compilation, dtype, parts)
+        if config.warm_up:
+            warm_up(loaded)
+    except ConfigError:
+        raise
+    except Exception as error:  # each backend has errors of its own
+        reason = _shorten(" ".join(str(error).split()), length=600)
+        raise ConfigError(f"pt2.backend: {compilation.backend} cannot run this model: {reason}") from error
     return loaded
 
 
@@ -483,7 +489,8 @@ def warm_up(loaded: LoadedPipeline) -> None:
     """
     config = loaded.config
     steps = min(WARM_UP_STEPS, config.num_inference_steps)
-    generate(loaded.pipeline, GenerationRequest("warm-up", steps, config.guidance_scale, config.width, config.height))
+    request = GenerationRequest("warm-up", steps, config.guidance_scale, config.width, config.height)
+    encode_jpeg(generate(loaded.pipeline, request), quality=config.jpeg_quality)
     report = loaded.describe()
     idle = [name for name, graphs in report.get("openvino", {}).items() if not graphs]
     if idle or report["graphs"] < len(loaded.parts):

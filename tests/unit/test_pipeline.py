@@ -144,10 +144,24 @@ def test_truncated_weights_are_told(tiny_model: Path, tmp_path: Path) -> None:
         load(folder)
 
 
-def test_inductor_needs_a_compiler(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(ConfigError, match=r"inductor needs a C\+\+ compiler.*CXX"):
+def test_inductor_needs_a_compiler(tiny_model: Path) -> None:
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(ConfigError, match=r"inductor needs a C\+\+ compiler.*CXX"),
+    ):
         load(tiny_model, "inductor")
+
+
+@pytest.mark.parametrize(
+    ("pt2", "message"),
+    [
+        ("tvm", "tvm cannot run this model"),
+        ({"backend": "inductor", "options": {"no_such_option": 1}}, "inductor cannot run this model.*no_such_option"),
+    ],
+)
+def test_backend_that_fails_is_named(tiny_model: Path, pt2: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(tiny_model, pt2, compile_unet=False, compile_text_encoders=False, warm_up=True)
 
 
 def test_part_that_did_not_reach_openvino_stops_the_load(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
