@@ -1,9 +1,11 @@
 """From the FX graph of torch.compile to compiled OpenVINO models."""
 
+import contextlib
+import hashlib
 import logging
-import threading
+import operator
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,32 +19,41 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.passes.split_module import split_module
 
 from openvino_backend.options import Options
+from openvino_backend.runtime import TYPES, CompiledModule
 
 logger = logging.getLogger(__name__)
+aten = torch.ops.aten
 
 # Angles reach 1,000 in a diffusion model's time embedding, where bfloat16 is exact to 4: their sines would be noise.
-_NEEDS_FLOAT32 = (torch.ops.aten.sin.default, torch.ops.aten.cos.default)
+_NEEDS_FLOAT32 = (aten.sin.default, aten.cos.default)
+# torch would decompose these into index arithmetic while tracing; OpenVINO has one operator for each.
+_KEPT_WHOLE = (
+    aten.upsample_nearest1d.vec,
+    aten.upsample_nearest1d.default,
+    aten.upsample_nearest2d.vec,
+    aten.upsample_nearest2d.default,
+    aten.upsample_nearest3d.vec,
+    aten.upsample_nearest3d.default,
+)
 _PRECISION = "INFERENCE_PRECISION_HINT"
-_TYPES = {
-    torch.float32: openvino.Type.f32,
-    torch.float16: openvino.Type.f16,
-    torch.bfloat16: openvino.Type.bf16,
-    torch.int64: openvino.Type.i64,
-    torch.int32: openvino.Type.i32,
-    torch.int16: openvino.Type.i16,
-    torch.int8: openvino.Type.i8,
-    torch.uint8: openvino.Type.u8,
-    torch.bool: openvino.Type.boolean,
-    torch.float64: openvino.Type.f64,
-}
 
 
 class OpenVINOBackendError(RuntimeError):
     """A graph that cannot run on OpenVINO; the message says what stands in the way."""
 
 
+class UnsupportedOperatorsError(OpenVINOBackendError):
+    """OpenVINO's front end has no translation for these operators of the graph."""
+
+    def __init__(self, operators: Iterable[str]) -> None:
+        self.operators = frozenset(operators)
+        super().__init__(
+            f"OpenVINO has no {', '.join(sorted(self.operators))}; with strict: false these would run in PyTorch"
+        )
+
+
 @dataclass(frozen=True)
-class GraphReport:
+class ModelReport:
     """What OpenVINO says of one compiled model; every figure is read from it, none from the configuration.
 
     Attributes:
@@ -64,13 +75,28 @@ class GraphReport:
     seconds: float
 
 
+@dataclass(frozen=True)
+class GraphReport:
+    """What became of one graph of torch.compile.
+
+    Attributes:
+        models: the OpenVINO models, in the order they run: one, and another for what must run in float32.
+        operators_outside: the operators that run in PyTorch, by name; none unless `strict` is off.
+        weights_sha256: the digest of the weights compiled in.
+    """
+
+    models: tuple[ModelReport, ...]
+    operators_outside: tuple[str, ...]
+    weights_sha256: str
+
+
 class OpenVINOBackend:
     """The `backend=` of one torch.compile call.
 
     The weights are compiled in: a later change of the module's parameters has no effect on the compiled graph.
 
     Attributes:
-        reports: one entry per compiled model. A graph becomes two models where part of it needs float32.
+        reports: one entry per compiled graph.
 
     Raises:
         OptionsError: wrong options.
@@ -82,35 +108,40 @@ class OpenVINOBackend:
 
     def __call__(self, graph: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile a graph of dynamo's; called by torch.compile."""
+        placeholders = graph.graph.find_nodes(op="placeholder")
         constants = {
             index: value.detach()
-            for index, (node, value) in enumerate(
-                zip(graph.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
-            )
+            for index, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True))
             if "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {})
         }
 
-        def compile_inference(aten: torch.fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        def compile_inference(traced: torch.fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
             with unset_fake_temporarily():  # the weights are real
-                return self._compile_aten(aten, constants)
+                return self._compile_traced(traced, constants)
 
         compiler = aot_autograd(fw_compiler=_refuse_training, inference_compiler=compile_inference)
-        return compiler(graph, example_inputs)
+        with _keep_whole(_KEPT_WHOLE):
+            return compiler(graph, example_inputs)
 
-    def _compile_aten(self, graph: torch.fx.GraphModule, constants: Mapping[int, torch.Tensor]) -> Callable[..., Any]:
+    def _compile_traced(self, graph: torch.fx.GraphModule, constants: Mapping[int, torch.Tensor]) -> Callable[..., Any]:
         placeholders = graph.graph.find_nodes(op="placeholder")
-        for node in placeholders:
-            if isinstance(node.meta["val"], torch.SymInt):
-                raise OpenVINOBackendError("the graph has dynamic shapes; compile with dynamic=False")
+        if any(isinstance(node.meta["val"], torch.SymInt) for node in placeholders):
+            raise OpenVINOBackendError("the graph has dynamic shapes; compile with dynamic=False")
         values = {placeholders[index].name: value for index, value in constants.items()}
-        sensitive = _find_sensitive(graph.graph)
-        split = split_module(graph, graph, lambda node: int(node not in sensitive), keep_original_order=True)
-        for node in split.graph.find_nodes(op="call_module"):
-            part = split.get_submodule(node.target)
-            is_sensitive = node.target == "submod_0" and bool(sensitive)
-            node.args = _bind_constants(part, node.args, values)
-            split.set_submodule(node.target, self._compile_part(part, in_float32=is_sensitive))
-        split.recompile()
+        values |= {node.name: getattr(graph, node.target) for node in graph.graph.find_nodes(op="get_attr")}
+        outside = frozenset(self.options.disabled_ops)
+        while True:
+            try:
+                split, models = self._compile_parts(graph, values, outside)
+                break
+            except UnsupportedOperatorsError as error:
+                if self.options.strict:
+                    raise
+                outside |= error.operators
+        report = GraphReport(models, _name_operators(graph.graph, outside), _digest(values))
+        if report.operators_outside:
+            logger.warning("These operators run in PyTorch, not on OpenVINO: %s", ", ".join(report.operators_outside))
+        self.reports.append(report)
 
         def run(arguments: list[Any]) -> Any:
             with torch.no_grad():
@@ -119,17 +150,33 @@ class OpenVINOBackend:
         run._boxed_call = True  # type: ignore[attr-defined]  # aot_autograd then passes its arguments as one list
         return run
 
-    def _compile_part(self, part: torch.fx.GraphModule, *, in_float32: bool) -> "_CompiledPart":
+    def _compile_parts(
+        self, graph: torch.fx.GraphModule, values: Mapping[str, torch.Tensor], outside: frozenset[str]
+    ) -> tuple[torch.fx.GraphModule, tuple[ModelReport, ...]]:
+        """Split the graph into parts by engine and precision, and compile those that OpenVINO runs."""
+        labels = _label_parts(graph.graph, outside)
+        split = split_module(graph, graph, lambda node: labels[node], keep_original_order=True)
+        models = []
+        for node in split.graph.find_nodes(op="call_module"):
+            part = split.get_submodule(node.target)
+            node.args = _bind_constants(part, node.args, values)
+            if not node.target.endswith("pytorch"):
+                compiled, report = self._compile_part(part, in_float32=node.target.endswith("float32"))
+                split.set_submodule(node.target, compiled)
+                models.append(report)
+        split.recompile()
+        return split, tuple(models)
+
+    def _compile_part(self, part: torch.fx.GraphModule, *, in_float32: bool) -> tuple[CompiledModule, ModelReport]:
         started = time.perf_counter()
         model, constants = _convert_graph(part)
-        core = openvino.Core()
         properties = {_PRECISION: _name_precision(part), **self.options.config}
         if in_float32:
             properties[_PRECISION] = "f32"
         if self.options.model_caching:
             properties.setdefault("CACHE_DIR", str(_make_cache_dir(self.options.cache_dir)))
-        compiled = core.compile_model(model, self.options.device, properties)
-        report = GraphReport(
+        compiled = openvino.Core().compile_model(model, self.options.device, properties)
+        report = ModelReport(
             devices=tuple(compiled.get_property("EXECUTION_DEVICES")),
             precision=compiled.get_property(_PRECISION).get_type_name(),
             operators=len(compiled.get_runtime_model().get_ops()),
@@ -143,31 +190,7 @@ class OpenVINOBackend:
                 f"OpenVINO's {self.options.device} computes in {report.precision} here, not in "
                 f"{properties[_PRECISION]}; accept it with config: {{'{_PRECISION}': '{report.precision}'}}"
             )
-        logger.info("OpenVINO runs a graph: %s", report)
-        self.reports.append(report)
-        return _CompiledPart(compiled)
-
-
-class _CompiledPart(torch.nn.Module):
-    """A compiled OpenVINO model as a module: tensors in, new tensors out, one call at a time."""
-
-    def __init__(self, compiled: openvino.CompiledModel) -> None:
-        super().__init__()
-        dtypes = {openvino_type: dtype for dtype, openvino_type in _TYPES.items()}
-        self._request = compiled.create_infer_request()
-        self._outputs = [(tuple(port.shape), dtypes[port.element_type]) for port in compiled.outputs]
-        self._lock = threading.Lock()
-
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        inputs = tuple(tensor.contiguous() for tensor in inputs)
-        outputs = tuple(torch.empty(shape, dtype=dtype) for shape, dtype in self._outputs)
-        with self._lock:
-            for index, tensor in enumerate(inputs):
-                self._request.set_input_tensor(index, _share_memory(tensor))
-            for index, tensor in enumerate(outputs):
-                self._request.set_output_tensor(index, _share_memory(tensor))
-            self._request.infer()
-        return outputs[0] if len(outputs) == 1 else outputs
+        return CompiledModule(compiled), report
 
 
 def compile_graph(
@@ -181,16 +204,67 @@ def _refuse_training(*_: Any) -> Callable[..., Any]:
     raise OpenVINOBackendError("OpenVINO runs inference only; call the module under torch.no_grad()")
 
 
-def _find_sensitive(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+@contextlib.contextmanager
+def _keep_whole(operators: Iterable[Any]) -> Iterator[None]:
+    """Take torch's Python decompositions away from some operators while a graph is traced."""
+    saved = {each: each.py_kernels.copy() for each in operators}
+    try:
+        for each in saved:
+            each.py_kernels.clear()
+            each._dispatch_cache.clear()
+        yield
+    finally:
+        for each, kernels in saved.items():
+            each.py_kernels.update(kernels)
+            each._dispatch_cache.clear()
+
+
+def _label_parts(graph: torch.fx.Graph, outside: frozenset[str]) -> dict[torch.fx.Node, str]:
+    """Return for each operation the part it belongs to: its level, then where it runs.
+
+    A level is one more than that of any input that runs elsewhere, so that no two parts need each other's results.
+    Float32 comes before the first level: it depends on nothing but itself.
+    """
+    in_float32 = _find_sensitive(graph, outside)
+    levels: dict[torch.fx.Node, int] = {}
+    places: dict[torch.fx.Node, str] = {}
+    for node in graph.nodes:
+        if node.op in ("placeholder", "get_attr", "output"):
+            continue
+        place = "float32" if node in in_float32 else "pytorch" if _is_outside(node, outside) else "openvino"
+        inputs = [each for each in node.all_input_nodes if each in levels]
+        if inputs and node.target is operator.getitem:
+            place = places[inputs[0]]  # it takes one of an operator's results and belongs to it
+        places[node] = place
+        levels[node] = max(
+            (levels[each] + (places[each] != place) for each in inputs), default=0 if place == "float32" else 1
+        )
+        levels[node] = max(levels[node], place != "float32")
+    return {node: f"{levels[node]}_{places[node]}" for node in levels}
+
+
+def _find_sensitive(graph: torch.fx.Graph, outside: frozenset[str]) -> set[torch.fx.Node]:
     """Return the nodes that must run in float32: sines and cosines with all they are computed from."""
-    pending = [node for node in graph.nodes if node.target in _NEEDS_FLOAT32]
     found: set[torch.fx.Node] = set()
-    while pending:
-        node = pending.pop()
-        if node.op == "call_function" and node not in found:
-            found.add(node)
-            pending.extend(node.all_input_nodes)
+    for node in graph.nodes:
+        if node.target in _NEEDS_FLOAT32:
+            ancestors, pending = set(), [node]
+            while pending:
+                each = pending.pop()
+                if each.op == "call_function" and each not in ancestors:
+                    ancestors.add(each)
+                    pending.extend(each.all_input_nodes)
+            if not any(_is_outside(each, outside) for each in ancestors):
+                found |= ancestors
     return found
+
+
+def _is_outside(node: torch.fx.Node, outside: frozenset[str]) -> bool:
+    return node.op == "call_function" and str(node.target) in outside
+
+
+def _name_operators(graph: torch.fx.Graph, outside: frozenset[str]) -> tuple[str, ...]:
+    return tuple(sorted({str(node.target) for node in graph.nodes if _is_outside(node, outside)}))
 
 
 def _bind_constants(
@@ -215,16 +289,20 @@ def _bind_constants(
 def _convert_graph(part: torch.fx.GraphModule) -> tuple[openvino.Model, int]:
     """Return the part as an OpenVINO model, its weights shared with torch, and the number of its constants."""
     examples = [node.meta["val"] for node in part.graph.find_nodes(op="placeholder")]
+    types, shapes = [tensor.dtype for tensor in examples], [tensor.shape for tensor in examples]
     front_end = FrontEndManager().load_by_framework("pytorch")
-    decoder = TorchFXPythonDecoder(
-        part, input_shapes=[tensor.shape for tensor in examples], input_types=[tensor.dtype for tensor in examples]
-    )
+    decoder = TorchFXPythonDecoder(part, input_types=types, input_shapes=shapes)
     try:
         model = front_end.convert(front_end.load(decoder))
     except Exception as error:
-        raise OpenVINOBackendError(f"OpenVINO cannot convert the graph: {error}") from error
+        decoder = TorchFXPythonDecoder(part, input_types=types, input_shapes=shapes)
+        partial = front_end.convert_partially(front_end.load(decoder))
+        left = [node for node in partial.get_ops() if node.get_type_name() == "PtFrameworkNode"]
+        if not left:
+            raise OpenVINOBackendError(f"OpenVINO cannot convert the graph: {error}") from error
+        raise UnsupportedOperatorsError(node.get_friendly_name().rpartition("/")[2] for node in left) from error
     for port, tensor in zip(model.inputs, examples, strict=True):
-        port.get_node().set_element_type(_TYPES[tensor.dtype])
+        port.get_node().set_element_type(TYPES[tensor.dtype])
         port.get_node().set_partial_shape(openvino.PartialShape(list(tensor.shape)))
     model.validate_nodes_and_infer_types()
     return model, len(part.graph.find_nodes(op="get_attr"))
@@ -237,7 +315,16 @@ def _name_precision(part: torch.fx.GraphModule) -> str:
     for tensor in tensors:
         if tensor.dtype in sizes:
             sizes[tensor.dtype] += tensor.numel()
-    return _TYPES[max(sizes, key=lambda dtype: sizes[dtype])].get_type_name()
+    return str(TYPES[max(sizes, key=lambda dtype: sizes[dtype])].get_type_name())
+
+
+def _digest(values: Mapping[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of the weights in the order of the graph's inputs."""
+    digest = hashlib.sha256()
+    for tensor in values.values():
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _make_cache_dir(name: str) -> Path:
@@ -247,9 +334,3 @@ def _make_cache_dir(name: str) -> Path:
     except OSError as error:
         raise OpenVINOBackendError(f"cannot make the cache folder {folder}: {error}") from error
     return folder
-
-
-def _share_memory(tensor: torch.Tensor) -> openvino.Tensor:
-    """Return an OpenVINO tensor over the memory of a contiguous torch tensor, which must outlive it."""
-    raw = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor  # numpy has no bfloat16
-    return openvino.Tensor(raw.numpy(), openvino.Shape(list(tensor.shape)), _TYPES[tensor.dtype])

@@ -1,7 +1,7 @@
 """The options of one torch.compile call, checked once."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ _KINDS: dict[str, tuple[type, str]] = {
     "cache_dir": (str, "a folder"),
     "config": (Mapping, "OpenVINO properties by name"),
     "aot_autograd": (bool, "true"),
+    "strict": (bool, "true or false"),
+    "disabled_ops": (list, "a list of operators such as 'aten.exp.default'"),
 }
 
 
@@ -34,6 +36,8 @@ class Options:
         config: OpenVINO properties for the compilation, for example {'INFERENCE_PRECISION_HINT': 'f32'}. Without that
             property a graph runs in the precision of its own weights.
         aot_autograd: accepted because OpenVINO's documentation names it; always on here.
+        strict: raise where an operator would run in PyTorch; false: let it, and report it.
+        disabled_ops: operators to run in PyTorch although OpenVINO has them; needs strict false.
     """
 
     device: str = "CPU"
@@ -41,6 +45,8 @@ class Options:
     cache_dir: str = field(default_factory=_find_cache_dir)
     config: Mapping[str, Any] = field(default_factory=dict)
     aot_autograd: bool = True
+    strict: bool = True
+    disabled_ops: Sequence[str] = ()
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any] | None) -> "Options":
@@ -60,6 +66,9 @@ class Options:
         options = cls(**raw)
         if not options.aot_autograd:
             raise OptionsError("OpenVINO option 'aot_autograd' is always on and takes true, not False")
+        if options.disabled_ops and options.strict:
+            raise OptionsError("OpenVINO option 'disabled_ops' lets operators run in PyTorch and needs strict: false")
+        _check_operators(options.disabled_ops)
         _check_device(options)
         return options
 
@@ -79,3 +88,18 @@ def _check_device(options: Options) -> None:
                 f"OpenVINO option 'config' takes properties of {options.device}, which are "
                 f"{', '.join(sorted(properties))}, not {name!r}"
             )
+
+
+def _check_operators(names: Sequence[str]) -> None:
+    """Refuse names that torch has no operator for."""
+    import torch
+
+    for name in names:
+        parts = name.split(".") if isinstance(name, str) else []
+        try:
+            namespace, operator, overload = parts
+            getattr(getattr(getattr(torch.ops, namespace), operator), overload)
+        except (ValueError, AttributeError):
+            raise OptionsError(
+                f"OpenVINO option 'disabled_ops' takes operators such as 'aten.exp.default', not {name!r}"
+            ) from None

@@ -3,12 +3,13 @@
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openvino
 import pytest
 import torch
 
-from openvino_backend import OpenVINOBackend, OpenVINOBackendError
+from openvino_backend import OpenVINOBackend, OptionsError, UnsupportedOperatorsError
 
 HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="this CPU computes in float32 only")
@@ -41,7 +42,7 @@ def test_float32_is_the_same_to_rounding() -> None:
     module, backend, x = make_module(), OpenVINOBackend(), torch.randn(4, 16)
     result = compile_module(module, backend)(x)
     assert measure_error(result, module(x)) < 1e-6
-    (report,) = backend.reports
+    ((report,),) = (graph.models for graph in backend.reports)
     assert (report.devices, report.precision, report.inputs, report.constants) == (("CPU",), "f32", 1, 6)
     assert not report.loaded_from_cache
 
@@ -54,7 +55,7 @@ def test_bfloat16_is_as_near_as_torchs_own() -> None:
     torchs_error = measure_error(module(x.bfloat16()), reference)
     result = compile_module(module, backend)(x.bfloat16())
     assert result.dtype == torch.bfloat16
-    assert backend.reports[0].precision == "bf16"
+    assert backend.reports[0].models[0].precision == "bf16"
     assert measure_error(result, reference) <= 1.2 * torchs_error
 
 
@@ -77,7 +78,7 @@ def test_sines_stay_in_float32() -> None:
     reference = module(time)
     module.bfloat16()
     result = compile_module(module, backend)(time)
-    assert [report.precision for report in backend.reports] == ["f32", "bf16"]
+    assert [model.precision for model in backend.reports[0].models] == ["f32", "bf16"]
     assert measure_error(result, reference) < 0.01  # in bfloat16 throughout it is 0.7
 
 
@@ -89,17 +90,84 @@ def test_another_precision_than_asked_for_is_refused() -> None:
     torch._dynamo.reset()
     backend = OpenVINOBackend({"config": {"INFERENCE_PRECISION_HINT": "f32"}})
     result = compile_module(module, backend)(torch.randn(4, 16).half())
-    assert (result.dtype, backend.reports[0].precision) == (torch.float16, "f32")
+    assert (result.dtype, backend.reports[0].models[0].precision) == (torch.float16, "f32")
+
+
+class Bessel(torch.nn.Module):
+    """A module with an operator that OpenVINO lacks in its middle, with weights before and after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        skipped = self.before(x)
+        return self.after(torch.special.bessel_j0(skipped)) + skipped
 
 
 def test_operator_unknown_to_openvino_is_refused_by_name() -> None:
-    class Unsupported(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.special.bessel_j0(x)
+    with pytest.raises(Exception, match="aten.special_bessel_j0.default; with strict: false") as caught:
+        compile_module(Bessel(), OpenVINOBackend())(torch.randn(4, 16))
+    assert UnsupportedOperatorsError.__name__ in str(caught.value)
 
-    with pytest.raises(Exception, match="bessel_j0") as caught:
-        compile_module(Unsupported(), OpenVINOBackend())(torch.randn(4))
-    assert OpenVINOBackendError.__name__ in str(caught.value)
+
+def test_without_strict_the_operator_runs_in_pytorch_and_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    module, backend, x = Bessel(), OpenVINOBackend({"strict": False}), torch.randn(4, 16)
+    assert measure_error(compile_module(module, backend)(x), module(x)) < 1e-6
+    (report,) = backend.reports
+    assert report.operators_outside == ("aten.special_bessel_j0.default",)
+    assert len(report.models) == 2
+    assert "run in PyTorch, not on OpenVINO: aten.special_bessel_j0.default" in caplog.text
+
+
+def test_disabled_operators_run_in_pytorch() -> None:
+    module, x = make_module(), torch.randn(4, 16)
+    backend = OpenVINOBackend({"strict": False, "disabled_ops": ["aten.native_layer_norm.default"]})
+    assert measure_error(compile_module(module, backend)(x), module(x)) < 1e-6
+    (report,) = backend.reports
+    assert report.operators_outside == ("aten.native_layer_norm.default",)
+    assert len(report.models) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"disabled_ops": ["aten.exp.default"]}, "needs strict: false"),
+        ({"disabled_ops": ["exp"], "strict": False}, "'aten.exp.default', not 'exp'"),
+        ({"disabled_ops": "aten.exp.default", "strict": False}, "takes a list"),
+        ({"strict": 1}, "true or false, not 1"),
+    ],
+)
+def test_wrong_options_are_told(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionsError, match=message):
+        OpenVINOBackend(options)
+
+
+def test_options_of_one_compile_do_not_reach_another() -> None:
+    module, x = Bessel(), torch.randn(4, 16)
+    compile_module(module, OpenVINOBackend({"strict": False}))(x)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="bessel_j0"):
+        compile_module(module, OpenVINOBackend())(x)
+
+
+def test_weights_digest_tells_weights_apart() -> None:
+    digests = []
+    for seed in (0, 0, 1):
+        torch._dynamo.reset()
+        backend = OpenVINOBackend()
+        compile_module(make_module(seed=seed), backend)(torch.randn(4, 16))
+        digests.append(backend.reports[0].weights_sha256)
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_interpolation_stays_whole() -> None:
+    module = torch.nn.Upsample(scale_factor=2.0, mode="nearest")
+    backend, x = OpenVINOBackend(), torch.randn(1, 3, 8, 8)
+    kernels = torch.ops.aten.upsample_nearest2d.vec.py_kernels.copy()
+    assert torch.equal(compile_module(module, backend)(x), module(x))
+    assert backend.reports[0].models[0].operators <= 8  # as index arithmetic it is 15
+    assert torch.ops.aten.upsample_nearest2d.vec.py_kernels == kernels
 
 
 def test_training_is_refused() -> None:
@@ -163,7 +231,7 @@ def test_cache_serves_the_second_start_and_tells_weights_apart(tmp_path: Path) -
         torch._dynamo.reset()
         module, backend = make_module(seed=seed), OpenVINOBackend(options)
         assert measure_error(compile_module(module, backend)(x), module(x)) < 1e-6
-        assert [report.loaded_from_cache for report in backend.reports] == [is_cached]
+        assert [model.loaded_from_cache for model in backend.reports[0].models] == [is_cached]
 
 
 def test_cache_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:

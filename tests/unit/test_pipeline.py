@@ -57,8 +57,9 @@ def test_openvino_draws_eagers_picture(tiny_model: Path, tiny_sd_model: Path, is
     parts = PARTS if is_xl else PARTS[:3]
     assert list(report["openvino"]) == report["compiled_parts"] == parts
     assert (report["graphs"], report["graph_breaks"]) == (len(parts), 0)
-    for graphs in report["openvino"].values():
-        assert {(graph["devices"], graph["precision"]) for graph in graphs} == {(("CPU",), "f32")}
+    for (graph,) in report["openvino"].values():
+        assert {(model["devices"], model["precision"]) for model in graph["models"]} == {(("CPU",), "f32")}
+        assert graph["operators_outside"] == ()
 
 
 def test_auto_is_near_the_float32_picture(tiny_model: Path) -> None:
