@@ -1,10 +1,11 @@
 """The Stable Diffusion side: configuration, request, load → compile → warm up → generate, picture → JPEG."""
 
+import dataclasses
 import io
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -289,7 +290,7 @@ class LoadedPipeline:
         }
         if self.compilation.backend == "openvino":
             report["openvino"] = {
-                name: [asdict(graph) for graph in backend.reports] for name, backend in self.parts.items()
+                name: [dataclasses.asdict(graph) for graph in backend.reports] for name, backend in self.parts.items()
             }
         return report
 
@@ -308,9 +309,10 @@ def load_pipeline(
     """
     folder = model_dir / config.model_path
     check_model_folder(folder, is_xl=config.is_xl)
-    dtype = choose_dtype(config, compilation, device=device)
+    dtype, compilation = choose_dtype(config, compilation, device=device)
     pipeline = read_pipeline(folder, dtype, is_xl=config.is_xl)
-    pipeline.to(device)
+    if device != "cpu":
+        pipeline.to(device)
     set_scheduler(pipeline, config.scheduler)
     try:
         parts = compile_parts(pipeline, config, compilation)
@@ -348,21 +350,29 @@ def check_model_folder(folder: Path, *, is_xl: bool) -> None:
             raise ConfigError(f"{path} could run code when it is loaded; weights are read from .safetensors only")
 
 
-def choose_dtype(config: HandlerConfig, compilation: CompileConfig, *, device: str) -> str:
-    """Return the type of the weights; `auto` is the shorter type that the device computes in, or else float32."""
+def choose_dtype(config: HandlerConfig, compilation: CompileConfig, *, device: str) -> tuple[str, CompileConfig]:
+    """Return the type of the weights and, where OpenVINO is to compute in another, the options that say so.
+
+    `auto` is the shorter type that the device computes in, or else float32. For OpenVINO on a CPU with bfloat16 the
+    weights stay in float16, the type they are published in: they are mapped from the file instead of converted.
+    """
     if config.dtype != "auto":
-        return config.dtype
+        return config.dtype, compilation
     import openvino
 
     if device != "cpu":
-        return "float16"
-    target = "CPU"
-    if compilation.backend == "openvino":
-        target = (compilation.options or {}).get("device", target)
+        return "float16", compilation
+    options = dict(compilation.options or {}) if compilation.backend == "openvino" else {}
+    target = options.get("device", "CPU")
     abilities = openvino.Core().get_property(target, "OPTIMIZATION_CAPABILITIES")
     if target != "CPU" and "FP16" in abilities:
-        return "float16"
-    return "bfloat16" if "BF16" in abilities else "float32"
+        return "float16", compilation
+    if "BF16" not in abilities:
+        return "float32", compilation
+    if compilation.backend != "openvino":
+        return "bfloat16", compilation
+    options["config"] = {"INFERENCE_PRECISION_HINT": "bf16", **options.get("config", {})}
+    return "float16", dataclasses.replace(compilation, options=options)
 
 
 def read_pipeline(folder: Path, dtype: str, *, is_xl: bool) -> Any:

@@ -35,6 +35,7 @@ _KEPT_WHOLE = (
     aten.upsample_nearest3d.vec,
     aten.upsample_nearest3d.default,
 )
+_SHORT = (torch.float16, torch.bfloat16)
 _PRECISION = "INFERENCE_PRECISION_HINT"
 
 
@@ -169,8 +170,10 @@ class OpenVINOBackend:
 
     def _compile_part(self, part: torch.fx.GraphModule, *, in_float32: bool) -> tuple[CompiledModule, ModelReport]:
         started = time.perf_counter()
+        precision = _name_precision(part)
+        _widen(part)
         model, constants = _convert_graph(part)
-        properties = {_PRECISION: _name_precision(part), **self.options.config}
+        properties = {_PRECISION: precision, **self.options.config}
         if in_float32:
             properties[_PRECISION] = "f32"
         if self.options.model_caching:
@@ -284,6 +287,33 @@ def _bind_constants(
         part.graph.erase_node(placeholder)
     part.recompile()
     return tuple(remaining)
+
+
+def _widen(part: torch.fx.GraphModule) -> None:
+    """Write a graph of a short type in float32 between its inputs, weights and results.
+
+    That is the form of OpenVINO's own models: it keeps the weights in their short type and computes in the type that
+    it is told. A graph whose operators are in the short type makes it store all weights in float32 beside it.
+    """
+
+    def convert(node: torch.fx.Node, dtype: torch.dtype) -> torch.fx.Node:
+        return part.graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
+
+    for node in list(part.graph.nodes):
+        if node.op in ("placeholder", "get_attr") and node.meta["val"].dtype in _SHORT:
+            with part.graph.inserting_after(node):
+                wide = convert(node, torch.float32)
+            node.replace_all_uses_with(wide, delete_user_cb=lambda user, wide=wide: user is not wide)
+        elif node.op == "call_function":
+            node.args = tuple(torch.float32 if each in _SHORT else each for each in node.args)
+            node.kwargs = {name: torch.float32 if each in _SHORT else each for name, each in node.kwargs.items()}
+        elif node.op == "output":
+            with part.graph.inserting_before(node):
+                node.args = torch.fx.map_arg(
+                    node.args,
+                    lambda each: convert(each, each.meta["val"].dtype) if each.meta["val"].dtype in _SHORT else each,
+                )
+    part.recompile()
 
 
 def _convert_graph(part: torch.fx.GraphModule) -> tuple[openvino.Model, int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino
 import pytest
 import torch
 from PIL import Image
@@ -65,7 +66,10 @@ def test_openvino_draws_eagers_picture(tiny_model: Path, tiny_sd_model: Path, is
 def test_auto_is_near_the_float32_picture(tiny_model: Path) -> None:
     reference = make_picture(load(tiny_model))
     loaded = load(tiny_model, "openvino", dtype="auto", warm_up=True)
-    assert loaded.dtype in ("bfloat16", "float32")
+    has_bf16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    assert loaded.dtype == ("float16" if has_bf16 else "float32")
+    (unet,) = loaded.describe()["openvino"]["unet"]
+    assert [model["precision"] for model in unet["models"]] == ["f32", "bf16" if has_bf16 else "f32"]
     assert np.abs(make_picture(loaded) - reference).mean() < 8  # of 255, in bfloat16; 0 in float32
 
 
