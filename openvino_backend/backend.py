@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import logging
+import math
 import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,6 +36,7 @@ _KEPT_WHOLE = (
     aten.upsample_nearest3d.vec,
     aten.upsample_nearest3d.default,
 )
+_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 _SHORT = (torch.float16, torch.bfloat16)
 _PRECISION = "INFERENCE_PRECISION_HINT"
 
@@ -62,7 +64,7 @@ class ModelReport:
         precision: the floating-point type of its arithmetic, as OpenVINO names it: f32, bf16, f16.
         operators: the number of operators it executes.
         inputs: the number of tensors passed at each call.
-        constants: the number of weights and other tensors compiled in.
+        constants: the number of weights and other tensors compiled in, by their type.
         loaded_from_cache: true when it came from the cache instead of being compiled.
         seconds: the time of conversion and compilation.
     """
@@ -71,7 +73,7 @@ class ModelReport:
     precision: str
     operators: int
     inputs: int
-    constants: int
+    constants: Mapping[str, int]
     loaded_from_cache: bool
     seconds: float
 
@@ -128,6 +130,7 @@ class OpenVINOBackend:
         placeholders = graph.graph.find_nodes(op="placeholder")
         if any(isinstance(node.meta["val"], torch.SymInt) for node in placeholders):
             raise OpenVINOBackendError("the graph has dynamic shapes; compile with dynamic=False")
+        _restore_linear(graph.graph)
         values = {placeholders[index].name: value for index, value in constants.items()}
         values |= {node.name: getattr(graph, node.target) for node in graph.graph.find_nodes(op="get_attr")}
         outside = frozenset(self.options.disabled_ops)
@@ -172,7 +175,9 @@ class OpenVINOBackend:
         started = time.perf_counter()
         precision = _name_precision(part)
         _widen(part)
-        model, constants = _convert_graph(part)
+        model = _convert_graph(part)
+        if self.options.weight_compression and not in_float32:
+            model = _compress_weights(model, self.options.weight_compression)
         properties = {_PRECISION: precision, **self.options.config}
         if in_float32:
             properties[_PRECISION] = "f32"
@@ -184,7 +189,7 @@ class OpenVINOBackend:
             precision=compiled.get_property(_PRECISION).get_type_name(),
             operators=len(compiled.get_runtime_model().get_ops()),
             inputs=len(compiled.inputs),
-            constants=constants,
+            constants=_count_constants(model),
             loaded_from_cache=bool(compiled.get_property("LOADED_FROM_CACHE")),
             seconds=round(time.perf_counter() - started, 3),
         )
@@ -220,6 +225,39 @@ def _keep_whole(operators: Iterable[Any]) -> Iterator[None]:
         for each, kernels in saved.items():
             each.py_kernels.update(kernels)
             each._dispatch_cache.clear()
+
+
+def _restore_linear(graph: torch.fx.Graph) -> None:
+    """Write x @ w.t() + b as one linear layer again, which tracing takes apart; NNCF looks for its weight."""
+    for transposed in graph.find_nodes(op="call_function", target=aten.t.default):
+        for user in list(transposed.users):
+            if user.target is aten.mm.default and user.args[1] is transposed:
+                matrix, bias = user.args[0], None
+            elif user.target is aten.addmm.default and user.args[2] is transposed and not user.kwargs:
+                bias, matrix = user.args[:2]
+            else:
+                continue
+            with graph.inserting_before(user):
+                linear = graph.call_function(aten.linear.default, (matrix, transposed.args[0], bias))
+            linear.meta = user.meta
+            user.replace_all_uses_with(linear)
+            graph.erase_node(user)
+            _unflatten(linear)
+    graph.eliminate_dead_code()
+
+
+def _unflatten(linear: torch.fx.Node) -> None:
+    """Let a linear layer take and give its tensors as they are, not as matrices; tracing flattens them before it."""
+    flat = linear.args[0]
+    if flat.target not in _VIEWS:
+        return
+    whole, results = flat.args[0], list(linear.users)
+    shape = whole.meta["val"].shape[:-1]
+    if all(each.target in _VIEWS and each.meta["val"].shape[:-1] == shape for each in results):
+        linear.args = (whole, *linear.args[1:])
+        for each in results:
+            linear.meta = each.meta
+            each.replace_all_uses_with(linear)
 
 
 def _label_parts(graph: torch.fx.Graph, outside: frozenset[str]) -> dict[torch.fx.Node, str]:
@@ -316,8 +354,8 @@ def _widen(part: torch.fx.GraphModule) -> None:
     part.recompile()
 
 
-def _convert_graph(part: torch.fx.GraphModule) -> tuple[openvino.Model, int]:
-    """Return the part as an OpenVINO model, its weights shared with torch, and the number of its constants."""
+def _convert_graph(part: torch.fx.GraphModule) -> openvino.Model:
+    """Return the part as an OpenVINO model that shares its weights with torch."""
     examples = [node.meta["val"] for node in part.graph.find_nodes(op="placeholder")]
     types, shapes = [tensor.dtype for tensor in examples], [tensor.shape for tensor in examples]
     front_end = FrontEndManager().load_by_framework("pytorch")
@@ -335,7 +373,24 @@ def _convert_graph(part: torch.fx.GraphModule) -> tuple[openvino.Model, int]:
         port.get_node().set_element_type(TYPES[tensor.dtype])
         port.get_node().set_partial_shape(openvino.PartialShape(list(tensor.shape)))
     model.validate_nodes_and_infer_types()
-    return model, len(part.graph.find_nodes(op="get_attr"))
+    return model
+
+
+def _compress_weights(model: openvino.Model, mode: str) -> openvino.Model:
+    """Lossy: store the weights of linear layers and convolutions in 8 bits."""
+    import nncf
+
+    return nncf.compress_weights(model, mode=nncf.CompressWeightsMode(mode))
+
+
+def _count_constants(model: openvino.Model) -> dict[str, int]:
+    """Return the number of constants of more than one element by type; integers only where they are weights."""
+    types = [
+        node.get_element_type().get_type_name()
+        for node in model.get_ops()
+        if node.get_type_name() == "Constant" and math.prod(node.shape) > 1
+    ]
+    return {name: types.count(name) for name in ("f32", "f16", "bf16", "i8", "u8") if name in types}
 
 
 def _name_precision(part: torch.fx.GraphModule) -> str:

@@ -12,6 +12,7 @@ _KINDS: dict[str, tuple[type, str]] = {
     "cache_dir": (str, "a folder"),
     "config": (Mapping, "OpenVINO properties by name"),
     "aot_autograd": (bool, "true"),
+    "weight_compression": (str, "int8_sym or int8_asym"),
     "strict": (bool, "true or false"),
     "disabled_ops": (list, "a list of operators such as 'aten.exp.default'"),
 }
@@ -36,6 +37,8 @@ class Options:
         config: OpenVINO properties for the compilation, for example {'INFERENCE_PRECISION_HINT': 'f32'}. Without that
             property a graph runs in the precision of its own weights.
         aot_autograd: accepted because OpenVINO's documentation names it; always on here.
+        weight_compression: store the weights of linear layers and convolutions in 8 bits, one scale per channel, by
+            NNCF; lossy. int8_sym or int8_asym.
         strict: raise where an operator would run in PyTorch; false: let it, and report it.
         disabled_ops: operators to run in PyTorch although OpenVINO has them; needs strict false.
     """
@@ -45,6 +48,7 @@ class Options:
     cache_dir: str = field(default_factory=_find_cache_dir)
     config: Mapping[str, Any] = field(default_factory=dict)
     aot_autograd: bool = True
+    weight_compression: str | None = None
     strict: bool = True
     disabled_ops: Sequence[str] = ()
 
@@ -66,6 +70,10 @@ class Options:
         options = cls(**raw)
         if not options.aot_autograd:
             raise OptionsError("OpenVINO option 'aot_autograd' is always on and takes true, not False")
+        if options.weight_compression not in (None, "int8_sym", "int8_asym"):
+            raise OptionsError(
+                f"OpenVINO option 'weight_compression' takes int8_sym or int8_asym, not {options.weight_compression!r}"
+            )
         if options.disabled_ops and options.strict:
             raise OptionsError("OpenVINO option 'disabled_ops' lets operators run in PyTorch and needs strict: false")
         _check_operators(options.disabled_ops)

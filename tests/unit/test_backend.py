@@ -43,7 +43,12 @@ def test_float32_is_the_same_to_rounding() -> None:
     result = compile_module(module, backend)(x)
     assert measure_error(result, module(x)) < 1e-6
     ((report,),) = (graph.models for graph in backend.reports)
-    assert (report.devices, report.precision, report.inputs, report.constants) == (("CPU",), "f32", 1, 6)
+    assert (report.devices, report.precision, report.inputs, report.constants) == (
+        ("CPU",),
+        "f32",
+        1,
+        {"f32": 6},
+    )
     assert not report.loaded_from_cache
 
 
@@ -245,3 +250,30 @@ def test_dynamo_finds_it_by_name() -> None:
     module, x = make_module(), torch.randn(4, 16)
     compiled = torch.compile(module, backend="openvino_backend", dynamic=False, options={"device": "CPU"})
     assert measure_error(compiled(x), module(x)) < 1e-6
+
+
+@needs_bf16
+@pytest.mark.parametrize(("mode", "kind", "tensors"), [("int8_sym", "i8", 1), ("int8_asym", "u8", 2)])
+def test_weight_compression(mode: str, kind: str, tensors: int) -> None:
+    module = torch.nn.Sequential(torch.nn.Conv2d(4, 32, 3), torch.nn.Flatten(), torch.nn.Linear(512, 64))
+    x = torch.randn(2, 4, 6, 6)
+    reference = module(x)
+    config = {"INFERENCE_PRECISION_HINT": "bf16"}
+    backend = OpenVINOBackend({"weight_compression": mode, "config": config})
+    result = compile_module(module.half(), backend)(x.half()).float()
+    assert 1e-4 < measure_error(result, reference) < 0.02
+    assert backend.reports[0].models[0].constants[kind] == 2 * tensors  # both layers
+
+
+def test_short_weights_stay_short() -> None:
+    module, x = make_module().half(), torch.randn(4, 16).half()
+    backend = OpenVINOBackend({"config": {"INFERENCE_PRECISION_HINT": "f32"}})
+    compile_module(module, backend)(x)
+    assert backend.reports[0].models[0].constants == {"f16": 6}
+
+
+def test_linear_layers_stay_whole() -> None:
+    backend, x = OpenVINOBackend(), torch.randn(2, 3, 5, 16)
+    module = torch.nn.Linear(16, 8)
+    assert measure_error(compile_module(module, backend)(x), module(x)) < 1e-6
+    assert backend.reports[0].models[0].operators <= 5  # input, two constants, linear layer, output

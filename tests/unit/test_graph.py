@@ -1,0 +1,91 @@
+"""The graphs that reach OpenVINO, against OpenVINO's own conversion of the same modules."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openvino
+import pytest
+import torch
+
+from openvino_backend import OpenVINOBackend
+from pipeline_utils import read_pipeline
+
+SIZE, TOKENS = 16, 77
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_model: Path) -> Any:
+    return read_pipeline(tiny_model, "float32", is_xl=True)
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+class Call(torch.nn.Module):
+    """A module and a way to call it, as one module of tensors only: the form that OpenVINO's converter takes."""
+
+    def __init__(self, module: torch.nn.Module, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module, self.call = module, call
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        return self.call(self.module, *inputs)
+
+
+def make_case(pipeline: Any, name: str) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
+    if name == "unet":
+        times = torch.tensor([[128.0, 128, 0, 0, 128, 128]] * 2)
+        inputs = (torch.randn(2, 4, SIZE, SIZE), torch.tensor(500.0), torch.randn(2, TOKENS, 64))
+        return Call(
+            pipeline.unet,
+            lambda unet, x, t, text, pooled, times: unet(
+                x, t, text, added_cond_kwargs={"text_embeds": pooled, "time_ids": times}, return_dict=False
+            ),
+        ), (*inputs, torch.randn(2, 32), times)
+    if name == "vae":
+        return Call(pipeline.vae, lambda vae, x: vae.decode(x, return_dict=False)), (torch.randn(1, 4, SIZE, SIZE),)
+    encoder = getattr(pipeline, name)
+    encoder(torch.zeros(1, 1, dtype=torch.long), output_hidden_states=True)
+    call = lambda module, ids: module(ids, output_hidden_states=True).hidden_states[-2]  # noqa: E731
+    return Call(encoder, call), (torch.randint(0, 500, (1, TOKENS)),)
+
+
+def count_operators(models: list[openvino.CompiledModel]) -> Counter[str]:
+    """Return the number of operators by kind that are executed; constants and the ends of the graph are none."""
+    kinds = [
+        str(node.get_rt_info()["layerType"].astype(str))
+        for model in models
+        for node in model.get_runtime_model().get_ops()
+    ]
+    return Counter(kind for kind in kinds if kind not in ("Const", "Input", "Output"))
+
+
+@pytest.mark.parametrize("name", ["unet", "vae", "text_encoder", "text_encoder_2"])
+def test_graph_is_no_longer_than_openvinos_own(
+    pipeline: Any, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, inputs = make_case(pipeline, name)
+    properties = {"INFERENCE_PRECISION_HINT": "f32"}
+    native = openvino.convert_model(module.eval(), example_input=inputs)
+    native.reshape({port: tuple(tensor.shape) for port, tensor in zip(native.inputs, inputs, strict=True)})
+    compiled: list[openvino.CompiledModel] = []
+    compile_model = openvino.Core.compile_model
+
+    def spy(core: openvino.Core, *arguments: Any) -> openvino.CompiledModel:
+        compiled.append(compile_model(core, *arguments))
+        return compiled[-1]
+
+    theirs = count_operators([openvino.Core().compile_model(native, "CPU", properties)])
+    monkeypatch.setattr(openvino.Core, "compile_model", spy)
+    torch.compile(module, backend=OpenVINOBackend({"config": properties}), fullgraph=True, dynamic=False)(*inputs)
+    ours = count_operators(compiled)
+    assert ours.total() <= theirs.total(), (ours - theirs, theirs - ours)
+    for kind in ("MVN", "ScaledDotProductAttention", "Interpolate", "FullyConnected", "Convolution"):
+        assert ours[kind] == theirs[kind]
