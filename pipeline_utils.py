@@ -294,6 +294,21 @@ class LoadedPipeline:
             }
         return report
 
+    def measure_parts(self) -> dict[str, dict[str, float]]:
+        """Return for each part that OpenVINO runs the figures of its report that are worth watching, by their name."""
+        if self.compilation.backend != "openvino":
+            return {}
+        figures = {}
+        for name, backend in self.parts.items():
+            models = [model for graph in backend.reports for model in graph.models]
+            figures[name] = {
+                "OpenVINOModels": len(models),
+                "OpenVINOModelsFromCache": sum(model.loaded_from_cache for model in models),
+                "OpenVINOOperatorsOutside": sum(len(graph.operators_outside) for graph in backend.reports),
+                "OpenVINOCompileSeconds": sum(model.seconds for model in models),
+            }
+        return figures
+
 
 def load_pipeline(
     config: HandlerConfig, compilation: CompileConfig, *, model_dir: Path, device: str = "cpu"

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from ts.handler_utils.timer import timed
+from ts.metrics.dimension import Dimension
+from ts.metrics.metric_type_enum import MetricTypes
 
 from pipeline_utils import (
     CompileConfig,
@@ -51,6 +53,11 @@ class StableDiffusionHandler:
             model_dir=Path(properties["model_dir"]),
             device=device,
         )
+        for part, figures in self.loaded.measure_parts().items():
+            for name, value in figures.items():
+                context.metrics.add_metric(
+                    name, value, "count", dimensions=[Dimension("Part", part)], metric_type=MetricTypes.GAUGE
+                )
         logger.info("Ready: %s", json.dumps(self.loaded.describe()))
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[Any]:

@@ -19,7 +19,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.passes.split_module import split_module
 
-from openvino_backend.options import Options
+from openvino_backend.cache import open_entry
+from openvino_backend.options import Options, split_device
 from openvino_backend.runtime import TYPES, CompiledModule
 
 logger = logging.getLogger(__name__)
@@ -111,6 +112,11 @@ class OpenVINOBackend:
 
     def __call__(self, graph: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile a graph of dynamo's; called by torch.compile."""
+        if len(self.reports) >= self.options.max_graphs:
+            raise OpenVINOBackendError(
+                f"{len(self.reports)} graphs are compiled already, each with its weights: call the module with fewer "
+                "different shapes, or raise the option 'max_graphs'"
+            )
         placeholders = graph.graph.find_nodes(op="placeholder")
         constants = {
             index: value.detach()
@@ -130,22 +136,30 @@ class OpenVINOBackend:
         placeholders = graph.graph.find_nodes(op="placeholder")
         if any(isinstance(node.meta["val"], torch.SymInt) for node in placeholders):
             raise OpenVINOBackendError("the graph has dynamic shapes; compile with dynamic=False")
+        changed = set(torch._guards.TracingContext.get().fw_metadata.mutated_inp_runtime_indices) & set(constants)
+        if changed:
+            names = ", ".join(sorted(placeholders[index].name for index in changed))
+            raise OpenVINOBackendError(
+                f"the module changes its own parameters or buffers ({names}), which are compiled in"
+            )
         _restore_linear(graph.graph)
         values = {placeholders[index].name: value for index, value in constants.items()}
         values |= {node.name: getattr(graph, node.target) for node in graph.graph.find_nodes(op="get_attr")}
+        weights_sha256 = _digest(values)
         outside = frozenset(self.options.disabled_ops)
         while True:
             try:
-                split, models = self._compile_parts(graph, values, outside)
+                split, models = self._compile_parts(graph, values, outside, weights_sha256=weights_sha256)
                 break
             except UnsupportedOperatorsError as error:
                 if self.options.strict:
                     raise
                 outside |= error.operators
-        report = GraphReport(models, _name_operators(graph.graph, outside), _digest(values))
+        report = GraphReport(models, _name_operators(graph.graph, outside), weights_sha256)
         if report.operators_outside:
             logger.warning("These operators run in PyTorch, not on OpenVINO: %s", ", ".join(report.operators_outside))
         self.reports.append(report)
+        logger.info("OpenVINO runs graph %d of at most %d: %s", len(self.reports), self.options.max_graphs, report)
 
         def run(arguments: list[Any]) -> Any:
             with torch.no_grad():
@@ -155,7 +169,12 @@ class OpenVINOBackend:
         return run
 
     def _compile_parts(
-        self, graph: torch.fx.GraphModule, values: Mapping[str, torch.Tensor], outside: frozenset[str]
+        self,
+        graph: torch.fx.GraphModule,
+        values: Mapping[str, torch.Tensor],
+        outside: frozenset[str],
+        *,
+        weights_sha256: str,
     ) -> tuple[torch.fx.GraphModule, tuple[ModelReport, ...]]:
         """Split the graph into parts by engine and precision, and compile those that OpenVINO runs."""
         labels = _label_parts(graph.graph, outside)
@@ -165,13 +184,16 @@ class OpenVINOBackend:
             part = split.get_submodule(node.target)
             node.args = _bind_constants(part, node.args, values)
             if not node.target.endswith("pytorch"):
-                compiled, report = self._compile_part(part, in_float32=node.target.endswith("float32"))
+                in_float32 = node.target.endswith("float32")
+                compiled, report = self._compile_part(part, in_float32=in_float32, weights_sha256=weights_sha256)
                 split.set_submodule(node.target, compiled)
                 models.append(report)
         split.recompile()
         return split, tuple(models)
 
-    def _compile_part(self, part: torch.fx.GraphModule, *, in_float32: bool) -> tuple[CompiledModule, ModelReport]:
+    def _compile_part(
+        self, part: torch.fx.GraphModule, *, in_float32: bool, weights_sha256: str
+    ) -> tuple[CompiledModule, ModelReport]:
         started = time.perf_counter()
         precision = _name_precision(part)
         _widen(part)
@@ -181,12 +203,11 @@ class OpenVINOBackend:
         properties = {_PRECISION: precision, **self.options.config}
         if in_float32:
             properties[_PRECISION] = "f32"
-        if self.options.model_caching:
-            properties.setdefault("CACHE_DIR", str(_make_cache_dir(self.options.cache_dir)))
-        compiled = openvino.Core().compile_model(model, self.options.device, properties)
+        with self._open_cache(part, properties, weights_sha256) as cache:
+            compiled = openvino.Core().compile_model(model, self.options.device, {**properties, **cache})
         report = ModelReport(
             devices=tuple(compiled.get_property("EXECUTION_DEVICES")),
-            precision=compiled.get_property(_PRECISION).get_type_name(),
+            precision=self._read_precision(compiled),
             operators=len(compiled.get_runtime_model().get_ops()),
             inputs=len(compiled.inputs),
             constants=_count_constants(model),
@@ -199,6 +220,36 @@ class OpenVINOBackend:
                 f"{properties[_PRECISION]}; accept it with config: {{'{_PRECISION}': '{report.precision}'}}"
             )
         return CompiledModule(compiled), report
+
+    @contextlib.contextmanager
+    def _open_cache(
+        self, part: torch.fx.GraphModule, properties: Mapping[str, Any], weights_sha256: str
+    ) -> Iterator[dict[str, str]]:
+        """Give the properties that let OpenVINO read and write the part's entry of the cache, if there is to be one."""
+        if not self.options.model_caching:
+            yield {}
+            return
+        ingredients = (
+            *(part.code, [str(node.meta["val"]) for node in part.graph.find_nodes(op="placeholder")]),
+            *(weights_sha256, self.options.device, sorted(properties.items())),
+            *(self.options.weight_compression, openvino.get_version(), torch.__version__),
+        )
+        key = hashlib.sha256(repr(ingredients).encode()).hexdigest()[:32]
+        try:
+            with open_entry(Path(self.options.cache_dir), key) as folder:
+                yield {"CACHE_DIR": str(folder)}
+        except OSError as error:
+            raise OpenVINOBackendError(f"cannot use the cache folder {self.options.cache_dir}: {error}") from error
+
+    def _read_precision(self, compiled: openvino.CompiledModel) -> str:
+        """Return the type that the model computes in; of several devices, all that differ."""
+        kind, _ = split_device(self.options.device)
+        several = (
+            [compiled.get_property(_PRECISION)]
+            if kind in (None, "BATCH")
+            else [properties[_PRECISION] for properties in compiled.get_property("DEVICE_PROPERTIES").values()]
+        )
+        return "+".join(sorted({each.get_type_name() for each in several}))
 
 
 def compile_graph(
@@ -410,12 +461,3 @@ def _digest(values: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _make_cache_dir(name: str) -> Path:
-    folder = Path(name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OpenVINOBackendError(f"cannot make the cache folder {folder}: {error}") from error
-    return folder

@@ -12,6 +12,7 @@ _KINDS: dict[str, tuple[type, str]] = {
     "cache_dir": (str, "a folder"),
     "config": (Mapping, "OpenVINO properties by name"),
     "aot_autograd": (bool, "true"),
+    "max_graphs": (int, "a number from 1"),
     "weight_compression": (str, "int8_sym or int8_asym"),
     "strict": (bool, "true or false"),
     "disabled_ops": (list, "a list of operators such as 'aten.exp.default'"),
@@ -31,12 +32,13 @@ class Options:
     """What torch.compile's `options` may hold for this backend.
 
     Attributes:
-        device: a device of this machine by OpenVINO's name: CPU, GPU, GPU.1.
+        device: a device of this machine by OpenVINO's name: CPU, GPU, GPU.1, or several: AUTO:GPU,CPU.
         model_caching: keep compiled models in `cache_dir` and load them from there on the next start.
         cache_dir: the folder of the cache; without it `openvino_backend` in $XDG_CACHE_HOME or ~/.cache.
         config: OpenVINO properties for the compilation, for example {'INFERENCE_PRECISION_HINT': 'f32'}. Without that
             property a graph runs in the precision of its own weights.
         aot_autograd: accepted because OpenVINO's documentation names it; always on here.
+        max_graphs: the number of graphs to compile; each new shape of the inputs is one more, with its own weights.
         weight_compression: store the weights of linear layers and convolutions in 8 bits, one scale per channel, by
             NNCF; lossy. int8_sym or int8_asym.
         strict: raise where an operator would run in PyTorch; false: let it, and report it.
@@ -48,6 +50,7 @@ class Options:
     cache_dir: str = field(default_factory=_find_cache_dir)
     config: Mapping[str, Any] = field(default_factory=dict)
     aot_autograd: bool = True
+    max_graphs: int = 4
     weight_compression: str | None = None
     strict: bool = True
     disabled_ops: Sequence[str] = ()
@@ -70,6 +73,8 @@ class Options:
         options = cls(**raw)
         if not options.aot_autograd:
             raise OptionsError("OpenVINO option 'aot_autograd' is always on and takes true, not False")
+        if isinstance(options.max_graphs, bool) or options.max_graphs < 1:
+            raise OptionsError(f"OpenVINO option 'max_graphs' takes a number from 1, not {options.max_graphs!r}")
         if options.weight_compression not in (None, "int8_sym", "int8_asym"):
             raise OptionsError(
                 f"OpenVINO option 'weight_compression' takes int8_sym or int8_asym, not {options.weight_compression!r}"
@@ -81,15 +86,34 @@ class Options:
         return options
 
 
+def split_device(device: str) -> tuple[str | None, list[str]]:
+    """Return the kind of a device that stands for several, or None, and the names of the real ones.
+
+    AUTO:GPU,CPU is AUTO over GPU and CPU; AUTO alone is over all of the machine's.
+    """
+    import openvino
+
+    kind, _, listed = device.partition(":")
+    if kind not in ("AUTO", "BATCH", "HETERO", "MULTI"):
+        return None, [device]
+    names = [name.strip().lstrip("-").partition("(")[0] for name in listed.split(",") if name.strip()]
+    return kind, names or list(openvino.Core().available_devices)
+
+
 def _check_device(options: Options) -> None:
     """Refuse a device that OpenVINO does not see, and properties that the device does not have."""
     import openvino
 
     core = openvino.Core()
     devices = core.available_devices
-    if options.device not in devices and f"{options.device}.0" not in devices:  # GPU stands for GPU.0
-        raise OptionsError(f"OpenVINO option 'device' takes one of {', '.join(devices)} here, not {options.device!r}")
-    properties = core.get_property(options.device, "SUPPORTED_PROPERTIES")
+    kind, names = split_device(options.device)
+    for name in names:
+        if name not in devices and f"{name}.0" not in devices:  # GPU stands for GPU.0
+            raise OptionsError(
+                f"OpenVINO option 'device' takes {', '.join(devices)} here, or AUTO, HETERO, MULTI or BATCH with a "
+                f"list of these, not {options.device!r}"
+            )
+    properties = {each for name in [*names, kind] if name for each in core.get_property(name, "SUPPORTED_PROPERTIES")}
     for name in options.config:
         if name not in properties:
             raise OptionsError(

@@ -49,6 +49,8 @@ def serve_pictures(folder: Path, model: Path, settings: str) -> dict[str, Any]:
             found = re.findall(rf"result=\[METRICS\]ts_handler_{stage}\.Milliseconds:([\d.e-]+)\|", server.log)
             assert len(found) == 2  # one for each picture
             assert all(float(value) > 0 for value in found)
+        outside = re.findall(r"result=\[METRICS\]OpenVINOOperatorsOutside\.count:([\d.]+)\|#Part:(\w+)", server.log)
+        assert dict((part, float(value)) for value, part in outside) == dict.fromkeys(report.get("openvino", {}), 0)
     return report
 
 

@@ -108,6 +108,8 @@ def test_nobody_gets_in_without_a_token(server: LocalServer, headers: dict[str, 
         answer = requests.request(method, url, headers=headers, timeout=60)
         assert answer.status_code == 400, url
         assert answer.json()["type"] == "InvalidKeyException"
+    with pytest.raises(requests.ConnectionError):  # the metrics endpoint, which knows no tokens
+        requests.get(f"http://127.0.0.1:{server.ports['metrics_address']}/metrics", headers=headers, timeout=60)
 
 
 def test_models_cannot_be_registered(server: LocalServer) -> None:

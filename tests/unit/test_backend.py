@@ -1,18 +1,18 @@
 """openvino_backend on its own: small modules, real OpenVINO."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import openvino
 import pytest
 import torch
 
 from openvino_backend import OpenVINOBackend, OptionsError, UnsupportedOperatorsError
-
-HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="this CPU computes in float32 only")
+from scripts.local_server import ROOT
+from tests.unit.modules import Bessel, TimeEmbedding, make_module, measure_error, needs_bf16
 
 
 @pytest.fixture(autouse=True)
@@ -23,19 +23,9 @@ def _inference() -> Iterator[None]:
         yield
 
 
-def make_module(*, seed: int = 0) -> torch.nn.Module:
-    torch.manual_seed(seed)
-    return torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.LayerNorm(32), torch.nn.GELU(), torch.nn.Linear(32, 8))
-
-
 def compile_module(module: torch.nn.Module, backend: OpenVINOBackend) -> torch.nn.Module:
     compiled: torch.nn.Module = torch.compile(module, backend=backend, fullgraph=True, dynamic=False)
     return compiled
-
-
-def measure_error(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return the relative L2 distance."""
-    return float((value.double() - reference.double()).norm() / reference.double().norm())
 
 
 def test_float32_is_the_same_to_rounding() -> None:
@@ -64,19 +54,6 @@ def test_bfloat16_is_as_near_as_torchs_own() -> None:
     assert measure_error(result, reference) <= 1.2 * torchs_error
 
 
-class TimeEmbedding(torch.nn.Module):
-    """Sines of large angles before a linear layer, as in a diffusion model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = torch.nn.Linear(64, 64)
-
-    def forward(self, time: torch.Tensor) -> torch.Tensor:
-        angles = time[:, None].float() * torch.exp(-0.1 * torch.arange(32))
-        waves = torch.cat([angles.sin(), angles.cos()], dim=-1)
-        return self.linear(waves.to(self.linear.weight.dtype))
-
-
 @needs_bf16
 def test_sines_stay_in_float32() -> None:
     module, backend, time = TimeEmbedding(), OpenVINOBackend(), torch.tensor([981.0, 777.0])
@@ -96,18 +73,6 @@ def test_another_precision_than_asked_for_is_refused() -> None:
     backend = OpenVINOBackend({"config": {"INFERENCE_PRECISION_HINT": "f32"}})
     result = compile_module(module, backend)(torch.randn(4, 16).half())
     assert (result.dtype, backend.reports[0].models[0].precision) == (torch.float16, "f32")
-
-
-class Bessel(torch.nn.Module):
-    """A module with an operator that OpenVINO lacks in its middle, with weights before and after."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.before, self.after = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        skipped = self.before(x)
-        return self.after(torch.special.bessel_j0(skipped)) + skipped
 
 
 def test_operator_unknown_to_openvino_is_refused_by_name() -> None:
@@ -141,6 +106,10 @@ def test_disabled_operators_run_in_pytorch() -> None:
         ({"disabled_ops": ["exp"], "strict": False}, "'aten.exp.default', not 'exp'"),
         ({"disabled_ops": "aten.exp.default", "strict": False}, "takes a list"),
         ({"strict": 1}, "true or false, not 1"),
+        ({"max_graphs": 0}, "a number from 1, not 0"),
+        ({"max_graphs": True}, "a number from 1, not True"),
+        ({"weight_compression": "int4"}, "int8_sym or int8_asym, not 'int4'"),
+        ({"device": "AUTO:GPU.7,CPU"}, "takes CPU.*not 'AUTO:GPU.7,CPU'"),
     ],
 )
 def test_wrong_options_are_told(options: dict[str, Any], message: str) -> None:
@@ -180,6 +149,20 @@ def test_training_is_refused() -> None:
         compile_module(make_module(), OpenVINOBackend())(torch.randn(4, 16))
 
 
+def test_module_that_changes_its_buffers_is_refused() -> None:
+    class Counter(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return x + self.calls
+
+    with pytest.raises(Exception, match="changes its own parameters or buffers"):
+        compile_module(Counter(), OpenVINOBackend())(torch.randn(4))
+
+
 def test_dynamic_shapes_are_refused() -> None:
     compiled = torch.compile(make_module(), backend=OpenVINOBackend(), dynamic=True)
     with pytest.raises(Exception, match="dynamic=False"):
@@ -193,6 +176,24 @@ def test_new_shape_is_compiled_anew() -> None:
         x = torch.randn(rows, 16)
         assert measure_error(compiled(x), module(x)) < 1e-6
     assert len(backend.reports) == 2
+
+
+def test_shapes_past_the_bound_are_refused() -> None:
+    compiled = compile_module(make_module(), OpenVINOBackend({"max_graphs": 2}))
+    for rows in (2, 3, 2):
+        compiled(torch.randn(rows, 16))
+    with pytest.raises(Exception, match="fewer different shapes, or raise the option 'max_graphs'"):
+        compiled(torch.randn(4, 16))
+    compiled(torch.randn(3, 16))
+
+
+@pytest.mark.parametrize("device", ["AUTO", "AUTO:CPU", "HETERO:CPU", "MULTI:CPU", "BATCH:CPU"])
+def test_devices_that_stand_for_several(device: str) -> None:
+    module, x = make_module(), torch.randn(4, 16)
+    backend = OpenVINOBackend({"device": device, "config": {"INFERENCE_PRECISION_HINT": "f32"}})
+    assert measure_error(compile_module(module, backend)(x), module(x)) < 1e-6
+    (model,) = backend.reports[0].models
+    assert (model.devices, model.precision) == (("CPU",), "f32")
 
 
 def test_results_are_not_overwritten_by_later_calls() -> None:
@@ -239,10 +240,49 @@ def test_cache_serves_the_second_start_and_tells_weights_apart(tmp_path: Path) -
         assert [model.loaded_from_cache for model in backend.reports[0].models] == [is_cached]
 
 
+def run_cached(folder: Path) -> tuple[float, bool]:
+    """Compile the same module anew; return its error, and whether it came from the cache."""
+    torch._dynamo.reset()
+    module, x = make_module(), torch.randn(4, 16)
+    backend = OpenVINOBackend({"model_caching": True, "cache_dir": str(folder)})
+    error = measure_error(compile_module(module, backend)(x), module(x))
+    return error, backend.reports[0].models[0].loaded_from_cache
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "cut short", "unfinished"])
+def test_damaged_cache_entry_is_made_anew(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    run_cached(tmp_path)
+    (blob,) = tmp_path.glob("*/*.blob")
+    content = bytearray(blob.read_bytes())
+    blob.chmod(0o600)
+    if damage == "flipped bit":
+        content[600] ^= 1  # OpenVINO itself takes this entry and computes wrong numbers
+    blob.write_bytes(content[: len(content) // 2] if damage == "cut short" else content)
+    if damage == "unfinished":
+        (blob.parent / "seal.json").unlink()
+    for is_cached in (False, True):
+        error, loaded_from_cache = run_cached(tmp_path)
+        assert error < 1e-6
+        assert loaded_from_cache is is_cached
+    assert caplog.text.count("is damaged or unfinished; it is made anew") == 1
+
+
+def test_two_processes_share_a_cache_entry(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch; from pathlib import Path; from tests.unit.test_backend import run_cached\n"
+        "with torch.no_grad(): print(*run_cached(Path(sys.argv[1])))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = [process.communicate(timeout=120)[0].split()[-2:] for process in both]
+    assert sorted(is_cached for _, is_cached in printed) == ["False", "True"]
+    assert all(float(error) < 1e-6 for error, _ in printed)
+
+
 def test_cache_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     backend = OpenVINOBackend({"model_caching": True, "cache_dir": str(tmp_path / "file" / "cache")})
-    with pytest.raises(Exception, match="cannot make the cache folder"):
+    with pytest.raises(Exception, match="cannot use the cache folder"):
         compile_module(make_module(), backend)(torch.randn(4, 16))
 
 

@@ -21,10 +21,9 @@ import pytest
 import torch
 
 from openvino_backend import OpenVINOBackend, OptionsError
+from tests.unit.modules import Bessel, TimeEmbedding, make_module, measure_error, needs_bf16
 
 Result = TypeVar("Result")
-HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="this CPU computes in float32 only")
 AOT = {"aot_autograd": True}
 FLOAT32 = MappingProxyType({"INFERENCE_PRECISION_HINT": "f32"})
 BESSEL = "aten.special_bessel_j0.default"
@@ -44,30 +43,6 @@ class Attention(torch.nn.Module):
         return mixed.transpose(1, 2).reshape(batch, length, 16)
 
 
-class Bessel(torch.nn.Module):
-    """A module with an operator that OpenVINO lacks between two linear layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.before, self.after = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.after(torch.special.bessel_j0(self.before(x)))
-
-
-class TimeEmbedding(torch.nn.Module):
-    """Sines of large angles before a linear layer, as in a diffusion model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = torch.nn.Linear(64, 64)
-
-    def forward(self, time: torch.Tensor) -> torch.Tensor:
-        angles = time[:, None].float() * torch.exp(-0.1 * torch.arange(32))
-        waves = torch.cat([angles.sin(), angles.cos()], dim=-1)
-        return self.linear(waves.to(self.linear.weight.dtype))
-
-
 class Table(torch.nn.Module):
     """A module whose only numbers are a table in its configuration."""
 
@@ -77,12 +52,6 @@ class Table(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (x * torch.tensor(self.table) + 1).exp()
-
-
-def make_module(*, seed: int = 0) -> torch.nn.Module:
-    torch.manual_seed(seed)
-    layers = (torch.nn.Linear(16, 32), torch.nn.LayerNorm(32), torch.nn.GELU(), torch.nn.Linear(32, 8))
-    return torch.nn.Sequential(*layers).requires_grad_(False)
 
 
 def make_convolutions() -> torch.nn.Module:
@@ -98,11 +67,6 @@ TIME = torch.tensor([981.0, 777.0])
 PICTURE = make_input(1, 3, 8, 8)
 ROWS = make_input(4, 16)
 TABLES = ((1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
-
-
-def measure_error(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return the relative L2 distance."""
-    return float((value.double() - reference.double()).norm() / reference.double().norm())
 
 
 def name_layers(compiled: openvino.CompiledModel) -> tuple[str, ...]:
