@@ -64,7 +64,7 @@ class StableDiffusionHandler:
         """Answer a batch: one JPEG or JSON error for each request, with its own status."""
         self.context = context
         if context.get_request_header(0, "describe") == "True":
-            return [self.loaded.describe()]
+            return [self.loaded.describe()] * len(data)
         return self.postprocess(self.inference(self.preprocess(data)))
 
     @timed
@@ -84,11 +84,11 @@ class StableDiffusionHandler:
 
     def _read_request(self, index: int, row: dict[str, Any]) -> GenerationRequest | Exception:
         body = row.get("body", row.get("data"))
-        content_type = self.context.get_request_header(index, "Content-Type") or ""
+        headers = {name.lower(): value for name, value in self.context.get_all_request_header(index).items()}
         try:
             if not isinstance(body, (bytes, bytearray)):
                 raise RequestError("the request has no body; it takes the prompt as text or as JSON", param="prompt")
-            return GenerationRequest.parse(bytes(body), content_type, self.loaded.config)
+            return GenerationRequest.parse(bytes(body), headers.get("content-type", ""), self.loaded.config)
         except RequestError as error:
             return error
 

@@ -49,6 +49,12 @@ def test_prompt_as_a_form_field_gets_a_picture(server: LocalServer) -> None:
     assert answer.status_code == 200, answer.text
 
 
+def test_header_names_may_be_in_lower_case(server: LocalServer) -> None:
+    headers = {**server.get_headers(), "content-type": "text/plain"}
+    body = b'{"promt": "this is a prompt, since the body is text"}'
+    assert requests.post(server.url, data=body, headers=headers, timeout=60).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("body", "content_type", "message", "param"),
     [

@@ -1,0 +1,122 @@
+"""Measure pictures through the server, one configuration of `pt2` after the other; one line of JSON for each."""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import requests
+import yaml
+
+from scripts.demo import make_model
+from scripts.local_server import ROOT, LocalServer, make_archive
+
+
+class PeakMemory(threading.Thread):
+    """Watch the resident memory of the server and its workers, mapped files included.
+
+    Attributes:
+        gigabytes: the most that was seen.
+    """
+
+    def __init__(self, server: LocalServer) -> None:
+        super().__init__(daemon=True)
+        self.gigabytes = 0.0
+        self._server = server
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        while not self._stopped.wait(0.5):
+            used = 0
+            for process in self._server.find_processes():
+                try:
+                    used += process.memory_info().rss
+                except psutil.Error:
+                    continue
+            self.gigabytes = max(self.gigabytes, used / 1e9)
+
+    def __enter__(self) -> "PeakMemory":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+
+
+def measure(pt2: Any, handler: dict[str, Any], *, model: Path, requests_made: int) -> dict[str, Any]:
+    """Serve some pictures and return the times in seconds, and what ran."""
+    settings = yaml.safe_load((ROOT / "model-config.yaml").read_text())
+    settings["handler"] |= {"profile": True, **handler}
+    settings["pt2"] = pt2
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_archive(
+            folder, model, yaml.safe_dump({key: value for key, value in settings.items() if value is not None})
+        )
+        server, started = LocalServer(folder, timeout=3600), time.perf_counter()
+        with PeakMemory(server) as memory, server:
+            ready, times = time.perf_counter() - started, []
+            for _ in range(requests_made):
+                started = time.perf_counter()
+                answer = requests.post(server.url, data="a red fox", headers=server.get_headers(), timeout=3600)
+                answer.raise_for_status()
+                times.append(time.perf_counter() - started)
+            ran = server.describe(customized=True)["customizedMetadata"]
+            encoding = re.findall(r"result=\[METRICS\]ts_handler_postprocess\.Milliseconds:([\d.]+)", server.log)
+    return {
+        "pt2": pt2,
+        "ready": round(ready, 1),
+        "first": round(times[0], 2),
+        "later_median": round(statistics.median(times[1:]), 2),
+        "later_spread": [round(min(times[1:]), 2), round(max(times[1:]), 2)],
+        "postprocess_ms": [round(float(value), 1) for value in encoding],
+        "peak_gigabytes": round(memory.gigabytes, 1),
+        "ran": summarise(ran),
+    }
+
+
+def summarise(ran: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of the server's description that a table has room for."""
+    models = {
+        part: [model for graph in graphs for model in graph["models"]]
+        for part, graphs in ran.get("openvino", {}).items()
+    }
+    return {
+        **{key: ran[key] for key in ("backend", "dtype", "graphs", "graph_breaks")},
+        **{part: [f"{each['precision']} on {'+'.join(each['devices'])}" for each in models[part]] for part in models},
+        "from_cache": sum(each["loaded_from_cache"] for part in models.values() for each in part),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pt2", nargs="*", help="configurations as YAML (default: those of the README's table)")
+    parser.add_argument("--model", type=Path, help="a pipeline's folder (default: the demonstration's small model)")
+    parser.add_argument("--handler", default="{}", help="settings of the handler section as YAML")
+    parser.add_argument("--requests", type=int, default=5, metavar="N", help="from 2 (default: %(default)s)")
+    options = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # so that Inductor starts cold too
+        cached = {"backend": "openvino", "options": {"model_caching": True, "cache_dir": cache}}
+        inductor = {"backend": "inductor", "mode": "reduce-overhead"}
+        chosen = [yaml.safe_load(text) for text in options.pt2] or [None, inductor, "openvino", cached, cached]
+        for pt2 in chosen:
+            figures = measure(
+                pt2,
+                yaml.safe_load(options.handler),
+                model=options.model or make_model(),
+                requests_made=options.requests,
+            )
+            print(json.dumps(figures), flush=True)
+
+
+if __name__ == "__main__":
+    main()
