@@ -375,12 +375,14 @@ def choose_dtype(config: HandlerConfig, compilation: CompileConfig, *, device: s
         return config.dtype, compilation
     import openvino
 
+    import openvino_backend
+
     if device != "cpu":
         return "float16", compilation
     options = dict(compilation.options or {}) if compilation.backend == "openvino" else {}
-    target = options.get("device", "CPU")
-    abilities = openvino.Core().get_property(target, "OPTIMIZATION_CAPABILITIES")
-    if target != "CPU" and "FP16" in abilities:
+    core, (_, targets) = openvino.Core(), openvino_backend.split_device(options.get("device", "CPU"))
+    abilities = set.intersection(*(set(core.get_property(name, "OPTIMIZATION_CAPABILITIES")) for name in targets))
+    if "FP16" in abilities and "CPU" not in targets:
         return "float16", compilation
     if "BF16" not in abilities:
         return "float32", compilation

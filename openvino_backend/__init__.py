@@ -8,7 +8,7 @@ from openvino_backend.backend import (
     UnsupportedOperatorsError,
     compile_graph,
 )
-from openvino_backend.options import Options, OptionsError
+from openvino_backend.options import Options, OptionsError, split_device
 
 __all__ = [
     "GraphReport",
@@ -19,4 +19,5 @@ __all__ = [
     "OptionsError",
     "UnsupportedOperatorsError",
     "compile_graph",
+    "split_device",
 ]

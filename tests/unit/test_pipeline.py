@@ -18,6 +18,7 @@ from pipeline_utils import (
     GenerationRequest,
     HandlerConfig,
     LoadedPipeline,
+    choose_dtype,
     encode_jpeg,
     generate,
     load_pipeline,
@@ -70,6 +71,18 @@ def test_auto_is_near_the_float32_picture(tiny_model: Path) -> None:
     (unet,) = loaded.describe()["openvino"]["unet"]
     assert [model["precision"] for model in unet["models"]] == ["f32", "bf16" if HAS_BF16 else "f32"]
     assert np.abs(make_picture(loaded) - reference).mean() < 8  # of 255, in bfloat16; 0 in float32
+
+
+@pytest.mark.parametrize("device", ["CPU", "AUTO", "HETERO:CPU"])
+def test_auto_takes_the_devices_type(device: str) -> None:
+    compilation = CompileConfig.parse({"backend": "openvino", "options": {"device": device}})
+    dtype, chosen = choose_dtype(HandlerConfig(), compilation, device="cpu")
+    assert dtype == ("float16" if HAS_BF16 else "float32")
+    assert (chosen.options or {}).get("config") == ({"INFERENCE_PRECISION_HINT": "bf16"} if HAS_BF16 else None)
+    mine = CompileConfig.parse({"backend": "openvino", "options": {"config": {"INFERENCE_PRECISION_HINT": "f32"}}})
+    assert choose_dtype(HandlerConfig(), mine, device="cpu")[1] == mine
+    assert choose_dtype(HandlerConfig(dtype="float32"), compilation, device="cpu") == ("float32", compilation)
+    assert choose_dtype(HandlerConfig(), CompileConfig(), device="cuda:0") == ("float16", CompileConfig())
 
 
 def test_float16_keeps_the_vae_in_float32(tiny_model: Path) -> None:
