@@ -303,8 +303,11 @@ def _unflatten(linear: torch.fx.Node) -> None:
     if flat.target not in _VIEWS:
         return
     whole, results = flat.args[0], list(linear.users)
-    shape = whole.meta["val"].shape[:-1]
-    if all(each.target in _VIEWS and each.meta["val"].shape[:-1] == shape for each in results):
+    *leading, features = whole.meta["val"].shape
+    wanted = [*leading, linear.meta["val"].shape[-1]]
+    if flat.meta["val"].shape[-1] == features and all(
+        each.target in _VIEWS and list(each.meta["val"].shape) == wanted for each in results
+    ):
         linear.args = (whole, *linear.args[1:])
         for each in results:
             linear.meta = each.meta
@@ -328,10 +331,8 @@ def _label_parts(graph: torch.fx.Graph, outside: frozenset[str]) -> dict[torch.f
         if inputs and node.target is operator.getitem:
             place = places[inputs[0]]  # it takes one of an operator's results and belongs to it
         places[node] = place
-        levels[node] = max(
-            (levels[each] + (places[each] != place) for each in inputs), default=0 if place == "float32" else 1
-        )
-        levels[node] = max(levels[node], place != "float32")
+        first = 0 if place == "float32" else 1
+        levels[node] = max([first, *(levels[each] + (places[each] != place) for each in inputs)])
     return {node: f"{levels[node]}_{places[node]}" for node in levels}
 
 

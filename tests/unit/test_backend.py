@@ -312,6 +312,22 @@ def test_short_weights_stay_short() -> None:
     assert backend.reports[0].models[0].constants == {"f16": 6}
 
 
+@pytest.mark.parametrize("shapes", [((2, 12), (4, 4)), ((4, 6), (2, 2, 8)), ((2, 12), (2, 8)), ((4, 6), (4, 8))])
+def test_views_around_a_linear_layer_keep_their_meaning(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    class Reshaped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(shapes[0][-1], 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x.view(shapes[0])).view(shapes[1])
+
+    module, x = Reshaped(), torch.randn(4, 6)
+    result = compile_module(module, OpenVINOBackend())(x)
+    assert result.shape == module(x).shape
+    assert measure_error(result, module(x)) < 1e-6
+
+
 def test_linear_layers_stay_whole() -> None:
     backend, x = OpenVINOBackend(), torch.randn(2, 3, 5, 16)
     module = torch.nn.Linear(16, 8)
