@@ -294,18 +294,18 @@ class LoadedPipeline:
             }
         return report
 
-    def measure_parts(self) -> dict[str, dict[str, float]]:
-        """Return for each part that OpenVINO runs the figures of its report that are worth watching, by their name."""
+    def measure_parts(self) -> dict[str, dict[str, tuple[float, str]]]:
+        """Return for each part that OpenVINO runs the figures worth watching: by their name, the value and its unit."""
         if self.compilation.backend != "openvino":
             return {}
         figures = {}
         for name, backend in self.parts.items():
             models = [model for graph in backend.reports for model in graph.models]
             figures[name] = {
-                "OpenVINOModels": len(models),
-                "OpenVINOModelsFromCache": sum(model.loaded_from_cache for model in models),
-                "OpenVINOOperatorsOutside": sum(len(graph.operators_outside) for graph in backend.reports),
-                "OpenVINOCompileSeconds": sum(model.seconds for model in models),
+                "OpenVINOModels": (len(models), "count"),
+                "OpenVINOModelsFromCache": (sum(model.loaded_from_cache for model in models), "count"),
+                "OpenVINOOperatorsOutside": (sum(len(each.operators_outside) for each in backend.reports), "count"),
+                "OpenVINOCompileTime": (sum(model.seconds for model in models), "s"),
             }
         return figures
 

@@ -54,9 +54,9 @@ class StableDiffusionHandler:
             device=device,
         )
         for part, figures in self.loaded.measure_parts().items():
-            for name, value in figures.items():
+            for name, (value, unit) in figures.items():
                 context.metrics.add_metric(
-                    name, value, "count", dimensions=[Dimension("Part", part)], metric_type=MetricTypes.GAUGE
+                    name, value, unit, dimensions=[Dimension("Part", part)], metric_type=MetricTypes.GAUGE
                 )
         logger.info("Ready: %s", json.dumps(self.loaded.describe()))
 

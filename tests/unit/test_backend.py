@@ -146,7 +146,7 @@ def test_interpolation_stays_whole() -> None:
 
 def test_training_is_refused() -> None:
     with torch.enable_grad(), pytest.raises(Exception, match="inference only"):
-        compile_module(make_module(), OpenVINOBackend())(torch.randn(4, 16))
+        compile_module(make_module().requires_grad_(True), OpenVINOBackend())(torch.randn(4, 16))
 
 
 def test_module_that_changes_its_buffers_is_refused() -> None:
