@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,7 @@ from openvino_backend import OpenVINOBackend, OptionsError, UnsupportedOperators
 from scripts.local_server import ROOT
 from tests.unit.modules import Bessel, TimeEmbedding, make_module, measure_error, needs_bf16
 
-
-@pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def compile_module(module: torch.nn.Module, backend: OpenVINOBackend) -> torch.nn.Module:

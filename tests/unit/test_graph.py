@@ -1,7 +1,7 @@
 """The graphs that reach OpenVINO, against OpenVINO's own conversion of the same modules."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,13 @@ import torch
 from openvino_backend import OpenVINOBackend
 from pipeline_utils import read_pipeline
 
+pytestmark = pytest.mark.usefixtures("inference")
 SIZE, TOKENS = 16, 77
 
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_model: Path) -> Any:
     return read_pipeline(tiny_model, "float32", is_xl=True)
-
-
-@pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
 
 
 class Call(torch.nn.Module):

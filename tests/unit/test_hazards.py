@@ -8,7 +8,7 @@ import copy
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -24,6 +24,7 @@ from openvino_backend import OpenVINOBackend, OptionsError
 from tests.unit.modules import Bessel, TimeEmbedding, make_module, measure_error, needs_bf16
 
 Result = TypeVar("Result")
+pytestmark = pytest.mark.usefixtures("inference")
 AOT = {"aot_autograd": True}
 FLOAT32 = MappingProxyType({"INFERENCE_PRECISION_HINT": "f32"})
 BESSEL = "aten.special_bessel_j0.default"
@@ -281,14 +282,6 @@ def stock_twice(tmp_path_factory: pytest.TempPathFactory) -> TwoStarts:
 
 def digest_files(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*") if path.is_file()}
-
-
-@pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
 
 
 def compile_ours(module: torch.nn.Module, backend: OpenVINOBackend, *, dynamic: bool = False) -> Any:
