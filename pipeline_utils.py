@@ -178,6 +178,9 @@ class CompileConfig:
                 Options.parse(self.options)
             except OptionsError as error:
                 raise ConfigError(f"{section}.options: {error}") from error
+            # What dynamo cannot trace would run in eager PyTorch, and OpenVINO is told each shape.
+            if self.dynamic or self.fullgraph is False:
+                raise ConfigError(f"{section}: openvino compiles each part whole, with dynamic: false, fullgraph: true")
         if self.mode is not None and self.backend != "inductor":
             raise ConfigError(f"{section}.mode belongs to the inductor backend, not to {self.backend!r}")
         if self.mode is not None and self.options is not None:
@@ -292,6 +295,7 @@ class LoadedPipeline:
             report["openvino"] = {
                 name: [dataclasses.asdict(graph) for graph in backend.reports] for name, backend in self.parts.items()
             }
+            report["graphs"] = sum(len(graphs) for graphs in report["openvino"].values())
         return report
 
     def measure_parts(self) -> dict[str, dict[str, tuple[float, str]]]:
@@ -331,6 +335,7 @@ def load_pipeline(
     set_scheduler(pipeline, config.scheduler)
     try:
         parts = compile_parts(pipeline, config, compilation)
+        widen_latents(pipeline, dtype)
         loaded = LoadedPipeline(pipeline, config, compilation, dtype, parts)
         if config.warm_up:
             warm_up(loaded)
@@ -411,9 +416,6 @@ def read_pipeline(folder: Path, dtype: str, *, is_xl: bool) -> Any:
         pipeline = pipeline_class.from_pretrained(folder, dtype=dtypes, use_safetensors=True, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the pipeline in {folder}: {error}") from error
-    if dtype == "float16":
-        decode = pipeline.vae.decode
-        pipeline.vae.decode = lambda latents, **options: decode(latents.float(), **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -460,34 +462,35 @@ def compile_parts(pipeline: Any, config: HandlerConfig, compilation: CompileConf
     ):
         if not is_wanted:
             continue
-        keywords = make_compile_keywords(compilation)
         module = getattr(pipeline, name)
-        if name == "vae":
-            module.decode = torch.compile(module.decode, **keywords)
-        else:
-            if name.startswith("text_encoder"):
-                # At its first call transformers hooks up the hidden states, behind a lock that dynamo cannot trace.
-                module(torch.zeros(1, 1, dtype=torch.long, device=module.device), output_hidden_states=True)
-            module.compile(**keywords)
-        parts[name] = keywords["backend"] if compilation.backend == "openvino" else None
+        if name.startswith("text_encoder"):
+            # At its first call transformers hooks up the hidden states, behind a lock that dynamo cannot trace.
+            module(torch.zeros(1, 1, dtype=torch.long, device=module.device), output_hidden_states=True)
+        method = "decode" if name == "vae" else "forward"
+        compiled = compile_method(getattr(module, method), compilation)
+        setattr(module, method, compiled)
+        parts[name] = compiled.backend if compilation.backend == "openvino" else None
     return parts
 
 
-def make_compile_keywords(compilation: CompileConfig) -> dict[str, Any]:
-    """Return torch.compile's keywords for one part."""
-    if compilation.backend == "openvino":
-        from openvino_backend import OpenVINOBackend
+def compile_method(method: Any, compilation: CompileConfig) -> Any:
+    """Return a method of a module, compiled as configured."""
+    import torch
 
-        # The whole part in one graph, or an error: what dynamo cannot trace would run in eager PyTorch.
-        return {
-            "backend": OpenVINOBackend(compilation.options),
-            "dynamic": compilation.dynamic or False,
-            "fullgraph": compilation.fullgraph is not False,
-        }
+    if compilation.backend == "openvino":
+        from openvino_backend import CompiledFunction
+
+        return CompiledFunction(method, {"release_weights": True, **(compilation.options or {})})
     keywords = {name: getattr(compilation, name) for name in ("mode", "dynamic", "options")}
-    keywords["backend"] = BACKEND_NAMES.get(str(compilation.backend), compilation.backend)
-    keywords["fullgraph"] = compilation.fullgraph or False
-    return keywords
+    backend = BACKEND_NAMES.get(str(compilation.backend), compilation.backend)
+    return torch.compile(method, backend=backend, fullgraph=compilation.fullgraph or False, **keywords)
+
+
+def widen_latents(pipeline: Any, dtype: str) -> None:
+    """Give the VAE, which stays in float32 where the rest is in float16, its latents in float32."""
+    if dtype == "float16":
+        decode = pipeline.vae.decode
+        pipeline.vae.decode = lambda latents, **options: decode(latents.float(), **options)
 
 
 def check_compiler() -> None:

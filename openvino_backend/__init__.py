@@ -1,16 +1,13 @@
 """A torch.compile backend that runs a whole graph on OpenVINO or raises and says why not."""
 
-from openvino_backend.backend import (
-    GraphReport,
-    ModelReport,
-    OpenVINOBackend,
-    OpenVINOBackendError,
-    UnsupportedOperatorsError,
-    compile_graph,
-)
+from openvino_backend.backend import GraphReport, OpenVINOBackend, compile_graph
+from openvino_backend.errors import OpenVINOBackendError, UnsupportedOperatorsError
+from openvino_backend.function import CompiledFunction
+from openvino_backend.model import ModelReport
 from openvino_backend.options import Options, OptionsError, split_device
 
 __all__ = [
+    "CompiledFunction",
     "GraphReport",
     "ModelReport",
     "OpenVINOBackend",

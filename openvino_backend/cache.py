@@ -1,4 +1,4 @@
-"""A folder of compiled models that can be trusted: locked while it is written, checked before it is read."""
+"""A folder of models and functions that can be trusted: locked while it is written, checked before it is read."""
 
 import contextlib
 import fcntl
@@ -6,8 +6,12 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from openvino_backend.errors import OpenVINOBackendError
+from openvino_backend.options import Options
 
 logger = logging.getLogger(__name__)
 
@@ -15,35 +19,49 @@ _SEAL = "seal.json"
 
 
 @contextlib.contextmanager
-def open_entry(root: Path, key: str) -> Iterator[Path]:
-    """Give the folder of one compiled model, empty or whole; what is in it at the end is sealed.
+def open_entry(options: Options, key: str) -> Iterator[Path | None]:
+    """Give the folder of one entry, empty or whole, or None without caching; what is in it at the end is sealed.
 
     Another process that wants the same entry waits. An entry that is damaged, or was left unfinished, is emptied.
 
     Args:
-        root: the folder of the cache.
-        key: names all that the compiled model depends on.
+        key: names all that the entry depends on.
 
     Raises:
-        OSError: the folder cannot be made or written.
+        OpenVINOBackendError: the folder of the cache cannot be made or written, or others may write to it.
     """
+    if not options.model_caching:
+        yield None
+        return
+    try:
+        with _lock_entry(Path(options.cache_dir), key) as folder:
+            yield folder
+    except OSError as error:
+        raise OpenVINOBackendError(f"cannot use the cache folder {options.cache_dir}: {error}") from error
+
+
+@contextlib.contextmanager
+def _lock_entry(root: Path, key: str) -> Iterator[Path]:
     folder = root / key
     root.mkdir(parents=True, exist_ok=True)
+    if root.stat().st_mode & stat.S_IWOTH:
+        raise PermissionError("every user may write to it, and what is in it runs")
     with (root / f"{key}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists() and _read_seal(folder) != _digest_files(folder):
+        folder.mkdir(exist_ok=True)
+        before = _list_files(folder)
+        if (_read_seal(folder) or {}) != _digest_files(before):
             logger.warning("The cache entry %s is damaged or unfinished; it is made anew", folder)
             shutil.rmtree(folder)
-        folder.mkdir(exist_ok=True)
+            folder.mkdir()
+            before = {}
         yield folder
-        files = _digest_files(folder)
-        if _read_seal(folder) != files:
-            partial = folder / f"{_SEAL}.part"
-            partial.write_text(json.dumps(files))
+        after = _list_files(folder)
+        if after != before:
+            partial = folder.with_suffix(".seal")
+            partial.write_text(json.dumps(_digest_files(after)))
             partial.replace(folder / _SEAL)
-            logger.info(
-                "The cache entry %s takes %d bytes", folder, sum(path.stat().st_size for path in folder.iterdir())
-            )
+            logger.info("The cache entry %s takes %d bytes", folder, sum(size for size, _ in after.values()))
 
 
 def _read_seal(folder: Path) -> dict[str, str] | None:
@@ -54,10 +72,16 @@ def _read_seal(folder: Path) -> dict[str, str] | None:
     return seal
 
 
-def _digest_files(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each of OpenVINO's files."""
-    files: dict[str, str] = {}
-    for path in sorted(folder.glob("*.blob")):
+def _list_files(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Return the size and the time of the last change of each file."""
+    paths = (path for path in sorted(folder.iterdir()) if path.name != _SEAL)
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+
+
+def _digest_files(paths: Iterable[Path]) -> dict[str, str]:
+    """Return the SHA-256 of each file by its name."""
+    digests = {}
+    for path in paths:
         with path.open("rb") as stream:
-            files[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return files
+            digests[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return digests

@@ -12,7 +12,9 @@ _KINDS: dict[str, tuple[type, str]] = {
     "cache_dir": (str, "a folder"),
     "config": (Mapping, "OpenVINO properties by name"),
     "aot_autograd": (bool, "true"),
+    "decompositions": (list, "a list of operators such as 'aten.gelu.default'"),
     "max_graphs": (int, "a number from 1"),
+    "release_weights": (bool, "true or false"),
     "weight_compression": (str, "int8_sym or int8_asym"),
     "strict": (bool, "true or false"),
     "disabled_ops": (list, "a list of operators such as 'aten.exp.default'"),
@@ -38,7 +40,10 @@ class Options:
         config: OpenVINO properties for the compilation, for example {'INFERENCE_PRECISION_HINT': 'f32'}. Without that
             property a graph runs in the precision of its own weights.
         aot_autograd: accepted because OpenVINO's documentation names it; always on here.
+        decompositions: operators that torch takes apart into simpler ones before OpenVINO sees the graph.
         max_graphs: the number of graphs to compile; each new shape of the inputs is one more, with its own weights.
+        release_weights: the module is called only as compiled from now on: give the memory of its weights back to the
+            kernel. Weights that are mapped from a file take no memory then, and are read from it when they are touched.
         weight_compression: store the weights of linear layers and convolutions in 8 bits, one scale per channel, by
             NNCF; lossy. int8_sym or int8_asym.
         strict: raise where an operator would run in PyTorch; false: let it, and report it.
@@ -50,7 +55,9 @@ class Options:
     cache_dir: str = field(default_factory=_find_cache_dir)
     config: Mapping[str, Any] = field(default_factory=dict)
     aot_autograd: bool = True
+    decompositions: Sequence[str] = ()
     max_graphs: int = 4
+    release_weights: bool = False
     weight_compression: str | None = None
     strict: bool = True
     disabled_ops: Sequence[str] = ()
@@ -81,9 +88,25 @@ class Options:
             )
         if options.disabled_ops and options.strict:
             raise OptionsError("OpenVINO option 'disabled_ops' lets operators run in PyTorch and needs strict: false")
-        _check_operators(options.disabled_ops)
+        _find_operators("disabled_ops", options.disabled_ops)
+        options.find_decompositions()
         _check_device(options)
         return options
+
+    def find_decompositions(self) -> dict[Any, Any]:
+        """Return for each operator to take apart torch's function that does so.
+
+        Raises:
+            OptionsError: torch has no such operator, or cannot take it apart.
+        """
+        from torch._decomp import get_decompositions
+
+        operators = _find_operators("decompositions", self.decompositions)
+        table: dict[Any, Any] = get_decompositions(operators)
+        for each in operators:
+            if each not in table:
+                raise OptionsError(f"OpenVINO option 'decompositions': torch cannot take {each} apart")
+        return table
 
 
 def split_device(device: str) -> tuple[str | None, list[str]]:
@@ -122,16 +145,22 @@ def _check_device(options: Options) -> None:
             )
 
 
-def _check_operators(names: Sequence[str]) -> None:
-    """Refuse names that torch has no operator for."""
+def _find_operators(option: str, names: Sequence[str]) -> list[Any]:
+    """Return torch's operators of these names.
+
+    Raises:
+        OptionsError: torch has none of that name.
+    """
     import torch
 
+    found = []
     for name in names:
         parts = name.split(".") if isinstance(name, str) else []
         try:
             namespace, operator, overload = parts
-            getattr(getattr(getattr(torch.ops, namespace), operator), overload)
+            found.append(getattr(getattr(getattr(torch.ops, namespace), operator), overload))
         except (ValueError, AttributeError):
             raise OptionsError(
-                f"OpenVINO option 'disabled_ops' takes operators such as 'aten.exp.default', not {name!r}"
+                f"OpenVINO option {option!r} takes operators such as 'aten.exp.default', not {name!r}"
             ) from None
+    return found

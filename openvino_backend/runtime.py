@@ -19,30 +19,29 @@ TYPES = {
 }
 
 
-class CompiledModule(torch.nn.Module):
-    """A compiled OpenVINO model as a module: tensors in, new tensors out, one call at a time."""
+class CompiledModel:
+    """A compiled OpenVINO model: tensors in, new tensors out, one call at a time."""
 
     def __init__(self, compiled: openvino.CompiledModel) -> None:
-        super().__init__()
         dtypes = {openvino_type: dtype for dtype, openvino_type in TYPES.items()}
         self._request = compiled.create_infer_request()
         self._outputs = [(tuple(port.shape), dtypes[port.element_type]) for port in compiled.outputs]
         self._lock = threading.Lock()
 
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Return the results, in memory of their own that no later call touches."""
         inputs = tuple(tensor.contiguous() for tensor in inputs)
         outputs = tuple(torch.empty(shape, dtype=dtype) for shape, dtype in self._outputs)
         with self._lock:
             for index, tensor in enumerate(inputs):
-                self._request.set_input_tensor(index, _share_memory(tensor))
+                self._request.set_input_tensor(index, share_memory(tensor))
             for index, tensor in enumerate(outputs):
-                self._request.set_output_tensor(index, _share_memory(tensor))
+                self._request.set_output_tensor(index, share_memory(tensor))
             self._request.infer()
         return outputs[0] if len(outputs) == 1 else outputs
 
 
-def _share_memory(tensor: torch.Tensor) -> openvino.Tensor:
+def share_memory(tensor: torch.Tensor) -> openvino.Tensor:
     """Return an OpenVINO tensor over the memory of a contiguous torch tensor, which must outlive it."""
     raw = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor  # numpy has no bfloat16
     return openvino.Tensor(raw.numpy(), openvino.Shape(list(tensor.shape)), TYPES[tensor.dtype])

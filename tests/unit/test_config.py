@@ -128,6 +128,8 @@ def test_forms_of_pt2(pt2: Any, expected: CompileConfig) -> None:
         ({"backend": "openvino", "mode": "max-autotune"}, ["pt2.mode", "inductor"]),
         ({"backend": "inductor", "mode": "fast"}, ["pt2.mode", "max-autotune", "'fast'"]),
         ({"mode": "default", "options": {"freezing": True}}, ["mode or options", "not both"]),
+        ({"backend": "openvino", "dynamic": True}, ["pt2", "dynamic: false, fullgraph: true"]),
+        ({"backend": "openvino", "fullgraph": False}, ["pt2", "dynamic: false, fullgraph: true"]),
         ({"dynamic": "no"}, ["pt2.dynamic", "true, false or null", "'no'"]),
         ({"backend": "openvino", "options": {"device": "GPU.7"}}, ["pt2.options", "device", "CPU", "'GPU.7'"]),
         ({"backend": "openvino", "options": {"devices": "CPU"}}, ["pt2.options", "'devices'", "model_caching"]),

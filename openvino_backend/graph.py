@@ -1,0 +1,178 @@
+"""Rewriting the FX graph that torch.compile traced: what stays whole, what runs where, in which type."""
+
+import contextlib
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from openvino_backend.runtime import TYPES
+
+aten = torch.ops.aten
+
+# Angles reach 1,000 in a diffusion model's time embedding, where bfloat16 is exact to 4: their sines would be noise.
+_NEEDS_FLOAT32 = (aten.sin.default, aten.cos.default)
+# torch would decompose these into index arithmetic while tracing; OpenVINO has one operator for each.
+_KEPT_WHOLE = (
+    aten.upsample_nearest1d.vec,
+    aten.upsample_nearest1d.default,
+    aten.upsample_nearest2d.vec,
+    aten.upsample_nearest2d.default,
+    aten.upsample_nearest3d.vec,
+    aten.upsample_nearest3d.default,
+)
+_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+_SHORT = (torch.float16, torch.bfloat16)
+
+
+@contextlib.contextmanager
+def keep_whole() -> Iterator[None]:
+    """Take torch's Python decompositions away from the operators to keep whole while a graph is traced."""
+    saved = {each: each.py_kernels.copy() for each in _KEPT_WHOLE}
+    try:
+        for each in saved:
+            each.py_kernels.clear()
+            each._dispatch_cache.clear()
+        yield
+    finally:
+        for each, kernels in saved.items():
+            each.py_kernels.update(kernels)
+            each._dispatch_cache.clear()
+
+
+def restore_linear(graph: torch.fx.Graph) -> None:
+    """Write x @ w.t() + b as one linear layer again, which tracing takes apart; NNCF looks for its weight."""
+    for transposed in graph.find_nodes(op="call_function", target=aten.t.default):
+        for user in list(transposed.users):
+            if user.target is aten.mm.default and user.args[1] is transposed:
+                matrix, bias = user.args[0], None
+            elif user.target is aten.addmm.default and user.args[2] is transposed and not user.kwargs:
+                bias, matrix = user.args[:2]
+            else:
+                continue
+            with graph.inserting_before(user):
+                linear = graph.call_function(aten.linear.default, (matrix, transposed.args[0], bias))
+            linear.meta = user.meta
+            user.replace_all_uses_with(linear)
+            graph.erase_node(user)
+            _unflatten(linear)
+    graph.eliminate_dead_code()
+
+
+def _unflatten(linear: torch.fx.Node) -> None:
+    """Let a linear layer take and give its tensors as they are, not as matrices; tracing flattens them before it."""
+    flat = linear.args[0]
+    if flat.target not in _VIEWS:
+        return
+    whole, results = flat.args[0], list(linear.users)
+    *leading, features = whole.meta["val"].shape
+    wanted = [*leading, linear.meta["val"].shape[-1]]
+    if flat.meta["val"].shape[-1] == features and all(
+        each.target in _VIEWS and list(each.meta["val"].shape) == wanted for each in results
+    ):
+        linear.args = (whole, *linear.args[1:])
+        for each in results:
+            linear.meta = each.meta
+            each.replace_all_uses_with(linear)
+
+
+def label_parts(graph: torch.fx.Graph, outside: frozenset[str]) -> dict[torch.fx.Node, str]:
+    """Return for each operation the part it belongs to: its level, then where it runs.
+
+    A level is one more than that of any input that runs elsewhere, so that no two parts need each other's results.
+    Float32 comes before the first level: it depends on nothing but itself.
+    """
+    in_float32 = _find_sensitive(graph, outside)
+    levels: dict[torch.fx.Node, int] = {}
+    places: dict[torch.fx.Node, str] = {}
+    for node in graph.nodes:
+        if node.op in ("placeholder", "get_attr", "output"):
+            continue
+        place = "float32" if node in in_float32 else "pytorch" if _is_outside(node, outside) else "openvino"
+        inputs = [each for each in node.all_input_nodes if each in levels]
+        if inputs and node.target is operator.getitem:
+            place = places[inputs[0]]  # it takes one of an operator's results and belongs to it
+        places[node] = place
+        first = 0 if place == "float32" else 1
+        levels[node] = max([first, *(levels[each] + (places[each] != place) for each in inputs)])
+    return {node: f"{levels[node]}_{places[node]}" for node in levels}
+
+
+def _find_sensitive(graph: torch.fx.Graph, outside: frozenset[str]) -> set[torch.fx.Node]:
+    """Return the nodes that must run in float32: sines and cosines with all they are computed from."""
+    found: set[torch.fx.Node] = set()
+    for node in graph.nodes:
+        if node.target in _NEEDS_FLOAT32:
+            ancestors, pending = set(), [node]
+            while pending:
+                each = pending.pop()
+                if each.op == "call_function" and each not in ancestors:
+                    ancestors.add(each)
+                    pending.extend(each.all_input_nodes)
+            if not any(_is_outside(each, outside) for each in ancestors):
+                found |= ancestors
+    return found
+
+
+def _is_outside(node: torch.fx.Node, outside: frozenset[str]) -> bool:
+    return node.op == "call_function" and str(node.target) in outside
+
+
+def name_operators(graph: torch.fx.Graph, outside: frozenset[str]) -> tuple[str, ...]:
+    return tuple(sorted({str(node.target) for node in graph.nodes if _is_outside(node, outside)}))
+
+
+def bind_constants(
+    part: torch.fx.GraphModule, arguments: Sequence[torch.fx.Node], values: Mapping[str, torch.Tensor]
+) -> tuple[torch.fx.Node, ...]:
+    """Turn the part's inputs that have a known value into constants; return the arguments that remain."""
+    remaining = []
+    for placeholder, argument in zip(part.graph.find_nodes(op="placeholder"), arguments, strict=True):
+        if argument.name not in values:
+            remaining.append(argument)
+            continue
+        part.register_buffer(placeholder.name, values[argument.name])
+        with part.graph.inserting_before(placeholder):
+            constant = part.graph.get_attr(placeholder.name)
+        constant.meta = placeholder.meta
+        placeholder.replace_all_uses_with(constant)
+        part.graph.erase_node(placeholder)
+    part.recompile()
+    return tuple(remaining)
+
+
+def widen(part: torch.fx.GraphModule) -> None:
+    """Write a graph of a short type in float32 between its inputs, weights and results.
+
+    That is the form of OpenVINO's own models: it keeps the weights in their short type and computes in the type that
+    it is told. A graph whose operators are in the short type makes it store all weights in float32 beside it.
+    """
+
+    def convert(node: torch.fx.Node, dtype: torch.dtype) -> torch.fx.Node:
+        return part.graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
+
+    for node in list(part.graph.nodes):
+        if node.op in ("placeholder", "get_attr") and node.meta["val"].dtype in _SHORT:
+            with part.graph.inserting_after(node):
+                wide = convert(node, torch.float32)
+            node.replace_all_uses_with(wide, delete_user_cb=lambda user, wide=wide: user is not wide)
+        elif node.op == "call_function":
+            node.args = tuple(torch.float32 if each in _SHORT else each for each in node.args)
+            node.kwargs = {name: torch.float32 if each in _SHORT else each for name, each in node.kwargs.items()}
+        elif node.op == "output":
+            with part.graph.inserting_before(node):
+                node.args = torch.fx.map_arg(
+                    node.args,
+                    lambda each: convert(each, each.meta["val"].dtype) if each.meta["val"].dtype in _SHORT else each,
+                )
+    part.recompile()
+
+
+def name_precision(part: torch.fx.GraphModule) -> str:
+    """Return the type that most weights have, or else the inputs, by OpenVINO's name."""
+    tensors = [*part.buffers(), *(node.meta["val"] for node in part.graph.find_nodes(op="placeholder"))]
+    sizes = {torch.float32: 0, torch.bfloat16: 0, torch.float16: 0}
+    for tensor in tensors:
+        if tensor.dtype in sizes:
+            sizes[tensor.dtype] += tensor.numel()
+    return str(TYPES[max(sizes, key=lambda dtype: sizes[dtype])].get_type_name())

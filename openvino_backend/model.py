@@ -1,0 +1,197 @@
+"""From a rewritten FX graph to a compiled OpenVINO model, its report, and its file in the cache."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openvino
+import torch
+from openvino import opset13
+from openvino.frontend import FrontEndManager
+from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+
+from openvino_backend.cache import open_entry
+from openvino_backend.errors import CacheMissError, OpenVINOBackendError, UnsupportedOperatorsError
+from openvino_backend.options import Options, split_device
+from openvino_backend.runtime import TYPES, CompiledModel, share_memory
+
+PRECISION = "INFERENCE_PRECISION_HINT"
+_FILE = "model.xml"
+_WEIGHT = "weight:"
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """What OpenVINO says of one compiled model; every figure is read from it, none from the configuration.
+
+    Attributes:
+        devices: where it runs.
+        precision: the floating-point type of its arithmetic, as OpenVINO names it: f32, bf16, f16.
+        operators: the number of operators it executes.
+        inputs: the number of tensors passed at each call.
+        constants: the number of weights and other tensors compiled in, by their type.
+        loaded_from_cache: true when it came from the cache: nothing was converted.
+        seconds: the time of conversion, if any, and compilation.
+    """
+
+    devices: tuple[str, ...]
+    precision: str
+    operators: int
+    inputs: int
+    constants: Mapping[str, int]
+    loaded_from_cache: bool
+    seconds: float
+
+
+class Part(torch.nn.Module):
+    """One OpenVINO model of a graph: tensors in, new tensors out.
+
+    Pickled, it is the model's place in the cache; `weights` must be given again before it is loaded.
+
+    Attributes:
+        key: names the model in the cache.
+        properties: what it is compiled with.
+        weights: the tensors compiled in, by their name in the graph.
+        sources: for each of these, its name in the module that was compiled, set before pickling.
+    """
+
+    def __init__(self, key: str, properties: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.key, self.properties, self.weights = key, properties, weights
+        self.sources: Mapping[str, str] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"key": self.key, "properties": self.properties, "sources": self.sources}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["key"], state["properties"], {})  # type: ignore[misc]
+        self.sources = state["sources"]
+
+    def load(self, options: Options, convert: Callable[[], openvino.Model] | None = None) -> ModelReport:
+        """Compile the model that is in the cache, or else the one that `convert` makes.
+
+        Raises:
+            CacheMissError: it is in no cache, and there is no `convert`.
+            OpenVINOBackendError: the device computes in another precision than the properties say.
+        """
+        started = time.perf_counter()
+        with open_entry(options, self.key) as folder:
+            model = None if folder is None else read_model(folder, self.weights)
+            is_cached = model is not None
+            if model is None:
+                if convert is None:
+                    raise CacheMissError(f"the model {self.key} is not in {options.cache_dir}")
+                model = convert()
+                if folder is not None:
+                    save_model(model, folder, self.weights)
+            # OpenVINO's own cache holds what a GPU compiles. For a CPU it holds the weights again, and saves no time.
+            blob = {} if folder is None or split_device(options.device)[1] == ["CPU"] else {"CACHE_DIR": str(folder)}
+            compiled = openvino.Core().compile_model(model, options.device, {**self.properties, **blob})
+        precision = _read_precision(compiled, options.device)
+        if precision != str(self.properties[PRECISION]):
+            raise OpenVINOBackendError(
+                f"OpenVINO's {options.device} computes in {precision} here, not in {self.properties[PRECISION]}; "
+                f"accept it with config: {{'{PRECISION}': '{precision}'}}"
+            )
+        self.forward = CompiledModel(compiled)
+        return ModelReport(
+            devices=tuple(compiled.get_property("EXECUTION_DEVICES")),
+            precision=precision,
+            operators=len(compiled.get_runtime_model().get_ops()),
+            inputs=len(compiled.inputs),
+            constants=_count_constants(model),
+            loaded_from_cache=is_cached and (not blob or bool(compiled.get_property("LOADED_FROM_CACHE"))),
+            seconds=round(time.perf_counter() - started, 3),
+        )
+
+
+def _read_precision(compiled: openvino.CompiledModel, device: str) -> str:
+    """Return the type that the model computes in; of several devices, all that differ."""
+    kind, _ = split_device(device)
+    several = (
+        [compiled.get_property(PRECISION)]
+        if kind in (None, "BATCH")
+        else [properties[PRECISION] for properties in compiled.get_property("DEVICE_PROPERTIES").values()]
+    )
+    return "+".join(sorted({each.get_type_name() for each in several}))
+
+
+def _count_constants(model: openvino.Model) -> dict[str, int]:
+    """Return the number of constants of more than one element by type; integers only where they are weights."""
+    types = [
+        node.get_element_type().get_type_name()
+        for node in model.get_ops()
+        if node.get_type_name() == "Constant" and math.prod(node.shape) > 1
+    ]
+    return {name: types.count(name) for name in ("f32", "f16", "bf16", "i8", "u8") if name in types}
+
+
+def convert_graph(part: torch.fx.GraphModule) -> openvino.Model:
+    """Return the part as an OpenVINO model that shares its weights with torch."""
+    examples = [node.meta["val"] for node in part.graph.find_nodes(op="placeholder")]
+    types, shapes = [tensor.dtype for tensor in examples], [tensor.shape for tensor in examples]
+    front_end = FrontEndManager().load_by_framework("pytorch")
+    decoder = TorchFXPythonDecoder(part, input_types=types, input_shapes=shapes)
+    try:
+        model = front_end.convert(front_end.load(decoder))
+    except Exception as error:
+        decoder = TorchFXPythonDecoder(part, input_types=types, input_shapes=shapes)
+        partial = front_end.convert_partially(front_end.load(decoder))
+        left = [node for node in partial.get_ops() if node.get_type_name() == "PtFrameworkNode"]
+        if not left:
+            raise OpenVINOBackendError(f"OpenVINO cannot convert the graph: {error}") from error
+        raise UnsupportedOperatorsError(node.get_friendly_name().rpartition("/")[2] for node in left) from error
+    for port, tensor in zip(model.inputs, examples, strict=True):
+        port.get_node().set_element_type(TYPES[tensor.dtype])
+        port.get_node().set_partial_shape(openvino.PartialShape(list(tensor.shape)))
+    model.validate_nodes_and_infer_types()
+    return model
+
+
+def compress_weights(model: openvino.Model, mode: str) -> openvino.Model:
+    """Lossy: store the weights of linear layers and convolutions in 8 bits."""
+    import nncf
+
+    return nncf.compress_weights(model, mode=nncf.CompressWeightsMode(mode))
+
+
+def save_model(model: openvino.Model, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Write the model to the folder without those constants that share the memory of the given weights.
+
+    A weight that was converted on the way, such as a compressed one, is a constant of its own and is written.
+    """
+    names = {(tensor.data_ptr(), tuple(tensor.shape)): name for name, tensor in weights.items() if tensor.numel()}
+    parameters = []
+    for node in model.get_ops():
+        if node.get_type_name() == "Constant":
+            name = names.get((node.data.ctypes.data, tuple(node.shape)))
+            if name is not None:
+                parameter = opset13.parameter(list(node.shape), node.get_element_type(), name=_WEIGHT + name)
+                node.output(0).replace(parameter.output(0))
+                parameters.append(parameter)
+    model.add_parameters(parameters)
+    openvino.serialize(model, folder / _FILE)
+    _bind_weights(model, weights)
+
+
+def read_model(folder: Path, weights: Mapping[str, torch.Tensor]) -> openvino.Model | None:
+    """Return the model that save_model wrote, with the weights shared with torch, or None if there is none."""
+    if not (folder / _FILE).exists():
+        return None
+    model = openvino.Core().read_model(folder / _FILE)
+    _bind_weights(model, weights)
+    return model
+
+
+def _bind_weights(model: openvino.Model, weights: Mapping[str, torch.Tensor]) -> None:
+    """Turn the parameters that stand for weights into constants again."""
+    for parameter in model.get_parameters():
+        name = parameter.get_friendly_name()
+        if name.startswith(_WEIGHT):
+            constant = openvino.op.Constant(share_memory(weights[name.removeprefix(_WEIGHT)]), shared_memory=True)
+            parameter.output(0).replace(constant.output(0))
+            model.remove_parameter(parameter)
+    model.validate_nodes_and_infer_types()

@@ -1,0 +1,233 @@
+"""CompiledFunction: what is traced once is neither traced nor converted at the next start, and stays right."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from openvino_backend import CompiledFunction
+from scripts.local_server import ROOT
+from tests.unit.modules import Bessel, TimeEmbedding, make_module, measure_error, needs_bf16
+
+pytestmark = pytest.mark.usefixtures("inference")
+
+
+class Table(torch.nn.Module):
+    """Numbers that stand in the code beside a weight, one output of two, keywords, a dictionary, a flag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+        self.factor = 2.0
+
+    def forward(self, x: torch.Tensor, *, more: dict[str, torch.Tensor], twice: bool = False) -> dict[str, Any]:
+        table = torch.tensor([0.5, 1.0, 1.5, 2.0])
+        y = self.linear(x * table) * self.factor + more["shift"]
+        return {"y": y * 2 if twice else y, "sum": x.sum(), "name": "table"}
+
+
+def make_options(folder: Path, **options: Any) -> dict[str, Any]:
+    return {"model_caching": True, "cache_dir": str(folder), **options}
+
+
+def read_origins(function: CompiledFunction) -> list[tuple[bool, list[bool]]]:
+    """Return for each graph whether torch traced it, and for each of its models whether it was cached."""
+    return [(graph.traced, [model.loaded_from_cache for model in graph.models]) for graph in function.backend.reports]
+
+
+def test_second_start_neither_traces_nor_converts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = make_module(), torch.randn(4, 16)
+    first = CompiledFunction(module.forward, make_options(tmp_path))
+    expected = first(x)
+    assert measure_error(expected, module(x)) < 1e-6
+    assert read_origins(first) == [(True, [False])]
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("torch traces again")
+
+    monkeypatch.setattr("torch._dynamo.aot_compile.aot_compile_fullgraph", refuse)
+    monkeypatch.setattr("openvino_backend.backend.convert_graph", refuse)
+    second = CompiledFunction(make_module().forward, make_options(tmp_path))
+    assert torch.equal(second(x), expected)
+    assert read_origins(second) == [(False, [True])]
+
+
+def test_numbers_in_the_code_and_arguments_by_keyword(tmp_path: Path) -> None:
+    module, x = Table(), torch.randn(3, 4)
+    for is_traced in (True, False):
+        function = CompiledFunction(module.forward, make_options(tmp_path))
+        for twice in (False, True):
+            arguments = {"more": {"shift": torch.randn(4)}, "twice": twice}
+            result, expected = function(x, **arguments), module(x, **arguments)
+            assert list(result) == list(expected)
+            assert result["name"] == "table"
+            assert measure_error(result["y"], expected["y"]) < 1e-6
+            assert measure_error(result["sum"], expected["sum"]) < 1e-6
+        assert [traced for traced, _ in read_origins(function)] == [is_traced] * 2
+
+
+def test_other_weights_have_entries_of_their_own(tmp_path: Path) -> None:
+    x = torch.randn(4, 16)
+    for seed, is_traced in ((0, True), (1, True), (0, False), (1, False)):
+        module = make_module(seed=seed)
+        function = CompiledFunction(module.forward, make_options(tmp_path))
+        assert measure_error(function(x), module(x)) < 1e-6
+        assert function.backend.reports[0].traced is is_traced
+
+
+def test_module_in_another_state_is_traced_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    x, more = torch.randn(3, 4), {"shift": torch.randn(4)}
+    module = Table()
+    function = CompiledFunction(module.forward, make_options(tmp_path))
+    function(x, more=more)
+    module.factor = 3.0
+    assert measure_error(function(x, more=more)["y"], module(x, more=more)["y"]) < 1e-6
+    assert [traced for traced, _ in read_origins(function)] == [True, True]
+    assert "not in the state in which it was traced" in caplog.text
+
+
+def test_changed_source_is_traced_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "changing.py"
+    code = (
+        "import sys, torch\n"
+        "from openvino_backend import CompiledFunction\n"
+        "class M(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return x * 2\n"
+        "function = CompiledFunction(M().forward, {'model_caching': True, 'cache_dir': sys.argv[1]})\n"
+        "with torch.no_grad(): print(float(function(torch.ones(1))), function.backend.reports[0].traced)\n"
+    )
+    printed = []
+    for text in (code, code, code.replace("x * 2", "x * 3")):
+        source.write_text(text)
+        command = [sys.executable, "-c", "import changing", str(tmp_path / "cache")]
+        printed.append(
+            subprocess.run(
+                command, cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}, capture_output=True, text=True
+            ).stdout.split()
+        )
+    assert printed == [["2.0", "True"], ["2.0", "False"], ["3.0", "True"]]
+
+
+def test_damaged_function_is_traced_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module, x = make_module(), torch.randn(4, 16)
+    CompiledFunction(module.forward, make_options(tmp_path))(x)
+    (kept,) = tmp_path.glob("*/function.bin")
+    kept.write_bytes(kept.read_bytes()[:1000])
+    function = CompiledFunction(module.forward, make_options(tmp_path))
+    assert measure_error(function(x), module(x)) < 1e-6
+    assert read_origins(function) == [(True, [True])]  # the model beside it is whole
+    assert "is damaged or unfinished" in caplog.text
+
+
+def test_vanished_model_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module, x = make_module(), torch.randn(4, 16)
+    CompiledFunction(module.forward, make_options(tmp_path))(x)
+    (model,) = tmp_path.glob("*/model.xml")
+    for path in model.parent.iterdir():
+        path.unlink()
+    function = CompiledFunction(module.forward, make_options(tmp_path))
+    assert measure_error(function(x), module(x)) < 1e-6
+    assert read_origins(function) == [(True, [False])]
+    assert "does not fit and is made anew" in caplog.text
+
+
+@needs_bf16
+@pytest.mark.parametrize("compression", [None, "int8_sym"])
+def test_short_and_compressed_weights_come_back(tmp_path: Path, compression: str | None) -> None:
+    module, time = TimeEmbedding().half(), torch.tensor([981.0, 777.0])
+    results = []
+    for _ in range(2):
+        options = make_options(tmp_path, config={"INFERENCE_PRECISION_HINT": "bf16"})
+        function = CompiledFunction(
+            module.forward, options | ({"weight_compression": compression} if compression else {})
+        )
+        results.append(function(time))
+    assert read_origins(function) == [(False, [True, True])]
+    assert [model.precision for model in function.backend.reports[0].models] == ["f32", "bf16"]
+    assert torch.equal(*results)
+
+
+def test_operators_outside_come_back(tmp_path: Path) -> None:
+    module, x = Bessel(), torch.randn(4, 16)
+    for is_traced in (True, False):
+        function = CompiledFunction(module.forward, make_options(tmp_path, strict=False))
+        assert measure_error(function(x), module(x)) < 1e-6
+        (report,) = function.backend.reports
+        assert (report.traced, report.operators_outside) == (is_traced, ("aten.special_bessel_j0.default",))
+
+
+def test_without_caching_nothing_is_written(tmp_path: Path) -> None:
+    module, x = make_module(), torch.randn(4, 16)
+    function = CompiledFunction(module.forward, {"cache_dir": str(tmp_path / "cache")})
+    assert measure_error(function(x), module(x)) < 1e-6
+    assert not (tmp_path / "cache").exists()
+
+
+def test_each_kind_of_call_is_compiled_once_and_bounded() -> None:
+    module = make_module()
+    function = CompiledFunction(module.forward, {"max_graphs": 2})
+    for rows in (2, 3, 2, 3):
+        x = torch.randn(rows, 16)
+        assert measure_error(function(x), module(x)) < 1e-6
+    assert len(function.backend.reports) == 2
+    with pytest.raises(Exception, match="fewer different shapes, or raise the option 'max_graphs'"):
+        function(torch.randn(4, 16))
+    function(torch.randn(2, 16))
+
+
+def test_what_is_no_pure_method_is_refused() -> None:
+    class Adding(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.add_(1)
+
+    with pytest.raises(Exception, match="changes its inputs or returns views"):
+        CompiledFunction(Adding().forward)(torch.zeros(3))
+    with pytest.raises(TypeError, match="takes a method of a torch.nn.Module"):
+        CompiledFunction(torch.sin)
+
+
+def test_cache_folder_open_to_everybody_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    with pytest.raises(Exception, match="every user may write to it"):
+        CompiledFunction(make_module().forward, make_options(tmp_path))(torch.randn(4, 16))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_mapped_weights_take_no_memory_once_released(tmp_path: Path) -> None:
+    code = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from openvino_backend import CompiledFunction
+
+class Wide(torch.nn.Module):
+    def __init__(self, weights):
+        super().__init__()
+        self.weights = torch.nn.ParameterDict(weights).requires_grad_(False)
+    def forward(self, x):
+        for weight in self.weights.values():
+            x = torch.nn.functional.linear(x, weight)
+        return x
+
+path, release = sys.argv[1], sys.argv[2] == "True"
+save_file({str(i): torch.randn(2048, 2048) / 45 for i in range(8)}, path)
+module = Wide(load_file(path))
+x = torch.randn(2, 2048)
+with torch.no_grad():
+    expected = module(x)
+    result = CompiledFunction(module.forward, {"release_weights": release})(x)
+    smaps = open("/proc/self/smaps").read().split("\\n")
+    at = [i for i, line in enumerate(smaps) if line.endswith(path)]
+    resident = sum(int(line.split()[1]) for i in at for line in smaps[i + 1 : i + 6] if line.startswith("Rss"))
+    is_near = float((result - expected).norm() / expected.norm()) < 0.01
+    print(resident // 1024, is_near, torch.equal(module(x), expected))
+"""
+    for release in (False, True):
+        command = [sys.executable, "-c", code, str(tmp_path / "weights.safetensors"), str(release)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        megabytes, *is_right = done.stdout.split()
+        assert is_right == ["True", "True"], done.stderr
+        assert (int(megabytes) < 8) is release  # of 128
