@@ -50,6 +50,10 @@ class CompiledFunction:
         self._functions: dict[Any, Any] = {}
         self._lock = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Stay out when torch pickles the module, which may hold this in the method's place, with its checks."""
+        return {}
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the method returns."""
         call = _describe_call(args, kwargs)
@@ -65,17 +69,18 @@ class CompiledFunction:
         """Return the function for this kind of call, from the cache or else traced."""
         self.backend.check_bound()
         weights = dict([*self._module.named_parameters(), *self._module.named_buffers()])
-        with release_memory(self.backend.options, weights.values()):
-            digest = digest_weights(weights)
-            key = name_entry(
-                self.backend.options, "function", self._function.__module__, self._function.__qualname__, call, digest
-            )
-            with open_entry(self.backend.options, key) as folder:
-                function = self._load(folder, weights, args, kwargs)
-                if function is None:
-                    function = self._trace(digest, args, kwargs)
-                    self._save(folder, function, weights)
-                return function
+        digest = digest_weights(weights)
+        names = (self._function.__module__, self._function.__qualname__)
+        key = name_entry(self.backend.options, "function", *names, call, digest)
+        with (
+            open_entry(self.backend.options, key) as folder,
+            release_memory(self.backend.options, weights.values()),
+        ):
+            function = self._load(folder, weights, args, kwargs)
+            if function is None:
+                function = self._trace(digest, args, kwargs)
+                self._save(folder, function, weights)
+            return function
 
     def _trace(self, digest: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def compile_graph(graph: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> CompiledGraph:

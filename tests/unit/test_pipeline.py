@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from openvino_backend import OpenVINOBackend
+from openvino_backend import CompiledFunction
 from pipeline_utils import (
     CompileConfig,
     ConfigError,
@@ -182,7 +182,7 @@ def test_backend_that_fails_is_named(tiny_model: Path, pt2: Any, message: str) -
 
 
 def test_part_that_did_not_reach_openvino_stops_the_load(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(OpenVINOBackend, "__call__", lambda self, graph, inputs: graph.forward)
+    monkeypatch.setattr(CompiledFunction, "__call__", lambda self, *inputs, **_: self._function(self._module, *inputs))
     with pytest.raises(ConfigError, match="openvino did not compile vae"):
         load(tiny_model, "openvino", compile_unet=False, compile_text_encoders=False, warm_up=True)
 
