@@ -25,7 +25,7 @@ PIPELINE_CLASSES = {True: "StableDiffusionXLPipeline", False: "StableDiffusionPi
 BACKEND_NAMES = {"openvino": "openvino_backend", "openvino_stock": "openvino"}
 EXECUTABLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".py")
 MAX_PROMPT_CHARACTERS = 10_000
-WARM_UP_STEPS = 2  # the first compiles, the second shows that nothing compiles again
+WARM_UP_STEPS = 2  # the first compiles; Inductor may compile again at the second
 
 
 class ConfigError(ValueError):
@@ -518,7 +518,7 @@ def warm_up(loaded: LoadedPipeline) -> None:
         ConfigError: a part ran in eager PyTorch although it was to be compiled.
     """
     config = loaded.config
-    steps = min(WARM_UP_STEPS, config.num_inference_steps)
+    steps = 1 if loaded.compilation.backend == "openvino" else min(WARM_UP_STEPS, config.num_inference_steps)
     request = GenerationRequest("warm-up", steps, config.guidance_scale, config.width, config.height)
     encode_jpeg(generate(loaded.pipeline, request), quality=config.jpeg_quality)
     report = loaded.describe()

@@ -120,6 +120,12 @@ class CompiledFunction:
         for part in function._artifacts.compiled_fn.parts:
             sources = {each: names.get((t.data_ptr(), tuple(t.shape))) for each, t in part.weights.items()}
             part.sources = {each: name for each, name in sources.items() if name is not None}
+        # Modules to which torch refers among the function's globals, under names that only this process knows.
+        environment = function._artifacts.runtime_env
+        for name in environment.external_refs:
+            value = self._function.__globals__.get(name)
+            if inspect.ismodule(value):
+                environment.import_sources[name] = value.__name__
         function.save_compiled_function(folder / _FILE, external_data=self._find_enclosed())
 
     def _load(
@@ -130,7 +136,9 @@ class CompiledFunction:
             return None
         try:
             with (folder / _FILE).open("rb") as stream:
-                function = torch.compiler.load_compiled_function(stream, external_data=self._find_enclosed())
+                function = torch.compiler.load_compiled_function(
+                    stream, f_globals=self._function.__globals__, external_data=self._find_enclosed()
+                )
             _check_sources(function.source_info())
             if not function.guard_check(self._module, *args, **kwargs):
                 raise CacheMissError("the module is not in the state in which it was traced")

@@ -98,6 +98,9 @@ def test_disabled_operators_run_in_pytorch() -> None:
         ({"disabled_ops": ["aten.exp.default"]}, "needs strict: false"),
         ({"disabled_ops": ["exp"], "strict": False}, "'aten.exp.default', not 'exp'"),
         ({"disabled_ops": "aten.exp.default", "strict": False}, "takes a list"),
+        ({"decompositions": ["aten.linear"]}, "'decompositions' takes operators such as"),
+        ({"decompositions": ["aten.mm.default"]}, "torch cannot take aten.mm.default apart"),
+        ({"release_weights": "yes"}, "true or false, not 'yes'"),
         ({"strict": 1}, "true or false, not 1"),
         ({"max_graphs": 0}, "a number from 1, not 0"),
         ({"max_graphs": True}, "a number from 1, not True"),
@@ -325,3 +328,13 @@ def test_linear_layers_stay_whole() -> None:
     module = torch.nn.Linear(16, 8)
     assert measure_error(compile_module(module, backend)(x), module(x)) < 1e-6
     assert backend.reports[0].models[0].operators <= 5  # input, two constants, linear layer, output
+
+
+def test_decompositions_take_an_operator_apart() -> None:
+    x, operators = torch.randn(4, 16), []
+    for names in ([], ["aten.native_layer_norm.default"]):
+        torch._dynamo.reset()
+        module, backend = make_module(), OpenVINOBackend({"decompositions": names})
+        assert measure_error(compile_module(module, backend)(x), module(x)) < 1e-6
+        operators.append(backend.reports[0].models[0].operators)
+    assert operators[0] < operators[1]

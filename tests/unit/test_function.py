@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.modeling_outputs import BaseModelOutput
 
 from openvino_backend import CompiledFunction
 from scripts.local_server import ROOT
@@ -68,6 +69,25 @@ def test_numbers_in_the_code_and_arguments_by_keyword(tmp_path: Path) -> None:
             assert measure_error(result["y"], expected["y"]) < 1e-6
             assert measure_error(result["sum"], expected["sum"]) < 1e-6
         assert [traced for traced, _ in read_origins(function)] == [is_traced] * 2
+
+
+def test_output_class_of_transformers(tmp_path: Path) -> None:
+    class Encoder(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> BaseModelOutput:
+            y = super().forward(x)
+            return BaseModelOutput(last_hidden_state=y, hidden_states=(x + 1, y + 1))
+
+    module, x = Encoder(4, 4), torch.randn(3, 4)
+    expected = module(x)
+    for is_traced in (True, False):
+        function = CompiledFunction(module.forward, make_options(tmp_path))
+        result = function(x)
+        assert isinstance(result, BaseModelOutput)
+        assert measure_error(result.last_hidden_state, expected.last_hidden_state) < 1e-6
+        assert torch.equal(result.hidden_states[0], x + 1)
+        assert function.backend.reports[0].traced is is_traced
+        for name in [name for name in globals() if name.startswith("___module")]:
+            del globals()[name]  # as in a new process
 
 
 def test_other_weights_have_entries_of_their_own(tmp_path: Path) -> None:
