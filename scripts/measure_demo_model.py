@@ -1,0 +1,146 @@
+"""Measure how often the demonstration model draws what a held-out prompt asks for, by steps; print a table.
+
+python -m scripts.measure_demo_model --prompts 500 --steps 5 10 20 30 --sheet sheet.jpg
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from scripts.shapes import PICTURE_SIZE, Scene, choose_scene, describe_scene, is_held_out, iterate_scenes
+from tests.oracle import Verdict, judge_picture
+
+CAPTION_HEIGHT = 42
+FEATURES = tuple(field.name for field in fields(Verdict))
+Draw = Callable[[Sequence[str], Sequence[int]], Sequence[Image.Image]]  # prompts and seeds to pictures
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked for, in words and as a scene, and the seed to draw it with."""
+
+    text: str
+    scene: Scene
+    seed: int
+
+
+def choose_prompts(count: int, *, seed: int = 0) -> list[Prompt]:
+    """Return prompts of one thing whose combinations no training has shown; each says everything.
+
+    Args:
+        count: 642 at most.
+    """
+    random = Random(f"prompts {seed}")
+    scenes = [scene for scene in iterate_scenes() if is_held_out(scene.background, scene.things[0])]
+    return [
+        Prompt(describe_scene(scene, random=random), scene, i) for i, scene in enumerate(random.sample(scenes, count))
+    ]
+
+
+def choose_pairs(count: int, *, seed: int = 0) -> list[Prompt]:
+    """Return prompts of two things each; these pairs were not kept from training."""
+    random = Random(f"pairs {seed}")
+    scenes = [choose_scene(random, share_of_two=1) for _ in range(count)]
+    return [Prompt(describe_scene(scene, random=random), scene, i) for i, scene in enumerate(scenes)]
+
+
+def load_pipeline(folder: Path, *, device: str = "cpu") -> Any:
+    """Return the saved pipeline in float32, without progress bars."""
+    import torch
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw_with(pipeline: Any, **settings: Any) -> Draw:
+    """Return what draws prompts with a pipeline."""
+    import torch
+
+    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Sequence[Image.Image]:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipeline(list(prompts), generator=generators, **settings).images
+
+    return draw
+
+
+def draw_prompts(prompts: Sequence[Prompt], draw: Draw, *, batch: int = 32) -> Iterator[Image.Image]:
+    for i in range(0, len(prompts), batch):
+        part = prompts[i : i + batch]
+        yield from draw([prompt.text for prompt in part], [prompt.seed for prompt in part])
+
+
+def score_pictures(prompts: Sequence[Prompt], pictures: Sequence[Image.Image]) -> dict[str, float]:
+    """Return the share of pictures that are right, for each feature and for all at once."""
+    verdicts = [judge_picture(picture, prompt.scene) for prompt, picture in zip(prompts, pictures, strict=True)]
+    shares = {name: sum(asdict(verdict)[name] for verdict in verdicts) / len(verdicts) for name in FEATURES}
+    return {**shares, "all": sum(verdict.is_right for verdict in verdicts) / len(verdicts)}
+
+
+def wrap_words(text: str, *, width: int) -> str:
+    """Break a caption into lines of at most so many characters."""
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines)
+
+
+def save_sheet(path: Path, prompts: Sequence[Prompt], pictures: Sequence[Image.Image], *, columns: int = 4) -> None:
+    """Write pictures with their prompts below."""
+    width, height = PICTURE_SIZE + 52, PICTURE_SIZE + 8 + CAPTION_HEIGHT
+    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
+        x, y = i % columns * width, i // columns * height
+        sheet.paste(picture, (x + 26, y + 4))
+        draw.text((x + 4, y + PICTURE_SIZE + 6), wrap_words(prompt.text, width=32), fill="black", font_size=10)
+    sheet.save(path, quality=90)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("demo_model"))
+    parser.add_argument("--prompts", type=int, default=500, help="held-out prompts (default: %(default)s, most: 642)")
+    parser.add_argument("--pairs", type=int, default=0, help="prompts of two things, besides (default: %(default)s)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 30])
+    parser.add_argument("--guidance-scale", type=float, default=5.0)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--sheet", type=Path, help="write a sheet of the first 12 prompts and 4 pairs here")
+    arguments = parser.parse_args()
+    pipeline = load_pipeline(arguments.model, device=arguments.device)
+    print(f"| prompts | steps | {' | '.join((*FEATURES, 'all'))} | s a picture |")
+    print("|---" * (len(FEATURES) + 4) + "|")
+    for name, prompts in (
+        ("one thing", choose_prompts(arguments.prompts)),
+        ("two things", choose_pairs(arguments.pairs)),
+    ):
+        for steps in arguments.steps if prompts else []:
+            draw = draw_with(pipeline, num_inference_steps=steps, guidance_scale=arguments.guidance_scale)
+            start = time.perf_counter()
+            drawn = draw_prompts(prompts, draw, batch=arguments.batch)
+            pictures = list(tqdm(drawn, total=len(prompts), desc=f"{steps} steps", leave=False))
+            seconds = (time.perf_counter() - start) / len(prompts)
+            shares = score_pictures(prompts, pictures)
+            print(
+                f"| {name} | {steps} | {' | '.join(f'{share:.1%}' for share in shares.values())} | {seconds:.2f} |",
+                flush=True,
+            )
+    if arguments.sheet:
+        shown = [*choose_prompts(12, seed=1), *choose_pairs(4, seed=1)]
+        draw = draw_with(pipeline, num_inference_steps=max(arguments.steps), guidance_scale=arguments.guidance_scale)
+        save_sheet(arguments.sheet, shown, list(draw_prompts(shown, draw)))
+
+
+if __name__ == "__main__":
+    main()

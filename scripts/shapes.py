@@ -1,0 +1,196 @@
+"""The world of the demonstration model: coloured shapes on coloured backgrounds, drawn and put into words."""
+
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+
+from PIL import Image, ImageDraw
+
+COLOURS = {
+    "red": (220, 30, 40),
+    "green": (30, 150, 50),
+    "blue": (35, 60, 220),
+    "yellow": (250, 220, 40),
+    "purple": (150, 40, 170),
+    "pink": (255, 140, 190),
+    "cyan": (60, 205, 225),
+    "white": (245, 245, 245),
+    "black": (20, 20, 20),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+SIZES = {"small": 0.12, "large": 0.22}  # half the extent, as a share of the picture's shorter side
+POSITIONS = {  # the middle of the shape, as a share of width and height
+    "left": (0.27, 0.5),
+    "right": (0.73, 0.5),
+    "top": (0.5, 0.27),
+    "bottom": (0.5, 0.73),
+    "centre": (0.5, 0.5),
+}
+PICTURE_SIZE = 128
+SUPERSAMPLING = 4
+RING_HOLE = 0.55
+HELD_OUT_SHARE = 0.15
+SYNONYMS = {"small": ("small", "tiny"), "large": ("large", "big"), "centre": ("centre", "center", "middle")}
+WORDS = (
+    *COLOURS,
+    *SHAPES,
+    *(word for name in (*SIZES, *POSITIONS) for word in SYNONYMS.get(name, (name,))),
+    *("a", "and", "at", "background", "in", "on", "the", "with", ","),
+)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One shape of a scene."""
+
+    colour: str
+    shape: str
+    size: str
+    position: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows: one thing, or two of which the first stands left and the second right."""
+
+    background: str
+    things: tuple[Thing, ...]
+
+
+def is_held_out(background: str, thing: Thing) -> bool:
+    """Say whether this combination is kept from training."""
+    key = " ".join((background, thing.colour, thing.shape, thing.size, thing.position))
+    return hashlib.sha256(key.encode()).digest()[0] < 256 * HELD_OUT_SHARE
+
+
+def iterate_scenes() -> Iterator[Scene]:
+    """Yield every scene of one thing, held out or not."""
+    for background, colour, shape, size, position in itertools.product(COLOURS, COLOURS, SHAPES, SIZES, POSITIONS):
+        if colour != background:
+            yield Scene(background, (Thing(colour, shape, size, position),))
+
+
+def choose_scene(random: Random, *, share_of_two: float = 0.25) -> Scene:
+    """Return a random scene of which nothing is held out."""
+    positions = ("left", "right") if random.random() < share_of_two else (random.choice(list(POSITIONS)),)
+    while True:
+        background = random.choice(list(COLOURS))
+        others = [colour for colour in COLOURS if colour != background]
+        things = tuple(
+            Thing(random.choice(others), random.choice(SHAPES), random.choice(list(SIZES)), position)
+            for position in positions
+        )
+        if not any(is_held_out(background, thing) for thing in things):
+            return Scene(background, things)
+
+
+def list_corners(shape: str) -> list[tuple[float, float]]:
+    """Return the corners of a shape with straight sides that fills the square from -1 to 1."""
+    if shape == "square":
+        return [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)]
+    if shape == "triangle":
+        return [(0, -0.95), (1, 0.85), (-1, 0.85)]
+    if shape == "cross":
+        quarter = [(0.34, -1.0), (0.34, -0.34), (1.0, -0.34)]
+        return [
+            corner
+            for x, y in ((1, 0), (0, 1), (-1, 0), (0, -1))
+            for corner in [(a * x - b * y, a * y + b * x) for a, b in quarter]
+        ]
+    angles = [math.pi * (i / 5 - 0.5) for i in range(10)]
+    radii = itertools.cycle((1.05, 0.45))
+    return [
+        (radius * math.cos(angle), radius * math.sin(angle) + 0.08)
+        for angle, radius in zip(angles, radii, strict=False)
+    ]
+
+
+def draw_shape(image: Image.Image, shape: str, *, centre: tuple[float, float], radius: float, fill: object) -> None:
+    """Draw one shape into an image, in its pixels."""
+    draw = ImageDraw.Draw(image)
+    x, y = centre
+    box = (x - radius, y - radius, x + radius, y + radius)
+    if shape == "circle":
+        draw.ellipse(box, fill=fill)  # type: ignore[arg-type]
+    elif shape == "ring":
+        draw.ellipse(box, outline=fill, width=round(radius * (1 - RING_HOLE)))  # type: ignore[arg-type]
+    else:
+        draw.polygon([(x + radius * a, y + radius * b) for a, b in list_corners(shape)], fill=fill)  # type: ignore[arg-type]
+
+
+def draw_scene(
+    scene: Scene, *, width: int = PICTURE_SIZE, height: int = PICTURE_SIZE, random: Random | None = None
+) -> Image.Image:
+    """Draw a scene; a random source moves and scales each thing a little, within what its words allow."""
+    canvas_size = (width * SUPERSAMPLING, height * SUPERSAMPLING)
+    canvas = Image.new("RGB", canvas_size, COLOURS[scene.background])
+    for thing in scene.things:
+        dx, dy, scale = (0.0, 0.0, 0.0) if random is None else (random.uniform(-1, 1) for _ in range(3))
+        x, y = POSITIONS[thing.position]
+        draw_shape(
+            canvas,
+            thing.shape,
+            centre=((x + 0.03 * dx) * canvas_size[0], (y + 0.03 * dy) * canvas_size[1]),
+            radius=SIZES[thing.size] * (1 + 0.08 * scale) * min(canvas_size),
+            fill=COLOURS[thing.colour],
+        )
+    return canvas.reduce(SUPERSAMPLING)
+
+
+def name_thing(thing: Thing, *, random: Random, drop: float) -> str:
+    size = "" if random.random() < drop else random.choice(SYNONYMS[thing.size]) + " "
+    return f"{size}{thing.colour} {thing.shape}"
+
+
+def describe_scene(scene: Scene, *, random: Random, drop: float = 0.0) -> str:
+    """Put a scene into words.
+
+    Args:
+        random: chooses among the wordings.
+        drop: how likely each of size, position and background goes unsaid.
+    """
+    things = [name_thing(thing, random=random, drop=drop) for thing in scene.things]
+    ground = "" if random.random() < drop else f"{scene.background} background"
+    if len(things) == 2:
+        pair = f"a {things[0]} and a {things[1]}"
+        if not ground:
+            return pair
+        return random.choice((f"{pair} on a {ground}", f"{pair}, {ground}", f"a {ground} with {pair}"))
+    position = scene.things[0].position
+    place = "" if random.random() < drop else random.choice(SYNONYMS.get(position, (position,)))
+    at = f"{'in' if position == 'centre' else 'at'} the {place}"
+    if ground and place:
+        return random.choice(
+            (
+                f"a {things[0]} on a {ground}, {place}",
+                f"a {things[0]} {at} on a {ground}",
+                f"a {things[0]} on a {ground}, {at}",
+                f"{things[0]}, {place}, {ground}",
+                f"a {ground} with a {things[0]} {at}",
+            )
+        )
+    if ground:
+        return random.choice(
+            (f"a {things[0]} on a {ground}", f"{things[0]}, {ground}", f"a {ground} with a {things[0]}")
+        )
+    if place:
+        return random.choice((f"a {things[0]}, {place}", f"a {things[0]} {at}"))
+    return random.choice((f"a {things[0]}", things[0]))
+
+
+def describe_part(scene: Scene, *, random: Random) -> str:
+    """Name one or two features of a scene, as a negative prompt does."""
+    thing = random.choice(scene.things)
+    return random.choice(
+        (
+            thing.colour,
+            thing.shape,
+            random.choice(SYNONYMS[thing.size]),
+            random.choice(SYNONYMS.get(thing.position, (thing.position,))),
+            f"{thing.colour} {thing.shape}",
+            f"{scene.background} background",
+        )
+    )

@@ -1,0 +1,547 @@
+"""Train the demonstration model from scratch: a tiny Stable Diffusion XL that draws coloured shapes.
+
+Four stages, each kept in the work folder as it goes, so that the same command continues an interrupted run: the VAE;
+the text encoders, which learn to name what a prompt says; the latents of the scenes, encoded once; the UNet together
+with the text encoders. The averaged weights are saved as fp16 safetensors in diffusers' format.
+
+    python -m scripts.train_demo_model                          the whole training
+    python -m scripts.train_demo_model --start-from demo_model  more UNet steps from saved weights
+"""
+
+import argparse
+import copy
+import logging
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional
+from tqdm import tqdm
+
+from scripts import shapes
+from scripts.make_random_model import make_text_encoder
+
+log = logging.getLogger(__name__)
+
+MERGED_WORDS = tuple(dict.fromkeys(shapes.WORDS))
+TEXT_WIDTH = 128
+TEXT = {
+    "hidden_size": TEXT_WIDTH,
+    "intermediate_size": 4 * TEXT_WIDTH,
+    "num_hidden_layers": 3,  # SDXL reads the hidden states before the last layer
+    "num_attention_heads": 4,
+    "projection_dim": TEXT_WIDTH,
+}
+TIME_EMBEDDING = 32
+UNET = {
+    "block_out_channels": (64, 192),
+    "layers_per_block": 1,
+    "sample_size": shapes.PICTURE_SIZE // 8,
+    "norm_num_groups": 16,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": (2, 6),
+    "transformer_layers_per_block": (1, 1),
+    "use_linear_projection": True,
+    "cross_attention_dim": 2 * TEXT_WIDTH,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": TIME_EMBEDDING,
+    "projection_class_embeddings_input_dim": 6 * TIME_EMBEDDING + TEXT_WIDTH,
+}
+VAE = {
+    "block_out_channels": (16, 32, 64, 128),
+    "norm_num_groups": 2,  # of a flat picture, two channels of a group would keep no more than their order
+    "layers_per_block": 1,
+    "sample_size": shapes.PICTURE_SIZE,
+    "force_upcast": False,
+    "scaling_factor": 1.0,  # normalise_latents brings them to unit variance
+}
+SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    # Without a last step of pure noise, sampling starts from a mean colour that training never showed
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+}
+MAX_SNR = 5
+TEXT_RATE = 0.3  # of the UNet's learning rate
+BLURRED_SHARE = CROPPED_SHARE = 0.07
+PICTURE_SHARES = {(128, 128): 0.91, (96, 96): 0.03, (192, 128): 0.03, (128, 192): 0.03}
+NOTHING = "nothing"
+_COLOURS, _SIZES = tuple(shapes.COLOURS), tuple(shapes.SIZES)
+FEATURES = (_COLOURS, *(_COLOURS, shapes.SHAPES, _SIZES) * 2, tuple(shapes.POSITIONS))
+
+
+def make_tokenizer() -> Any:
+    """Return a CLIP tokenizer that reads any bytes, and each word of the shapes' world as one token."""
+    from transformers import CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    words = [[*word[:-1], word[-1] + "</w>"] for word in MERGED_WORDS]
+    merges: list[tuple[str, str]] = []
+    while pairs := Counter(pair for word in words for pair in zip(word, word[1:], strict=False)):
+        first, second = merge = max(pairs, key=lambda pair: pairs[pair])
+        merges.append(merge)
+        for word in words:
+            for i in range(len(word) - 1, 0, -1):
+                if (word[i - 1 : i + 1]) == [first, second]:
+                    word[i - 1 : i + 1] = [first + second]
+    tokens = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        *dict.fromkeys(first + second for first, second in merges),
+    ]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=77)
+
+
+def make_vae() -> Any:
+    from diffusers import AutoencoderKL
+
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    return AutoencoderKL(in_channels=3, out_channels=3, latent_channels=4, **blocks, **VAE)
+
+
+def make_pictures(random: Random, count: int) -> list[Image.Image]:
+    return [shapes.draw_scene(shapes.choose_scene(random), random=random) for _ in range(count)]
+
+
+def to_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
+    """Return pictures as one tensor from -1 to 1."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def compute_rate(step: int, *, steps: int, peak: float, warm_up: int = 100) -> float:
+    """Return the learning rate of a step: a linear rise, then half a cosine down."""
+    return peak * min(1.0, (step + 1) / warm_up) * (0.01 + 0.99 * (1 + math.cos(math.pi * min(1.0, step / steps))) / 2)
+
+
+def save_state(path: Path, **state: Any) -> None:
+    """Write a checkpoint that is either whole or absent."""
+    partial = path.with_suffix(".incomplete")
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+def show_progress(start: int, steps: int, name: str) -> Any:
+    return tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10, dynamic_ncols=True)
+
+
+def train_vae(folder: Path, *, steps: int, seed: int, device: str) -> Any:
+    """Train the VAE on crops, then on whole pictures, and bring its latents to unit variance."""
+    torch.manual_seed(seed)
+    vae, path, start = make_vae().to(device), folder / "vae.pt", 0
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+    if path.exists():
+        state = torch.load(path, map_location=device)
+        vae.load_state_dict(state["vae"])
+        start = state["step"]
+        if state["is_done"]:
+            return vae
+        optimizer.load_state_dict(state["optimizer"])
+    bar = show_progress(start, steps, "VAE")
+    for step in bar:
+        random = Random(f"vae {seed} {step}")
+        is_whole = step > 0.8 * steps
+        pictures = to_tensor(make_pictures(random, 6 if is_whole else 16))
+        if not is_whole:
+            x, y = random.randrange(65), random.randrange(65)
+            pictures = pictures[:, :, y : y + 64, x : x + 64].contiguous()
+        pictures = pictures.to(device)
+        optimizer.param_groups[0]["lr"] = compute_rate(step, steps=steps, peak=2e-3)
+        with torch.autocast(device, torch.bfloat16):
+            posterior = vae.encode(pictures).latent_dist
+            decoded = vae.decode(posterior.sample()).sample.float()
+        distance = decoded - pictures
+        divergence = (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()).mean() / 2
+        # Edges are a small part of a picture, yet they alone tell a star from a circle
+        edges = functional.max_pool2d(pictures, 5, 1, 2) + functional.max_pool2d(-pictures, 5, 1, 2) > 0.1
+        weight = 1 + 4 * edges.any(1, keepdim=True)
+        # Stronger, the divergence empties one of the four channels
+        loss = (weight * (distance.abs() + distance.square())).mean() + 1e-5 * divergence
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            bar.set_postfix(l1=f"{distance.abs().mean().item():.4f}", std=f"{posterior.mean.std().item():.2f}")
+        if step % 100 == 99:
+            save_state(path, vae=vae.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, is_done=False)
+            save_sheet(folder / "vae.png", [*pictures[:6], *decoded.detach()[:6]], columns=6)
+    normalise_latents(vae, seed=seed)
+    save_state(path, vae=vae.state_dict(), step=steps, is_done=True)  # no optimizer: nothing goes on from here
+    return vae
+
+
+@torch.no_grad()
+def normalise_latents(vae: Any, *, seed: int) -> None:
+    """Fold the latents' mean and spread into the convolutions next to them: zero mean, unit variance per channel.
+
+    A mean of latents in the configuration is applied by some of SDXL's pipelines only, so none is needed.
+    """
+    pictures = to_tensor(make_pictures(Random(f"latents {seed}"), 256)).to(vae.device)
+    latents = torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(32)])
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    into, out = vae.quant_conv, vae.post_quant_conv
+    out.bias += out.weight[:, :, 0, 0] @ mean
+    out.weight *= std[None, :, None, None]
+    into.weight[:4] /= std[:, None, None, None]
+    into.bias[:4] = (into.bias[:4] - mean) / std
+    into.bias[4:] -= 2 * std.log()  # the log of the variance
+
+
+def save_sheet(path: Path, pictures: Sequence[Any], *, columns: int) -> None:
+    """Write pictures side by side; tensors from -1 to 1 or images."""
+    images = [
+        picture
+        if isinstance(picture, Image.Image)
+        else Image.fromarray(((picture.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).cpu().numpy())
+        for picture in pictures
+    ]
+    width, height = max(each.width for each in images) + 4, max(each.height for each in images) + 4
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), (128, 128, 128))
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width + 2, i // columns * height + 2))
+    sheet.save(path)
+
+
+@dataclass(frozen=True)
+class Models:
+    """The parts that the last stage trains, and what they are trained with."""
+
+    tokenizer: Any
+    text_encoder: Any
+    text_encoder_2: Any
+    unet: Any
+
+    @property
+    def trained(self) -> tuple[Any, ...]:
+        return (self.text_encoder, self.text_encoder_2, self.unet)
+
+    def tokenize(self, prompts: Sequence[str], *, padding: str = "max_length") -> torch.Tensor:
+        ids = self.tokenizer(
+            list(prompts), padding=padding, truncation=True, max_length=77, return_tensors="pt"
+        ).input_ids
+        return ids.to(self.unet.device)
+
+    def encode(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the hidden states of both encoders and the second one's pooled projection, as SDXL takes them."""
+        first = self.text_encoder(ids, output_hidden_states=True)
+        second = self.text_encoder_2(ids, output_hidden_states=True)
+        return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1), second.text_embeds
+
+
+def make_models(*, seed: int, device: str) -> Models:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    text = {**TEXT, "vocab_size": len(tokenizer)}
+    first, second = (make_text_encoder(text, tokenizer, projects).to(device) for projects in (False, True))
+    unet = UNet2DConditionModel(in_channels=4, out_channels=4, **UNET).to(device)
+    return Models(tokenizer, first, second, unet)
+
+
+def list_features(scene: shapes.Scene) -> list[int]:
+    """Return what a scene shows as class numbers, one for each of FEATURES."""
+    things = [*scene.things, None][:2]
+    features = [scene.background]
+    for thing in things:
+        features += [thing.colour, thing.shape, thing.size] if thing else [NOTHING] * 3
+    features.append(scene.things[0].position)
+    return [(*options, NOTHING).index(feature) for options, feature in zip(FEATURES, features, strict=True)]
+
+
+def train_text(models: Models, folder: Path, *, steps: int, seed: int, device: str) -> None:
+    """Let the text encoders name what a prompt says, so that the UNet has something to go by from its first step."""
+    torch.manual_seed(seed)
+    path = folder / "text.pt"
+    encoders = torch.nn.ModuleList([models.text_encoder, models.text_encoder_2])
+    if path.exists():
+        encoders.load_state_dict(torch.load(path, map_location=device)["encoders"])
+        return
+    counts = [len(options) + 1 for options in FEATURES]
+    heads = torch.nn.ModuleList([torch.nn.Linear(width, sum(counts)) for width in (TEXT_WIDTH, 2 * TEXT_WIDTH)]).to(
+        device
+    )
+    parameters = [*encoders.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    bar = show_progress(0, steps, "text")
+    for step in bar:
+        random = Random(f"text {seed} {step}")
+        scenes = [shapes.choose_scene(random, share_of_two=0.4) for _ in range(128)]
+        ids = models.tokenize(
+            [shapes.describe_scene(scene, random=random, drop=0.1) for scene in scenes], padding="longest"
+        )
+        targets = torch.tensor([list_features(scene) for scene in scenes], device=device)
+        hidden, pooled = models.encode(ids)
+        ends = (ids == models.tokenizer.eos_token_id).int().argmax(1)
+        answers = [heads[0](pooled), heads[1](hidden[torch.arange(len(ids), device=device), ends])]
+        optimizer.param_groups[0]["lr"] = compute_rate(step, steps=steps, peak=1.5e-3)
+        loss = sum(
+            functional.cross_entropy(part, targets[:, i])
+            for answer in answers
+            for i, part in enumerate(answer.split(counts, 1))
+        ) / (len(answers) * len(counts))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+    save_state(path, encoders=encoders.state_dict())
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture with SDXL's micro-conditioning.
+
+    Args:
+        conditions: original height and width, crop's top and left, target height and width, in pixels.
+    """
+
+    scene: shapes.Scene
+    picture: Image.Image
+    conditions: tuple[int, ...]
+
+
+def make_sample(random: Random, *, width: int, height: int) -> Sample:
+    """Draw a scene; some of a smaller original, which is blurred, and some cropped."""
+    scene = shapes.choose_scene(random)
+    picture = shapes.draw_scene(scene, width=width, height=height, random=random)
+    original, top, left = (height, width), 0, 0
+    kind = random.random()
+    if kind < BLURRED_SHARE:
+        scale = random.uniform(0.15, 0.7)
+        original = (round(height * scale), round(width * scale))
+        picture = picture.resize(original[::-1], Image.Resampling.BOX).resize((width, height), Image.Resampling.BICUBIC)
+    elif kind < BLURRED_SHARE + CROPPED_SHARE:
+        top, left = random.choice(
+            ((random.randrange(65), 0), (0, random.randrange(65)), (random.randrange(65), random.randrange(65)))
+        )
+        cropped = Image.new("RGB", picture.size, shapes.COLOURS[scene.background])
+        cropped.paste(picture, (-left, -top))
+        picture = cropped
+    return Sample(scene, picture, (*original, top, left, height, width))
+
+
+@torch.no_grad()
+def encode_scenes(vae: Any, folder: Path, *, count: int, seed: int, device: str) -> list[Any]:
+    """Return for each picture size the latents, the scenes and the micro-conditions of the training's pictures."""
+    path = folder / "latents.pt"
+    if not path.exists():
+        groups = []
+        for (width, height), share in PICTURE_SHARES.items():
+            latents: list[torch.Tensor] = []
+            scenes: list[shapes.Scene] = []
+            conditions: list[tuple[int, ...]] = []
+            for i in tqdm(range(0, round(count * share), 32), desc=f"latents {width}x{height}", mininterval=10):
+                random = Random(f"scenes {seed} {width} {height} {i}")
+                samples = [make_sample(random, width=width, height=height) for _ in range(32)]
+                with torch.autocast(device, torch.bfloat16):
+                    posterior = vae.encode(to_tensor([each.picture for each in samples]).to(device)).latent_dist
+                latents.append(posterior.mean.half().cpu())
+                scenes += [each.scene for each in samples]
+                conditions += [each.conditions for each in samples]
+            groups.append((torch.cat(latents), [astuple(scene) for scene in scenes], torch.tensor(conditions).float()))
+        save_state(path, groups=groups)
+    return [
+        (
+            latents,
+            [shapes.Scene(ground, tuple(shapes.Thing(*each) for each in things)) for ground, things in scenes],
+            ids,
+        )
+        for latents, scenes, ids in torch.load(path)["groups"]
+    ]
+
+
+def choose_prompt(scene: shapes.Scene, random: Random) -> str | None:
+    """Return a prompt for training: mostly whole, some short as negative prompts are, some empty, and some none."""
+    kind = random.random()
+    if kind < 0.1:
+        return None  # a pipeline without a negative prompt takes zeros
+    if kind < 0.12:
+        return ""
+    if kind < 0.18:
+        return shapes.describe_part(scene, random=random)
+    return shapes.describe_scene(scene, random=random, drop=0.1)
+
+
+def make_scheduler() -> Any:
+    from diffusers import EulerDiscreteScheduler
+
+    return EulerDiscreteScheduler(**SCHEDULER)
+
+
+def compute_loss(models: Models, groups: Sequence[Any], *, random: Random, batch: int, alphas: torch.Tensor) -> Any:
+    """Return the loss of the predicted velocity on a random batch."""
+    device = str(models.unet.device).partition(":")[0]
+    latents, scenes, conditions = random.choices(groups, weights=list(PICTURE_SHARES.values()))[0]
+    chosen = [random.randrange(len(scenes)) for _ in range(batch)]
+    prompts = [choose_prompt(scenes[i], random) for i in chosen]
+    clean = latents[chosen].float().to(device)
+    noise = torch.randn_like(clean)
+    # Spread evenly over the steps, and one at the very start, where nothing but the prompt tells the colours
+    steps = ((torch.randperm(batch) + torch.rand(batch)) / batch * len(alphas)).long().clamp(max=len(alphas) - 1)
+    steps[0] = len(alphas) - 1
+    steps = steps.to(device)
+    alpha = alphas[steps][:, None, None, None]
+    noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+    velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+    with torch.autocast(device, torch.bfloat16):
+        hidden, pooled = models.encode(models.tokenize([prompt or "" for prompt in prompts]))
+        is_said = torch.tensor([prompt is not None for prompt in prompts], device=device)
+        added = {"text_embeds": pooled * is_said[:, None], "time_ids": conditions[chosen].to(device)}
+        predicted = models.unet(noisy, steps, hidden * is_said[:, None, None], added_cond_kwargs=added).sample
+    # Min-SNR's idea for velocities, less its zero weight where the noise is all there is
+    weight = ((1 + MAX_SNR) * (1 - alpha)).clamp(max=1)
+    return (weight * (predicted.float() - velocity).square()).mean()
+
+
+def train_unet(
+    models: Models, groups: Sequence[Any], folder: Path, *, vae: Any, settings: argparse.Namespace
+) -> Models:
+    """Train the UNet and the text encoders; return their moving average."""
+    alphas = make_scheduler().alphas_cumprod.to(settings.device)
+    averaged = copy.deepcopy(models)
+    parameters, averages = ([p for part in each.trained for p in part.parameters()] for each in (models, averaged))
+    of_text = {id(p) for part in models.trained[:2] for p in part.parameters()}
+    sides = [[p for p in parameters if (id(p) in of_text) == is_text] for is_text in (False, True)]
+    optimizer = torch.optim.AdamW(
+        [{"params": side} for side in sides], betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
+    path, start = folder / "unet.pt", 0
+    if path.exists():
+        state = torch.load(path, map_location=settings.device)
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+        for each, name in ((models, "weights"), (averaged, "averages")):
+            for part, weights in zip(each.trained, state[name], strict=True):
+                part.load_state_dict(weights)
+    bar, losses = show_progress(start, settings.unet_steps, "UNet"), []
+    for step in bar:
+        torch.manual_seed(settings.seed * 1_000_003 + step)
+        for side, peak in zip(optimizer.param_groups, (settings.rate, settings.rate * TEXT_RATE), strict=True):
+            side["lr"] = compute_rate(step, steps=settings.unet_steps, peak=peak)
+        random = Random(f"UNet {settings.seed} {step}")
+        loss = compute_loss(models, groups, random=random, batch=settings.batch, alphas=alphas)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, parameters, 1 - min(0.998, (1 + step) / (10 + step)))
+        losses.append(loss.item())
+        if step % 20 == 19:
+            bar.set_postfix(loss=f"{sum(losses[-100:]) / len(losses[-100:]):.4f}")
+        if (step + 1) % settings.save_every == 0 or step + 1 == settings.unet_steps:
+            log.info("step %d: mean loss %.4f of the last %d", step + 1, sum(losses) / len(losses), len(losses))
+            losses.clear()
+            states = {
+                name: [part.state_dict() for part in each.trained]
+                for each, name in ((models, "weights"), (averaged, "averages"))
+            }
+            save_state(path, optimizer=optimizer.state_dict(), step=step + 1, **states)
+            save_pipeline(averaged, vae, folder / "snapshot")
+            draw_prompts(folder / "snapshot", folder / f"sheet-{step + 1:06}.png", device=settings.device)
+    return averaged
+
+
+def save_pipeline(models: Models, vae: Any, folder: Path) -> None:
+    """Write the pipeline in diffusers' format, with fp16 weights."""
+    from diffusers import StableDiffusionXLPipeline
+
+    names = ("text_encoder", "text_encoder_2", "unet")
+    halves = {name: copy.deepcopy(part).half() for name, part in zip(names, models.trained, strict=True)}
+    pipeline = StableDiffusionXLPipeline(
+        vae=copy.deepcopy(vae).half(),
+        tokenizer=models.tokenizer,
+        tokenizer_2=models.tokenizer,
+        scheduler=make_scheduler(),
+        **halves,
+    )
+    for path in folder.glob("*/*"):  # a model card next to them stays
+        path.unlink()
+    pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+def load_models(folder: Path, *, device: str) -> tuple[Models, Any]:
+    """Return the trained parts and the VAE of a saved pipeline."""
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device)
+    models = Models(pipeline.tokenizer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.unet)
+    return models, pipeline.vae
+
+
+def draw_prompts(folder: Path, path: Path, *, device: str, seed: int = 0) -> None:
+    """Draw scenes that were held out of training, as a sheet, beside the drawings to compare with."""
+    from diffusers import StableDiffusionXLPipeline
+
+    random = Random(seed)
+    scenes = random.sample(
+        [each for each in shapes.iterate_scenes() if shapes.is_held_out(each.background, each.things[0])], 16
+    )
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline(
+        [shapes.describe_scene(scene, random=random) for scene in scenes],
+        num_inference_steps=10,
+        generator=[torch.Generator().manual_seed(i) for i in range(len(scenes))],
+    ).images
+    pairs = [image for scene, image in zip(scenes, drawn, strict=True) for image in (shapes.draw_scene(scene), image)]
+    save_sheet(path, pairs, columns=8)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("demo_model"), help="where to save (default: %(default)s)")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/demo"), help="checkpoints and sheets (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--start-from", type=Path, help="a saved pipeline whose VAE stays and whose other parts learn on"
+    )
+    parser.add_argument("--vae-steps", type=int, default=2400)
+    parser.add_argument("--text-steps", type=int, default=1000)
+    parser.add_argument("--unet-steps", type=int, default=4000)
+    parser.add_argument("--scenes", type=int, default=24_000, help="pictures to train on (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument(
+        "--rate", type=float, default=1e-3, help="the UNet's highest learning rate (default: %(default)s)"
+    )
+    parser.add_argument("--save-every", type=int, default=250, help="steps between checkpoints (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def main() -> None:
+    settings = parse_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    settings.work.mkdir(parents=True, exist_ok=True)
+    seed, device = settings.seed, settings.device
+    if settings.start_from:
+        models, vae = load_models(settings.start_from, device=device)
+    else:
+        models = make_models(seed=seed, device=device)
+        vae = train_vae(settings.work, steps=settings.vae_steps, seed=seed, device=device)
+        train_text(models, settings.work, steps=settings.text_steps, seed=seed, device=device)
+    vae.requires_grad_(False)
+    groups = encode_scenes(vae, settings.work, count=settings.scenes, seed=seed, device=device)
+    averaged = train_unet(models, groups, settings.work, vae=vae, settings=settings)
+    save_pipeline(averaged, vae, settings.output)
+
+
+if __name__ == "__main__":
+    main()
