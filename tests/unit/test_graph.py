@@ -1,5 +1,6 @@
 """The graphs that reach OpenVINO, against OpenVINO's own conversion of the same modules."""
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from openvino_backend import OpenVINOBackend
 from pipeline_utils import read_pipeline
+from tests.unit.modules import measure_error, needs_bf16
 
 pytestmark = pytest.mark.usefixtures("inference")
 SIZE, TOKENS = 16, 77
@@ -82,3 +84,38 @@ def test_graph_is_no_longer_than_openvinos_own(
     assert ours.total() <= theirs.total(), (ours - theirs, theirs - ours)
     for kind in ("MVN", "ScaledDotProductAttention", "Interpolate", "FullyConnected", "Convolution"):
         assert ours[kind] == theirs[kind]
+
+
+def run_on_openvino(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], precision: str) -> torch.Tensor:
+    torch._dynamo.reset()
+    backend = OpenVINOBackend({"config": {"INFERENCE_PRECISION_HINT": precision}})
+    return take_first(torch.compile(module, backend=backend, fullgraph=True, dynamic=False)(*inputs))
+
+
+def take_first(result: Any) -> torch.Tensor:
+    tensor: torch.Tensor = result if isinstance(result, torch.Tensor) else result[0]
+    return tensor.float()
+
+
+@pytest.mark.parametrize("name", ["unet", "vae", "text_encoder", "text_encoder_2"])
+def test_float32_is_eagers(pipeline: Any, name: str) -> None:
+    module, inputs = make_case(pipeline, name)
+    expected = take_first(module(*inputs))
+    assert measure_error(run_on_openvino(module, inputs, "f32"), expected) < 1e-4
+
+
+@needs_bf16
+@pytest.mark.parametrize("name", ["unet", "vae", "text_encoder", "text_encoder_2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bfloat16_is_as_near_as_torchs_own(pipeline: Any, name: str, dtype: torch.dtype) -> None:
+    module, inputs = make_case(pipeline, name)
+    expected = take_first(module(*inputs))
+
+    def shorten(dtype: torch.dtype) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
+        short = [each.to(dtype) if each.is_floating_point() and each.ndim else each for each in inputs]
+        return copy.deepcopy(module).to(dtype), tuple(short)
+
+    by_torch, short_inputs = shorten(torch.bfloat16)
+    torchs_error = measure_error(take_first(by_torch(*short_inputs)), expected)
+    ours = measure_error(run_on_openvino(*shorten(dtype), "bf16"), expected)
+    assert ours <= 1.2 * torchs_error, (ours, torchs_error)
