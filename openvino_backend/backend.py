@@ -48,7 +48,7 @@ class GraphReport:
         models: the OpenVINO models, in the order they run: one, and another for what must run in float32.
         operators_outside: the operators that run in PyTorch, by name; none unless `strict` is off.
         weights_sha256: the digest of the weights compiled in.
-        traced: false when the graph came from the cache of OpenVINOBackend.compile, and torch did not trace it again.
+        traced: false when CompiledFunction took the graph from the cache, and torch did not trace it again.
     """
 
     models: tuple[ModelReport, ...]

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from scripts import shapes
 from scripts.make_random_model import make_text_encoder
+from scripts.measure_demo_model import choose_prompts, draw_prompts, draw_with, load_pipeline
 
 log = logging.getLogger(__name__)
 
@@ -453,7 +454,7 @@ def train_unet(
             }
             save_state(path, optimizer=optimizer.state_dict(), step=step + 1, **states)
             save_pipeline(averaged, vae, folder / "snapshot")
-            draw_prompts(folder / "snapshot", folder / f"sheet-{step + 1:06}.png", device=settings.device)
+            save_progress(folder / "snapshot", folder / f"sheet-{step + 1:06}.png", device=settings.device)
     return averaged
 
 
@@ -477,29 +478,20 @@ def save_pipeline(models: Models, vae: Any, folder: Path) -> None:
 
 def load_models(folder: Path, *, device: str) -> tuple[Models, Any]:
     """Return the trained parts and the VAE of a saved pipeline."""
-    from diffusers import StableDiffusionXLPipeline
-
-    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device)
+    pipeline = load_pipeline(folder, device=device)
     models = Models(pipeline.tokenizer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.unet)
     return models, pipeline.vae
 
 
-def draw_prompts(folder: Path, path: Path, *, device: str, seed: int = 0) -> None:
+def save_progress(folder: Path, path: Path, *, device: str) -> None:
     """Draw scenes that were held out of training, as a sheet, beside the drawings to compare with."""
-    from diffusers import StableDiffusionXLPipeline
-
-    random = Random(seed)
-    scenes = random.sample(
-        [each for each in shapes.iterate_scenes() if shapes.is_held_out(each.background, each.things[0])], 16
-    )
-    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    drawn = pipeline(
-        [shapes.describe_scene(scene, random=random) for scene in scenes],
-        num_inference_steps=10,
-        generator=[torch.Generator().manual_seed(i) for i in range(len(scenes))],
-    ).images
-    pairs = [image for scene, image in zip(scenes, drawn, strict=True) for image in (shapes.draw_scene(scene), image)]
+    prompts = choose_prompts(16)
+    drawn = draw_prompts(prompts, draw_with(load_pipeline(folder, device=device), num_inference_steps=10))
+    pairs = [
+        image
+        for prompt, image_drawn in zip(prompts, drawn, strict=True)
+        for image in (shapes.draw_scene(prompt.scene), image_drawn)
+    ]
     save_sheet(path, pairs, columns=8)
 
 
