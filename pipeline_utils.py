@@ -1,13 +1,19 @@
-"""The Stable Diffusion side: configuration, request, load → compile → warm up → generate, picture → JPEG."""
+"""The Stable Diffusion side: configuration, load → compile → warm up, request → pictures, picture → file."""
 
 import dataclasses
+import functools
+import hashlib
+import inspect
 import io
 import json
 import logging
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
+
+from generation_request import MIN_SIDE, STREAM_FIELDS, Contract, GenerationRequest, Limits, RequestError, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -21,27 +27,17 @@ PUBLISHED_KEYS_WITHOUT_EFFECT = {
     "upcast_vae": "with dtype: float16 the VAE always stays in float32",
 }
 PIPELINE_CLASSES = {True: "StableDiffusionXLPipeline", False: "StableDiffusionPipeline"}
+IMAGE_PIPELINE_CLASSES = {True: "StableDiffusionXLImg2ImgPipeline", False: "StableDiffusionImg2ImgPipeline"}
+MASK_PIPELINE_CLASSES = {True: "StableDiffusionXLInpaintPipeline", False: "StableDiffusionInpaintPipeline"}
 # `openvino` is this project's backend; the one that comes with OpenVINO stays selectable for comparison.
 BACKEND_NAMES = {"openvino": "openvino_backend", "openvino_stock": "openvino"}
 EXECUTABLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".py")
-MAX_PROMPT_CHARACTERS = 10_000
+VAE_ENCODER = "vae_encoder"
 WARM_UP_STEPS = 2  # the first compiles; Inductor may compile again at the second
 
 
 class ConfigError(ValueError):
     """A setting of model-config.yaml, or what it points to, that cannot be served."""
-
-
-class RequestError(ValueError):
-    """A request that cannot be answered with a picture; the client's fault.
-
-    Attributes:
-        param: the field at fault, or None for the body as a whole.
-    """
-
-    def __init__(self, message: str, *, param: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
 
 
 def _setting(default: Any, accepted: str, is_valid: Callable[[Any], bool]) -> Any:
@@ -52,7 +48,7 @@ def _switch(default: bool) -> Any:
     return _setting(default, "true or false", lambda value: isinstance(value, bool))
 
 
-def _number(default: Any, low: int, high: int, *, whole: bool = True, multiple_of: int = 1, null: str = "") -> Any:
+def _number(default: Any, low: float, high: float, *, whole: bool = True, multiple_of: int = 1, null: str = "") -> Any:
     def is_valid(value: Any) -> bool:
         if value is None:
             return bool(null)
@@ -67,6 +63,18 @@ def _number(default: Any, low: int, high: int, *, whole: bool = True, multiple_o
 
 def _choice(default: str, *names: str) -> Any:
     return _setting(default, " | ".join(names), lambda value: value in names)
+
+
+def _are_sizes(value: Any) -> bool:
+    """Say whether this is a list of WIDTHxHEIGHT, each in multiples of 8."""
+    if value is None:
+        return True
+    sizes = [re.fullmatch(r"([1-9]\d{1,3})x([1-9]\d{1,3})", str(each)) for each in value] if value else []
+    return isinstance(value, list) and bool(sizes) and all(each and _is_drawable(*each.groups()) for each in sizes)
+
+
+def _is_drawable(*sides: str) -> bool:
+    return all(int(side) % 8 == 0 and MIN_SIDE <= int(side) <= 4096 for side in sides)
 
 
 def _read_section(cls: type[Any], raw: Any, section: str) -> Any:
@@ -100,6 +108,16 @@ class HandlerConfig:
     width: int | None = _number(None, 64, 4096, multiple_of=8, null="the model's own")
     height: int | None = _number(None, 64, 4096, multiple_of=8, null="the model's own")
     jpeg_quality: int = _number(90, 1, 100)
+    embed_parameters: bool = _switch(True)
+    max_prompt_characters: int = _number(2000, 1, 3000)
+    max_side: int = _number(2048, 64, 4096)
+    max_steps: int = _number(150, 1, 1000)
+    max_images: int = _number(4, 1, 100)
+    max_megapixel_steps: float = _number(250, 0.001, 1e6, whole=False)
+    max_timeout: float = _number(3600, 1, 1e6, whole=False)
+    allowed_sizes: Sequence[str] | None = _setting(
+        None, "a list of sizes such as 1024x1024, in multiples of 8, or null for any", _are_sizes
+    )
     compile_unet: bool = _switch(True)
     compile_vae: bool = _switch(True)
     compile_text_encoders: bool = _switch(True)
@@ -122,6 +140,12 @@ class HandlerConfig:
             )
             raw = {key: value for key, value in raw.items() if key not in ignored}
         return _read_section(cls, raw, "handler")
+
+    def read_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Return the allowed sizes as width and height in pixels, none where any is allowed."""
+        return tuple(
+            (int(width), int(height)) for width, _, height in (s.partition("x") for s in self.allowed_sizes or ())
+        )
 
 
 @dataclass(frozen=True)
@@ -190,77 +214,6 @@ class CompileConfig:
 
 
 @dataclass(frozen=True)
-class GenerationRequest:
-    """One picture to make, every field checked.
-
-    Attributes:
-        prompt: what the picture shows.
-        num_inference_steps: the number of denoising steps.
-        guidance_scale: how strongly the prompt steers; at 1 or below not at all.
-        width: pixels.
-        height: pixels.
-    """
-
-    prompt: str
-    num_inference_steps: int
-    guidance_scale: float
-    width: int | None
-    height: int | None
-
-    @classmethod
-    def parse(cls, body: bytes, content_type: str, config: HandlerConfig) -> Self:
-        """Read a request: a JSON object with `prompt`, or the prompt itself as text.
-
-        A body without a content type is JSON when it starts with a brace.
-
-        Raises:
-            RequestError: says what is wrong with the body.
-        """
-        try:
-            text = body.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise RequestError(f"the body is not UTF-8: byte {error.start} is {body[error.start]:#04x}") from error
-        if "json" in content_type or (not content_type and text.lstrip().startswith("{")):
-            text = _read_prompt(text)
-        _check_prompt(text)
-        return cls(text, config.num_inference_steps, config.guidance_scale, config.width, config.height)
-
-
-def _read_prompt(text: str) -> Any:
-    try:
-        fields_given = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is not JSON: {error}") from error
-    if not isinstance(fields_given, dict):
-        raise RequestError(f'the body is JSON but no object such as {{"prompt": "a red fox"}}: it is {_shorten(text)}')
-    for name in fields_given:
-        if name != "prompt":
-            raise RequestError(f"{_shorten(name)} is not a field; the fields are 'prompt'", param=name)
-    if "prompt" not in fields_given:
-        raise RequestError("prompt is missing; it takes a text", param="prompt")
-    return fields_given["prompt"]
-
-
-def _check_prompt(prompt: Any) -> None:
-    if not isinstance(prompt, str):
-        raise RequestError(f"prompt takes a text, not {_shorten(prompt)}", param="prompt")
-    if not prompt.strip():
-        raise RequestError("prompt is empty; it takes a text", param="prompt")
-    if len(prompt) > MAX_PROMPT_CHARACTERS:
-        raise RequestError(
-            f"prompt takes at most {MAX_PROMPT_CHARACTERS} characters, not {len(prompt)}", param="prompt"
-        )
-    if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise RequestError("prompt takes Unicode text, not a lone surrogate such as \\ud800", param="prompt")
-
-
-def _shorten(value: Any, *, length: int = 60) -> str:
-    """Return the value in plain ASCII and at most so many characters, fit for a message or a log line."""
-    text = ascii(value)
-    return text if len(text) <= length else text[: length - 3] + "..."
-
-
-@dataclass(frozen=True)
 class LoadedPipeline:
     """A pipeline that is ready to make pictures.
 
@@ -270,6 +223,7 @@ class LoadedPipeline:
         compilation: what it was compiled with.
         dtype: the type of its weights.
         parts: the compiled parts by name, each with its OpenVINOBackend, or None where another backend compiled it.
+        contract: what requests may ask of it.
     """
 
     pipeline: Any
@@ -277,6 +231,7 @@ class LoadedPipeline:
     compilation: CompileConfig
     dtype: str
     parts: Mapping[str, Any]
+    contract: Contract
 
     def describe(self) -> dict[str, Any]:
         """Return what runs, read off what was compiled so far; without a warm-up that is nothing before a request."""
@@ -288,6 +243,7 @@ class LoadedPipeline:
             "scheduler": type(self.pipeline.scheduler).__name__,
             "backend": self.compilation.backend or "eager",
             "compiled_parts": list(self.parts),
+            "weights_sha256": self.weights_sha256,
             "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
             "graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
         }
@@ -297,6 +253,20 @@ class LoadedPipeline:
             }
             report["graphs"] = sum(len(graphs) for graphs in report["openvino"].values())
         return report
+
+    @functools.cached_property
+    def weights_sha256(self) -> str:
+        """A digest of all weights as they were loaded; OpenVINO's parts have theirs already."""
+        from openvino_backend import digest_weights
+
+        digests = []
+        for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+            backend, module = self.parts.get(name), getattr(self.pipeline, name, None)
+            if backend and backend.reports:
+                digests.append(backend.reports[0].weights_sha256)
+            elif module is not None:
+                digests.append(digest_weights(dict([*module.named_parameters(), *module.named_buffers()])))
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def measure_parts(self) -> dict[str, dict[str, tuple[float, str]]]:
         """Return for each part that OpenVINO runs the figures worth watching: by their name, the value and its unit."""
@@ -333,16 +303,17 @@ def load_pipeline(
     if device != "cpu":
         pipeline.to(device)
     set_scheduler(pipeline, config.scheduler)
+    contract = build_contract(pipeline, config)
     try:
         parts = compile_parts(pipeline, config, compilation)
-        widen_latents(pipeline, dtype)
-        loaded = LoadedPipeline(pipeline, config, compilation, dtype, parts)
+        unify_inputs(pipeline)
+        loaded = LoadedPipeline(pipeline, config, compilation, dtype, parts, contract)
         if config.warm_up:
             warm_up(loaded)
     except ConfigError:
         raise
     except Exception as error:  # each backend has errors of its own
-        reason = _shorten(" ".join(str(error).split()), length=600)
+        reason = shorten(" ".join(str(error).split()), length=600)
         raise ConfigError(f"pt2.backend: {compilation.backend} cannot run this model: {reason}") from error
     return loaded
 
@@ -417,6 +388,8 @@ def read_pipeline(folder: Path, dtype: str, *, is_xl: bool) -> Any:
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the pipeline in {folder}: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
+    # The VAE has the type that it is to run in; with this set, diffusers would convert it for each image it encodes.
+    pipeline.vae.register_to_config(force_upcast=False)
     return pipeline
 
 
@@ -428,17 +401,65 @@ def set_scheduler(pipeline: Any, name: str | None) -> None:
     """
     if name is None:
         return
-    compatible = {scheduler.__name__: scheduler for scheduler in pipeline.scheduler.compatibles}
-    if name not in compatible:
-        raise ConfigError(f"handler.scheduler takes one of {', '.join(sorted(compatible))}, not {name!r}")
+    schedulers = list_schedulers(pipeline.scheduler)
+    if name not in schedulers:
+        raise ConfigError(f"handler.scheduler takes one of {', '.join(schedulers)}, not {name!r}")
+    pipeline.scheduler = schedulers[name].from_config(pipeline.scheduler.config)
+
+
+def list_schedulers(scheduler: Any) -> dict[str, Any]:
+    """Return by their names the schedulers that can take this one's place and that can be used on this machine."""
+    usable = {}
+    for each in sorted(scheduler.compatibles, key=lambda each: each.__name__):
+        try:
+            each.from_config(scheduler.config)
+        except (ImportError, TypeError, ValueError):  # a library is missing, or the settings do not fit
+            continue
+        usable[each.__name__] = each
+    return usable
+
+
+def build_contract(pipeline: Any, config: HandlerConfig) -> Contract:
+    """Return what requests may ask of this pipeline under this configuration.
+
+    Raises:
+        ConfigError: the defaults are beyond the limits.
+    """
+    own_side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    size = (config.width or own_side, config.height or own_side)
+    defaults = {
+        "width": size[0],
+        "height": size[1],
+        "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": config.guidance_scale,
+        "quality": config.jpeg_quality,
+        "scheduler": type(pipeline.scheduler).__name__,
+    }
+    encoders = (pipeline.text_encoder, *([pipeline.text_encoder_2] if config.is_xl else []))
+    contract = Contract.build(
+        Limits(
+            config.max_prompt_characters,
+            config.max_side,
+            config.max_steps,
+            config.max_images,
+            config.max_megapixel_steps,
+            config.max_timeout,
+            config.read_sizes(),
+        ),
+        defaults=defaults,
+        schedulers=list(list_schedulers(pipeline.scheduler)),
+        max_clip_skip=min(encoder.config.num_hidden_layers for encoder in encoders) - 1,
+        is_xl=config.is_xl,
+    )
     try:
-        pipeline.scheduler = compatible[name].from_config(pipeline.scheduler.config)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"handler.scheduler: {name} cannot be used here: {error}") from error
+        contract.check({"prompt": "what a request gets that says no more", **defaults})
+    except RequestError as error:
+        raise ConfigError(f"handler: its defaults are beyond its limits: {error}") from error
+    return contract
 
 
 def compile_parts(pipeline: Any, config: HandlerConfig, compilation: CompileConfig) -> dict[str, Any]:
-    """Compile the UNet, the VAE's decoder and the text encoders as configured; see LoadedPipeline.parts.
+    """Compile the UNet, the VAE's two halves and the text encoders as configured; see LoadedPipeline.parts.
 
     Lossless: each part computes the same, in the type of its own weights.
 
@@ -454,19 +475,19 @@ def compile_parts(pipeline: Any, config: HandlerConfig, compilation: CompileConf
     # Past its limit of recompilations dynamo would go on in eager PyTorch and only warn.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     parts = {}
-    for name, is_wanted in (
-        ("unet", config.compile_unet),
-        ("vae", config.compile_vae),
-        ("text_encoder", config.compile_text_encoders),
-        ("text_encoder_2", config.compile_text_encoders and config.is_xl),
+    for name, module_name, method, is_wanted in (
+        ("unet", "unet", "forward", config.compile_unet),
+        ("vae", "vae", "decode", config.compile_vae),
+        (VAE_ENCODER, "vae", "_encode", config.compile_vae),
+        ("text_encoder", "text_encoder", "forward", config.compile_text_encoders),
+        ("text_encoder_2", "text_encoder_2", "forward", config.compile_text_encoders and config.is_xl),
     ):
         if not is_wanted:
             continue
-        module = getattr(pipeline, name)
+        module = getattr(pipeline, module_name)
         if name.startswith("text_encoder"):
             # At its first call transformers hooks up the hidden states, behind a lock that dynamo cannot trace.
             module(torch.zeros(1, 1, dtype=torch.long, device=module.device), output_hidden_states=True)
-        method = "decode" if name == "vae" else "forward"
         compiled = compile_method(getattr(module, method), compilation)
         setattr(module, method, compiled)
         parts[name] = compiled.backend if compilation.backend == "openvino" else None
@@ -486,11 +507,24 @@ def compile_method(method: Any, compilation: CompileConfig) -> Any:
     return torch.compile(method, backend=backend, fullgraph=compilation.fullgraph or False, **keywords)
 
 
-def widen_latents(pipeline: Any, dtype: str) -> None:
-    """Give the VAE, which stays in float32 where the rest is in float16, its latents in float32."""
-    if dtype == "float16":
-        decode = pipeline.vae.decode
-        pipeline.vae.decode = lambda latents, **options: decode(latents.float(), **options)
+def unify_inputs(pipeline: Any) -> None:
+    """Let no part meet inputs of more than one kind, each of which would be compiled for itself.
+
+    Schedulers count timesteps in whole numbers or in float32, which holds them exactly. The VAE stays in float32
+    where the rest is in float16, and its decoder has no use for the generator that some pipelines hand it.
+    """
+    forward, decode, encode = pipeline.unet.forward, pipeline.vae.decode, pipeline.vae._encode
+    dtype = pipeline.vae.dtype
+
+    def run_unet(sample: Any, timestep: Any, *inputs: Any, **options: Any) -> Any:
+        return forward(sample, timestep.float(), *inputs, **options)
+
+    def run_decoder(latents: Any, return_dict: bool = True, generator: Any = None) -> Any:
+        return decode(latents.to(dtype), return_dict=return_dict)
+
+    pipeline.unet.forward = run_unet
+    pipeline.vae.decode = run_decoder
+    pipeline.vae._encode = lambda pixels: encode(pixels.to(dtype))
 
 
 def check_compiler() -> None:
@@ -512,48 +546,253 @@ def check_compiler() -> None:
 
 
 def warm_up(loaded: LoadedPipeline) -> None:
-    """Make one picture of the configured size, which compiles every part, and check that all parts were compiled.
+    """Make one picture of each size that is allowed, which compiles every part, and check that all were compiled.
+
+    The VAE's encoder is left to the first request with an image.
 
     Raises:
         ConfigError: a part ran in eager PyTorch although it was to be compiled.
     """
-    config = loaded.config
-    steps = 1 if loaded.compilation.backend == "openvino" else min(WARM_UP_STEPS, config.num_inference_steps)
-    request = GenerationRequest("warm-up", steps, config.guidance_scale, config.width, config.height)
-    encode_jpeg(generate(loaded.pipeline, request), quality=config.jpeg_quality)
+    contract = loaded.contract
+    default = (contract.properties["width"]["default"], contract.properties["height"]["default"])
+    steps = 1 if loaded.compilation.backend == "openvino" else min(WARM_UP_STEPS, loaded.config.num_inference_steps)
+    for width, height in contract.limits.allowed_sizes or (default,):
+        fields = {"prompt": "warm-up", "width": width, "height": height, "num_inference_steps": steps}
+        request = contract.check(fields)
+        encode_picture(finish(generate(loaded, request))[0], request)
     report = loaded.describe()
-    idle = [name for name, graphs in report.get("openvino", {}).items() if not graphs]
-    if idle or report["graphs"] < len(loaded.parts):
+    warm = [name for name in loaded.parts if name != VAE_ENCODER]
+    idle = [name for name, graphs in report.get("openvino", {}).items() if name in warm and not graphs]
+    if idle or report["graphs"] < len(warm):
         raise ConfigError(
             f"pt2.backend: {report['backend']} did not compile {', '.join(idle) or 'every part'}: {report}"
         )
 
 
-def generate(pipeline: Any, request: GenerationRequest, *, on_step: Callable[[int, int], None] | None = None) -> Any:
-    """Make one picture and return it as a Pillow image.
+@dataclass(frozen=True)
+class Progress:
+    """Where a request stands after a denoising step.
 
-    Args:
-        on_step: called after each denoising step with its number, from 1, and the number of steps; an exception it
-            raises ends the work and reaches the caller.
+    Attributes:
+        done, total: steps of the request.
+        index: the picture under way, from 0.
+        step, steps: of this picture.
+        prediction: its finished latents as the scheduler expects them; 1, channels, height / 8, width / 8.
     """
 
-    def report_step(running: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if on_step is not None:
-            on_step(index + 1, running.num_timesteps)
+    done: int
+    total: int
+    index: int
+    step: int
+    steps: int
+    prediction: Any
+
+
+def generate(loaded: LoadedPipeline, request: GenerationRequest) -> Generator[Progress, None, list[Any]]:
+    """Make the pictures of a request, stopping after each denoising step but the last; return them as Pillow images.
+
+    Several requests can be under way at a time, each in a pipeline of its own around the same compiled parts. A
+    picture depends on its own seed only: it is made by itself, whatever is made beside it. Closing the generator ends
+    the work where it stands.
+
+    Raises:
+        RequestError: a size for which there is no room among the compiled graphs.
+    """
+    images = []
+    for index in range(request.num_images_per_prompt):
+        images.append((yield from _draw(loaded, request, index)))
+    return images
+
+
+def _draw(loaded: LoadedPipeline, request: GenerationRequest, index: int) -> Generator[Progress, None, Any]:
+    """Run a diffusers pipeline in a greenlet, which its callback leaves after each step."""
+    import torch
+    from greenlet import greenlet
+
+    is_grad_enabled = torch.is_grad_enabled()
+
+    def report_step(running: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        steps = running.num_timesteps
+        done, total = index * steps + step + 1, request.num_images_per_prompt * steps
+        progress = Progress(done, total, index, step + 1, steps, prediction[0])
+        if done < total:
+            # Each pipeline switches gradients off at its start and back at its end; another one runs in between.
+            with torch.set_grad_enabled(is_grad_enabled):
+                work.parent.switch(progress)
         return tensors
 
-    return pipeline(
-        prompt=request.prompt,
-        num_inference_steps=request.num_inference_steps,
-        guidance_scale=request.guidance_scale,
-        width=request.width,
-        height=request.height,
-        callback_on_step_end=report_step,
-    ).images[0]
+    pipeline = fork_pipeline(loaded.pipeline, request, is_xl=loaded.config.is_xl)
+    prediction = keep_prediction(pipeline.scheduler)
+    arguments = list_arguments(request, index)
+    work = greenlet(lambda: pipeline(callback_on_step_end=report_step, **arguments).images[0])
+    try:
+        result = work.switch()
+        while not work.dead:
+            yield result
+            result = work.switch()
+    except Exception as error:
+        if _is_graph_limit(error):
+            raise RequestError(
+                f"{request.width}x{request.height} would be one more graph than this server may compile; ask for a "
+                "size and a kind of guidance that it has made before, or have allowed_sizes and max_graphs changed",
+                param="width",
+            ) from error
+        raise
+    finally:
+        if not work.dead:
+            work.throw()
+    return result
 
 
-def encode_jpeg(image: Any, *, quality: int) -> bytes:
-    """Return a Pillow image as JPEG; quality from 1 to 100."""
+def _is_graph_limit(error: BaseException) -> bool:
+    import torch
+
+    from openvino_backend import GraphLimitError
+
+    return isinstance(error, (GraphLimitError, torch._dynamo.exc.FailOnRecompileLimitHit))
+
+
+def keep_prediction(scheduler: Any) -> list[Any]:
+    """Return a list of one that will hold what the scheduler, at its last step, took the finished latents to be."""
+    step, kept = scheduler.step, [None]
+
+    @functools.wraps(step)  # pipelines look at its signature
+    def keep(*inputs: Any, return_dict: bool = True, **options: Any) -> Any:
+        output = step(*inputs, **options)
+        kept[0] = getattr(output, "pred_original_sample", None)
+        if kept[0] is None:
+            history = [each for each in getattr(scheduler, "model_outputs", ()) if each is not None]
+            kept[0] = history[-1] if history else output.prev_sample
+        return output if return_dict else (output.prev_sample,)
+
+    scheduler.step = keep
+    return kept
+
+
+def draw_preview(loaded: LoadedPipeline, progress: Progress) -> Any:
+    """Return the picture, a Pillow image, as it looks from where it stands; it costs one run of the VAE's decoder."""
+    import torch
+
+    pipeline = loaded.pipeline
+    with torch.no_grad():
+        latents = progress.prediction / pipeline.vae.config.scaling_factor
+        pixels = pipeline.vae.decode(latents, return_dict=False)[0]
+    return pipeline.image_processor.postprocess(pixels.cpu())[0]
+
+
+def finish(generator: Generator[Any, None, Any]) -> Any:
+    """Run a generator to its end and return what it returns."""
+    while True:
+        try:
+            next(generator)
+        except StopIteration as end:
+            return end.value
+
+
+def fork_pipeline(pipeline: Any, request: GenerationRequest, *, is_xl: bool) -> Any:
+    """Return a pipeline for one picture: the same parts, a scheduler of its own, the class that the request needs."""
+    import diffusers
+
+    classes = PIPELINE_CLASSES
+    if request.image is not None:
+        classes = IMAGE_PIPELINE_CLASSES if request.mask_image is None else MASK_PIPELINE_CLASSES
+    chosen = getattr(diffusers, classes[is_xl])
+    scheduler = make_scheduler(pipeline, request)
+    given = {**pipeline.config, **pipeline.components, "scheduler": scheduler}
+    accepted = inspect.signature(chosen.__init__).parameters
+    forked = chosen(**{name: value for name, value in given.items() if name in accepted})
+    forked.set_progress_bar_config(disable=True)
+    return forked
+
+
+def make_scheduler(pipeline: Any, request: GenerationRequest) -> Any:
+    """Return the scheduler that a request names, with the settings of the model's own.
+
+    Raises:
+        RequestError: it cannot make so few steps.
+    """
+    import diffusers
+
+    scheduler = getattr(diffusers, str(request.scheduler)).from_config(pipeline.scheduler.config)
+    try:
+        scheduler.set_timesteps(request.num_inference_steps)
+    except (IndexError, ValueError) as error:
+        raise RequestError(
+            f"num_inference_steps: {request.scheduler} cannot make a picture in {request.num_inference_steps} steps "
+            f"({error}); give it more, or another scheduler",
+            param="num_inference_steps",
+        ) from error
+    return scheduler
+
+
+def list_arguments(request: GenerationRequest, index: int) -> dict[str, Any]:
+    """Return a pipeline's keyword arguments for picture `index` of a request."""
+    import torch
+
+    names = {each.name for each in fields(request)} - {
+        *("seed", "num_images_per_prompt", "scheduler", "output_format", "quality", "timeout"),
+        *STREAM_FIELDS,
+        *(("width", "height") if request.image is not None and request.mask_image is None else ()),
+        *(("guidance_rescale",) if not request.guidance_rescale else ()),
+    }
+    arguments = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
+    if request.negative_prompt_2 is not None:
+        arguments.setdefault("negative_prompt", "")  # without one diffusers takes zeros for both
+    return {**arguments, "generator": torch.Generator().manual_seed(request.seed + index)}
+
+
+def find_cut_prompts(loaded: LoadedPipeline, request: GenerationRequest) -> list[str]:
+    """Return a warning for each prompt of which the text encoders read the beginning only."""
+    tokenizer = loaded.pipeline.tokenizer
+    most = tokenizer.model_max_length
+    warnings = []
+    for name in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"):
+        text = getattr(request, name)
+        count = len(tokenizer(text).input_ids) if text else 0
+        if count > most:
+            warnings.append(f"{name} has {count} tokens; the text encoder reads the first {most}")
+    return warnings
+
+
+def describe_picture(loaded: LoadedPipeline, request: GenerationRequest, index: int) -> dict[str, Any]:
+    """Return what makes picture `index` again: the fields of the request, and what made it."""
+    import diffusers
+    import openvino
+    import torch
+
+    return {
+        "request": request.describe(index),
+        "made_with": {
+            "model": loaded.config.model_path,
+            "weights_sha256": loaded.weights_sha256,
+            "dtype": loaded.dtype,
+            "backend": loaded.compilation.backend or "eager",
+            "versions": {
+                "diffusers": diffusers.__version__,
+                "torch": torch.__version__,
+                "openvino": openvino.__version__,
+            },
+        },
+    }
+
+
+def encode_picture(image: Any, request: GenerationRequest, *, parameters: Mapping[str, Any] | None = None) -> bytes:
+    """Return a Pillow image as JPEG, PNG or WebP.
+
+    Args:
+        parameters: kept in the file as JSON: in PNG's text chunk `parameters`, or else in EXIF's UserComment.
+    """
+    from PIL import ExifTags, Image, PngImagePlugin
+
+    options: dict[str, Any] = {}
+    text = json.dumps(parameters, ensure_ascii=False)
+    if parameters is not None and request.output_format == "png":
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add_itxt("parameters", text)
+    elif parameters is not None:
+        options["exif"] = Image.Exif()
+        comment = b"UNICODE\0" + text.encode("utf-16-be")
+        options["exif"].get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
+    image.save(buffer, request.output_format, quality=request.quality, **options)
     return buffer.getvalue()

@@ -1,13 +1,14 @@
 """A torch.compile backend that runs a whole graph on OpenVINO or raises and says why not."""
 
-from openvino_backend.backend import GraphReport, OpenVINOBackend, compile_graph
-from openvino_backend.errors import OpenVINOBackendError, UnsupportedOperatorsError
+from openvino_backend.backend import GraphReport, OpenVINOBackend, compile_graph, digest_weights
+from openvino_backend.errors import GraphLimitError, OpenVINOBackendError, UnsupportedOperatorsError
 from openvino_backend.function import CompiledFunction
 from openvino_backend.model import ModelReport
 from openvino_backend.options import Options, OptionsError, split_device
 
 __all__ = [
     "CompiledFunction",
+    "GraphLimitError",
     "GraphReport",
     "ModelReport",
     "OpenVINOBackend",
@@ -16,5 +17,6 @@ __all__ = [
     "OptionsError",
     "UnsupportedOperatorsError",
     "compile_graph",
+    "digest_weights",
     "split_device",
 ]

@@ -18,7 +18,7 @@ from torch._functorch._aot_autograd.schemas import OutputType
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.passes.split_module import split_module
 
-from openvino_backend.errors import OpenVINOBackendError, UnsupportedOperatorsError
+from openvino_backend.errors import GraphLimitError, OpenVINOBackendError, UnsupportedOperatorsError
 from openvino_backend.graph import (
     bind_constants,
     keep_whole,
@@ -134,10 +134,10 @@ class OpenVINOBackend:
         """Refuse another graph past the bound.
 
         Raises:
-            OpenVINOBackendError: says how many there are.
+            GraphLimitError: says how many there are.
         """
         if len(self.reports) >= self.options.max_graphs:
-            raise OpenVINOBackendError(
+            raise GraphLimitError(
                 f"{len(self.reports)} graphs are compiled already, each with its weights: call the module with fewer "
                 "different shapes, or raise the option 'max_graphs'"
             )
@@ -262,7 +262,7 @@ def digest_weights(weights: Mapping[str, torch.Tensor]) -> str:
 
     def digest(tensor: torch.Tensor) -> bytes:
         described = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        described.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+        described.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return described.digest()
 
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:

@@ -17,5 +17,9 @@ class UnsupportedOperatorsError(OpenVINOBackendError):
         )
 
 
+class GraphLimitError(OpenVINOBackendError):
+    """One more graph would be past the option max_graphs."""
+
+
 class CacheMissError(OpenVINOBackendError):
     """A model that should be in the cache is not there any more."""

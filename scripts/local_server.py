@@ -99,14 +99,20 @@ class LocalServer:
         keys = json.loads((self.folder / "key_file.json").read_text())
         return {"Authorization": f"Bearer {keys[kind]['key']}"}
 
-    def describe(self, *, customized: bool = False) -> dict[str, Any]:
-        """Return the management API's answer about the model; customized: with the handler's own description."""
+    def describe(self) -> dict[str, Any]:
+        """Return the management API's answer about the model."""
         address = f"http://127.0.0.1:{self.ports['management_address']}/models/{self.model}"
-        parameters = {"customized": "true"} if customized else {}
-        answer = requests.get(address, params=parameters, headers=self.get_headers("management"), timeout=60)
+        answer = requests.get(address, headers=self.get_headers("management"), timeout=60)
         answer.raise_for_status()
         description: dict[str, Any] = answer.json()[0]
         return description
+
+    def read_document(self, name: str = "describe") -> dict[str, Any]:
+        """Return one of the handler's documents: `describe` or `openapi.json`."""
+        answer = requests.get(f"{self.url}/1.0/{name}", headers=self.get_headers(), timeout=60)
+        answer.raise_for_status()
+        document: dict[str, Any] = answer.json()
+        return document
 
     def find_worker(self) -> int:
         """Return the process id of the model's first worker."""

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -16,8 +17,15 @@ import psutil
 import requests
 import yaml
 
-from scripts.demo import make_model
-from scripts.local_server import ROOT, LocalServer, make_archive
+from scripts.local_server import ROOT, LocalServer, make_archive, run_command
+
+
+def make_model() -> Path:
+    """Return the folder of the small model, made at the first call."""
+    folder = ROOT / "build" / "tiny-sdxl"
+    if not (folder / "model_index.json").exists():
+        run_command(sys.executable, "-m", "scripts.make_random_model", folder, "--size", "tiny", folder=ROOT)
+    return folder
 
 
 class PeakMemory(threading.Thread):
@@ -51,11 +59,13 @@ class PeakMemory(threading.Thread):
         self._stopped.set()
 
 
-def measure(pt2: Any, handler: dict[str, Any], *, model: Path, requests_made: int) -> dict[str, Any]:
+def measure(
+    pt2: Any, handler: dict[str, Any], keys: dict[str, Any], *, model: Path, requests_made: int
+) -> dict[str, Any]:
     """Serve some pictures and return the times in seconds, and what ran."""
     settings = yaml.safe_load((ROOT / "model-config.yaml").read_text())
     settings["handler"] |= {"profile": True, **handler}
-    settings["pt2"] = pt2
+    settings |= {"pt2": pt2, **keys}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_archive(
@@ -69,15 +79,25 @@ def measure(pt2: Any, handler: dict[str, Any], *, model: Path, requests_made: in
                 answer = requests.post(server.url, data="a red fox", headers=server.get_headers(), timeout=3600)
                 answer.raise_for_status()
                 times.append(time.perf_counter() - started)
-            ran = server.describe(customized=True)["customizedMetadata"]
-            encoding = re.findall(r"result=\[METRICS\]ts_handler_postprocess\.Milliseconds:([\d.]+)", server.log)
+            ran = server.read_document()
+            stages = {
+                stage: [
+                    float(value)
+                    for value in re.findall(rf"result=\[METRICS\]ts_handler_{stage}\.Milliseconds:([\d.]+)", server.log)
+                ]
+                for stage in ("preprocess", "inference", "postprocess")
+            }
+    outside = [1000 * seconds - sum(parts) for seconds, *parts in zip(times, *stages.values(), strict=True)]
     return {
         "pt2": pt2,
         "ready": round(ready, 1),
         "first": round(times[0], 2),
         "later_median": round(statistics.median(times[1:]), 2),
         "later_spread": [round(min(times[1:]), 2), round(max(times[1:]), 2)],
-        "postprocess_ms": [round(float(value), 1) for value in encoding],
+        "inference_ms_median": round(statistics.median(stages["inference"][1:]), 1),
+        "postprocess_ms": [round(value, 1) for value in stages["postprocess"]],
+        "outside_ms_median": round(statistics.median(outside[1:]), 1),
+        "outside_ms_spread": [round(min(outside[1:]), 1), round(max(outside[1:]), 1)],
         "peak_gigabytes": round(memory.gigabytes, 1),
         "ran": summarise(ran),
     }
@@ -99,8 +119,9 @@ def summarise(ran: dict[str, Any]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pt2", nargs="*", help="configurations as YAML (default: those of the README's table)")
-    parser.add_argument("--model", type=Path, help="a pipeline's folder (default: the demonstration's small model)")
+    parser.add_argument("--model", type=Path, help="a pipeline's folder (default: a small one with random weights)")
     parser.add_argument("--handler", default="{}", help="settings of the handler section as YAML")
+    parser.add_argument("--keys", default="{}", help="TorchServe's own keys of model-config.yaml as YAML")
     parser.add_argument("--requests", type=int, default=5, metavar="N", help="from 2 (default: %(default)s)")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as cache:
@@ -112,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             figures = measure(
                 pt2,
                 yaml.safe_load(options.handler),
+                yaml.safe_load(options.keys),
                 model=options.model or make_model(),
                 requests_made=options.requests,
             )

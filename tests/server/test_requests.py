@@ -58,17 +58,17 @@ def test_header_names_may_be_in_lower_case(server: LocalServer) -> None:
 @pytest.mark.parametrize(
     ("body", "content_type", "message", "param"),
     [
-        (b"", "text/plain", "prompt is empty", "prompt"),
+        (b"", "text/plain", "prompt takes a text that says something", "prompt"),
         (b"", "application/json", "not JSON", None),
         (b"{", "application/json", "not JSON", None),
         (b"[" * 100_000, "application/json", "not JSON", None),
         (b"\xff\xfe", "text/plain", "not UTF-8", None),
         (b'{"prompt": "\xff"}', "application/json", "not UTF-8", None),
-        (b'{"prompt": ""}', "application/json", "prompt is empty", "prompt"),
+        (b'{"prompt": ""}', "application/json", "prompt takes a text that says something", "prompt"),
         (b'{"prompt": 3}', "application/json", "prompt takes a text", "prompt"),
         (b'{"prompt": "\\ud800"}', "application/json", "lone surrogate", "prompt"),
         (b'{"promt": "a red fox"}', "application/json", "'promt' is not a field", "promt"),
-        (b"a=b", "application/x-www-form-urlencoded", "no body", "prompt"),
+        (b"a=b", "application/x-www-form-urlencoded", "'a' is not a field", "a"),
     ],
 )
 def test_mistakes_get_a_400_that_names_them(
@@ -79,17 +79,17 @@ def test_mistakes_get_a_400_that_names_them(
     assert answer.headers["Content-Type"] == "application/json"
     error = answer.json()["error"]
     assert message in error["message"]
-    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, 400)
 
 
 def test_request_without_a_body_gets_a_400(server: LocalServer) -> None:
     answer = requests.get(server.url, headers=server.get_headers(), timeout=60)
     assert answer.status_code == 400
-    assert "prompt is empty" in answer.json()["error"]["message"]
+    assert "prompt takes a text" in answer.json()["error"]["message"]
 
 
 def test_request_that_is_too_large_is_refused(server: LocalServer) -> None:
-    assert post(server, b"x" * 2_000_000, "text/plain").status_code == 413
+    assert post(server, b"x" * 34_000_000, "text/plain").status_code == 413
 
 
 def test_prompt_cannot_forge_a_log_line(server: LocalServer) -> None:

@@ -1,7 +1,9 @@
 """Loading, compiling and generating with real diffusers pipelines, without a server."""
 
+import base64
 import dataclasses
 import io
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,22 +13,46 @@ import pytest
 import torch
 from PIL import Image
 
+from generation_request import RequestError
 from openvino_backend import CompiledFunction
 from pipeline_utils import (
+    VAE_ENCODER,
     CompileConfig,
     ConfigError,
-    GenerationRequest,
     HandlerConfig,
     LoadedPipeline,
     choose_dtype,
-    encode_jpeg,
+    describe_picture,
+    draw_preview,
+    encode_picture,
+    find_cut_prompts,
+    finish,
     generate,
     load_pipeline,
 )
+from scripts.local_server import ROOT
 from tests.unit.modules import HAS_BF16
 
 EAGER = HandlerConfig(dtype="float32", num_inference_steps=4, warm_up=False)
-PARTS = ["unet", "vae", "text_encoder", "text_encoder_2"]
+PARTS = ["unet", "vae", VAE_ENCODER, "text_encoder", "text_encoder_2"]
+
+
+@pytest.fixture(scope="module")
+def eager(tiny_model: Path) -> LoadedPipeline:
+    """The small pipeline in eager PyTorch; tests leave it as it is."""
+    return load(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def demo() -> LoadedPipeline:
+    """The project's own model, whose VAE has learnt pictures."""
+    return load(ROOT / "demo_model")
+
+
+@pytest.fixture(scope="module")
+def compiled(tiny_model: Path) -> LoadedPipeline:
+    """The same, compiled by OpenVINO."""
+    return load(tiny_model, "openvino", warm_up=True)
 
 
 def load(folder: Path, pt2: Any = None, **settings: Any) -> LoadedPipeline:
@@ -38,13 +64,15 @@ def load(folder: Path, pt2: Any = None, **settings: Any) -> LoadedPipeline:
     )
 
 
-def make_picture(loaded: LoadedPipeline, **options: Any) -> np.ndarray[Any, Any]:
-    torch.manual_seed(0)
-    config = loaded.config
-    request = GenerationRequest(
-        "a red fox", config.num_inference_steps, config.guidance_scale, config.width, config.height
-    )
-    return np.asarray(generate(loaded.pipeline, request, **options)).astype(int)
+def make_pictures(loaded: LoadedPipeline, **fields: Any) -> np.ndarray[Any, Any]:
+    """Return the pictures of a request: count, height, width, colours, from 0 to 255."""
+    request = loaded.contract.check({"prompt": "a red fox", "seed": 1, **fields})
+    return np.stack([np.asarray(image) for image in finish(generate(loaded, request))]).astype(int)
+
+
+def make_picture(loaded: LoadedPipeline, **fields: Any) -> np.ndarray[Any, Any]:
+    (picture,) = make_pictures(loaded, **fields)
+    return picture
 
 
 @pytest.mark.parametrize("is_xl", [True, False])
@@ -56,9 +84,10 @@ def test_openvino_draws_eagers_picture(tiny_model: Path, tiny_sd_model: Path, is
     assert reference.shape == (128, 128, 3)
     assert np.abs(make_picture(loaded) - reference).max() <= 1  # a rounding of the last bit
     assert loaded.describe() == report  # nothing was compiled after the warm-up
-    parts = PARTS if is_xl else PARTS[:3]
+    parts = PARTS if is_xl else PARTS[:4]
     assert list(report["openvino"]) == report["compiled_parts"] == parts
-    assert (report["graphs"], report["graph_breaks"]) == (len(parts), 0)
+    assert report["openvino"].pop(VAE_ENCODER) == []  # waits for the first request with an image
+    assert (report["graphs"], report["graph_breaks"]) == (len(parts) - 1, 0)
     for (graph,) in report["openvino"].values():
         assert {(model["devices"], model["precision"]) for model in graph["models"]} == {(("CPU",), "f32")}
         assert graph["operators_outside"] == ()
@@ -95,16 +124,35 @@ def test_float16_keeps_the_vae_in_float32(tiny_model: Path) -> None:
 
 def test_parts_can_be_left_out(tiny_model: Path) -> None:
     loaded = load(tiny_model, "openvino", compile_unet=False, compile_text_encoders=False, warm_up=True)
-    assert list(loaded.parts) == ["vae"]
+    assert list(loaded.parts) == ["vae", VAE_ENCODER]
     assert loaded.describe()["graphs"] == 1
 
 
 def test_size_and_steps_are_used(tiny_model: Path) -> None:
-    seen: list[tuple[int, int]] = []
     loaded = load(tiny_model, width=64, height=192, num_inference_steps=3)
-    picture = make_picture(loaded, on_step=lambda step, steps: seen.append((step, steps)))
-    assert picture.shape == (192, 64, 3)
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert make_picture(loaded).shape == (192, 64, 3)
+    seen = [(each.done, each.total) for each in generate(loaded, loaded.contract.check({"prompt": "x"}))]
+    assert seen == [(1, 3), (2, 3)]  # and the last one
+    two = loaded.contract.check({"prompt": "x", "num_images_per_prompt": 2, "num_inference_steps": 2, "width": 128})
+    steps = [(each.done, each.index, each.step) for each in generate(loaded, two)]
+    assert steps == [(1, 0, 1), (2, 0, 2), (3, 1, 1)]
+
+
+@pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "DDIMScheduler", "UniPCMultistepScheduler"])
+def test_previews_come_nearer_to_the_picture(demo: LoadedPipeline, scheduler: str) -> None:
+    fields: dict[str, Any] = {
+        "prompt": "a large white star on a blue background, left",
+        "num_inference_steps": 8,
+        "seed": 1,
+        "guidance_scale": 2,
+    }
+    request = demo.contract.check({**fields, "scheduler": scheduler})
+    picture = make_picture(demo, **fields, scheduler=scheduler)
+    previews = [np.asarray(draw_preview(demo, progress)).astype(int) for progress in generate(demo, request)]
+    assert {preview.shape for preview in previews} == {picture.shape}
+    apart = [np.abs(preview - picture).mean() for preview in previews]
+    assert apart[-1] < apart[0] / 2
+    assert apart[-1] < 20  # of 255
 
 
 def test_guidance_is_used(tiny_model: Path) -> None:
@@ -112,12 +160,196 @@ def test_guidance_is_used(tiny_model: Path) -> None:
     assert np.abs(weak - strong).mean() > 1
 
 
-def test_a_picture_can_be_stopped(tiny_model: Path) -> None:
-    def stop(step: int, steps: int) -> None:
-        raise KeyboardInterrupt(step)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "a blue whale"},
+        {"prompt_2": "a blue whale"},
+        {"negative_prompt": "a blue whale"},
+        {"negative_prompt_2": "a blue whale"},
+        {"seed": 2},
+        {"num_inference_steps": 5},
+        {"guidance_scale": 9},
+        {"guidance_rescale": 0.9},
+        {"scheduler": "DDIMScheduler"},
+        {"clip_skip": 1},
+        {"denoising_end": 0.5},
+        {"original_size": [32, 32]},
+        {"crops_coords_top_left": [64, 64]},
+        {"target_size": [512, 512]},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_every_field_changes_the_picture(eager: LoadedPipeline, fields: dict[str, Any]) -> None:
+    assert np.abs(make_picture(eager, **fields) - make_picture(eager)).max() > 0
 
-    with pytest.raises(KeyboardInterrupt, match="1"):
-        make_picture(load(tiny_model), on_step=stop)
+
+@pytest.mark.parametrize("name", ["eager", "compiled"])
+def test_a_seed_means_the_same_picture(request: pytest.FixtureRequest, name: str) -> None:
+    loaded = request.getfixturevalue(name)
+    alone = [make_picture(loaded, seed=5 + i) for i in range(4)]
+    for count in (2, 4):
+        assert np.array_equal(make_pictures(loaded, seed=5, num_images_per_prompt=count), alone[:count])
+    for count in (2, 4):
+        steps = {
+            i: generate(loaded, loaded.contract.check({"prompt": "a red fox", "seed": 5 + i})) for i in range(count)
+        }
+        for i, picture in run_in_turns(steps).items():
+            assert np.array_equal(picture, alone[i])
+    assert torch.is_grad_enabled()
+
+
+def run_in_turns(steps: dict[int, Any]) -> dict[int, np.ndarray[Any, Any]]:
+    """Make a step of each request in turn, until all have their picture."""
+    pictures = {}
+    while steps:
+        for name, each in list(steps.items()):
+            try:
+                next(each)
+            except StopIteration as end:
+                pictures[name] = np.asarray(end.value[0]).astype(int)
+                del steps[name]
+    return pictures
+
+
+def test_requests_in_flight_keep_their_parameters(eager: LoadedPipeline) -> None:
+    many: list[dict[str, Any]] = [
+        {"num_inference_steps": 2, "scheduler": "DPMSolverMultistepScheduler"},
+        {"num_inference_steps": 5, "guidance_scale": 1},
+        {"num_inference_steps": 3, "width": 64, "clip_skip": 1},
+    ]
+    alone = [make_picture(eager, **fields) for fields in many]
+    requests = [eager.contract.check({"prompt": "a red fox", "seed": 1, **fields}) for fields in many]
+    for i, picture in run_in_turns({i: generate(eager, request) for i, request in enumerate(requests)}).items():
+        assert np.array_equal(picture, alone[i])
+
+
+def test_a_picture_can_be_stopped(eager: LoadedPipeline) -> None:
+    calls = []
+    forward = eager.pipeline.unet.forward
+
+    def count_calls(*inputs: Any, **options: Any) -> Any:
+        calls.append(1)
+        return forward(*inputs, **options)
+
+    steps = generate(eager, eager.contract.check({"prompt": "x", "num_inference_steps": 4}))
+    eager.pipeline.unet.forward = count_calls
+    try:
+        assert next(steps).done == 1
+        steps.close()
+    finally:
+        eager.pipeline.unet.forward = forward
+    assert len(calls) == 1
+    assert list(steps) == []
+
+
+def encode(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.mark.parametrize("name", ["eager", "compiled", "float16"])
+def test_pictures_from_pictures(request: pytest.FixtureRequest, tiny_model: Path, name: str) -> None:
+    loaded = load(tiny_model, dtype=name) if name == "float16" else request.getfixturevalue(name)
+    dtypes = (loaded.pipeline.vae.dtype, loaded.pipeline.unet.dtype)
+    red, blue = (encode(Image.new("RGB", (128, 128), colour)) for colour in ("red", "blue"))
+    apart = [
+        np.abs(np.subtract(*(make_picture(loaded, image=each, strength=strength) for each in (red, blue)))).mean()
+        for strength in (0.5, 1.0)
+    ]
+    assert apart[0] > 2 * apart[1]  # the further it goes, the less is left of the image
+    fields = {"image": red}
+    mask = Image.new("L", (128, 128), 0)
+    mask.paste(255, (64, 0, 128, 128))
+    kept = make_picture(loaded, mask_image=encode(mask), **fields)
+    whole = make_picture(loaded, mask_image=encode(Image.new("L", (128, 128), 255)), **fields)
+    assert np.abs(kept - whole)[:, :32].mean() > 1  # where the mask is black the image shows through
+    assert (loaded.pipeline.vae.dtype, loaded.pipeline.unet.dtype) == dtypes  # diffusers did not convert them
+    if name == "compiled":
+        assert len(loaded.parts[VAE_ENCODER].reports) == 1
+
+
+def test_image_sets_the_size(eager: LoadedPipeline) -> None:
+    image = encode(Image.new("RGB", (75, 130), "red"))
+    assert make_picture(eager, image=image).shape == (128, 72, 3)
+    assert make_picture(eager, image=image, width=64, height=64).shape == (64, 64, 3)
+
+
+def test_every_scheduler_makes_pictures_or_says_what_it_needs(eager: LoadedPipeline) -> None:
+    names = [name for name in eager.contract.properties["scheduler"]["enum"] if name]
+    assert {"DDIMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"} < set(names)
+    for name in names:
+        assert make_picture(eager, scheduler=name, num_inference_steps=5).std() > 0
+        if name != "PNDMScheduler":
+            assert make_picture(eager, scheduler=name, num_inference_steps=1).std() > 0
+    with pytest.raises(RequestError, match="PNDMScheduler cannot make a picture in 1 steps"):
+        make_picture(eager, scheduler="PNDMScheduler", num_inference_steps=1)
+
+
+def test_schedulers_share_one_graph(compiled: LoadedPipeline) -> None:
+    graphs = compiled.describe()["graphs"]
+    for name in ("DDIMScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"):
+        make_picture(compiled, scheduler=name)
+    assert compiled.describe()["graphs"] == graphs
+
+
+def test_allowed_sizes_are_compiled_at_the_start(tiny_model: Path) -> None:
+    loaded = load(tiny_model, "openvino", warm_up=True, allowed_sizes=["128x128", "64x128"])
+    report = loaded.describe()
+    assert [len(report["openvino"][part]) for part in PARTS] == [2, 2, 0, 1, 1]
+    make_picture(loaded, width=64)
+    assert loaded.describe() == report
+    with pytest.raises(RequestError, match="one of 128x128, 64x128 here, not 64x64"):
+        make_picture(loaded, width=64, height=64)
+
+
+def test_one_size_too_many_is_refused(tiny_model: Path) -> None:
+    loaded = load(tiny_model, {"backend": "openvino", "options": {"max_graphs": 2}})
+    before = make_picture(loaded)
+    make_picture(loaded, width=64)
+    with pytest.raises(RequestError, match="64x64 would be one more graph.*allowed_sizes and max_graphs"):
+        make_picture(loaded, width=64, height=64)
+    assert np.array_equal(make_picture(loaded), before)
+
+
+def test_long_prompts_are_told(eager: LoadedPipeline) -> None:
+    fields = {"prompt": "fox " * 80, "negative_prompt": "blue"}
+    (warning,) = find_cut_prompts(eager, eager.contract.check(fields))
+    assert "prompt has" in warning
+    assert "the first 77" in warning
+
+
+@pytest.mark.parametrize("output_format", ["jpeg", "png", "webp"])
+def test_file_holds_what_makes_the_picture_again(eager: LoadedPipeline, output_format: str) -> None:
+    fields = {"prompt": "a fox 🦊", "seed": 3, "output_format": output_format, "num_images_per_prompt": 2}
+    request = eager.contract.check(fields)
+    pictures = finish(generate(eager, request))
+    file = encode_picture(pictures[1], request, parameters=describe_picture(eager, request, 1))
+    image = Image.open(io.BytesIO(file))
+    assert image.format == output_format.upper()
+    text = image.text["parameters"] if output_format == "png" else read_comment(image)  # type: ignore[attr-defined]
+    parameters = json.loads(text)
+    again = finish(generate(eager, eager.contract.check(parameters["request"])))
+    assert again[0].tobytes() == pictures[1].tobytes()
+    assert parameters["made_with"]["weights_sha256"] == eager.weights_sha256
+    assert parameters["made_with"]["backend"] == "eager"
+    plain = Image.open(io.BytesIO(encode_picture(pictures[1], request)))
+    assert "parameters" not in plain.info
+    assert not plain.getexif()
+
+
+def read_comment(image: Image.Image) -> str:
+    comment = image.getexif().get_ifd(0x8769)[0x9286]  # EXIF's UserComment
+    return bytes(comment.removeprefix(b"UNICODE\0")).decode("utf-16-be")
+
+
+def test_digest_tells_checkpoints_apart(tiny_model: Path, eager: LoadedPipeline, compiled: LoadedPipeline) -> None:
+    assert compiled.weights_sha256 == eager.weights_sha256
+    other = load(tiny_model)
+    with torch.no_grad():
+        next(iter(other.pipeline.unet.parameters())).add_(1)
+    assert other.weights_sha256 != eager.weights_sha256
 
 
 def test_scheduler_is_used(tiny_model: Path) -> None:
@@ -130,6 +362,8 @@ def test_scheduler_is_used(tiny_model: Path) -> None:
     ("settings", "parts"),
     [
         ({"scheduler": "Euler"}, ["handler.scheduler", "EulerDiscreteScheduler", "'Euler'"]),
+        ({"max_side": 64}, ["handler: its defaults", "width takes a whole number from 64 to 64", "not 128"]),
+        ({"allowed_sizes": ["64x64"]}, ["handler: its defaults", "take one of 64x64 here, not 128x128"]),
         ({"is_xl": False}, ["handler.is_xl: false", "StableDiffusionPipeline", "StableDiffusionXLPipeline"]),
     ],
 )
@@ -187,8 +421,12 @@ def test_part_that_did_not_reach_openvino_stops_the_load(tiny_model: Path, monke
         load(tiny_model, "openvino", compile_unet=False, compile_text_encoders=False, warm_up=True)
 
 
-def test_jpeg_quality() -> None:
+@pytest.mark.parametrize("output_format", ["jpeg", "webp"])
+def test_quality(eager: LoadedPipeline, output_format: str) -> None:
     image = Image.effect_noise((256, 256), 50).convert("RGB")
-    small, large = (encode_jpeg(image, quality=quality) for quality in (10, 90))
+    small, large = (
+        encode_picture(image, eager.contract.check({"prompt": "x", "quality": quality, "output_format": output_format}))
+        for quality in (10, 90)
+    )
     assert len(small) < len(large)
     assert Image.open(io.BytesIO(large)).size == (256, 256)

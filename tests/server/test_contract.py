@@ -1,0 +1,221 @@
+"""The request contract on a live server: the document, several requests in flight, work that stops."""
+
+import base64
+import io
+import json
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import requests
+import yaml
+from PIL import Image
+
+from scripts.local_server import ROOT, SCRIPTS, LocalServer, make_archive
+from tests.server.test_backends import ask_for_picture, make_settings
+
+LIMITS = {"num_inference_steps": 3, "max_steps": 150, "max_side": 128, "max_images": 2}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[LocalServer]:
+    folder = tmp_path_factory.mktemp("server")
+    make_archive(folder, tiny_model, make_settings(None, **LIMITS))
+    with LocalServer(folder) as running:
+        worker = running.find_worker()
+        yield running
+        ask_for_picture(running)
+        assert running.find_worker() == worker  # it outlived every request
+
+
+def ask(server: LocalServer, *, accept: str = "*/*", **fields: Any) -> requests.Response:
+    headers = {**server.get_headers(), "Accept": accept}
+    return requests.post(server.url, json={"prompt": "a red fox", **fields}, headers=headers, timeout=120)
+
+
+def test_document_holds_for_generated_requests(server: LocalServer, tmp_path: Path) -> None:
+    """Schemathesis makes requests that follow the document and requests that break it."""
+    document = server.read_document("openapi.json")
+    committed = json.loads((ROOT / "openapi.json").read_text())
+    assert list(document["components"]["schemas"]["GenerationRequest"]["properties"]) == list(
+        committed["components"]["schemas"]["GenerationRequest"]["properties"]
+    )
+    steps = document["components"]["schemas"]["GenerationRequest"]["properties"]["num_inference_steps"]
+    assert steps["maximum"] == 150
+    steps["maximum"] = 4  # for the time it takes
+    (tmp_path / "openapi.json").write_text(json.dumps(document))
+    left_out = (
+        "positive_data_acceptance",  # a document cannot say that an image's base64 must be a picture's
+        "missing_required_header",  # TorchServe answers 400, not 401, to a missing token
+        "ignored_auth",  # likewise
+        "unsupported_method",  # TorchServe takes every method for a prediction
+    )
+    run = subprocess.run(
+        [
+            *(SCRIPTS / "schemathesis", "run", "openapi.json", "--url", server.url.rpartition("/predictions")[0]),
+            *("--header", f"Authorization: {server.get_headers()['Authorization']}", "--mode", "all"),
+            *("--max-examples", "40", "--seed", "1", "--exclude-checks", ",".join(left_out), "--no-color"),
+            *("--phases", "coverage,fuzzing", "--continue-on-failure"),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout
+    (generated,) = re.findall(r"(\d+) generated", run.stdout)
+    assert int(generated) >= 500
+
+
+def test_pictures_as_json(server: LocalServer) -> None:
+    answer = ask(server, num_images_per_prompt=2, seed=7, output_format="png")
+    assert (answer.status_code, answer.headers["Content-Type"]) == (200, "application/json")
+    assert answer.headers["X-Seed"] == "7"
+    images = answer.json()["data"]
+    assert [each["seed"] for each in images] == [7, 8]
+    for each in images:
+        alone = ask(server, **each["parameters"])
+        assert alone.headers["Content-Type"] == "image/png"
+        assert alone.content == base64.b64decode(each["b64_json"])
+    (one,) = ask(server, accept="application/json").json()["data"]
+    assert Image.open(io.BytesIO(base64.b64decode(one["b64_json"]))).size == (128, 128)
+
+
+def test_official_openai_client(server: LocalServer) -> None:
+    token = server.get_headers()["Authorization"].removeprefix("Bearer ")
+    with openai.OpenAI(base_url=f"{server.url}/1.0/v1", api_key=token, max_retries=0) as client:
+        assert [model.id for model in client.models.list()] == ["diffusion_fast"]
+        extra: dict[str, Any] = {"seed": 7, "negative_prompt": "blue", "guidance_scale": 4, "num_inference_steps": 4}
+        made = client.images.generate(model="x", prompt="a red fox", n=2, size="128x64", extra_body=extra)
+        pictures = [base64.b64decode(each.b64_json or "") for each in made.data or []]
+        assert [each.seed for each in made.data or []] == [7, 8]  # type: ignore[attr-defined]
+        assert abs(made.created - time.time()) < 60
+        native = ask(server, width=128, height=64, output_format="png", **extra)
+        assert native.content == pictures[0]
+        mask = io.BytesIO()
+        Image.new("RGBA", (128, 64)).save(mask, "PNG")
+        edited = client.images.edit(prompt="a blue fox", image=pictures[0], mask=mask.getvalue())
+        (only,) = edited.data or []
+        assert Image.open(io.BytesIO(base64.b64decode(only.b64_json or ""))).size == (128, 64)
+        events = list(client.images.generate(prompt="x", stream=True, partial_images=2, extra_body=extra))
+        kinds = ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+        assert [event.type for event in events] == kinds
+        sizes = [Image.open(io.BytesIO(base64.b64decode(event.b64_json))).size for event in events]
+        assert sizes == [(128, 128)] * 3
+        assert events[2].model_extra["parameters"]["seed"] == 7  # type: ignore[index]
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.images.generate(prompt="a red fox", size="3x4")
+        assert caught.value.param == "size"
+        assert "a multiple of 8, not 3" in caught.value.message
+
+
+def read_events(answer: requests.Response) -> list[tuple[str, dict[str, Any]]]:
+    """Return the server-sent events of an answer by their names, with the JSON in them."""
+    assert answer.headers["Content-Type"] == "text/event-stream"
+    return [
+        (name, json.loads(data)) for name, data in re.findall(r"event: (\S+)\ndata: (.+)\n\n", answer.content.decode())
+    ]
+
+
+def test_stream_tells_every_step(server: LocalServer) -> None:
+    fields: dict[str, Any] = {"num_inference_steps": 4, "num_images_per_prompt": 2, "seed": 5, "output_format": "png"}
+    events = read_events(ask(server, stream=True, partial_images=1, **fields))
+    steps = [data for name, data in events if name == "progress"]
+    assert [(each["step"], each["total"]) for each in steps] == [(i, 8) for i in range(1, 8)]
+    assert steps[0]["seconds_left"] > steps[-1]["seconds_left"] > 0
+    partial = [data["seed"] for name, data in events if name == "image_generation.partial_image"]
+    assert partial == [5, 6]
+    completed = [data for name, data in events if name == "image_generation.completed"]
+    plain = ask(server, **fields).json()["data"]
+    assert [each["b64_json"] for each in completed] == [each["b64_json"] for each in plain]
+
+
+def test_stream_ends_with_an_error(server: LocalServer) -> None:
+    answer = ask(server, stream=True, num_inference_steps=150, timeout=1, scheduler="HeunDiscreteScheduler")
+    assert read_events(answer)[-1][0] == "error"
+    assert read_events(answer)[-1][1]["error"]["code"] == 504
+    refused = ask(server, stream=True, width=3)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "width")
+
+
+def test_seed_that_was_chosen_is_told(server: LocalServer) -> None:
+    answer = ask(server, output_format="png")
+    assert ask(server, output_format="png", seed=int(answer.headers["X-Seed"])).content == answer.content
+
+
+def test_long_prompt_is_told(server: LocalServer) -> None:
+    assert "X-Warning" not in ask(server).headers
+    assert "the text encoder reads the first 77" in ask(server, prompt="fox " * 50).headers["X-Warning"]
+
+
+def test_form_with_an_image(server: LocalServer) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (72, 64), "red").save(buffer, "PNG")
+    answer = requests.post(
+        server.url,
+        data={"prompt": "a red fox", "strength": "0.7"},
+        files={"image": ("red.png", buffer.getvalue(), "image/png")},
+        headers=server.get_headers(),
+        timeout=60,
+    )
+    assert answer.status_code == 200, answer.text
+    assert Image.open(io.BytesIO(answer.content)).size == (72, 64)
+
+
+def test_bad_requests_leave_their_neighbours_alone(server: LocalServer) -> None:
+    good: list[dict[str, Any]] = [{"seed": seed, "num_inference_steps": 10 + seed} for seed in range(5)]
+    bad: list[dict[str, Any]] = [{"width": 3}, {"promt": "x"}, {"scheduler": "PNDMScheduler", "num_inference_steps": 1}]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda fields: ask(server, output_format="png", **fields), [*good, *bad]))
+    assert [answer.status_code for answer in answers] == [200] * 5 + [400] * 3
+    assert [answer.json()["error"]["param"] for answer in answers[5:]] == ["width", "promt", "num_inference_steps"]
+    for fields, answer in zip(good, answers, strict=False):
+        assert answer.content == ask(server, output_format="png", **fields).content
+
+
+def test_work_ends_when_the_client_leaves(server: LocalServer) -> None:
+    fields = {"prompt": "a red fox", "num_inference_steps": 150}
+    with requests.post(server.url, json=fields, headers=server.get_headers(), stream=True, timeout=60) as answer:
+        assert answer.status_code == 200  # sent after the first step
+    ask_for_picture(server)
+    (done,) = re.findall(r"has ended after step (\d+) of 150", server.log)
+    assert int(done) <= 3
+
+
+def test_work_ends_when_its_time_is_up(server: LocalServer) -> None:
+    start = time.monotonic()
+    answer = ask(server, num_inference_steps=150, timeout=1, scheduler="HeunDiscreteScheduler")
+    assert time.monotonic() - start < 3
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["type"]) == (200, 504, "timeout_error")
+    assert "the timeout of 1 s has passed" in error["message"]
+
+
+def test_documents_below_the_models_address(server: LocalServer) -> None:
+    with requests.Session() as session:
+        for _ in range(2):  # on one connection, which stays in step
+            for path, status in (("describe", 200), ("openapi.json", 200), ("nothing", 404)):
+                answer = session.get(f"{server.url}/1.0/{path}", headers=server.get_headers(), timeout=60)
+                assert (answer.status_code, answer.headers["Content-Type"]) == (status, "application/json")
+    assert server.read_document()["backend"] == "eager"
+    answer = requests.get(server.url, headers={**server.get_headers(), "describe": "True"}, timeout=60)
+    assert answer.status_code == 400  # a client cannot pass for the management API
+
+
+def test_without_continuous_batching(tmp_path: Path, tiny_model: Path) -> None:
+    settings = yaml.safe_load(make_settings(None, **LIMITS))
+    make_archive(tmp_path, tiny_model, yaml.safe_dump(settings | {"continuousBatching": False}, sort_keys=False))
+    with LocalServer(tmp_path) as running:
+        with ThreadPoolExecutor(3) as pool:
+            answers = list(pool.map(lambda width: ask(running, seed=3, width=width), (128, 3, 128)))
+        assert [answer.status_code for answer in answers] == [200, 400, 200]
+        assert answers[0].content == answers[2].content
+        assert ask(running, num_inference_steps=150, timeout=1, scheduler="HeunDiscreteScheduler").status_code == 504
+        address = f"http://127.0.0.1:{running.ports['management_address']}/models/{running.model}?customized=true"
+        answer = requests.get(address, headers=running.get_headers("management"), timeout=60)
+        assert answer.json()[0]["customizedMetadata"]["backend"] == "eager"

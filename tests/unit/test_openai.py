@@ -1,0 +1,89 @@
+"""Requests of OpenAI's images API in terms of the contract."""
+
+import base64
+import io
+import json
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from generation_request import RequestError
+from openai_images import PATHS, parse_openai
+from tests.unit.test_request import CONTRACT, RED, encode
+
+GENERATIONS, EDITS = PATHS
+
+
+def parse(path: str = GENERATIONS, **fields: Any) -> Any:
+    body = {"body": json.dumps({"prompt": "a red fox", **fields}).encode()}
+    return parse_openai(body, path=path, content_type="application/json", contract=CONTRACT)
+
+
+def test_fields_have_their_meaning() -> None:
+    request = parse(n=2, size="64x128", output_format="jpeg", output_compression=0, rng_seed=4, num_inference_steps=5)
+    assert (request.num_images_per_prompt, request.width, request.height) == (2, 64, 128)
+    assert (request.output_format, request.quality, request.seed) == ("jpeg", 1, 4)
+    assert request.num_inference_steps == 5
+    plain = parse(size="auto", model="x", user="me", quality="hd", response_format="b64_json", stream=False)
+    assert (plain.width, plain.height, plain.output_format) == (128, 64, "png")
+
+
+def test_edit_as_a_form() -> None:
+    mask = Image.new("RGBA", (80, 72), (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (0, 0, 40, 72))
+    form = {
+        **{"prompt": b"a red fox", "image[]": base64.b64decode(RED), "mask": base64.b64decode(encode(mask))},
+        **{"n": b"2", "stream": b"true", "size": b"auto", "partial_images": b"1"},
+    }
+    request = parse_openai(form, path=EDITS, content_type="multipart/form-data; boundary=x", contract=CONTRACT)
+    assert (request.num_images_per_prompt, request.width, request.height) == (2, 80, 72)
+    assert (request.stream, request.partial_images) == (True, 1)
+    assert request.mask_image.getpixel((5, 5)) == 255  # transparent means anew there, white here
+    assert request.mask_image.getpixel((60, 5)) == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"prompt": None}, "prompt", "prompt is missing"),
+        ({"n": 9}, "n", "n takes a whole number from 1 to 3, not 9"),
+        ({"size": "3x4"}, "size", "width takes a whole number from 64"),
+        ({"size": "big"}, "size", "size takes auto or a size such as 1024x1024, not 'big'"),
+        ({"size": 64}, "size", "not 64"),
+        ({"output_compression": 101}, "output_compression", "output_compression takes a whole number from 1 to 100"),
+        ({"stream": 0}, "stream", "stream takes true or false, not 0"),
+        ({"partial_images": 4}, "partial_images", "partial_images takes a whole number from 0 to 3, not 4"),
+        ({"response_format": "url"}, "response_format", 'response_format takes "b64_json" here'),
+        ({"background": "transparent"}, "background", 'background takes "auto", "opaque" here'),
+        ({"foo": 1}, "foo", "'foo' is not a field"),
+    ],
+)
+def test_mistake_is_told_in_openais_names(fields: dict[str, Any], param: str, message: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse(**fields)
+    assert message in str(caught.value)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({}, "image", "image is missing"),
+        ({"image": RED, "mask": RED}, "mask", "it has no alpha channel"),
+        ({"image": RED, "mask": "AAAA"}, "mask", "cannot be used"),
+        ({"image": RED, "mask": 3}, "mask", "mask takes a picture in base64"),
+    ],
+)
+def test_edit_without_what_it_needs(fields: dict[str, Any], param: str, message: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse(EDITS, **fields)
+    assert message in str(caught.value)
+    assert caught.value.param == param
+
+
+def test_huge_mask_is_refused_before_its_pixels_are_read() -> None:
+    file = io.BytesIO()
+    Image.new("LA", (9_000, 8_000)).save(file, "PNG")
+    with pytest.raises(RequestError, match="too large"):
+        parse(EDITS, image=RED, mask=base64.b64encode(file.getvalue()).decode())
