@@ -1,31 +1,24 @@
-"""Serve a small Stable Diffusion XL on this machine, ask it for a picture, save the picture, stop the server.
-
-The model has random weights, made on the spot without a download, so the picture is noise: it shows that the way from
-the archive to the picture works.
-"""
+"""Serve the demonstration model on this machine, ask it for a picture, save the picture, stop the server."""
 
 import sys
 import tempfile
 from pathlib import Path
 
+import yaml
+
 from scripts.local_server import ROOT, LocalServer, ServerError, make_archive, run_command
+from scripts.measure_demo_model import GUIDANCE
 
-PROMPT = "a photo of an astronaut riding a horse on mars"
-
-
-def make_model() -> Path:
-    """Return the folder of the small model, made at the first call."""
-    folder = ROOT / "build" / "tiny-sdxl"
-    if not (folder / "model_index.json").exists():
-        run_command(sys.executable, "-m", "scripts.make_random_model", folder, "--size", "tiny", folder=ROOT)
-    return folder
+PROMPT = "a large yellow star on a blue background, left"
 
 
 def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        print("Making the model and its archive")
-        make_archive(folder, make_model(), (ROOT / "model-config.yaml").read_text())
+        print("Making the archive")
+        settings = yaml.safe_load((ROOT / "model-config.yaml").read_text())
+        settings["handler"]["guidance_scale"] = GUIDANCE
+        make_archive(folder, ROOT / "demo_model", yaml.safe_dump(settings, sort_keys=False))
         print("Starting TorchServe; the model is compiled for OpenVINO")
         try:
             with LocalServer(folder) as server:

@@ -5,7 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scripts.measure_demo_model import choose_prompts, draw_prompts, draw_with, load_pipeline, score_pictures
+from scripts.measure_demo_model import (
+    GUIDANCE,
+    choose_prompts,
+    draw_prompts,
+    draw_with,
+    load_pipeline,
+    score_pictures,
+)
 
 FOLDER = Path(__file__).parents[2] / "demo_model"
 PROMPT = "a large red circle on a white background, left"
@@ -27,8 +34,8 @@ def draw(pipeline: Any) -> Draw:
 
     def draw(prompt: str = PROMPT, *, seed: int = 0, **settings: Any) -> Any:
         generator = torch.Generator().manual_seed(seed)
-        image = pipeline(prompt, generator=generator, **{"num_inference_steps": STEPS, **settings}).images[0]
-        return np.asarray(image).astype(int)
+        chosen = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, **settings}
+        return np.asarray(pipeline(prompt, generator=generator, **chosen).images[0]).astype(int)
 
     return draw
 
