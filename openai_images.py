@@ -92,6 +92,7 @@ def format_picture(
         "background": "opaque",
         "quality": "auto",
         "seed": request.seed + index,
+        "index": index,
     }
     if partial is not None:
         return format_event(f"{name}.partial_image", {**data, "partial_image_index": partial})

@@ -1,87 +1,264 @@
-"""Ask the server for a picture and save it."""
+"""Ask the server for pictures and save them; show each step on a terminal."""
 
 import argparse
+import base64
 import io
 import json
 import os
+import queue
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Sequence
-from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 CONNECT_SECONDS = 10
-MAX_ANSWER_BYTES = 64 * 2**20
+MAX_EVENT_BYTES = 64 * 2**20
 TOKEN_VARIABLE = "TORCHSERVE_TOKEN"
+SUFFIXES = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png", ".webp": "webp"}
+FAILED, REFUSED, TRY_LATER, INTERRUPTED = 1, 2, 3, 130
+EXIT_CODES = """exit codes:
+  0    every picture is saved
+  1    the server failed, or a picture could not be read or saved
+  2    the request is refused, or these options are wrong
+  3    no server, a busy one, or no picture in time: later it may work
+  130  interrupted; the server stops working on it too
+  With several prompts it is the highest of theirs."""
+EPILOG = """examples:
+  query.py --prompt "a red fox" --steps 20 --seed 7 --filename fox.png
+  query.py --like fox.png --guidance-scale 3
+  query.py --prompts list.txt --concurrency 4
+
+"""
+# The fields of the request contract; README's table says what each takes.
+FIELDS: dict[str, dict[str, Any]] = {
+    "prompt_2": {"help": "for the second text encoder"},
+    "negative_prompt": {"help": "what the picture should not show"},
+    "negative_prompt_2": {"help": "for the second text encoder"},
+    "width": {"type": int, "metavar": "PIXELS"},
+    "height": {"type": int, "metavar": "PIXELS"},
+    "num_inference_steps": {"type": int, "metavar": "N", "help": "denoising steps"},
+    "guidance_scale": {"type": float, "metavar": "X", "help": "how strongly the prompt steers"},
+    "guidance_rescale": {"type": float, "metavar": "X", "help": "against overexposed pictures under strong guidance"},
+    "seed": {"type": int, "metavar": "N", "help": "of the first picture, each further one has the next"},
+    "num_images_per_prompt": {"type": int, "metavar": "N", "help": "pictures"},
+    "scheduler": {"metavar": "NAME", "help": "the sampler, by diffusers' name"},
+    "clip_skip": {"type": int, "metavar": "N", "help": "last layers of the text encoders to leave out"},
+    "denoising_end": {"type": float, "metavar": "SHARE", "help": "of the denoising after which to stop"},
+    "original_size": {"type": int, "nargs": 2, "metavar": ("HEIGHT", "WIDTH"), "help": "that the picture passes for"},
+    "crops_coords_top_left": {"type": int, "nargs": 2, "metavar": ("TOP", "LEFT"), "help": "of the crop it passes for"},
+    "target_size": {"type": int, "nargs": 2, "metavar": ("HEIGHT", "WIDTH"), "help": "that the picture is made for"},
+    "image": {"type": Path, "metavar": "FILE", "help": "a picture to start from"},
+    "mask_image": {"type": Path, "metavar": "FILE", "help": "white where the image is to be painted anew"},
+    "strength": {"type": float, "metavar": "X", "help": "how far to go from the image, 0 to 1"},
+    "output_format": {"choices": ("jpeg", "png", "webp"), "help": "(default: as --filename ends, or jpeg)"},
+    "quality": {"type": int, "metavar": "N", "help": "of a JPEG or WebP, 1 to 100"},
+}
+SHORT_NAMES = {"num_inference_steps": "--steps", "num_images_per_prompt": "-n"}
 
 
 class QueryError(Exception):
-    """A failure whose message is the line to show."""
+    """A failure whose message is the line to show.
+
+    Attributes:
+        code: the program's exit code.
+    """
+
+    def __init__(self, message: str, *, code: int = FAILED) -> None:
+        super().__init__(message)
+        self.code = code
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What the server sent back."""
+@dataclass(eq=False)
+class Job:
+    """One request, and what has come of it.
 
-    status: int
-    content_type: str
-    body: bytes
+    Attributes:
+        label: what its messages begin with, such as the line of the prompts' file.
+        paths: where each of its pictures goes.
+        done, total: denoising steps.
+        is_over: set where nobody waits for more; its thread then leaves the server.
+    """
 
-    def read_json(self) -> dict[str, object]:
-        """Return the body's JSON object, empty where it is something else."""
-        try:
-            value = json.loads(self.body)
-        except (ValueError, RecursionError):
-            return {}
-        return value if isinstance(value, dict) else {}
-
-    def show_start(self) -> str:
-        return self.body[:800].decode(errors="replace")[:200]
+    label: str
+    fields: dict[str, Any]
+    paths: list[Path]
+    deadline: float = 0.0
+    done: int = 0
+    total: int = 0
+    saved: int = 0
+    is_over: threading.Event = field(default_factory=threading.Event)
 
 
-def parse_seconds(text: str) -> float:
-    seconds = float(text)
-    if not seconds > 0:
+Arrived = queue.SimpleQueue[tuple[Job, Any]]
+
+
+def parse_positive(text: str) -> float:
+    number = float(text)
+    if not number > 0:
         raise argparse.ArgumentTypeError(f"must be more than 0, not {text}")
-    return seconds
+    return number
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="query.py", description="Ask the server for a picture and save it.")
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(
+        prog="query.py",
+        usage="%(prog)s (--prompt TEXT | --prompts FILE | --like PICTURE) [options]",
+        description=__doc__,
+        epilog=EPILOG + EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    source = parser.add_argument_group("what to draw")
+    source.add_argument("--prompt", metavar="TEXT", help="what the picture shows")
+    source.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="a prompt, or a JSON object of fields, on each line"
+    )
+    source.add_argument(
+        "--like", type=Path, metavar="PICTURE", help="repeat a picture, but for what is given beside it"
+    )
+    picture = parser.add_argument_group("the picture (without these, as the server is set)")
+    for name, keywords in FIELDS.items():
+        picture.add_argument(*filter(None, ["--" + name.replace("_", "-"), SHORT_NAMES.get(name)]), **keywords)
+    add = parser.add_argument_group("the answer").add_argument
+    add(
+        "--filename",
+        type=Path,
+        help="where to save the picture (default: output-<date>-<time>.jpg); several get -1, -2 …",
+    )
+    add("--overwrite", action="store_true", help="replace a file of that name")
+    add(
+        "--preview",
+        type=int,
+        nargs="?",
+        const=3,
+        default=0,
+        choices=range(4),
+        metavar="N",
+        help="also save how it looks after each of N parts of the way, at most 3 (without N: 3)",
+    )
+    add = parser.add_argument_group("the server").add_argument
     add("--url", default="http://localhost:8080/predictions/diffusion_fast", help="where to ask (default: %(default)s)")
-    add("--prompt", required=True, help="what the picture shows")
-    add("--filename", type=Path, help="where to save the picture (default: output-<date>-<time>.jpg)")
-    add("--overwrite", action="store_true", help="replace the file that --filename names")
     add("--token", help=f"the server's inference key (default: {TOKEN_VARIABLE}, then the key file)")
     add("--key-file", type=Path, default="key_file.json", help="the server's key file (default: %(default)s)")
+    add("--concurrency", type=int, default=4, metavar="N", help="prompts in flight at a time (default: %(default)s)")
     add(
         "--timeout",
-        type=parse_seconds,
+        type=parse_positive,
         metavar="SECONDS",
         default=3600,
-        help="how long to wait in all (default: %(default)s)",
+        help="how long to wait for a prompt's pictures (default: %(default)s)",
     )
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    options.overwrite &= options.filename is not None  # a name with the time in it replaces nothing
+    if options.prompt is not None and options.prompts:
+        parser.error("--prompt and --prompts do not go together")
+    if options.prompt is None and not (options.prompts or options.like):
+        parser.error("one of --prompt, --prompts and --like is needed")
+    if options.concurrency < 1:
+        parser.error(f"--concurrency must be 1 or more, not {options.concurrency}")
+    return options
 
 
-def check_target(filename: Path | None, *, overwrite: bool) -> None:
-    """Refuse a place that the picture could not be saved in, before the server works for it.
+def plan_jobs(options: argparse.Namespace) -> list[Job]:
+    """Return the requests to make, with a place for each picture.
 
     Raises:
-        QueryError: the file exists, or its folder cannot be written.
+        QueryError: a file cannot be used.
     """
-    path = filename or Path("output.jpg")
+    fields = read_parameters(options.like) if options.like else {}
+    suffix = options.filename and options.filename.suffix.lower()
+    if suffix in SUFFIXES:
+        fields["output_format"] = SUFFIXES[suffix]
+    given = {name: value for name, value in vars(options).items() if name in FIELDS or name == "prompt"}
+    fields |= {name: encode_file(value) for name, value in given.items() if value is not None}
+    if options.preview:
+        fields["partial_images"] = options.preview
+    jobs = [Job("", fields, [])]
+    if options.prompts:
+        lines = read_prompts(options.prompts)
+        jobs = [Job(f"line {number}: ", fields | line, []) for number, line in lines.items()]
+    start = Path(time.strftime("output-%Y%m%d-%H%M%S"))
+    for i, job in enumerate(jobs, 1):
+        count = job.fields.get("num_images_per_prompt", 1)
+        count = count if isinstance(count, int) and 0 < count < 100 else 1
+        endings = {name: ending for ending, name in reversed(SUFFIXES.items())}
+        path = options.filename or start.with_suffix(endings.get(str(job.fields.get("output_format")), ".jpg"))
+        numbers = [f"-{i:0{len(str(len(jobs)))}}" if options.prompts else ""]
+        numbers = [f"{numbers[0]}-{k}" if count > 1 else numbers[0] for k in range(1, count + 1)]
+        job.paths = [path.with_stem(path.stem + number) for number in numbers]
+        for path in job.paths:
+            check_target(path, is_chosen=options.filename is not None, overwrite=options.overwrite)
+    return jobs
+
+
+def encode_file(value: object) -> object:
+    return base64.b64encode(value.read_bytes()).decode() if isinstance(value, Path) else value
+
+
+def read_prompts(path: Path) -> dict[int, dict[str, Any]]:
+    """Return the fields on each line that is not empty, by the line's number; a line starting with a brace is JSON.
+
+    Raises:
+        QueryError: there is no prompt, or a line starts with a brace and is no JSON object.
+    """
+    prompts = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if line.strip():
+            prompts[number] = load_object(line) if line.lstrip().startswith("{") else {"prompt": line.strip()}
+            if not prompts[number]:
+                raise QueryError(f"line {number} of {path} is not a JSON object with fields", code=REFUSED)
+    if not prompts:
+        raise QueryError(f"{path} holds no prompt", code=REFUSED)
+    return prompts
+
+
+def load_object(text: str | bytes) -> dict[str, Any]:
+    """Return a JSON object, empty where the text is something else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_parameters(path: Path) -> dict[str, Any]:
+    """Return the request that a picture of this server carries.
+
+    Raises:
+        QueryError: it carries none.
+    """
+    from PIL import ExifTags, Image
+
+    try:
+        with Image.open(path) as picture:
+            comment = picture.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+            text = picture.info.get("parameters") or comment.removeprefix(b"UNICODE\0").decode("utf-16-be")
+    except FileNotFoundError as error:
+        raise QueryError(f"there is no file {path}", code=REFUSED) from error
+    except Exception as error:  # Pillow's decoders raise many kinds
+        raise QueryError(f"{path} cannot be read as a picture: {error}", code=REFUSED) from error
+    request = load_object(text).get("request")
+    if not isinstance(request, dict):
+        raise QueryError(f"{path} does not tell how it was made", code=REFUSED)
+    return {name: value for name, value in request.items() if name in FIELDS or name == "prompt"}
+
+
+def check_target(path: Path, *, is_chosen: bool, overwrite: bool) -> None:
+    """Refuse a place that a picture could not be saved in, before the server works for it.
+
+    Raises:
+        QueryError: a file of a chosen name exists, or its folder cannot be written.
+    """
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise QueryError(f"cannot write into the folder {path.parent}")
-    if filename and os.path.lexists(filename):
+    if is_chosen and os.path.lexists(path):
         if not overwrite:
-            raise QueryError(f"{filename} exists; choose another --filename or add --overwrite")
-        if not filename.is_file():
-            raise QueryError(f"{filename} exists and is not a file")
+            raise QueryError(f"{path} exists; choose another --filename or add --overwrite")
+        if not path.is_file():
+            raise QueryError(f"{path} exists and is not a file")
 
 
 def read_key(key_file: Path) -> str | None:
@@ -95,121 +272,240 @@ def read_key(key_file: Path) -> str | None:
     return str(key)
 
 
-def send_prompt(url: str, prompt: str, *, token: str | None) -> Answer:
-    """Send one request and read the whole answer.
+def request_events(job: Job, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Send a request and yield the events of its answer; once more where the key file has a new token.
 
     Raises:
-        QueryError: a token that cannot be sent, no answer, or one of more than MAX_ANSWER_BYTES.
+        QueryError: no answer, or a refusal.
+    """
+    given = options.token or os.environ.get(TOKEN_VARIABLE)
+    token = given or read_key(options.key_file)
+    try:
+        yield from post_request(job, options, token=token)
+    except RefusedTokenError:
+        new_token = None if given else read_key(options.key_file)  # a server that was restarted has made new keys
+        if not new_token or new_token == token:
+            raise
+        yield from post_request(job, options, token=new_token)
+
+
+class RefusedTokenError(QueryError):
+    """The server lets nobody in with this token."""
+
+
+def post_request(job: Job, options: argparse.Namespace, *, token: str | None) -> Iterator[dict[str, Any]]:
+    """Send one request and yield the events of its answer.
+
+    Raises:
+        QueryError: as above.
     """
     import requests
+    from urllib3.exceptions import HTTPError
 
     if token and not (token.isascii() and token.isprintable()):
-        raise QueryError("the token holds a character that cannot be sent")
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    body = bytearray()
+        raise QueryError("the token holds a character that cannot be sent", code=REFUSED)
     try:
         with requests.Session() as session:
             session.trust_env = False  # no proxy between, and no ~/.netrc in the token's place
             session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
             with session.post(
-                url,
-                json={"prompt": prompt},
-                headers=headers,
-                timeout=(CONNECT_SECONDS, None),  # wait_for_picture keeps the time
+                options.url,
+                json={**job.fields, "stream": True},
+                headers={"Authorization": f"Bearer {token}"} if token else {},
+                timeout=(CONNECT_SECONDS, options.timeout),
                 allow_redirects=False,  # the token is for this address only
                 stream=True,
             ) as response:
-                for part in response.iter_content(2**16):
-                    body += part
-                    if len(body) > MAX_ANSWER_BYTES:
-                        raise QueryError(f"the answer is larger than {MAX_ANSWER_BYTES} bytes")
-                return Answer(response.status_code, response.headers.get("Content-Type", ""), bytes(body))
-    except requests.RequestException as error:
+                check_status(response, options)
+                if warning := response.headers.get("X-Warning"):
+                    yield {"type": "warning", "message": warning}
+                yield from read_events(response, job)
+    except (requests.RequestException, HTTPError) as error:
         cause: BaseException = error
         while cause.__context__:  # the first failure is the plain one: "Connection refused"
             cause = cause.__context__
-        raise QueryError(f"no answer from {url}: {getattr(cause, 'strerror', None) or cause}") from error
+        reason = getattr(cause, "strerror", None) or cause
+        raise QueryError(f"no answer from {options.url}: {reason}", code=TRY_LATER) from error
 
 
-def request_picture(options: argparse.Namespace) -> Answer:
-    """Send the prompt with the token that is found; once more where the key file has a new one."""
-    given = options.token or os.environ.get(TOKEN_VARIABLE)
-    token = given or read_key(options.key_file)
-    answer = send_prompt(options.url, options.prompt, token=token)
-    if not given and is_token_refused(answer):
-        new_token = read_key(options.key_file)  # a server that was restarted has made new keys
-        if new_token and new_token != token:
-            answer = send_prompt(options.url, options.prompt, token=new_token)
-    return answer
-
-
-def is_token_refused(answer: Answer) -> bool:
-    return answer.status == 400 and answer.read_json().get("type") == "InvalidKeyException"
-
-
-def wait_for_picture(options: argparse.Namespace) -> Answer:
-    """Request the picture in a thread; meanwhile show the time on a terminal, and stop when it is up.
-
-    A timeout of the request itself would start again with every byte that arrives.
-    """
-    future: Future[Answer] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(request_picture(options))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    start = time.monotonic()
-    try:
-        while not future.done():
-            elapsed = time.monotonic() - start
-            if elapsed >= options.timeout:
-                raise QueryError(f"no answer from {options.url} within {options.timeout:g} s (--timeout)")
-            show_status(f"\rwaiting {int(elapsed)} s")
-            wait([future], timeout=min(int(elapsed) + 1, options.timeout) - elapsed)
-    finally:
-        show_status("\r" + " " * 20 + "\r")
-    return future.result()
-
-
-def show_status(text: str) -> None:
-    if sys.stderr.isatty():
-        print(text, end="", file=sys.stderr, flush=True)
-
-
-def check_answer(answer: Answer, *, key_file: Path) -> None:
-    """Refuse every answer that is not a whole picture.
+def check_status(response: Any, options: argparse.Namespace) -> None:
+    """Refuse every answer that is no stream of events.
 
     Raises:
         QueryError: with what the server said.
     """
-    if is_token_refused(answer):
-        order = f"--token, then {TOKEN_VARIABLE}, then the inference key in {key_file} (--key-file)"
-        raise QueryError(f"the server refuses the token, or there is none; it is taken from {order}")
-    if answer.status != 200:
-        content = answer.read_json()
-        error = content.get("error")
-        message = error.get("message") if isinstance(error, dict) else content.get("message")
-        what = " (redirects are not followed)" if 300 <= answer.status < 400 else ""
-        raise QueryError(f"the server answered {answer.status}{what}: {str(message or answer.show_start())[:1000]}")
-    check_picture(answer)
+    status, kind = response.status_code, response.headers.get("Content-Type") or "no content type"
+    if status == 200 and kind.startswith("text/event-stream"):
+        return
+    start = next(response.iter_content(2**16), b"")
+    content = load_object(start)
+    if status == 400 and content.get("type") == "InvalidKeyException":
+        order = f"--token, then {TOKEN_VARIABLE}, then the inference key in {options.key_file} (--key-file)"
+        raise RefusedTokenError(
+            f"the server refuses the token, or there is none; it is taken from {order}", code=REFUSED
+        )
+    shown = start[:800].decode(errors="replace")[:200]
+    if status == 200:
+        raise QueryError(f"the answer is not a stream of events ({kind}): {shown}")
+    error = content.get("error")
+    message = error.get("message") if isinstance(error, dict) else content.get("message")
+    what = " (redirects are not followed)" if 300 <= status < 400 else ""
+    raise QueryError(f"the server answered {status}{what}: {str(message or shown)[:1000]}", code=choose_code(status))
 
 
-def check_picture(answer: Answer) -> None:
-    from PIL import Image, UnidentifiedImageError
+def read_events(response: Any, job: Job) -> Iterator[dict[str, Any]]:
+    """Yield the JSON in the data of each server-sent event, until the end or until nobody waits for it."""
+    buffer = b""
+    while part := response.raw.read1(2**16):  # iter_content would wait for a whole chunk, or for the end
+        buffer += part
+        if len(buffer) > MAX_EVENT_BYTES:
+            raise QueryError(f"the answer holds an event of more than {MAX_EVENT_BYTES} bytes")
+        if job.is_over.is_set():
+            return
+        *events, buffer = buffer.split(b"\n\n")
+        for event in events:
+            for line in event.splitlines():
+                if line.startswith(b"data:"):
+                    yield load_object(line.removeprefix(b"data:"))
 
-    kind = answer.content_type or "no content type"
+
+def make_pictures(jobs: Sequence[Job], options: argparse.Namespace) -> int:
+    """Make every job's pictures, several jobs at a time; return the exit code.
+
+    Each job's thread only passes on what arrives. It is left behind when its time is up, since a timeout of the request
+    itself would start again with every byte.
+    """
+    from tqdm import tqdm
+
+    waiting, running, code = list(reversed(jobs)), set[Job](), 0
+    arrived: Arrived = queue.SimpleQueue()
     try:
-        if not kind.startswith("image/"):
-            raise UnidentifiedImageError
-        with Image.open(io.BytesIO(answer.body), formats=["JPEG", "PNG", "WEBP"]) as picture:
+        with tqdm(unit="step", disable=None, leave=False, dynamic_ncols=True) as bar:
+            while waiting or running:
+                while waiting and len(running) < options.concurrency:
+                    running.add(job := waiting.pop())
+                    job.deadline = time.monotonic() + options.timeout
+                    threading.Thread(target=follow, args=(job, options, arrived), daemon=True).start()
+                job, event = wait_for_event(running, arrived, options)
+                if job in running:
+                    try:
+                        handle_event(job, event, overwrite=options.overwrite)
+                        is_over = job.saved == len(job.paths)
+                    except (QueryError, OSError, ValueError, LookupError, TypeError) as error:
+                        code = max(code, show_error(error, label=job.label))
+                        is_over = True
+                    if is_over:
+                        job.is_over.set()
+                        running.remove(job)
+                show_steps(bar, jobs)
+    finally:
+        for job in jobs:
+            job.is_over.set()
+    return code
+
+
+def follow(job: Job, options: argparse.Namespace, arrived: Arrived) -> None:
+    """Pass on each event of a job's answer, and last the failure that ends it."""
+    try:
+        for event in request_events(job, options):
+            arrived.put((job, event))
+        arrived.put((job, QueryError("the answer ended before the last picture")))
+    except BaseException as error:
+        arrived.put((job, error))
+
+
+def wait_for_event(running: Set[Job], arrived: Arrived, options: argparse.Namespace) -> tuple[Job, Any]:
+    """Return what arrives next and whose it is: an event, a failure, or None after a second without either."""
+    first = min(running, key=lambda job: job.deadline)
+    left = first.deadline - time.monotonic()
+    if left <= 0:
+        late = f"no picture from {options.url} within {options.timeout:g} s (--timeout)"
+        return first, QueryError(late, code=TRY_LATER)
+    try:
+        return arrived.get(timeout=min(1.0, left))
+    except queue.Empty:
+        return first, None
+
+
+def handle_event(job: Job, event: Any, *, overwrite: bool) -> None:
+    """Note a step, show a warning, save a picture.
+
+    Raises:
+        QueryError: what the event tells of, or a picture that is not whole.
+        OSError: a picture cannot be saved.
+    """
+    if isinstance(event, BaseException):
+        raise event
+    kind = str(event.get("type")) if event else ""
+    if kind == "error":
+        error = event.get("error")
+        error = error if isinstance(error, dict) else {}
+        raise QueryError(f"the server says: {error.get('message')}", code=choose_code(error.get("code")))
+    if kind == "warning":
+        show_line(f"query.py: {job.label}warning: {event['message']}", file=sys.stderr)
+    elif kind == "progress":
+        job.done, job.total = int(event["step"]), int(event["total"])
+    elif kind.endswith((".partial_image", ".completed")):
+        picture = check_picture(event)
+        path = job.paths[event["index"]]
+        number = event.get("partial_image_index")
+        if number is not None:
+            path = path.with_stem(f"{path.stem}-preview-{number + 1}")
+        path = save_picture(picture, path, overwrite=overwrite)
+        show_line(str(path), file=sys.stdout if number is None else sys.stderr)
+        if number is None:
+            show_line(f"{path}: seed {event.get('seed')}", file=sys.stderr)
+            job.saved += 1
+            job.done = job.total if job.saved == len(job.paths) else job.done
+
+
+def choose_code(status: object) -> int:
+    """Return the exit code for an HTTP status."""
+    if status in (429, 503, 504):
+        return TRY_LATER
+    return REFUSED if isinstance(status, int) and 400 <= status < 500 else FAILED
+
+
+def show_steps(bar: Any, jobs: Sequence[Job]) -> None:
+    """Show the steps of all jobs together; one that has not begun counts as many as the last that has."""
+    typical = next((job.total for job in reversed(jobs) if job.total), 0)
+    bar.total = sum(job.done if job.is_over.is_set() else job.total or typical for job in jobs) or None
+    bar.n = sum(job.done for job in jobs)
+    if len(jobs) > 1:
+        bar.set_postfix_str(f"{sum(job.is_over.is_set() for job in jobs)} of {len(jobs)} prompts", refresh=False)
+    bar.refresh()
+
+
+def show_error(error: Exception, *, label: str = "") -> int:
+    """Show a failure in one line; return its exit code."""
+    shown = f"the answer holds a damaged event: {error!r}" if isinstance(error, (LookupError, TypeError)) else error
+    show_line(f"query.py: {label}{shown}", file=sys.stderr)
+    return error.code if isinstance(error, QueryError) else FAILED
+
+
+def show_line(text: str, *, file: Any) -> None:
+    """Print a line above the bar, without what could move a terminal's cursor; a server chose some of it."""
+    from tqdm import tqdm
+
+    escaped = (char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    tqdm.write("".join(escaped), file=file)
+
+
+def check_picture(event: Mapping[str, Any]) -> bytes:
+    """Return the picture of an event.
+
+    Raises:
+        QueryError: it is not a whole JPEG, PNG or WebP.
+    """
+    from PIL import Image
+
+    try:
+        data = base64.b64decode(event["b64_json"], validate=True)
+        with Image.open(io.BytesIO(data), formats=["JPEG", "PNG", "WEBP"]) as picture:
             picture.load()  # verify() takes a JPEG that is cut short
-    except UnidentifiedImageError as error:
-        raise QueryError(f"the answer is not a picture ({kind}): {answer.show_start()}") from error
     except Exception as error:  # Pillow's decoders raise many kinds
-        raise QueryError(f"the picture is damaged ({kind}, {len(answer.body)} bytes): {error}") from error
+        raise QueryError(f"the picture is damaged: {error}") from error
+    return data
 
 
 def save_picture(picture: bytes, path: Path, *, overwrite: bool) -> Path:
@@ -241,25 +537,14 @@ def take_free_name(path: Path) -> Path:
             candidate = path.with_stem(f"{path.stem}-{number}")
 
 
-def escape_controls(text: str) -> str:
-    """Escape what could move a terminal's cursor or colour its text; a server chose some of it."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(argv)
     try:
-        check_target(options.filename, overwrite=options.overwrite)
-        answer = wait_for_picture(options)
-        check_answer(answer, key_file=options.key_file)
-        path = options.filename or Path(time.strftime("output-%Y%m%d-%H%M%S.jpg"))
-        print(save_picture(answer.body, path, overwrite=options.overwrite and options.filename is not None))
+        return make_pictures(plan_jobs(options), options)
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except (QueryError, OSError, ValueError) as error:
-        print(f"query.py: {escape_controls(str(error))}", file=sys.stderr)
-        return 1
-    return 0
+        return show_error(error)
 
 
 if __name__ == "__main__":

@@ -116,11 +116,12 @@ def test_every_step_of_the_guide(reader: Reader) -> None:
     reader.start_server("diffusion_fast")
 
     printed = reader.run(f'python query.py --url "{reader.url}" {PROMPT}').strip()
-    assert re.fullmatch(r"output-\d{8}-\d{6}\.jpg", printed)
-    check_picture(reader.folder / printed)
+    (name,) = re.findall(r"^output-\d{8}-\d{6}\.jpg$", printed, re.MULTILINE)
+    assert re.search(rf"^{name}: seed \d+$", printed, re.MULTILINE)
+    check_picture(reader.folder / name)
     reader.run(f'python query.py --url "{reader.url}" {PROMPT} --filename astronaut.jpg')
     check_picture(reader.folder / "astronaut.jpg")
-    told = reader.run(f'python query.py --url "{reader.url}" --prompt " "', status=1)
+    told = reader.run(f'python query.py --url "{reader.url}" --prompt " "', status=2)
     assert "400: prompt takes a text" in told
 
     for stage in ("preprocess", "inference", "postprocess"):

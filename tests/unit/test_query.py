@@ -1,5 +1,6 @@
 """The client against a real server on loopback whose answers each test scripts."""
 
+import base64
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +24,8 @@ import pytest
 from PIL import Image
 
 import query
+from generation_request import GenerationRequest
+from pipeline_utils import encode_picture
 
 QUERY = Path(query.__file__)
 TOKEN_ERROR = {"code": 400, "type": "InvalidKeyException", "message": "Token Authorization failed."}
@@ -72,9 +76,21 @@ class Server(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}/predictions/diffusion_fast"
 
 
-def answer(
-    body: object = PICTURE, status: int = 200, kind: str = "image/jpeg", headers: dict[str, str] | None = None
-) -> Step:
+def make_event(kind: str, **data: object) -> bytes:
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **data})}\n\n".encode()
+
+
+def complete(picture: bytes = PICTURE, *, index: int = 0, **data: object) -> bytes:
+    """The event of a finished picture, or of a preview that has a number."""
+    kind = "image_generation.partial_image" if "partial_image_index" in data else "image_generation.completed"
+    return make_event(kind, b64_json=base64.b64encode(picture).decode(), seed=7 + index, index=index, **data)
+
+
+DONE = complete()
+STREAM = "text/event-stream"
+
+
+def answer(body: object = DONE, status: int = 200, kind: str = STREAM, headers: dict[str, str] | None = None) -> Step:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
 
     def send(handler: Handler) -> None:
@@ -143,14 +159,15 @@ class Client:
 
     def save(self, *options: str) -> Path:
         status, out, err = self.run(*options)
-        assert (status, err) == (0, "")
-        return Path(out.removesuffix("\n"))
+        path = out.removesuffix("\n")
+        assert (status, err) == (0, f"{path}: seed 7\n")
+        return Path(path)
 
-    def fail(self, *options: str) -> str:
+    def fail(self, *options: str, code: int = 1) -> str:
         """Run, expect exactly one line of failure and an unchanged folder, and return the line."""
         before = read_folder()
         status, out, err = self.run(*options)
-        assert (status, out) == (1, "")
+        assert (status, out) == (code, "")
         assert re.fullmatch(r"query\.py: .*\n", err)
         assert err.rstrip("\n").isprintable()
         assert read_folder() == before
@@ -188,11 +205,11 @@ def test_program_sends_prompt_and_saves_picture(server: Server) -> None:
     out, err = start_query(server).communicate(timeout=10)
     name = out.decode().removesuffix("\n")
     assert re.fullmatch(r"output-\d{8}-\d{6}\.jpg", name)
-    assert (Path(name).read_bytes(), err) == (PICTURE, b"")
+    assert (Path(name).read_bytes(), err) == (PICTURE, f"{name}: seed 7\n".encode())
     (request,) = server.requests
     assert request.path == "/predictions/diffusion_fast"
     assert request.headers["Content-Type"] == "application/json"
-    assert json.loads(request.body) == {"prompt": "a cat"}
+    assert json.loads(request.body) == {"prompt": "a cat", "stream": True}
 
 
 def test_token_order(client: Client, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +239,7 @@ def test_damaged_key_file(client: Client, server: Server, content: str) -> None:
 
 @pytest.mark.parametrize("token", ["secret\r\nX-Other: 1", "secret€"])
 def test_token_that_no_header_can_hold(client: Client, server: Server, token: str) -> None:
-    assert client.fail("--token", token) == "query.py: the token holds a character that cannot be sent\n"
+    assert client.fail("--token", token, code=2) == "query.py: the token holds a character that cannot be sent\n"
     assert server.requests == []
 
 
@@ -240,7 +257,7 @@ def test_second_refusal_is_final(client: Client, server: Server) -> None:
     refuse = answer(TOKEN_ERROR, 400, "application/json")
     server.steps = [after(lambda: write_key(next(new_keys)), refuse)] * 3
     status, _, err = client.run()
-    assert (status, get_tokens(server)) == (1, ["Bearer old", "Bearer new"])
+    assert (status, get_tokens(server)) == (2, ["Bearer old", "Bearer new"])
     assert all(word in err for word in ("--token", "TORCHSERVE_TOKEN", "key_file.json"))
 
 
@@ -248,7 +265,7 @@ def test_second_refusal_is_final(client: Client, server: Server) -> None:
 def test_refused_token_is_not_sent_again(client: Client, server: Server, options: list[str]) -> None:
     write_key("same")
     server.steps = [answer(TOKEN_ERROR, 400, "application/json")] * 2
-    assert "--token, then TORCHSERVE_TOKEN, then the inference key in key_file.json" in client.fail(*options)
+    assert "--token, then TORCHSERVE_TOKEN, then the inference key in key_file.json" in client.fail(*options, code=2)
     assert len(server.requests) == 1
 
 
@@ -256,7 +273,7 @@ def test_other_400_is_not_sent_again(client: Client, server: Server) -> None:
     write_key("old")
     server.steps = [after(lambda: write_key("new"), answer({"error": {"message": "no"}}, 400))] * 2
     status, _, err = client.run()
-    assert (status, err) == (1, "query.py: the server answered 400: no\n")
+    assert (status, err) == (2, "query.py: the server answered 400: no\n")
     assert len(server.requests) == 1
 
 
@@ -301,56 +318,77 @@ def test_redirect_is_not_followed(client: Client, server: Server) -> None:
         (500, {"message": "\x1b[2J\r\u202ered\x9b"}, r"\x1b[2J\r\u202ered\x9b"),
         (500, b"\x1b]0;title\x07 \xff", r"\x1b]0;title\x07 " + "\ufffd"),
         (204, b"", ""),
+        (413, b"", ""),
     ],
 )
 def test_error_answer_is_shown(client: Client, server: Server, status: int, body: object, line: str) -> None:
     server.steps = [answer(body, status, "application/json")]
-    assert client.fail() == f"query.py: the server answered {status}: {line}\n"
+    code = {400: 2, 404: 2, 413: 2, 503: 3}.get(status, 1)
+    assert client.fail(code=code) == f"query.py: the server answered {status}: {line}\n"
 
 
 @pytest.mark.parametrize(
     ("body", "kind", "line"),
     [
-        (b"hello\n" * 100, "text/html", "the answer is not a picture (text/html): hello\\nhello"),
-        (PICTURE, "application/octet-stream", "the answer is not a picture (application/octet-stream): "),
-        (b"hello", "image/jpeg", "the answer is not a picture (image/jpeg): hello"),
-        (b"", "image/jpeg", "the answer is not a picture (image/jpeg): "),
-        (PICTURE[:-200], "image/jpeg", "the picture is damaged (image/jpeg, "),
-        (make_picture("PNG")[:-200], "image/png", "the picture is damaged (image/png, "),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "image/jpeg", "the answer is not a picture (image"),
+        (b"hello\n" * 100, "text/html", "the answer is not a stream of events (text/html): hello\\nhello"),
+        (PICTURE, "image/jpeg", "the answer is not a stream of events (image/jpeg): "),
+        (b"", STREAM, "the answer ended before the last picture"),
+        (make_event("progress", step=1, total=9), STREAM, "the answer ended before the last picture"),
+        (DONE[:-1], STREAM, "the answer ended before the last picture"),
+        (b"data: hello\n\n", STREAM, "the answer ended before the last picture"),
+        (make_event("progress", step=1), STREAM, "the answer holds a damaged event: KeyError('total')"),
+        (complete(index=3), STREAM, "the answer holds a damaged event: IndexError("),
+        (complete(b"hello"), STREAM, "the picture is damaged: cannot identify"),
+        (complete(b""), STREAM, "the picture is damaged: cannot identify"),
+        (complete(PICTURE[:-200]), STREAM, "the picture is damaged: "),
+        (complete(make_picture("PNG")[:-200]), STREAM, "the picture is damaged: "),
+        (complete(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), STREAM, "the picture is damaged: cannot"),
     ],
 )
-def test_answer_that_is_no_picture(client: Client, server: Server, body: bytes, kind: str, line: str) -> None:
+def test_answer_without_a_picture(client: Client, server: Server, body: bytes, kind: str, line: str) -> None:
     server.steps = [answer(body, 200, kind)]
     assert line in (shown := client.fail())
     assert len(shown) < 1000
 
 
+@pytest.mark.parametrize(("status", "code"), [(504, 3), (400, 2), (500, 1), (None, 1)])
+def test_error_event_is_shown(client: Client, server: Server, status: object, code: int) -> None:
+    event = make_event("error", error={"message": "no\x1b[2J more", "code": status})
+    server.steps = [answer(make_event("progress", step=1, total=9) + event)]
+    assert client.fail(code=code) == "query.py: the server says: no\\x1b[2J more\n"
+
+
+def test_warning_is_shown(client: Client, server: Server) -> None:
+    server.steps = [answer(headers={"X-Warning": "prompt: the text encoder reads the first 77"})]
+    assert client.run()[2].startswith("query.py: warning: prompt: the text encoder reads the first 77\n")
+
+
 def test_answer_that_is_cut_short(client: Client, server: Server) -> None:
-    server.steps = [answer(PICTURE, headers={"Content-Length": str(len(PICTURE) + 9)})]
-    assert f"no answer from {server.url}: IncompleteRead({len(PICTURE)} bytes read, 9 more" in client.fail()
+    part = make_event("progress", step=1, total=9)
+    server.steps = [answer(part, headers={"Content-Length": str(len(part) + 9)})]
+    assert f"no answer from {server.url}: IncompleteRead({len(part)} bytes read, 9 more" in client.fail(code=3)
 
 
 def test_answer_that_never_ends_is_refused(client: Client, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(query, "MAX_ANSWER_BYTES", 100_000)
-    server.steps = [drip(head=b"HTTP/1.0 200 OK\r\nContent-Type: image/jpeg\r\n\r\n", part=bytes(50_000))]
-    assert "larger than 100000 bytes" in client.fail("--timeout", "3")
+    monkeypatch.setattr(query, "MAX_EVENT_BYTES", 100_000)
+    server.steps = [drip(head=b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n", part=bytes(50_000))]
+    assert "an event of more than 100000 bytes" in client.fail("--timeout", "3")
 
 
 def test_server_down(client: Client) -> None:
     with socket.socket() as unused:  # bound and not listening: nobody else can take the port
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/x"
-        assert client.fail("--url", url) == f"query.py: no answer from {url}: Connection refused\n"
+        assert client.fail("--url", url, code=3) == f"query.py: no answer from {url}: Connection refused\n"
 
 
 def test_server_that_hangs_up(client: Client, server: Server) -> None:
     server.steps = [lambda handler: None]
-    assert "Remote end closed connection without response" in client.fail()
+    assert "Remote end closed connection without response" in client.fail(code=3)
 
 
 def test_url_without_scheme(client: Client) -> None:
-    assert "no answer from localhost/x: Invalid URL" in client.fail("--url", "localhost/x")
+    assert "no answer from localhost/x: Invalid URL" in client.fail("--url", "localhost/x", code=3)
 
 
 # Waiting
@@ -361,14 +399,15 @@ def test_url_without_scheme(client: Client) -> None:
     [
         hang,
         drip(head=b"HTTP/1.0 200 OK\r\n", part=b"X: y\r\n"),
-        drip(head=b"HTTP/1.0 200 OK\r\nContent-Type: image/jpeg\r\n\r\n", part=b"x"),
+        drip(head=b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n", part=b": step\n\n"),
     ],
     ids=["silence", "headers", "body"],
 )
 def test_timeout_is_for_the_whole_request(client: Client, server: Server, step: Step) -> None:
     server.steps = [step]
     start = time.monotonic()
-    assert client.fail("--timeout", "0.4") == f"query.py: no answer from {server.url} within 0.4 s (--timeout)\n"
+    late = f"query.py: no picture from {server.url} within 0.4 s (--timeout)\n"
+    assert client.fail("--timeout", "0.4", code=3) == late
     assert 0.4 <= time.monotonic() - start < 5
 
 
@@ -378,9 +417,11 @@ def test_timeout_must_be_positive(client: Client, seconds: str) -> None:
         client.run("--timeout", seconds)
 
 
-def test_time_is_shown_on_a_terminal(server: Server) -> None:
-    server.steps = [after(lambda: time.sleep(1.3), answer())]
+def test_steps_are_shown_on_a_terminal(server: Server) -> None:
+    steps = b"".join(make_event("progress", step=i, total=30) for i in range(1, 30))
+    server.steps = [after(lambda: time.sleep(1.3), answer(steps + DONE))]
     ours, its = pty.openpty()
+    termios.tcsetwinsize(its, (24, 100))
     with start_query(server, "--filename", "cat.jpg", stderr=its) as process:
         os.close(its)
         shown = b""
@@ -390,7 +431,9 @@ def test_time_is_shown_on_a_terminal(server: Server) -> None:
         assert process.stdout
         assert process.stdout.read() == b"cat.jpg\n"
     os.close(ours)
-    assert re.fullmatch(rb"(\rwaiting 0 s)+(\rwaiting 1 s)+(\rwaiting \d s)*\r {20}\r", shown)
+    assert b"0step [00:01" in shown  # before the first step the time is shown
+    assert re.search(rb"29/30 \[00:0\d<00:0\d", shown)
+    assert b"cat.jpg: seed 7\r\n" in shown
 
 
 def test_interrupt(server: Server) -> None:
@@ -451,7 +494,7 @@ def test_overwrite_keeps_a_folder(client: Client, server: Server, tmp_path: Path
 
 def test_failure_keeps_the_old_picture(client: Client, server: Server) -> None:
     Path("cat.jpg").write_bytes(b"old")
-    server.steps = [answer(PICTURE[:-200])]
+    server.steps = [answer(complete(PICTURE[:-200]))]
     client.fail("--filename", "cat.jpg", "--overwrite")
     assert read_folder() == {"cat.jpg": b"old"}
 
@@ -493,13 +536,110 @@ def test_help_imports_nothing_heavy() -> None:
         import contextlib, sys, query
         with contextlib.suppress(SystemExit):
             query.main(["--help"])
-        sys.exit(" ".join({"PIL", "requests", "urllib3"} & set(sys.modules)))"""
+        sys.exit(" ".join({"PIL", "requests", "tqdm", "urllib3"} & set(sys.modules)))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=10, cwd=QUERY.parent, check=False)
     assert done.stderr == b"\n"  # sys.exit("") prints an empty line
     assert b"--prompt" in done.stdout
 
 
-def test_prompt_is_required(client: Client) -> None:
+@pytest.mark.parametrize("options", [[], ["--prompt", "x", "--prompts", "x"], ["--prompt", "x", "--concurrency", "0"]])
+def test_options_that_are_wrong(client: Client, options: list[str]) -> None:
     client.options.clear()
     with pytest.raises(SystemExit, match="2"):
-        client.run()
+        client.run(*options)
+
+
+def test_options_are_the_contracts_fields() -> None:
+    document = json.loads((QUERY.parent / "openapi.json").read_text())
+    fields = document["components"]["schemas"]["GenerationRequest"]["properties"]
+    # The program streams always, leaves when --timeout is up, and calls the previews --preview
+    assert set(fields) == {"prompt", *query.FIELDS, "stream", "timeout", "partial_images"}
+
+
+def test_fields_are_sent(client: Client, server: Server) -> None:
+    Path("fox.png").write_bytes(b"a picture")
+    given = {"width": 64, "num_inference_steps": 9, "guidance_scale": 2.5, "seed": 7, "original_size": [64, 128]}
+    options = "--width 64 --steps 9 --guidance-scale 2.5 --seed 7 --original-size 64 128 --image fox.png --preview"
+    client.save(*options.split(), "--filename", "cat.webp")
+    sent = json.loads(server.requests[0].body)
+    image = base64.b64encode(b"a picture").decode()
+    more = {"image": image, "output_format": "webp", "partial_images": 3, "prompt": "a cat", "stream": True}
+    assert sent == given | more
+
+
+def test_several_pictures_and_previews(client: Client, server: Server) -> None:
+    events = [complete(index=i, partial_image_index=k) for i in (0, 1) for k in (0, 1)]
+    server.steps = [answer(b"".join([*events, complete(index=0), complete(index=1)]))]
+    status, out, _ = client.run("-n", "2", "--preview", "2", "--filename", "cat.jpg")
+    assert (status, out) == (0, "cat-1.jpg\ncat-2.jpg\n")
+    assert set(read_folder()) == {
+        *("cat-1.jpg", "cat-2.jpg", "cat-1-preview-1.jpg", "cat-1-preview-2.jpg"),
+        *("cat-2-preview-1.jpg", "cat-2-preview-2.jpg"),
+    }
+
+
+def embed(request: dict[str, object], kind: str) -> bytes:
+    """A picture that carries a request as the server embeds it."""
+    size = {"width": 64, "height": 64, "seed": 0}
+    picture = GenerationRequest(prompt="", output_format=kind, **size)  # type: ignore[arg-type]
+    return encode_picture(Image.new("RGB", (64, 64)), picture, parameters={"request": request})
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+def test_like_repeats_a_picture(client: Client, server: Server, kind: str) -> None:
+    request: dict[str, object] = {"prompt": "ein Füchslein", "seed": 7, "target_size": [8, 8], "output_format": kind}
+    Path("fox").write_bytes(embed({**request, "timeout": 9}, kind))
+    client.options.clear()
+    server.steps *= 2
+    client.save("--like", "fox")
+    assert json.loads(server.requests[0].body) == {**request, "stream": True}
+    client.save("--like", "fox", "--seed", "8", "--filename", "new.png")
+    assert json.loads(server.requests[1].body) == {**request, "seed": 8, "output_format": "png", "stream": True}
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [(None, "there is no file fox"), (PICTURE, "fox does not tell how"), (b"x", "fox cannot be read as a picture")],
+)
+def test_like_needs_a_picture_that_tells(client: Client, server: Server, file: bytes | None, line: str) -> None:
+    if file is not None:
+        Path("fox").write_bytes(file)
+    client.options.clear()
+    assert line in client.fail("--like", "fox", code=2)
+    assert server.requests == []
+
+
+# Several prompts
+
+
+def test_prompts_of_a_file(client: Client, server: Server) -> None:
+    """Two at a time; the second one fails and the others do not."""
+    Path("list.txt").write_text('a cat\n\n{"prompt": "a dog", "width": 3}\na fox\n')
+    together = threading.Barrier(2)
+
+    def reply(handler: Handler) -> None:
+        fields = json.loads(server.requests[-1].body)
+        together.wait(5)
+        refusal = answer({"error": {"message": "width takes …"}}, 400, "application/json")
+        (refusal if "width" in fields else answer())(handler)
+
+    def reply_alone(handler: Handler) -> None:
+        answer()(handler)
+
+    server.steps = [reply, reply, reply_alone]
+    client.options.clear()
+    status, out, err = client.run("--prompts", "list.txt", "--concurrency", "2", "--filename", "a.jpg")
+    assert status == 2
+    assert "query.py: line 3: the server answered 400: width takes …\n" in err
+    assert sorted(out.split()) == ["a-1.jpg", "a-3.jpg"]
+    assert sorted(json.loads(request.body)["prompt"] for request in server.requests) == ["a cat", "a dog", "a fox"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"), [("\n", "list.txt holds no prompt"), ('a\n{"prompt":\n', "line 2 of list.txt is not a JSON")]
+)
+def test_prompts_file_that_is_wrong(client: Client, server: Server, text: str, line: str) -> None:
+    Path("list.txt").write_text(text)
+    client.options.clear()
+    assert line in client.fail("--prompts", "list.txt", code=2)
+    assert server.requests == []
