@@ -4,7 +4,9 @@ import base64
 import io
 import json
 import re
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +19,7 @@ import requests
 import yaml
 from PIL import Image
 
-from scripts.local_server import ROOT, SCRIPTS, LocalServer, make_archive
+from scripts.local_server import ROOT, SCRIPTS, LocalServer, make_archive, make_environment
 from tests.server.test_backends import ask_for_picture, make_settings
 
 LIMITS = {"num_inference_steps": 3, "max_steps": 150, "max_side": 128, "max_images": 2}
@@ -194,6 +196,78 @@ def test_work_ends_when_its_time_is_up(server: LocalServer) -> None:
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["type"]) == (200, 504, "timeout_error")
     assert "the timeout of 1 s has passed" in error["message"]
+
+
+def start_query(server: LocalServer, folder: Path, *options: str | Path) -> subprocess.Popen[str]:
+    key_file = server.folder / "key_file.json"
+    return subprocess.Popen(
+        [sys.executable, ROOT / "query.py", "--url", server.url, "--key-file", key_file, *options],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores the signal, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def test_program_repeats_a_picture(server: LocalServer, tmp_path: Path) -> None:
+    for options in (("--prompt", "a red fox", "--seed", "7", "--preview", "2"), ("--like", "a.png")):
+        name = "b.png" if "--like" in options else "a.png"
+        out, err = start_query(server, tmp_path, *options, "--filename", name).communicate(timeout=60)
+        assert (out, err.splitlines()[-1:]) == (f"{name}\n", [f"{name}: seed 7"])
+    names = {"a.png", "a-preview-1.png", "a-preview-2.png", "b.png"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_program_makes_a_file_of_prompts(server: LocalServer, tmp_path: Path) -> None:
+    """Twenty, of which one is wrong."""
+    lines = [json.dumps({"prompt": "a fox", "seed": seed, "width": 3 if seed == 9 else 64}) for seed in range(1, 21)]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    program = start_query(server, tmp_path, "--prompts", "list.txt", "--filename", "fox.jpg")
+    out, err = program.communicate(timeout=60)
+    assert program.returncode == 2
+    assert "query.py: line 9: the server answered 400: width takes a whole number" in err
+    assert sorted(out.split()) == [f"fox-{seed:02}.jpg" for seed in range(1, 21) if seed != 9]
+    assert ask(server, seed=20, width=64, prompt="a fox").content == (tmp_path / "fox-20.jpg").read_bytes()
+
+
+def test_interrupted_program_stops_the_work(server: LocalServer, tmp_path: Path) -> None:
+    scheduler = "HeunDiscreteScheduler"  # two calls of the UNet a step
+    options = ("--prompt", "to be interrupted", "--steps", "149", "-n", "2", "--scheduler", scheduler)
+    with start_query(server, tmp_path, *options) as program:
+        while "to be interrupted" not in server.log:
+            time.sleep(0.05)
+        program.send_signal(signal.SIGINT)
+        assert program.wait(timeout=5) == 130
+    ask_for_picture(server)
+    (done,) = re.findall(r"has ended after step (\d+) of 594", server.log)
+    assert int(done) < 100
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_readme_snippets(server: LocalServer, tmp_path: Path) -> None:
+    """What README tells to type or to write works as it stands, but for the server's address and a smaller size."""
+    blocks = re.findall(r"```(bash|python)\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    snippets = [(kind, text) for kind, text in blocks if "localhost:8080" in text or "query.py" in text]
+    assert [kind for kind, _ in snippets] == ["bash", "bash", "bash", "python", "python", "bash"]
+    (tmp_path / "key_file.json").write_bytes((server.folder / "key_file.json").read_bytes())
+    (tmp_path / "list.txt").write_text("a cat\na dog\n")
+    address = server.url.rpartition("/predictions")[0]
+    (tmp_path / "query.py").write_text((ROOT / "query.py").read_text().replace("http://localhost:8080", address))
+    for kind, text in snippets:
+        here = text.replace("http://localhost:8080", address).replace("1024x1024", "128x128")
+        shell = [sys.executable, "-c"] if kind == "python" else ["bash", "-ec"]
+        done = subprocess.run([*shell, here], cwd=tmp_path, env=make_environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    made = {path.name for path in tmp_path.glob("*.[jp][pn]g") if not path.name.startswith("output-")}
+    previews = {f"fox-preview-{i}.png" for i in (1, 2, 3)}
+    assert made == {"fox.png", "fox-3.png", *previews, "curl.jpg", "requests.jpg", "openai.png"}
+    assert len(list(tmp_path.glob("output-*.jpg"))) == 3
+    Image.open(tmp_path / "openai.png").save(tmp_path / "openai.jpg", quality=90)
+    names = ("curl.jpg", "requests.jpg", "openai.jpg")
+    assert len({Image.open(tmp_path / name).tobytes() for name in names}) == 1
 
 
 def test_documents_below_the_models_address(server: LocalServer) -> None:
