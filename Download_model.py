@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 DEFAULT_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
 DEFAULT_REVISION = "462165984030d82259a11f4367a4eed129e94a7b"
+DEMO_FOLDER = Path(__file__).with_name("demo_model")
 INDEX = "model_index.json"
 RECORD = "source.json"
 SETTINGS = (".json", ".txt", ".model")
@@ -229,18 +230,19 @@ def fetch_pipeline(source: Source, folder: Path, dtype: str) -> None:
 
 
 def download_model(model: str, revision: str | None, *, folder: Path, dtype: str) -> None:
-    """Fetch a pipeline from the hub, or copy it from a local folder.
+    """Fetch a pipeline from the hub, or copy it from a local folder; `demo` is the demonstration model's.
 
     Raises:
         DownloadError: with the reason, in one line.
     """
     from huggingface_hub import constants, errors
 
+    local = DEMO_FOLDER if model == "demo" else Path(model)
     try:
-        if Path(model).is_dir():
+        if local.is_dir():
             if revision:
                 raise DownloadError(f"--revision is for a model on the hub; {model} is a local folder")
-            source = open_folder(Path(model))
+            source = open_folder(local)
         else:
             revision = revision or (DEFAULT_REVISION if model == DEFAULT_MODEL else "main")
             source = open_hub(model, revision)
@@ -263,7 +265,11 @@ def download_model(model: str, revision: str | None, *, folder: Path, dtype: str
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="hub id or local folder (default: %(default)s)")
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help="hub id, local folder, or demo for the demonstration model (default: %(default)s)",
+    )
     parser.add_argument(
         "--revision", help="the hub's branch, tag or commit (default: a pinned commit; other models: main)"
     )

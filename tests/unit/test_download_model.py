@@ -313,6 +313,17 @@ def test_local_folder_is_copied(hub: Hub, download: Download, pipeline: Any, tmp
     check_refused(download("--model", "local"), "Base_Diffusion_model holds local")
 
 
+def test_demonstration_model_is_copied(hub: Hub, download: Download, tmp_path: Path) -> None:
+    import diffusers
+
+    result = download("--model", "demo")
+    assert result.returncode == 0, result.stderr
+    assert hub.requests == []
+    copied, original = tmp_path / "Base_Diffusion_model", Path(Download_model.__file__).with_name("demo_model")
+    assert (copied / UNET).read_bytes() == (original / UNET).read_bytes()
+    check_loads(copied, diffusers.DiffusionPipeline.from_pretrained(original))
+
+
 def test_local_folder_without_a_pipeline(download: Download, tmp_path: Path) -> None:
     (tmp_path / "local").mkdir()
     check_refused(download("--model", "local"), "local is not a diffusers pipeline", "model_index.json")
