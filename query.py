@@ -181,14 +181,13 @@ def plan_jobs(options: argparse.Namespace) -> list[Job]:
         lines = read_prompts(options.prompts)
         jobs = [Job(f"line {number}: ", fields | line, []) for number, line in lines.items()]
     start = Path(time.strftime("output-%Y%m%d-%H%M%S"))
+    endings = {name: ending for ending, name in reversed(SUFFIXES.items())}
     for i, job in enumerate(jobs, 1):
         count = job.fields.get("num_images_per_prompt", 1)
         count = count if isinstance(count, int) and 0 < count < 100 else 1
-        endings = {name: ending for ending, name in reversed(SUFFIXES.items())}
         path = options.filename or start.with_suffix(endings.get(str(job.fields.get("output_format")), ".jpg"))
-        numbers = [f"-{i:0{len(str(len(jobs)))}}" if options.prompts else ""]
-        numbers = [f"{numbers[0]}-{k}" if count > 1 else numbers[0] for k in range(1, count + 1)]
-        job.paths = [path.with_stem(path.stem + number) for number in numbers]
+        stem = f"{path.stem}-{i:0{len(str(len(jobs)))}}" if options.prompts else path.stem
+        job.paths = [path.with_stem(f"{stem}-{k}" if count > 1 else stem) for k in range(1, count + 1)]
         for path in job.paths:
             check_target(path, is_chosen=options.filename is not None, overwrite=options.overwrite)
     return jobs

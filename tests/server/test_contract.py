@@ -238,6 +238,7 @@ def test_interrupted_program_stops_the_work(server: LocalServer, tmp_path: Path)
     options = ("--prompt", "to be interrupted", "--steps", "149", "-n", "2", "--scheduler", scheduler)
     with start_query(server, tmp_path, *options) as program:
         while "to be interrupted" not in server.log:
+            assert program.poll() is None
             time.sleep(0.05)
         program.send_signal(signal.SIGINT)
         assert program.wait(timeout=5) == 130
