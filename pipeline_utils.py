@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import re
+import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,6 +17,10 @@ from typing import Any, Self
 from generation_request import MIN_SIDE, STREAM_FIELDS, Contract, GenerationRequest, Limits, RequestError, shorten
 
 logger = logging.getLogger(__name__)
+
+# OpenVINO and NNCF report each import to Google Analytics, from a process that they fork. Where this module is not
+# installed they leave it out.
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 PUBLISHED_KEYS_WITHOUT_EFFECT = {
     "change_comp_config": "Inductor's settings go in pt2: {options: ...}",
@@ -73,6 +78,10 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and bool(sizes) and all(each and _is_drawable(*each.groups()) for each in sizes)
 
 
+def _is_digest(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None)
+
+
 def _is_drawable(*sides: str) -> bool:
     return all(int(side) % 8 == 0 and MIN_SIDE <= int(side) <= 4096 for side in sides)
 
@@ -96,6 +105,9 @@ class HandlerConfig:
     """The `handler` section of model-config.yaml; the README's table gives each key's meaning."""
 
     model_path: str = _setting("Base_Diffusion_model", "a folder", lambda value: isinstance(value, str) and value != "")
+    weights_sha256: str | None = _setting(
+        None, "a SHA-256 in 64 hexadecimal digits, or null for any weights", _is_digest
+    )
     is_xl: bool = _switch(True)
     dtype: str = _choice("auto", "auto", "float32", "bfloat16", "float16")
     scheduler: str | None = _setting(
@@ -315,6 +327,11 @@ def load_pipeline(
     except Exception as error:  # each backend has errors of its own
         reason = shorten(" ".join(str(error).split()), length=600)
         raise ConfigError(f"pt2.backend: {compilation.backend} cannot run this model: {reason}") from error
+    if config.weights_sha256 not in (None, loaded.weights_sha256):
+        raise ConfigError(
+            f"handler.weights_sha256 takes the digest of the weights in {folder} as {dtype}, "
+            f"{loaded.weights_sha256}, not {config.weights_sha256!r}; other weights than expected, or another dtype"
+        )
     return loaded
 
 

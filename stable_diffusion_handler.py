@@ -61,6 +61,7 @@ class StableDiffusionHandler:
         self.answered: set[str] = set()
         settings = context.model_yaml_config or {}
         self.is_continuous = settings.get("continuousBatching") is True
+        self.response_timeout, self.longest = float(settings.get("responseTimeout", 120)), 0.0
         properties = context.system_properties
         gpu_id = properties.get("gpu_id")
         device = f"cuda:{gpu_id}" if gpu_id is not None and torch.cuda.is_available() else "cpu"
@@ -79,6 +80,25 @@ class StableDiffusionHandler:
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[Any]:
         """Go one step on with each request in flight; return what to send of each response now."""
+        start = time.monotonic()
+        try:
+            return self.go_on(data, context)
+        finally:
+            self.watch_pace(time.monotonic() - start)
+
+    def watch_pace(self, seconds: float) -> None:
+        """Warn of a call that came near to TorchServe's limit, past which it kills a worker that is only slow."""
+        if seconds > max(self.longest, self.response_timeout / 3):
+            logger.warning(
+                "A call took %.0f s. After %.0f s TorchServe would have killed the worker as hung: raise responseTimeout "
+                "in model-config.yaml to three times the longest call, or make smaller pictures",
+                seconds,
+                self.response_timeout,
+            )
+        self.longest = max(self.longest, seconds)
+
+    def go_on(self, data: list[dict[str, Any]], context: Any) -> list[Any]:
+        """Answer one call of TorchServe's; see `handle`."""
         self.context = context
         headers = context.get_all_request_header(0)
         if headers.get("describe") == "True" and "explain" not in headers:  # not a prediction, so not from a client

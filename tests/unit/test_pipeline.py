@@ -4,7 +4,10 @@ import base64
 import dataclasses
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -350,6 +353,47 @@ def test_digest_tells_checkpoints_apart(tiny_model: Path, eager: LoadedPipeline,
     with torch.no_grad():
         next(iter(other.pipeline.unet.parameters())).add_(1)
     assert other.weights_sha256 != eager.weights_sha256
+
+
+@pytest.mark.parametrize("pt2", [None, "openvino"])
+def test_weights_can_be_pinned(tiny_model: Path, eager: LoadedPipeline, pt2: Any) -> None:
+    digest = eager.weights_sha256
+    assert load(tiny_model, pt2, weights_sha256=digest, warm_up=True).weights_sha256 == digest
+    with pytest.raises(ConfigError, match=f"handler.weights_sha256 takes .* {digest}, not '0{{64}}'"):
+        load(tiny_model, pt2, weights_sha256="0" * 64)
+
+
+NETWORK_WATCH = """
+import os, sys
+def tell(event, _):  # in processes that are forked, too
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+        os.write(1, event.encode())
+sys.addaudithook(tell)
+"""
+LOAD = """
+import pathlib, sys, time
+from pipeline_utils import *
+pt2 = {"backend": "openvino", "options": {"weight_compression": "int8_sym"}}
+folder = pathlib.Path(sys.argv[1])
+config = HandlerConfig(model_path=folder.name, num_inference_steps=1)
+load_pipeline(config, CompileConfig.parse(pt2), model_dir=folder.parent)
+time.sleep(1)
+"""
+
+
+@pytest.mark.parametrize(("program", "seen"), [(LOAD, False), ("import time, openvino; time.sleep(1)", True)])
+def test_nothing_reaches_for_the_network(tiny_model: Path, tmp_path: Path, program: str, seen: bool) -> None:
+    """Loading, compiling, compressing and drawing do not; OpenVINO by itself does, at its import."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "TF_BUILD", "JENKINS_URL")}
+    done = subprocess.run(
+        [sys.executable, "-c", NETWORK_WATCH + program, tiny_model],
+        cwd=ROOT,
+        env=environment | {"HOME": str(tmp_path)},  # where a user may have opted out
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert ("socket." in done.stdout) is seen
 
 
 def test_scheduler_is_used(tiny_model: Path) -> None:
