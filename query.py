@@ -6,17 +6,21 @@ import io
 import json
 import os
 import queue
+import random
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
 CONNECT_SECONDS = 10
+MAX_WAIT_SECONDS = 30
 MAX_EVENT_BYTES = 64 * 2**20
+BUSY_TYPE = "ServiceUnavailableException"  # its message, "no worker to serve", is the same for a full queue
 TOKEN_VARIABLE = "TORCHSERVE_TOKEN"
 SUFFIXES = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png", ".webp": "webp"}
 FAILED, REFUSED, TRY_LATER, INTERRUPTED = 1, 2, 3, 130
@@ -72,6 +76,22 @@ class QueryError(Exception):
         self.code = code
 
 
+class RefusedTokenError(QueryError):
+    """The server lets nobody in with this token."""
+
+
+class NotRunError(QueryError):
+    """The server has not begun this request, so it may be sent again.
+
+    Attributes:
+        retry_after: seconds that the server asks to be left alone, None where it does not say.
+    """
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message, code=TRY_LATER)
+        self.retry_after = retry_after
+
+
 @dataclass(eq=False)
 class Job:
     """One request, and what has come of it.
@@ -100,6 +120,13 @@ def parse_positive(text: str) -> float:
     number = float(text)
     if not number > 0:
         raise argparse.ArgumentTypeError(f"must be more than 0, not {text}")
+    return number
+
+
+def parse_seconds(text: str) -> float:
+    number = float(text)
+    if not number >= 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
     return number
 
 
@@ -150,6 +177,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="SECONDS",
         default=3600,
         help="how long to wait for a prompt's pictures (default: %(default)s)",
+    )
+    add(
+        "--retry",
+        type=parse_seconds,
+        metavar="SECONDS",
+        default=60,
+        help="how long to go on asking a server that is busy or not there (default: %(default)s; 0: not at all)",
     )
     options = parser.parse_args(argv)
     options.overwrite &= options.filename is not None  # a name with the time in it replaces nothing
@@ -214,7 +248,7 @@ def read_prompts(path: Path) -> dict[int, dict[str, Any]]:
     return prompts
 
 
-def load_object(text: str | bytes) -> dict[str, Any]:
+def load_object(text: str | bytes | bytearray) -> dict[str, Any]:
     """Return a JSON object, empty where the text is something else."""
     try:
         value = json.loads(text)
@@ -272,24 +306,50 @@ def read_key(key_file: Path) -> str | None:
 
 
 def request_events(job: Job, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Send a request and yield the events of its answer; once more where the key file has a new token.
+    """Send a request and yield the events of its answer; again while it has not run, or where there is a new token.
 
     Raises:
         QueryError: no answer, or a refusal.
     """
     given = options.token or os.environ.get(TOKEN_VARIABLE)
-    token = given or read_key(options.key_file)
-    try:
-        yield from post_request(job, options, token=token)
-    except RefusedTokenError:
-        new_token = None if given else read_key(options.key_file)  # a server that was restarted has made new keys
-        if not new_token or new_token == token:
-            raise
-        yield from post_request(job, options, token=new_token)
+    token, has_new_token = given or read_key(options.key_file), False
+    start, tries = time.monotonic(), 0
+    while True:
+        try:
+            yield from post_request(job, options, token=token)
+            return
+        except RefusedTokenError:
+            new_token = None if given else read_key(options.key_file)  # a server that was restarted has made new keys
+            if has_new_token or not new_token or new_token == token:
+                raise
+            token, has_new_token = new_token, True
+        except NotRunError as error:
+            if not options.retry:
+                raise
+            now, tries, has_new_token = time.monotonic(), tries + 1, False
+            wait = choose_wait(error.retry_after, tries=tries, left=start + options.retry - now)
+            if wait is None or now + wait >= job.deadline:
+                limit = f"--retry {options.retry:g}" if wait is None else f"--timeout {options.timeout:g}"
+                limit += f", Retry-After: {error.retry_after:g}" if error.retry_after else ""
+                raise QueryError(f"{error}; given up after {now - start:.0f} s ({limit})", code=TRY_LATER) from error
+            yield {"type": "warning", "message": f"{error}; asking again in {round(wait, 1):g} s"}
+            if job.is_over.wait(wait):
+                return
 
 
-class RefusedTokenError(QueryError):
-    """The server lets nobody in with this token."""
+def choose_wait(retry_after: float | None, *, tries: int, left: float) -> float | None:
+    """Return after how many seconds to send a request again that has not run, None to give up.
+
+    Args:
+        retry_after: what the server asks for; up to a second more keeps its clients from coming back all at once.
+        tries: how often the request was sent.
+        left: seconds in which it may be sent again.
+    """
+    earliest = retry_after or 0.0
+    if left <= 0 or earliest > left:
+        return None
+    spread = min(MAX_WAIT_SECONDS, 2 ** (tries - 1)) if retry_after is None else 1
+    return min(earliest + random.uniform(0, spread), left)
 
 
 def post_request(job: Job, options: argparse.Namespace, *, token: str | None) -> Iterator[dict[str, Any]]:
@@ -303,6 +363,7 @@ def post_request(job: Job, options: argparse.Namespace, *, token: str | None) ->
 
     if token and not (token.isascii() and token.isprintable()):
         raise QueryError("the token holds a character that cannot be sent", code=REFUSED)
+    place = ""
     try:
         with requests.Session() as session:
             session.trust_env = False  # no proxy between, and no ~/.netrc in the token's place
@@ -316,15 +377,30 @@ def post_request(job: Job, options: argparse.Namespace, *, token: str | None) ->
                 stream=True,
             ) as response:
                 check_status(response, options)
+                place = "before the first step"
                 if warning := response.headers.get("X-Warning"):
-                    yield {"type": "warning", "message": warning}
-                yield from read_events(response, job)
+                    yield {"type": "warning", "message": f"warning: {warning}"}
+                for event in read_events(response, job):
+                    if event.get("type") == "progress":
+                        place = f"after step {event.get('step')} of {event.get('total')}"
+                    yield event
     except (requests.RequestException, HTTPError) as error:
-        cause: BaseException = error
-        while cause.__context__:  # the first failure is the plain one: "Connection refused"
-            cause = cause.__context__
-        reason = getattr(cause, "strerror", None) or cause
-        raise QueryError(f"no answer from {options.url}: {reason}", code=TRY_LATER) from error
+        if place:
+            raise QueryError(f"the connection broke {place}; the server's log says why", code=TRY_LATER) from error
+        raise explain_silence(error, options.url) from error
+
+
+def explain_silence(error: Exception, url: str) -> QueryError:
+    """Return the failure to show where no answer began, of the kind that allows another try where nothing was sent."""
+    from urllib3.exceptions import ConnectTimeoutError
+
+    cause: BaseException = error
+    while cause.__context__:  # the first failure is the plain one: "Connection refused"
+        cause = cause.__context__
+    message = f"no answer from {url}: {getattr(cause, 'strerror', None) or cause}"
+    # urllib3's failures to connect are all of this class, a refusal and an unknown name too
+    was_sent = not isinstance(getattr(next(iter(error.args), None), "reason", None), ConnectTimeoutError)
+    return QueryError(message, code=TRY_LATER) if was_sent else NotRunError(message)
 
 
 def check_status(response: Any, options: argparse.Namespace) -> None:
@@ -349,18 +425,36 @@ def check_status(response: Any, options: argparse.Namespace) -> None:
     error = content.get("error")
     message = error.get("message") if isinstance(error, dict) else content.get("message")
     what = " (redirects are not followed)" if 300 <= status < 400 else ""
-    raise QueryError(f"the server answered {status}{what}: {str(message or shown)[:1000]}", code=choose_code(status))
+    line = f"the server answered {status}{what}: {str(message or shown)[:1000]}"
+    reason, retry_after = content.get("type"), response.headers.get("Retry-After")
+    # TorchServe's other failures may come from a worker, whatever header a proxy adds; a proxy's own have no type here
+    if status in (429, 503) and (reason == BUSY_TYPE or (retry_after is not None and not reason)):
+        line = "the server is busy, or its model is still loading" if reason else line
+        raise NotRunError(line, retry_after=parse_retry_after(retry_after))
+    raise QueryError(line, code=choose_code(status))
+
+
+def parse_retry_after(value: str | None) -> float | None:
+    """Return the seconds that a Retry-After header names as such or as a date, None where it names neither."""
+    if not value or (value.isascii() and value.isdigit()):
+        return float(value) if value else None
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, OverflowError, OSError):
+        return None
 
 
 def read_events(response: Any, job: Job) -> Iterator[dict[str, Any]]:
     """Yield the JSON in the data of each server-sent event, until the end or until nobody waits for it."""
-    buffer = b""
+    buffer = bytearray()
     while part := response.raw.read1(2**16):  # iter_content would wait for a whole chunk, or for the end
         buffer += part
         if len(buffer) > MAX_EVENT_BYTES:
             raise QueryError(f"the answer holds an event of more than {MAX_EVENT_BYTES} bytes")
         if job.is_over.is_set():
             return
+        if buffer.find(b"\n\n", -len(part) - 1) < 0:  # what came before has been searched
+            continue
         *events, buffer = buffer.split(b"\n\n")
         for event in events:
             for line in event.splitlines():
@@ -441,7 +535,7 @@ def handle_event(job: Job, event: Any, *, overwrite: bool) -> None:
         error = error if isinstance(error, dict) else {}
         raise QueryError(f"the server says: {error.get('message')}", code=choose_code(error.get("code")))
     if kind == "warning":
-        show_line(f"query.py: {job.label}warning: {event['message']}", file=sys.stderr)
+        show_line(f"query.py: {job.label}{event['message']}", file=sys.stderr)
     elif kind == "progress":
         job.done, job.total = int(event["step"]), int(event["total"])
     elif kind.endswith((".partial_image", ".completed")):

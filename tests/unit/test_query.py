@@ -1,13 +1,16 @@
 """The client against a real server on loopback whose answers each test scripts."""
 
+import argparse
 import base64
 import io
 import json
 import os
 import pty
+import random
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import termios
@@ -17,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from email.message import Message
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -68,12 +72,25 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(("127.0.0.1", 0), Handler, bind_and_activate=False)
+        self.server_bind()  # the port is ours, and refuses connections until listen()
+        self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
         self.steps: list[Step] = [answer()]
         self.requests: list[Request] = []
         self.asked = threading.Event()
         self.released = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}/predictions/diffusion_fast"
+
+    def listen(self) -> None:
+        self.server_activate()
+        self.thread.start()
+
+    def server_close(self) -> None:
+        self.released.set()
+        if self.thread.ident:
+            self.shutdown()
+            self.thread.join()
+        super().server_close()
 
 
 def make_event(kind: str, **data: object) -> bytes:
@@ -125,14 +142,15 @@ def drip(*, head: bytes, part: bytes) -> Step:
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
+def down_server() -> Iterator[Server]:
     with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
         yield server
-        server.released.set()
-        server.shutdown()
-        thread.join()
+
+
+@pytest.fixture
+def server(down_server: Server) -> Server:
+    down_server.listen()
+    return down_server
 
 
 @pytest.fixture(autouse=True)
@@ -363,28 +381,48 @@ def test_warning_is_shown(client: Client, server: Server) -> None:
     assert client.run()[2].startswith("query.py: warning: prompt: the text encoder reads the first 77\n")
 
 
-def test_answer_that_is_cut_short(client: Client, server: Server) -> None:
-    part = make_event("progress", step=1, total=9)
+@pytest.mark.parametrize(
+    ("part", "place"),
+    [(b"", "before the first step"), (make_event("progress", step=1, total=9), "after step 1 of 9")],
+)
+def test_answer_that_is_cut_short(client: Client, server: Server, part: bytes, place: str) -> None:
     server.steps = [answer(part, headers={"Content-Length": str(len(part) + 9)})]
-    assert f"no answer from {server.url}: IncompleteRead({len(part)} bytes read, 9 more" in client.fail(code=3)
+    assert client.fail(code=3) == f"query.py: the connection broke {place}; the server's log says why\n"
+    assert len(server.requests) == 1
+
+
+class Answer(io.BytesIO):
+    """Stands for a response of requests whose body arrives in small parts."""
+
+    def __init__(self, body: bytes, *, size: int) -> None:
+        super().__init__(body)
+        self.size = size
+        self.raw = self
+
+    def read1(self, most: int | None = -1, /) -> bytes:
+        return super().read1(self.size)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_events_are_whole_however_they_arrive(size: int) -> None:
+    events = [{"type": "progress", "step": i} for i in range(3)]
+    body = b"".join(f"event: progress\ndata: {json.dumps(event)}\n\n".encode() for event in events)
+    assert list(query.read_events(Answer(body, size=size), make_job())) == events
+
+
+def test_large_event_is_searched_once() -> None:
+    picture = "A" * 2**24
+    body = f'data: {{"b64_json": "{picture}"}}\n\n'.encode()
+    start = time.monotonic()
+    (event,) = query.read_events(Answer(body, size=2**13), make_job())
+    assert event["b64_json"] == picture
+    assert time.monotonic() - start < 2
 
 
 def test_answer_that_never_ends_is_refused(client: Client, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(query, "MAX_EVENT_BYTES", 100_000)
     server.steps = [drip(head=b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n", part=bytes(50_000))]
     assert "an event of more than 100000 bytes" in client.fail("--timeout", "3")
-
-
-def test_server_down(client: Client) -> None:
-    with socket.socket() as unused:  # bound and not listening: nobody else can take the port
-        unused.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{unused.getsockname()[1]}/x"
-        assert client.fail("--url", url, code=3) == f"query.py: no answer from {url}: Connection refused\n"
-
-
-def test_server_that_hangs_up(client: Client, server: Server) -> None:
-    server.steps = [lambda handler: None]
-    assert "Remote end closed connection without response" in client.fail(code=3)
 
 
 def test_url_without_scheme(client: Client) -> None:
@@ -444,6 +482,270 @@ def test_interrupt(server: Server) -> None:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=5)
     assert (process.returncode, out, err, read_folder()) == (130, b"", b"", {})
+
+
+# Asking again
+
+BUSY_ANSWER = {
+    "code": 503,
+    "type": "ServiceUnavailableException",
+    "message": 'Model "diffusion_fast" has no worker to serve inference request. Please use scale workers API …',
+}
+BUSY = "query.py: the server is busy, or its model is still loading"
+be_busy = answer(BUSY_ANSWER, 503, "application/json")
+
+
+def refuse(status: int, *, retry_after: str | None = None, body: object = None) -> Step:
+    """Answer as a proxy in front does."""
+    headers = {} if retry_after is None else {"Retry-After": retry_after}
+    return answer(body or {"error": {"message": "too many"}}, status, "application/json", headers)
+
+
+def reset(handler: Handler) -> None:
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    os.close(handler.connection.detach())
+
+
+@dataclass
+class Draws:
+    """In place of random.uniform: waits of 20 ms, what happens meanwhile, and the ranges asked for."""
+
+    ranges: list[tuple[float, float]] = field(default_factory=list)
+    meanwhile: Callable[[], object] = lambda: None
+
+    def __call__(self, low: float, high: float) -> float:
+        self.ranges.append((low, high))
+        self.meanwhile()
+        return 0.02
+
+
+@pytest.fixture
+def draws(monkeypatch: pytest.MonkeyPatch) -> Draws:
+    draws = Draws()
+    monkeypatch.setattr(random, "uniform", draws)
+    return draws
+
+
+def test_busy_server_is_asked_again(client: Client, server: Server, draws: Draws) -> None:
+    server.steps = [be_busy, be_busy, answer()]
+    Path("list.txt").write_text("\na cat\n")
+    client.options.clear()
+    status, _, err = client.run("--prompts", "list.txt", "--filename", "cat.jpg")
+    assert (status, read_folder()["cat-1.jpg"]) == (0, PICTURE)
+    line = BUSY.replace("query.py: ", "query.py: line 2: ")
+    assert err == f"{line}; asking again in 0 s\n" * 2 + "cat-1.jpg: seed 7\n"
+    assert draws.ranges == [(0, 1), (0, 2)]
+    assert [request.body for request in server.requests] == [server.requests[0].body] * 3
+
+
+@pytest.mark.parametrize("step", [refuse(429, retry_after="1"), refuse(503, retry_after="1", body=BUSY_ANSWER)])
+def test_retry_after_is_waited_for(client: Client, server: Server, draws: Draws, step: Step) -> None:
+    server.steps = [step, answer()]
+    start = time.monotonic()
+    status, _, err = client.run()
+    assert (status, len(server.requests)) == (0, 2)
+    assert "; asking again in 1 s\n" in err
+    assert 1 <= time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("retry_after", [formatdate(0, usegmt=True), "0", "soon", ""])
+def test_retry_after_of_any_kind_tells_that_nothing_ran(
+    client: Client, server: Server, draws: Draws, retry_after: str
+) -> None:
+    server.steps = [refuse(503, retry_after=retry_after), answer()]
+    assert client.run()[0] == 0
+    assert draws.ranges == [(0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("options", "limit"), [("--retry 9", "--retry 9"), ("--timeout 9", "--timeout 9"), ("--timeout 99", "--retry 60")]
+)
+def test_retry_after_past_the_limit(client: Client, server: Server, options: str, limit: str) -> None:
+    wait = 30 if options == "--timeout 9" else 61
+    server.steps = [refuse(429, retry_after=str(wait))]
+    shown = client.fail(*options.split(), code=3)
+    assert shown == f"query.py: the server answered 429: too many; given up after 0 s ({limit}, Retry-After: {wait})\n"
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(("option", "limit"), [("--retry", 0.3), ("--timeout", 0.5)])
+def test_giving_up(client: Client, server: Server, draws: Draws, option: str, limit: float) -> None:
+    server.steps = [be_busy] * 200
+    start = time.monotonic()
+    status, out, err = client.run(option, f"{limit:g}")
+    assert limit - 0.1 <= time.monotonic() - start < limit + 2
+    assert (status, out) == (3, "")
+    assert f" s ({option}" in err.splitlines()[-1]
+    assert len(server.requests) > 4
+    count = len(server.requests)
+    time.sleep(0.1)
+    assert len(server.requests) == count
+
+
+@pytest.mark.parametrize("step", [be_busy, refuse(503, retry_after="0")])
+def test_no_retry(client: Client, server: Server, step: Step) -> None:
+    server.steps = [step]
+    assert client.fail("--retry", "0", code=3) in (f"{BUSY}\n", "query.py: the server answered 503: too many\n")
+    assert len(server.requests) == 1
+
+
+def describe(kind: str) -> dict[str, object]:
+    """The answer of TorchServe to a request that a worker may have begun."""
+    return {"code": 500, "type": kind, "message": "Worker died."}
+
+
+@pytest.mark.parametrize(
+    ("step", "code"),
+    [
+        (refuse(500, body=describe("InternalServerException")), 1),
+        (refuse(500, body=describe("InternalServerException"), retry_after="0"), 1),
+        (refuse(503, body=describe("InternalServerException"), retry_after="0"), 3),
+        (refuse(500, body=describe("ServiceUnavailableException")), 1),
+        (refuse(502, retry_after="0"), 1),
+        (refuse(504, retry_after="0"), 3),
+        (refuse(503), 3),
+        (refuse(429), 3),
+        (reset, 3),
+        (lambda handler: None, 3),
+        (answer(b""), 1),
+        (answer(make_event("error", error={"code": 503})), 3),
+    ],
+)
+def test_what_may_have_run_is_not_sent_again(
+    client: Client, server: Server, draws: Draws, step: Step, code: int
+) -> None:
+    server.steps = [step] * 3
+    client.fail(code=code)
+    assert (len(server.requests), draws.ranges) == (1, [])
+
+
+def make_options(server: Server, *, timeout: float = 9.0) -> argparse.Namespace:
+    return query.parse_arguments(["--prompt", "a cat", "--url", server.url, "--timeout", str(timeout)])
+
+
+def make_job() -> query.Job:
+    return query.Job("", {"prompt": "a cat"}, [Path("cat.jpg")], deadline=time.monotonic() + 9)
+
+
+def test_no_answer_in_time_is_not_sent_again(server: Server, draws: Draws) -> None:
+    server.steps = [hang] * 3
+    with pytest.raises(query.QueryError, match="no answer from .*timed out"):
+        list(query.request_events(make_job(), make_options(server, timeout=0.2)))
+    assert (len(server.requests), draws.ranges) == (1, [])
+
+
+def test_server_that_is_down(down_server: Server, capsys: pytest.CaptureFixture[str], draws: Draws) -> None:
+    client = Client(down_server, capsys)
+    line = f"query.py: no answer from {down_server.url}: Connection refused"
+    assert client.fail("--retry", "0", code=3) == f"{line}\n"
+    status, _, err = client.run("--retry", "0.2")
+    assert status == 3
+    assert err.startswith(f"{line}; asking again in 0 s\n")
+    assert err.endswith(f"\n{line}; given up after 0 s (--retry 0.2)\n")
+
+
+@pytest.mark.parametrize("failure", [socket.gaierror(-2, "Name or service not known"), TimeoutError("timed out")])
+def test_what_was_not_sent_is_sent_again(
+    client: Client, server: Server, draws: Draws, monkeypatch: pytest.MonkeyPatch, failure: OSError
+) -> None:
+    from urllib3.util import connection
+
+    connect, failures = connection.create_connection, [failure]
+
+    def fail_once(*args: object, **keywords: object) -> object:
+        if failures:
+            raise failures.pop()
+        return connect(*args, **keywords)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(connection, "create_connection", fail_once)
+    status, _, err = client.run()
+    assert status == 0
+    assert f"query.py: no answer from {server.url}: {failure.strerror or failure}; asking again in 0 s\n" in err
+
+
+def test_server_that_starts_late_with_new_keys(
+    down_server: Server, capsys: pytest.CaptureFixture[str], draws: Draws
+) -> None:
+    """Its first answer is for the old token, and it is busy at first."""
+    write_key("old")
+    refuse_token = answer(TOKEN_ERROR, 400, "application/json")
+    down_server.steps = [after(lambda: write_key("new"), refuse_token), be_busy, answer()]
+    starts = iter([down_server.listen])
+    draws.meanwhile = lambda: next(starts, lambda: None)()
+    status, _, err = Client(down_server, capsys).run()
+    assert (status, get_tokens(down_server)) == (0, ["Bearer old", "Bearer new", "Bearer new"])
+    assert err.startswith(
+        f"query.py: no answer from {down_server.url}: Connection refused; asking again in 0 s\n{BUSY}"
+    )
+
+
+def test_waits_grow_and_vary() -> None:
+    def draw(tries: int) -> list[float]:
+        waits = [query.choose_wait(None, tries=tries, left=1000) for _ in range(400)]
+        return sorted(wait for wait in waits if wait is not None)
+
+    for tries, most in enumerate([1, 2, 4, 8, 16, 30, 30], 1):
+        waits = draw(tries)
+        assert len(waits) == 400
+        assert 0 <= waits[0] < most / 10
+        assert most * 0.9 < waits[-1] <= most
+    assert draw(10_000)[-1] <= 30
+
+
+def test_wait_that_the_server_chooses() -> None:
+    waits = [query.choose_wait(5, tries=20, left=6) for _ in range(100)]
+    assert all(wait is not None and 5 <= wait <= 6 for wait in waits)
+    assert len(set(waits)) > 50
+    assert query.choose_wait(5, tries=1, left=5) == 5
+    assert query.choose_wait(5, tries=1, left=4.9) is None
+
+
+def test_last_wait_ends_with_the_time() -> None:
+    assert max(query.choose_wait(None, tries=9, left=0.1) or 9 for _ in range(100)) == 0.1
+    assert query.choose_wait(None, tries=9, left=0) is None
+    assert query.choose_wait(0, tries=9, left=-1) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        *[("7", 7), ("0", 0), ("9" * 400, float("inf")), (formatdate(time.time() - 99, usegmt=True), 0)],
+        *[(value, None) for value in (None, "", "soon", "-5", "1.5", "nan", "٣", "²", "Mon, 99 Nov 2026 00:00:00 GMT")],
+    ],
+)
+def test_retry_after_values(value: str | None, seconds: float | None) -> None:
+    assert query.parse_retry_after(value) == seconds
+
+
+def test_retry_after_date() -> None:
+    wait = query.parse_retry_after(formatdate(time.time() + 99, usegmt=True))
+    assert wait
+    assert 90 < wait <= 99
+
+
+@pytest.mark.parametrize("seconds", ["-1", "nan", "soon"])
+def test_retry_must_be_a_time(client: Client, seconds: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        client.run("--retry", seconds)
+
+
+def test_interrupt_of_a_wait(server: Server) -> None:
+    server.steps = [refuse(429, retry_after="30")]
+    with start_query(server, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
+        assert process.stderr
+        assert b"asking again in 3" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=5)
+    assert (process.returncode, out, err, len(server.requests)) == (130, b"", b"", 1)
+
+
+def test_job_that_is_over_does_not_wait(server: Server) -> None:
+    server.steps = [refuse(429, retry_after="3")] * 2
+    job, start = make_job(), time.monotonic()
+    for event in query.request_events(job, make_options(server)):
+        assert event["type"] == "warning"
+        job.is_over.set()
+    assert (len(server.requests), time.monotonic() - start < 2) == (1, True)
 
 
 # The file
