@@ -1,0 +1,189 @@
+"""Measure the parts of a model under each configuration, in processes that take turns, and write a report.
+
+Each configuration runs in a process of its own, in rounds: in the first one its cache is empty, in the later ones it is
+kept. What stands in the output folder's results.jsonl already is not measured again.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.configurations import PARTS, Configuration, ConfigurationError, read_configurations
+from benchmarks.report import write_report
+from scripts.local_server import ROOT
+
+Record = dict[str, Any]
+
+
+class MeasuringError(RuntimeError):
+    """A process ended without a record; the message is its last word."""
+
+
+class Run:
+    """All measurements of one model on one machine.
+
+    Attributes:
+        machine: what benchmarks.machine says of it.
+        records: the measurements so far, failed ones included.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self.machine = run_module("benchmarks.machine", timeout=options.timeout)
+        steady = {name: value for name, value in self.machine.items() if name != "peak_gigaflops"}
+        about = {"model": name_model(options.model), "size": options.size, "steps": options.steps, **steady}
+        self._id = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+        self._file: Path = options.output / "results.jsonl"
+        kept = [json.loads(line) for line in self._file.read_text().splitlines()] if self._file.exists() else []
+        self.records: list[Record] = [each for each in kept if each["run"] == self._id and "configuration" in each]
+        described = next((each for each in kept if each["run"] == self._id and "machine" in each), None)
+        if described:
+            self.machine = described["machine"]
+        else:
+            self._append({"run": self._id, "machine": self.machine, "model": options.model.name, "size": options.size})
+
+    def measure(self, configuration: Configuration, part: str, number: int) -> None:
+        """Measure one configuration in one round, unless that has been done, and write the report anew."""
+        has_bf16 = "BF16" in self.machine["openvino_capabilities"]
+        settled = configuration.settle(has_bf16)
+        entry = {"configuration": dataclasses.asdict(settled), "part": part, "round": number}
+        if any(entry.items() <= each.items() and "failed" not in each for each in self.records):
+            return
+        started = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "load_average": os.getloadavg()[0]}
+        if settled.arithmetic == "bf16" and not has_bf16:
+            reason = f"no bfloat16 arithmetic among the CPU's {', '.join(self.machine['openvino_capabilities'])}"
+            figures: Record = {"skipped": reason}
+        else:
+            figures = self._run(settled, part, number)
+        self._append({"run": self._id, **entry, **started, **figures})
+        self.records = [each for each in self.records if not entry.items() <= each.items()]
+        self.records.append({"run": self._id, **entry, **started, **figures})
+
+    def _run(self, configuration: Configuration, part: str, number: int) -> Record:
+        output: Path = self._options.output
+        cache = output / "cache" / f"{configuration.name}-{part}"
+        if number == 1:
+            shutil.rmtree(cache, ignore_errors=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        job = {
+            "configuration": dataclasses.asdict(configuration),
+            "model": str(self._options.model),
+            "part": part,
+            "size": self._options.size,
+            "steps": self._options.steps,
+            "cache": str(cache),
+            "reference": str(output / f"reference-{part}-{self._id}.pt"),
+        }
+        try:
+            return run_module("benchmarks.measure", json.dumps(job), cache=cache, timeout=self._options.timeout)
+        except MeasuringError as error:
+            return {"failed": str(error)}
+
+    def _append(self, record: Record) -> None:
+        with self._file.open("a") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+
+def run_module(name: str, *arguments: str, timeout: float, cache: Path | None = None) -> Record:
+    """Run a module in a process of its own and return the JSON on its last line.
+
+    Args:
+        timeout: in seconds.
+        cache: for Inductor, whose folder is the user's own otherwise.
+
+    Raises:
+        MeasuringError: it failed, or took too long.
+    """
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    if cache:
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+    command = [sys.executable, "-m", name, *arguments]
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise MeasuringError(f"not finished after {timeout:g} s") from None
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        word = "killed, as where memory runs out" if done.returncode == -9 else last[0][:500]
+        raise MeasuringError(f"exit code {done.returncode}: {word}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def name_model(folder: Path) -> list[Any]:
+    """Return what tells one model from another without reading its weights."""
+    files = [(path.relative_to(folder), path.stat()) for path in sorted(folder.rglob("*.safetensors"))]
+    return [[str(name), about.st_size, about.st_mtime_ns] for name, about in files]
+
+
+def choose(configurations: Sequence[Configuration], only: Iterable[str]) -> list[Configuration]:
+    """Return the configurations of these names, or all, and always the first, which the errors are measured against.
+
+    Raises:
+        ConfigurationError: a name that is not there.
+    """
+    names = [each.name for each in configurations]
+    for name in only:
+        if name not in names:
+            raise ConfigurationError(f"--only takes {', '.join(names)}, not {name!r}")
+    return [each for each in configurations if not only or each.name in (names[0], *only)]
+
+
+def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the small model of this project, in a few minutes")
+    parser.add_argument("--model", type=Path, help="a pipeline's folder (default: build/base, at SDXL's real size)")
+    parser.add_argument("--size", type=int, help="width and height in pixels (default: 512; quick: 128)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these configurations and the first")
+    parser.add_argument("--parts", nargs="+", default=["unet"], choices=PARTS, help="(default: unet)")
+    parser.add_argument("--rounds", type=int, default=2, help="the first is a cold start (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="calls to time in each process (default: 3; quick: 20)")
+    parser.add_argument("--timeout", type=float, default=1800, metavar="SECONDS", help="for one process")
+    parser.add_argument("--output", type=Path, help="a folder (default: build/benchmarks)")
+    parser.add_argument("--configurations", type=Path, default=Path(__file__).with_name("configurations.yaml"))
+    options = parser.parse_args(argv)
+    options.model = (options.model or ROOT / ("demo_model" if options.quick else "build/base")).resolve()
+    options.size = options.size or (128 if options.quick else 512)
+    options.steps = options.steps or (20 if options.quick else 3)
+    options.output = (options.output or ROOT / "build/benchmarks").resolve()
+    if not (options.model / "model_index.json").exists():
+        parser.error(
+            f"--model takes the folder of a pipeline, which {options.model} is not; "
+            "python -m scripts.make_random_model build/base --size base makes one"
+        )
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = read_options(argv)
+    try:
+        configurations = choose(read_configurations(options.configurations), options.only)
+    except ConfigurationError as error:
+        sys.exit(f"benchmarks: {error}")
+    options.output.mkdir(parents=True, exist_ok=True)
+    run = Run(options)
+    planned = [
+        (configuration, part, number)
+        for part in options.parts
+        for number in range(1, options.rounds + 1)
+        for configuration in configurations
+    ]
+    for configuration, part, number in (bar := tqdm(planned, disable=None, unit="process")):
+        bar.set_postfix_str(f"{configuration.name}, {part}, round {number}")
+        run.measure(configuration, part, number)
+        write_report(options.output, run.machine, run.records, title=f"{options.model.name}, {options.size}² pixels")
+    shutil.rmtree(options.output / "cache", ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The parts of a pipeline, each with the inputs of one call as the pipeline makes it."""
+
+import functools
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.configurations import PARTS
+
+_TOKENS = 77
+_TIMESTEP = 981.0  # large, as at the first steps, where the time embedding needs its precision
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the pipeline in a folder.
+
+    Attributes:
+        weights: the name of their type; as in the server, the VAE takes float32 for float16, in which it overflows.
+        size: the picture's width and height in pixels.
+    """
+
+    model: Path
+    name: str
+    weights: str
+    size: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, "float32" if (self.name, self.weights) == ("vae", "float16") else self.weights)
+
+    def find_class(self) -> Any:
+        library, class_name, _ = PARTS[self.name]
+        return getattr(importlib.import_module(library), class_name)
+
+    @functools.cached_property
+    def module(self) -> torch.nn.Module:
+        module = self.find_class().from_pretrained(
+            self.model / self.name, dtype=self.dtype, use_safetensors=True, local_files_only=True
+        )
+        if self.name.startswith("text_encoder"):
+            # At its first call transformers hooks up the hidden states, behind a lock that dynamo cannot trace.
+            module(torch.zeros(1, 1, dtype=torch.long), output_hidden_states=True)
+        return module.eval().requires_grad_(False)
+
+    @property
+    def method(self) -> Callable[..., Any]:
+        return getattr(self.module, PARTS[self.name][2])
+
+    @functools.cached_property
+    def inputs(self) -> dict[str, Any]:
+        """The keyword arguments of one call."""
+        config = SimpleNamespace(**json.loads((self.model / self.name / "config.json").read_text()))
+        inputs = _make_inputs(self.name, config, self.size)
+        return pytree.tree_map_only(torch.Tensor, lambda tensor: _convert(tensor, self.dtype), inputs)
+
+    def count_flops(self) -> int:
+        """Return the floating-point operations of one call as torch counts them; the weights are gone after that."""
+        self.module.to("meta")
+        inputs = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), self.inputs)
+        with FlopCounterMode(display=False) as counter:
+            self.method(**inputs)
+        return counter.get_total_flops()
+
+
+def list_tensors(results: Any) -> tuple[torch.Tensor, ...]:
+    """Return the tensors in what a part or an engine returns."""
+    return tuple(each for each in pytree.tree_leaves(results) if isinstance(each, torch.Tensor))
+
+
+def _make_inputs(name: str, config: Any, size: int) -> dict[str, Any]:
+    """Return seeded inputs; the UNet's are those of guidance: with the prompt and without."""
+    generator, side = torch.Generator().manual_seed(0), size // 8
+
+    def draw(*shape: int) -> torch.Tensor:
+        # The values are exact in bfloat16 and float16 too, so that every configuration is given the same ones.
+        return torch.randn(shape, generator=generator).to(torch.bfloat16).float()
+
+    if name == "unet":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return {
+            "sample": draw(2, config.in_channels, side, side),
+            "timestep": torch.tensor(_TIMESTEP),
+            "encoder_hidden_states": draw(2, _TOKENS, config.cross_attention_dim),
+            "added_cond_kwargs": {
+                "text_embeds": draw(2, pooled),
+                "time_ids": torch.tensor([[size, size, 0, 0, size, size]] * 2).float(),
+            },
+            "return_dict": False,
+        }
+    if name == "vae":
+        return {"z": draw(1, config.latent_channels, side, side), "return_dict": False}
+    letters = torch.randint(config.vocab_size - 2, (1, _TOKENS), generator=generator)
+    letters[:, -1] = config.eos_token_id
+    return {"input_ids": letters, "output_hidden_states": True}
+
+
+def _convert(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the tensor in the module's type; as in the server, the timestep stays in float32."""
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dim() else tensor
