@@ -576,10 +576,9 @@ def test_giving_up(client: Client, server: Server, draws: Draws, option: str, li
     assert limit - 0.1 <= time.monotonic() - start < limit + 2
     assert (status, out) == (3, "")
     assert f" s ({option}" in err.splitlines()[-1]
-    assert len(server.requests) > 4
-    count = len(server.requests)
+    assert (count := len(server.requests)) > 1
     time.sleep(0.1)
-    assert len(server.requests) == count
+    assert len(server.requests) <= count + 1  # one may have been under way
 
 
 @pytest.mark.parametrize("step", [be_busy, refuse(503, retry_after="0")])
