@@ -1,5 +1,6 @@
 """OpenVINO without torch.compile, as its own documentation has it: convert once, keep the model, compile it."""
 
+import dataclasses
 import gc
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,15 +14,16 @@ from benchmarks.parts import Part, list_tensors
 from openvino_backend.runtime import CompiledModel
 
 _FILE = "model.xml"
+_TRACED_SIZE = 64  # pixels; torch.jit.trace holds all that it computes, which at the real size is more than the weights
 
 
 class _Flat(torch.nn.Module):
     """A part that takes its tensors by position and returns a tuple, as torch.jit.trace wants it."""
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: Part, inputs: Mapping[str, Any]) -> None:
         super().__init__()
         self.module, self._method = part.module, part.method
-        self._leaves, self._structure = pytree.tree_flatten(part.inputs)
+        self._leaves, self._structure = pytree.tree_flatten(inputs)
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         given = iter(tensors)
@@ -54,9 +56,9 @@ def compile_part(
 
 def _convert(part: Part, compression: str | None, path: Path) -> None:
     """Write the part as an OpenVINO model, its weights in float16 or compressed, and let go of torch's module."""
-    tensors = list_tensors(part.inputs)
-    model = openvino.convert_model(_Flat(part), example_input=tensors)
-    model.reshape({index: list(tensor.shape) for index, tensor in enumerate(tensors)})
+    small = dataclasses.replace(part, size=_TRACED_SIZE).inputs
+    model = openvino.convert_model(_Flat(part, small), example_input=list_tensors(small))
+    model.reshape({index: list(tensor.shape) for index, tensor in enumerate(list_tensors(part.inputs))})
     if compression:
         import nncf
 
