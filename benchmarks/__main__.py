@@ -35,7 +35,6 @@ class Run:
 
     Attributes:
         machine: what benchmarks.machine says of it.
-        records: the measurements so far, failed ones included.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -46,19 +45,24 @@ class Run:
         self._id = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
         self._file: Path = options.output / "results.jsonl"
         kept = [json.loads(line) for line in self._file.read_text().splitlines()] if self._file.exists() else []
-        self.records: list[Record] = [each for each in kept if each["run"] == self._id and "configuration" in each]
-        described = next((each for each in kept if each["run"] == self._id and "machine" in each), None)
-        if described:
-            self.machine = described["machine"]
-        else:
-            self._append({"run": self._id, "machine": self.machine, "model": options.model.name, "size": options.size})
+        self._records = {_make_key(each): each for each in kept if each["run"] == self._id and "configuration" in each}
+        self._append({"run": self._id, "machine": self.machine, "model": options.model.name, "size": options.size})
+        # What else the machine does at the time only makes a peak lower.
+        peaks = [each["machine"]["peak_gigaflops"] for each in kept if each["run"] == self._id and "machine" in each]
+        for name, rate in self.machine["peak_gigaflops"].items():
+            self.machine["peak_gigaflops"][name] = max([rate, *(each[name] for each in peaks)])
+
+    @property
+    def records(self) -> list[Record]:
+        """The measurements so far, the last one of each, failed ones included."""
+        return list(self._records.values())
 
     def measure(self, configuration: Configuration, part: str, number: int) -> None:
         """Measure one configuration in one round, unless that has been done, and write the report anew."""
         has_bf16 = "BF16" in self.machine["openvino_capabilities"]
         settled = configuration.settle(has_bf16)
         entry = {"configuration": dataclasses.asdict(settled), "part": part, "round": number}
-        if any(entry.items() <= each.items() and "failed" not in each for each in self.records):
+        if "failed" not in self._records.get(_make_key(entry), {"failed": "never tried"}):
             return
         started = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "load_average": os.getloadavg()[0]}
         if settled.arithmetic == "bf16" and not has_bf16:
@@ -66,9 +70,8 @@ class Run:
             figures: Record = {"skipped": reason}
         else:
             figures = self._run(settled, part, number)
-        self._append({"run": self._id, **entry, **started, **figures})
-        self.records = [each for each in self.records if not entry.items() <= each.items()]
-        self.records.append({"run": self._id, **entry, **started, **figures})
+        self._records[_make_key(entry)] = record = {"run": self._id, **entry, **started, **figures}
+        self._append(record)
 
     def _run(self, configuration: Configuration, part: str, number: int) -> Record:
         output: Path = self._options.output
@@ -93,6 +96,10 @@ class Run:
     def _append(self, record: Record) -> None:
         with self._file.open("a") as stream:
             stream.write(json.dumps(record) + "\n")
+
+
+def _make_key(record: Record) -> str:
+    return json.dumps([record[name] for name in ("configuration", "part", "round")])
 
 
 def run_module(name: str, *arguments: str, timeout: float, cache: Path | None = None) -> Record:

@@ -123,6 +123,7 @@ def test_only_what_is_missing_is_measured(tmp_path: Path, tiny_model: Path, monk
     measured.clear()
     benchmarks.main(command)
     assert measured == []
+    assert "broken" not in (tmp_path / "report.md").read_text()
     benchmarks.main([*command, "--steps", "5"])
     assert measured == [("eager", 5), ("ours", 5)]
 
