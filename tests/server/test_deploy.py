@@ -1,0 +1,597 @@
+"""The shipped nginx.conf before a real TorchServe, the ready check, and systemd's units."""
+
+import base64
+import http.client
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import psutil
+import pytest
+import requests
+import yaml
+from openai import DefaultHttpxClient, OpenAI
+from PIL import Image
+
+from scripts import check_ready
+from scripts.local_server import ROOT, LocalServer, find_free_ports, make_archive
+from tests.server.test_backends import make_settings
+
+DEPLOY = ROOT / "deploy"
+NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
+needs_nginx = pytest.mark.skipif(
+    NGINX is None or shutil.which("openssl") is None, reason="nginx and openssl are not installed"
+)
+PREDICTIONS = "/predictions/diffusion_fast"
+# Each test has an address of its own, since the limits are for each address.
+addresses = (f"127.0.{i}.{j}" for i, j in itertools.product(range(1, 250), range(1, 250)))
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    @property
+    def error(self) -> dict[str, Any]:
+        assert self.headers["Content-Type"] == "application/json", self
+        error: dict[str, Any] = json.loads(self.body)["error"]
+        assert error["code"] == self.status
+        return error
+
+
+class Nginx:
+    """nginx with the shipped configuration before a port of this machine, started on entry and stopped on exit.
+
+    Only ports, the certificate's paths and the folders that it writes into are changed.
+    """
+
+    def __init__(self, upstream: int) -> None:
+        self.upstream = upstream
+        (self.port,) = find_free_ports(1)
+        # pytest's folders are closed to the account that nginx's workers run as.
+        self.folder = Path(tempfile.mkdtemp(prefix="nginx-"))
+        self.folder.chmod(0o755)
+        self.certificate = self.folder / "fullchain.pem"
+
+    def __enter__(self) -> Self:
+        subprocess.run(
+            [
+                *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"),
+                *("-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"),
+                *("-keyout", self.folder / "privkey.pem", "-out", self.certificate),
+            ],
+            check=True,
+            stderr=subprocess.DEVNULL,
+        )
+        self.tls = ssl.create_default_context(cafile=self.certificate)
+        (self.folder / "nginx.conf").write_text(self.make_configuration())
+        self.command()
+        self.process = psutil.Process(int((self.folder / "nginx.pid").read_text()))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.is_running():
+            self.process.terminate()
+            self.process.wait(timeout=10)
+        shutil.rmtree(self.folder)
+
+    def make_configuration(self) -> str:
+        text = (DEPLOY / "nginx.conf").read_text()
+        for shipped, changed in {
+            "server 127.0.0.1:8080;": f"server 127.0.0.1:{self.upstream};",
+            "        listen 443 ": f"        listen 127.0.0.1:{self.port} ",
+            "/etc/nginx/tls/fullchain.pem": str(self.certificate),
+            "/etc/nginx/tls/privkey.pem": str(self.folder / "privkey.pem"),
+            "/var/log/nginx/access.log": str(self.folder / "access.log"),
+            "/var/log/nginx/error.log": str(self.folder / "error.log"),
+            "\nhttp {\n": "\nhttp {\n"
+            + "".join(f"{kind}_temp_path {kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")),
+        }.items():
+            assert text.count(shipped) == 1, shipped
+            text = text.replace(shipped, changed)
+        return text
+
+    def command(self, *arguments: str) -> None:
+        """Run nginx, which starts it, or gives the running one an order."""
+        places = ("-p", self.folder, "-c", "nginx.conf", "-e", "error.log", "-g", f"pid {self.folder}/nginx.pid;")
+        subprocess.run([str(NGINX), *places, *arguments], check=True, timeout=30)
+
+    def read_log(self, address: str | None = None) -> list[str]:
+        """Return the access log's lines, or those about a client's address."""
+        lines = (self.folder / "access.log").read_text().splitlines()
+        return [line for line in lines if address in (None, line.split(" ", 1)[0])]
+
+    def connect(self, address: str) -> http.client.HTTPSConnection:
+        return http.client.HTTPSConnection(
+            "127.0.0.1", self.port, context=self.tls, timeout=60, source_address=(address, 0)
+        )
+
+    def ask(self, method: str, path: str, *, address: str, body: Any = None, **headers: str) -> Answer:
+        connection = self.connect(address)
+        try:
+            connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+            answer = connection.getresponse()
+            return Answer(answer.status, answer.headers, answer.read())
+        finally:
+            connection.close()
+
+    def open_request(self, address: str, length: int, sent: bytes, **headers: str) -> ssl.SSLSocket:
+        """Return a connection over which the header of a request and the beginning of its body have been sent."""
+        plain = socket.create_connection(("127.0.0.1", self.port), timeout=60, source_address=(address, 0))
+        connection = self.tls.wrap_socket(plain, server_hostname="localhost")
+        lines = [f"{name}: {value}" for name, value in {"Host": "localhost", **headers}.items()]
+        head = "\r\n".join([f"POST {PREDICTIONS} HTTP/1.1", *lines, f"Content-Length: {length}", "", ""])
+        connection.sendall(head.encode() + sent)
+        return connection
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[LocalServer]:
+    """One request at a time, and two that wait."""
+    folder = tmp_path_factory.mktemp("server")
+    settings = yaml.safe_load(make_settings(None)) | {"batchSize": 1, "jobQueueSize": 2}
+    make_archive(folder, tiny_model, yaml.safe_dump(settings, sort_keys=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # on cores that others use too, several wait for each other at each step
+        running = LocalServer(folder)
+        assert check(running) == 1
+        with running:
+            assert check(running) == 0
+            worker = running.find_worker()
+            yield running
+            assert check(running, "--answer", "30") == 0
+            assert running.find_worker() == worker
+    assert check(running) == 1
+
+
+@pytest.fixture(scope="module")
+def nginx(server: LocalServer) -> Iterator[Nginx]:
+    with Nginx(server.ports["inference_address"]) as running:
+        yield running
+
+
+@pytest.fixture
+def address() -> str:
+    return next(addresses)
+
+
+def check(server: LocalServer, *arguments: str) -> int:
+    """Return the exit code of the ready check."""
+    places = (
+        "--ts-config",
+        str(server.folder / "config.properties"),
+        "--key-file",
+        str(server.folder / "key_file.json"),
+    )
+    return check_ready.main([*places, *arguments])
+
+
+def wait_for(condition: Callable[[], Any], *, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it has not come about in time"
+        time.sleep(0.05)
+
+
+def make_body(steps: int, **fields: Any) -> bytes:
+    return json.dumps({"prompt": "a red fox", "num_inference_steps": steps, **fields}).encode()
+
+
+def json_headers(server: LocalServer) -> dict[str, str]:
+    return {**server.get_headers(), "Content-Type": "application/json"}
+
+
+def check_picture(body: bytes) -> None:
+    picture = Image.open(io.BytesIO(body))
+    picture.load()
+    assert picture.size == (128, 128)
+
+
+def test_numbers_agree_with_the_servers_settings() -> None:
+    text = (DEPLOY / "nginx.conf").read_text()
+    properties = (ROOT / "config.properties").read_text()
+    limits = re.findall(r"client_max_body_size (\d+);|takes at most (\d+) bytes", text)
+    assert [max(found) for found in limits] == re.findall(r"^max_request_size=(\d+)$", properties, re.M) * 2
+    settings = yaml.safe_load((ROOT / "model-config.yaml").read_text())
+    (timeout,) = re.findall(r"proxy_read_timeout (\d+)s;", text)
+    assert int(timeout) >= settings["responseTimeout"] * (settings["jobQueueSize"] + settings["batchSize"])
+    assert re.findall(r"server (127\S+);", text) == re.findall(r"^inference_address=http://(.+)$", properties, re.M)
+
+
+CLOSED = [
+    ("GET", "/"),
+    ("OPTIONS", "/"),
+    ("GET", "/api-description"),
+    ("GET", "/ping"),
+    ("GET", "/models"),
+    ("POST", "/models?url=https://example.org/x.mar"),
+    ("GET", "/metrics"),
+    ("GET", "/workflows"),
+    ("POST", "/workflows"),
+    ("POST", "/workflows?url=https://example.org/x.war"),
+    ("POST", "/wf-predict/diffusion_fast"),
+    ("POST", "/explanations/diffusion_fast"),
+    ("POST", "/explanations/diffusion_fast/1.0"),
+    ("POST", "/v1/models/diffusion_fast:predict"),
+    ("POST", "/v2/models/diffusion_fast/infer"),
+    ("POST", "/invocations"),
+    ("POST", "/predictions"),
+    ("POST", "/predictions/other"),
+    ("GET", PREDICTIONS),
+    ("PUT", PREDICTIONS),
+    ("OPTIONS", PREDICTIONS),
+    ("TRACE", PREDICTIONS),
+    ("POST", f"{PREDICTIONS}/2.0"),
+    ("POST", f"{PREDICTIONS}/1.0/describe"),
+    ("POST", f"{PREDICTIONS}/1.0/v1/images/variations"),
+    ("GET", f"{PREDICTIONS}/1.0/v1/images/generations"),
+    ("GET", f"{PREDICTIONS}/1.0/other"),
+    ("POST", f"{PREDICTIONS}/../../workflows"),
+    ("POST", f"{PREDICTIONS}/%2e%2e/%2E%2e/workflows"),
+    ("POST", f"{PREDICTIONS}/..%2f..%2fworkflows"),
+    ("POST", f"//{PREDICTIONS}/1.0%00"),
+]
+
+
+@needs_nginx
+def test_all_but_the_listed_paths_are_closed(server: LocalServer, nginx: Nginx, address: str) -> None:
+    direct = f"http://127.0.0.1:{server.ports['inference_address']}"
+    assert requests.options(direct, timeout=60).status_code == 200  # what is closed here would be open, without a token
+    for method, path in CLOSED:
+        answer = nginx.ask(method, path, address=address, **server.get_headers())
+        assert answer.status in (400, 404), (method, path)  # 400: nginx itself takes no NUL
+        assert answer.error["type"] == "invalid_request_error"
+    wait_for(lambda: len(nginx.read_log(address)) == len(CLOSED))
+    assert [line for line in nginx.read_log(address) if not line.endswith("upstream=-")] == []
+
+
+@needs_nginx
+def test_listed_paths_are_open(server: LocalServer, nginx: Nginx, address: str) -> None:
+    for path in (PREDICTIONS, f"{PREDICTIONS}/1.0"):
+        answer = nginx.ask("POST", path, address=address, body=make_body(2), **json_headers(server))
+        assert answer.status == 200, answer.body
+        assert (answer.headers["Content-Type"], answer.headers["Server"]) == ("image/jpeg", "nginx")
+        assert "X-Seed" in answer.headers
+        check_picture(answer.body)
+    for path in ("describe", "openapi.json", "v1/models"):
+        answer = nginx.ask("GET", f"{PREDICTIONS}/1.0/{path}", address=address, **server.get_headers())
+        assert answer.status == 200, path
+        json.loads(answer.body)
+    path = f"{PREDICTIONS}/1.0/v1/images/edits"
+    answer = nginx.ask("POST", path, address=address, body=b'{"prompt": "a red fox"}', **json_headers(server))
+    assert "image is missing" in answer.error["message"]
+
+
+@needs_nginx
+def test_token_is_asked_for_and_passed_on(nginx: Nginx, address: str) -> None:
+    answer = nginx.ask("POST", PREDICTIONS, address=address, body=b"a red fox")
+    assert (answer.status, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
+    assert "key_file.json" in answer.error["message"]
+    answer = nginx.ask("POST", PREDICTIONS, address=address, body=b"a red fox", Authorization="Bearer wrong")
+    assert answer.status == 400
+    assert json.loads(answer.body)["type"] == "InvalidKeyException"
+    wait_for(lambda: len(nginx.read_log(address)) == 2)
+    assert "wrong" not in "".join(nginx.read_log(address))
+
+
+@needs_nginx
+def test_body_that_is_too_large_is_refused(server: LocalServer, nginx: Nginx, address: str) -> None:
+    """With its length told and in chunks."""
+    body = b" " * 33_600_000
+    for sent in (body, (body[i : i + 2**20] for i in range(0, len(body), 2**20))):
+        answer = nginx.ask("POST", PREDICTIONS, address=address, body=sent, **json_headers(server))
+        assert answer.status == 413
+        assert "at most 33554432 bytes" in answer.error["message"]
+    wait_for(lambda: len(nginx.read_log(address)) == 2)
+    assert all(line.endswith("upstream=-") for line in nginx.read_log(address))
+    largest = make_body(2).ljust(33_554_432)
+    assert nginx.ask("POST", PREDICTIONS, address=address, body=largest, **json_headers(server)).status == 200
+
+
+@needs_nginx
+def test_what_is_not_https_is_answered_with_json(nginx: Nginx) -> None:
+    answer = requests.get(f"http://127.0.0.1:{nginx.port}/", timeout=60)
+    assert answer.status_code == 400
+    assert "HTTPS" in answer.json()["error"]["message"]
+    for version in (ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1):
+        old = ssl.create_default_context(cafile=nginx.certificate)
+        with pytest.warns(DeprecationWarning, match="TLS"):
+            old.minimum_version, old.maximum_version = ssl.TLSVersion.TLSv1, version
+        with socket.create_connection(("127.0.0.1", nginx.port)) as plain, pytest.raises(OSError, match="SSL"):
+            old.wrap_socket(plain, server_hostname="localhost")
+
+
+class Stub(ThreadingHTTPServer):
+    """A server that notes each request, and answers with `status`, or hangs up when that is 0."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), StubHandler)
+        self.status = 200
+        self.seen: list[tuple[str, dict[str, str], bytes]] = []
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class StubHandler(BaseHTTPRequestHandler):
+    server: Stub
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.seen.append((self.requestline, dict(self.headers), body))
+        if self.server.status:
+            answer = json.dumps({"own": self.server.status}).encode()
+            self.send_response(self.server.status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def stubbed() -> Iterator[tuple[Stub, Nginx]]:
+    with Stub() as stub, Nginx(stub.server_address[1]) as nginx:
+        yield stub, nginx
+
+
+@needs_nginx
+def test_only_the_path_and_three_headers_are_passed_on(stubbed: tuple[Stub, Nginx], address: str) -> None:
+    """The path as it was compared with the list, and without a query."""
+    stub, nginx = stubbed
+    passed = {"Authorization": "Bearer x", "Content-Type": "text/plain", "Accept": "image/*"}
+    dropped = ("describe", "explain", "url_path", "ts_request_sequence_id", "X-Forwarded-For", "Cookie", "Expect-CT")
+    connection = nginx.connect(address)
+    path = f"/workflows/..//{PREDICTIONS}?customized=true&prompt=a+cat"
+    connection.request("POST", path, b"a red fox", {**passed, **dict.fromkeys(dropped, "True")})
+    assert connection.getresponse().status == 200
+    connection.close()
+    line, headers, body = stub.seen[-1]
+    assert (line, body) == (f"POST {PREDICTIONS} HTTP/1.1", b"a red fox")
+    assert headers == {**passed, "Host": "torchserve", "Connection": "close", "Content-Length": "9"}
+    wait_for(lambda: nginx.read_log(address))
+    assert "cat" not in nginx.read_log(address)[0]
+
+
+@needs_nginx
+def test_upload_arrives_whole(stubbed: tuple[Stub, Nginx], address: str) -> None:
+    stub, nginx = stubbed
+    before = len(stub.seen)
+    with nginx.open_request(address, 300_000, b"x" * 200_000, Authorization="Bearer x") as connection:
+        time.sleep(0.5)
+        assert len(stub.seen) == before
+        connection.sendall(b"x" * 100_000)
+        assert connection.recv(12) == b"HTTP/1.1 200"
+    assert len(stub.seen[-1][2]) == 300_000
+
+
+@needs_nginx
+@pytest.mark.parametrize("status", [400, 404, 500, 504, 507])
+def test_errors_of_torchserve_pass_as_they_are(stubbed: tuple[Stub, Nginx], address: str, status: int) -> None:
+    stub, nginx = stubbed
+    stub.status = status
+    answer = nginx.ask("POST", PREDICTIONS, address=address, body=b"x", Authorization="Bearer x")
+    assert (answer.status, json.loads(answer.body)) == (status, {"own": status})
+
+
+@needs_nginx
+@pytest.mark.parametrize(("status", "told", "kind"), [(503, 503, "server_busy"), (0, 502, "server_error")])
+def test_busy_and_dead_servers_are_told_apart(
+    stubbed: tuple[Stub, Nginx], address: str, status: int, told: int, kind: str
+) -> None:
+    stub, nginx = stubbed
+    stub.status, before = status, len(stub.seen)
+    answer = nginx.ask("POST", PREDICTIONS, address=address, body=b"x", Authorization="Bearer x")
+    assert (answer.status, answer.error["type"]) == (told, kind)
+    assert int(answer.headers["Retry-After"]) > 0
+    assert len(stub.seen) == before + 1  # it was not tried twice
+
+
+@needs_nginx
+def test_full_queue_is_called_busy(server: LocalServer, nginx: Nginx, address: str) -> None:
+    def ask(_: int) -> Answer:
+        return nginx.ask("POST", PREDICTIONS, address=address, body=make_body(20), **json_headers(server))
+
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(ask, range(6)))
+    made = [answer for answer in answers if answer.status == 200]
+    refused = [answer for answer in answers if answer.status != 200]
+    assert len(made) in (3, 4)  # the worker takes the first one out of the queue sooner or later
+    for answer in made:
+        check_picture(answer.body)
+    for answer in refused:
+        assert (answer.status, int(answer.headers["Retry-After"])) == (503, 10)
+        message = "the server is busy, or its model is still loading; ask again later"
+        assert answer.error == {"message": message, "type": "server_busy", "param": None, "code": 503}
+
+
+@needs_nginx
+def test_address_that_asks_too_often_is_refused(nginx: Nginx, address: str) -> None:
+    answers = [nginx.ask("POST", PREDICTIONS, address=address, body=b"x", Authorization="Bearer x") for _ in range(60)]
+    assert {answer.status for answer in answers[:31]} == {400}  # TorchServe's, of the token
+    refused = [answer for answer in answers if answer.status == 429]
+    assert len(refused) > 5
+    assert refused[0].error["type"] == "rate_limit_error"
+    assert int(refused[0].headers["Retry-After"]) > 0
+    other = nginx.ask("POST", PREDICTIONS, address=next(addresses), body=b"x", Authorization="Bearer x")
+    assert other.status == 400
+
+
+@needs_nginx
+def test_slow_clients_are_cut_off_and_hold_nobody(server: LocalServer, nginx: Nginx, address: str) -> None:
+    start = time.monotonic()
+    slow = [nginx.open_request(address, 100, b'{"prompt":', **json_headers(server)) for _ in range(8)]
+    plain = socket.create_connection(("127.0.0.1", nginx.port), timeout=60)  # not even TLS
+    silent = nginx.tls.wrap_socket(
+        socket.create_connection(("127.0.0.1", nginx.port), timeout=60), server_hostname="localhost"
+    )
+    silent.sendall(b"POST / HTTP/1.1\r\nX-Slow: ")
+    time.sleep(0.5)
+    body, headers = make_body(2), json_headers(server)
+    ninth = nginx.ask("POST", PREDICTIONS, address=address, body=body, **headers)
+    assert (ninth.status, ninth.error["type"]) == (429, "rate_limit_error")
+    other = nginx.ask("POST", PREDICTIONS, address=next(addresses), body=body, **headers)
+    assert other.status == 200
+    assert time.monotonic() - start < 8
+    for connection in (*slow, silent, plain):
+        with connection:
+            try:
+                assert connection.recv(1) == b""
+            except (ConnectionResetError, ssl.SSLError):
+                continue
+    assert 9 < time.monotonic() - start < 20
+    assert nginx.ask("POST", PREDICTIONS, address=address, body=body, **headers).status == 200
+
+
+@needs_nginx
+def test_stream_arrives_step_by_step(server: LocalServer, nginx: Nginx, address: str) -> None:
+    connection = nginx.connect(address)
+    connection.request("POST", PREDICTIONS, make_body(20, stream=True), json_headers(server))
+    answer = connection.getresponse()
+    assert answer.headers["Content-Type"] == "text/event-stream"
+    arrived = []
+    while line := answer.readline():
+        if line.startswith(b"data:"):
+            arrived.append((time.monotonic(), json.loads(line.removeprefix(b"data:"))))
+    connection.close()
+    assert [event["type"] for _, event in arrived] == ["progress"] * 19 + ["image_generation.completed"]
+    check_picture(base64.b64decode(arrived[-1][1]["b64_json"]))
+    (first, told), (last, told_last) = arrived[0], arrived[18]
+    assert last - first > (told_last["seconds"] - told["seconds"]) / 2
+
+
+@needs_nginx
+def test_work_ends_when_the_client_leaves(server: LocalServer, nginx: Nginx, address: str) -> None:
+    left = r"The client has left; its work has ended after step \d+ of 149"
+    connection = nginx.open_request(address, len(make_body(149)), make_body(149), **json_headers(server))
+    wait_for(lambda: '"num_inference_steps": 149' in server.log)
+    time.sleep(0.5)
+    connection.close()
+    time.sleep(0.5)
+    nginx.ask("POST", PREDICTIONS, address=address, body=make_body(1), **json_headers(server))
+    wait_for(lambda: re.search(left, server.log))  # the handler learns of it with the next request
+
+
+@needs_nginx
+def test_openai_client_works_through_it(server: LocalServer, nginx: Nginx) -> None:
+    token = server.get_headers()["Authorization"].removeprefix("Bearer ")
+    url = f"https://localhost:{nginx.port}{PREDICTIONS}/1.0/v1"
+    with DefaultHttpxClient(verify=nginx.tls) as transport:
+        client = OpenAI(base_url=url, api_key=token, http_client=transport, max_retries=0)
+        assert [model.id for model in client.models.list()] == ["diffusion_fast"]
+        answer = client.images.generate(prompt="a red fox", extra_body={"num_inference_steps": 2})
+        assert answer.data is not None
+        check_picture(base64.b64decode(answer.data[0].b64_json or ""))
+        events = client.images.generate(prompt="a red fox", stream=True, partial_images=1)
+        kinds = [event.type for event in events]
+        assert kinds == ["image_generation.partial_image", "image_generation.completed"]
+
+
+@needs_nginx
+def test_stopped_worker_is_ready_but_does_not_answer(server: LocalServer, capsys: pytest.CaptureFixture[str]) -> None:
+    worker = psutil.Process(server.find_worker())
+    assert check(server, "--answer", "30") == 0
+    worker.suspend()
+    try:
+        assert check(server) == 0  # TorchServe does not notice
+        assert check(server, "--answer", "2") == 1
+    finally:
+        worker.resume()
+    assert re.fullmatch(r"no answer from http://\S+/1.0/describe within 2 s\n", capsys.readouterr().err)
+    assert check(server, "--answer", "10", "--wait", "30") == 0
+
+
+def keep_asking(nginx: Nginx, server: LocalServer, stop: threading.Event) -> list[Answer]:
+    """Ask for pictures, one after the other on new connections, until nginx takes none; return the answers."""
+    answers = []
+    while not stop.is_set():
+        try:
+            answers.append(
+                nginx.ask("POST", PREDICTIONS, address=next(addresses), body=make_body(30), **json_headers(server))
+            )
+        except OSError:
+            break
+    return answers
+
+
+@needs_nginx
+def test_drain_answers_what_has_been_accepted(server: LocalServer) -> None:
+    stop = threading.Event()
+    with Nginx(server.ports["inference_address"]) as nginx, ThreadPoolExecutor(5) as pool:
+        try:
+            clients = [pool.submit(keep_asking, nginx, server, stop) for _ in range(5)]
+            body, idle = make_body(2), nginx.connect(next(addresses))
+            idle.request("GET", "/")
+            idle.getresponse().read()
+            wait_for(lambda: sum('" 200 ' in line for line in nginx.read_log()) > 1)
+            with nginx.open_request(next(addresses), len(body), body[:9], **json_headers(server)) as upload:
+                nginx.command("-s", "quit")
+                wait_for(lambda: is_refused(nginx.port), seconds=5)
+                assert nginx.process.is_running()
+                upload.sendall(body[9:])
+                has_picture = upload.makefile("rb").read().startswith(b"HTTP/1.1 200 ")
+            assert idle.sock.recv(1) == b""  # it was closed
+            answers = [answer for client in clients for answer in client.result(timeout=60)]
+        finally:
+            stop.set()
+        nginx.process.wait(timeout=10)
+        statuses = [int(line.split('" ')[1].split()[0]) for line in nginx.read_log() if "upstream=-" not in line]
+    assert set(statuses) <= {200, 503}
+    assert sum(answer.status == 200 for answer in answers) + has_picture == statuses.count(200)
+    for answer in answers:
+        if answer.status == 200:
+            check_picture(answer.body)
+        else:
+            assert answer.error["type"] == "server_busy"
+
+
+def is_refused(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+@pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None or not Path("/lib/systemd/system/nginx.service").exists(),
+    reason="systemd and nginx are not installed",
+)
+def test_units_are_understood(tmp_path: Path) -> None:
+    """By systemd-analyze; what they do is not seen here."""
+    shutil.copytree(DEPLOY, tmp_path, dirs_exist_ok=True)
+    shutil.copy("/lib/systemd/system/nginx.service", tmp_path)
+    for unit in tmp_path.glob("torchserve*.service"):
+        unit.write_text(unit.read_text().replace("/opt/sdxl/", f"{ROOT}/").replace("User=sdxl", "User=daemon"))
+    units = [*tmp_path.glob("torchserve*"), tmp_path / "nginx.service"]
+    assert len(units) == 4
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", *map(str, units)],
+        env={**os.environ, "SYSTEMD_UNIT_PATH": f"{tmp_path}:"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
