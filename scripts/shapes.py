@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -29,6 +29,8 @@ POSITIONS = {  # the middle of the shape, as a share of width and height
     "bottom": (0.5, 0.73),
     "centre": (0.5, 0.5),
 }
+LARGEST_SHIFT = 0.03  # of a drawn thing from its position, as a share of width and height
+LARGEST_GROWTH = 0.08  # of its size
 PICTURE_SIZE = 128
 SUPERSAMPLING = 4
 RING_HOLE = 0.55
@@ -40,6 +42,8 @@ WORDS = (
     *(word for name in (*SIZES, *POSITIONS) for word in SYNONYMS.get(name, (name,))),
     *("a", "and", "at", "background", "in", "on", "the", "with", ","),
 )
+
+Move = tuple[float, float, float]  # right, down and larger, each from -1 to 1 of what is allowed
 
 
 @dataclass(frozen=True)
@@ -121,22 +125,37 @@ def draw_shape(image: Image.Image, shape: str, *, centre: tuple[float, float], r
         draw.polygon([(x + radius * a, y + radius * b) for a, b in list_corners(shape)], fill=fill)  # type: ignore[arg-type]
 
 
+def choose_move(random: Random) -> Move:
+    return random.uniform(-1, 1), random.uniform(-1, 1), random.uniform(-1, 1)
+
+
+def place_thing(thing: Thing, move: Move, *, width: int, height: int) -> tuple[tuple[float, float], float]:
+    """Return a thing's middle and radius in pixels."""
+    (x, y), (dx, dy, scale) = POSITIONS[thing.position], move
+    centre = (x + LARGEST_SHIFT * dx) * width, (y + LARGEST_SHIFT * dy) * height
+    return centre, SIZES[thing.size] * (1 + LARGEST_GROWTH * scale) * min(width, height)
+
+
 def draw_scene(
-    scene: Scene, *, width: int = PICTURE_SIZE, height: int = PICTURE_SIZE, random: Random | None = None
+    scene: Scene,
+    *,
+    width: int = PICTURE_SIZE,
+    height: int = PICTURE_SIZE,
+    random: Random | None = None,
+    moves: Sequence[Move] = (),
 ) -> Image.Image:
-    """Draw a scene; a random source moves and scales each thing a little, within what its words allow."""
+    """Draw a scene.
+
+    Args:
+        random: moves and scales each thing a little, within what its words allow.
+        moves: how to move and scale each thing instead.
+    """
     canvas_size = (width * SUPERSAMPLING, height * SUPERSAMPLING)
     canvas = Image.new("RGB", canvas_size, COLOURS[scene.background])
-    for thing in scene.things:
-        dx, dy, scale = (0.0, 0.0, 0.0) if random is None else (random.uniform(-1, 1) for _ in range(3))
-        x, y = POSITIONS[thing.position]
-        draw_shape(
-            canvas,
-            thing.shape,
-            centre=((x + 0.03 * dx) * canvas_size[0], (y + 0.03 * dy) * canvas_size[1]),
-            radius=SIZES[thing.size] * (1 + 0.08 * scale) * min(canvas_size),
-            fill=COLOURS[thing.colour],
-        )
+    moves = moves or [choose_move(random) if random else (0.0, 0.0, 0.0) for _ in scene.things]
+    for thing, move in zip(scene.things, moves, strict=True):
+        centre, radius = place_thing(thing, move, width=canvas_size[0], height=canvas_size[1])
+        draw_shape(canvas, thing.shape, centre=centre, radius=radius, fill=COLOURS[thing.colour])
     return canvas.reduce(SUPERSAMPLING)
 
 

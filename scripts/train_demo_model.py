@@ -1,15 +1,17 @@
 """Train the demonstration model from scratch: a tiny Stable Diffusion XL that draws coloured shapes.
 
-Four stages, each kept in the work folder as it goes, so that the same command continues an interrupted run: the VAE;
+Six stages, each kept in the work folder as it goes, so that the same command continues an interrupted run: the VAE;
 the text encoders, which learn to name what a prompt says; the latents of the scenes, encoded once; the UNet together
-with the text encoders. The averaged weights are saved as fp16 safetensors in diffusers' format.
+with the text encoders; latents that the averaged weights make of prompts; the VAE's decoder, on these. The result is
+saved as fp16 safetensors in diffusers' format.
 
     python -m scripts.train_demo_model                          the whole training
-    python -m scripts.train_demo_model --start-from demo_model  more UNet steps from saved weights
+    python -m scripts.train_demo_model --start-from demo_model  more steps of UNet and decoder from saved weights
 """
 
 import argparse
 import copy
+import itertools
 import logging
 import math
 from collections import Counter
@@ -76,6 +78,9 @@ SCHEDULER = {
 MAX_SNR = 5
 FOCUS = 5  # how much more a latent pixel of a thing weighs at first than one of the background
 FOCUSED_SHARE = 0.7  # of the steps; the last ones weigh all pixels alike
+DECODER_RATE = 5e-4
+FARTHEST_GROUND = 50  # of 255 levels, in any channel
+LEAST_OVERLAP = 0.5  # of a thing with what was asked for; less is something else
 TEXT_RATE = 0.3  # of the UNet's learning rate
 BLURRED_SHARE = CROPPED_SHARE = 0.07
 PICTURE_SHARES = {(128, 128): 0.91, (96, 96): 0.03, (192, 128): 0.03, (128, 192): 0.03}
@@ -138,12 +143,21 @@ def save_state(path: Path, **state: Any) -> None:
 
 def compute_short(device: str) -> Any:
     """Return a context that computes in bfloat16, unless the CPU would only imitate it."""
-    is_slow = device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    is_slow = device == "cpu" and not torch.cpu._is_avx512_bf16_supported()
     return torch.autocast(device, torch.bfloat16, enabled=not is_slow)
 
 
 def show_progress(start: int, steps: int, name: str) -> Any:
     return tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10, dynamic_ncols=True)
+
+
+def compare_pictures(decoded: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
+    """Return how far decoded pictures are from the true ones."""
+    distance = decoded - pictures
+    # Edges are a small part of a picture, yet they alone tell a star from a circle
+    edges = functional.max_pool2d(pictures, 5, 1, 2) + functional.max_pool2d(-pictures, 5, 1, 2) > 0.1
+    weight = 1 + 4 * edges.any(1, keepdim=True)
+    return (weight * (distance.abs() + distance.square())).mean()
 
 
 def train_vae(folder: Path, *, steps: int, seed: int, device: str) -> Any:
@@ -171,19 +185,15 @@ def train_vae(folder: Path, *, steps: int, seed: int, device: str) -> Any:
         with compute_short(device):
             posterior = vae.encode(pictures).latent_dist
             decoded = vae.decode(posterior.sample()).sample.float()
-        distance = decoded - pictures
         divergence = (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()).mean() / 2
-        # Edges are a small part of a picture, yet they alone tell a star from a circle
-        edges = functional.max_pool2d(pictures, 5, 1, 2) + functional.max_pool2d(-pictures, 5, 1, 2) > 0.1
-        weight = 1 + 4 * edges.any(1, keepdim=True)
         # Stronger, the divergence empties one of the four channels
-        loss = (weight * (distance.abs() + distance.square())).mean() + 1e-5 * divergence
+        loss = compare_pictures(decoded, pictures) + 1e-5 * divergence
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step % 20 == 0:
-            bar.set_postfix(l1=f"{distance.abs().mean().item():.4f}", std=f"{posterior.mean.std().item():.2f}")
+            bar.set_postfix(loss=f"{loss.item():.4f}", std=f"{posterior.mean.std().item():.2f}")
         if step % 100 == 99:
             save_state(path, vae=vae.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, is_done=False)
             save_sheet(folder / "vae.png", [*pictures[:6], *decoded.detach()[:6]], columns=6)
@@ -209,14 +219,14 @@ def normalise_latents(vae: Any, *, seed: int) -> None:
     into.bias[4:] -= 2 * std.log()  # the log of the variance
 
 
+def to_image(picture: torch.Tensor) -> Image.Image:
+    """Return a tensor from -1 to 1 as a picture."""
+    return Image.fromarray(((picture.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).cpu().numpy())
+
+
 def save_sheet(path: Path, pictures: Sequence[Any], *, columns: int) -> None:
     """Write pictures side by side; tensors from -1 to 1 or images."""
-    images = [
-        picture
-        if isinstance(picture, Image.Image)
-        else Image.fromarray(((picture.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).cpu().numpy())
-        for picture in pictures
-    ]
+    images = [picture if isinstance(picture, Image.Image) else to_image(picture) for picture in pictures]
     width, height = max(each.width for each in images) + 4, max(each.height for each in images) + 4
     sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), (128, 128, 128))
     for i, image in enumerate(images):
@@ -311,6 +321,12 @@ def train_text(models: Models, folder: Path, *, steps: int, seed: int, device: s
     save_state(path, encoders=encoders.state_dict())
 
 
+def to_scene(fields: tuple[Any, ...]) -> shapes.Scene:
+    """Return the scene that astuple took apart; torch.load reads tuples and no classes."""
+    background, things = fields
+    return shapes.Scene(background, tuple(shapes.Thing(*each) for each in things))
+
+
 @dataclass(frozen=True)
 class Sample:
     """A picture with SDXL's micro-conditioning.
@@ -365,12 +381,7 @@ def encode_scenes(vae: Any, folder: Path, *, count: int, seed: int, device: str)
             groups.append((torch.cat(latents), [astuple(scene) for scene in scenes], torch.tensor(conditions).float()))
         save_state(path, groups=groups)
     return [
-        (
-            latents,
-            [shapes.Scene(ground, tuple(shapes.Thing(*each) for each in things)) for ground, things in scenes],
-            ids,
-        )
-        for latents, scenes, ids in torch.load(path)["groups"]
+        (latents, [to_scene(scene) for scene in scenes], ids) for latents, scenes, ids in torch.load(path)["groups"]
     ]
 
 
@@ -475,22 +486,129 @@ def train_unet(
     return averaged
 
 
-def save_pipeline(models: Models, vae: Any, folder: Path) -> None:
-    """Write the pipeline in diffusers' format, with fp16 weights."""
+def make_pipeline(models: Models, vae: Any) -> Any:
     from diffusers import StableDiffusionXLPipeline
 
     names = ("text_encoder", "text_encoder_2", "unet")
-    halves = {name: copy.deepcopy(part).half() for name, part in zip(names, models.trained, strict=True)}
     pipeline = StableDiffusionXLPipeline(
-        vae=copy.deepcopy(vae).half(),
+        vae=vae,
         tokenizer=models.tokenizer,
         tokenizer_2=models.tokenizer,
         scheduler=make_scheduler(),
-        **halves,
+        **dict(zip(names, models.trained, strict=True)),
     )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def save_pipeline(models: Models, vae: Any, folder: Path) -> None:
+    """Write the pipeline in diffusers' format, with fp16 weights."""
     for path in folder.glob("*/*"):  # a model card next to them stays
         path.unlink()
+    pipeline = make_pipeline(copy.deepcopy(models), copy.deepcopy(vae)).to(torch.float16)
     pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+def find_move(thing: shapes.Thing, mask: Any) -> tuple[shapes.Move, float]:
+    """Return the move that lays a thing best over a mask, and the overlap from 0 to 1."""
+    height, width = mask.shape
+    best: tuple[float, shapes.Move] = (0.0, (0.0, 0.0, 0.0))
+    for scale in np.linspace(-1, 1, 5):
+        image = Image.new("L", (width, height))
+        centre, radius = shapes.place_thing(thing, (0, 0, scale), width=width, height=height)
+        shapes.draw_shape(image, thing.shape, centre=centre, radius=radius, fill=255)
+        drawn = np.asarray(image) > 127
+        reach = round(shapes.LARGEST_SHIFT * width)
+        for x, y in itertools.product(range(-reach, reach + 1), repeat=2):
+            moved = np.roll(drawn, (y, x), (0, 1))
+            overlap = (moved & mask).sum() / (moved | mask).sum()
+            best = max(best, (overlap, (x / reach, y / reach, float(scale))))
+    return best[1], best[0]
+
+
+def find_moves(scene: shapes.Scene, picture: Image.Image) -> tuple[list[shapes.Move], float]:
+    """Return the moves that make the drawing of a scene most like a picture, and the worst overlap of its things."""
+    ground = np.array(shapes.COLOURS[scene.background])
+    mask = np.abs(np.asarray(picture).astype(int) - ground).max(-1) > FARTHEST_GROUND
+    moves, overlaps = [], []
+    for i, thing in enumerate(scene.things):
+        part = mask.copy()
+        if len(scene.things) == 2:  # each in its half
+            part[:, slice(mask.shape[1] // 2, None) if i == 0 else slice(mask.shape[1] // 2)] = False
+        move, overlap = find_move(thing, part)
+        moves.append(move)
+        overlaps.append(overlap)
+    return moves, min(overlaps)
+
+
+@torch.no_grad()
+def sample_latents(models: Models, vae: Any, folder: Path, *, count: int, seed: int) -> list[Any]:
+    """Return latents that the pipeline makes of prompts, each with its scene and how to draw it most alike.
+
+    Those that show something else than their prompt says are left out.
+    """
+    pipeline, path = make_pipeline(models, vae), folder / "samples.pt"
+    parts: list[Any] = torch.load(path)["parts"] if path.exists() else []
+    for i in show_progress(len(parts), -(-count // 24), "samples"):
+        random = Random(f"samples {seed} {i}")
+        scenes = [shapes.choose_scene(random) for _ in range(24)]
+        latents = pipeline(
+            [shapes.describe_scene(scene, random=random) for scene in scenes],
+            num_inference_steps=random.randint(4, 7),
+            guidance_scale=random.uniform(1, 2),
+            generator=torch.Generator().manual_seed(random.randrange(2**32)),
+            output_type="latent",
+        ).images
+        part = []
+        for scene, latent, picture in zip(scenes, latents, vae.decode(latents).sample, strict=True):
+            moves, overlap = find_moves(scene, to_image(picture))
+            if overlap > LEAST_OVERLAP:
+                part.append((latent.half().cpu(), astuple(scene), moves))
+        parts.append(part)
+        save_state(path, parts=parts)
+    return [(latent, to_scene(scene), moves) for part in parts for latent, scene, moves in part]
+
+
+def train_decoder(vae: Any, samples: Sequence[Any], folder: Path, *, steps: int, seed: int) -> None:
+    """Train the decoder to draw what was asked for from the latents that the UNet makes of it.
+
+    They are a little wrong, and the latents of true pictures never showed it how. The encoder stays, and with it what
+    latents mean.
+    """
+    torch.manual_seed(seed)
+    path, start = folder / "decoder.pt", 0
+    trained = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+    if path.exists():
+        state = torch.load(path, map_location=vae.device)
+        trained.load_state_dict(state["trained"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    bar, losses = show_progress(start, steps, "decoder"), []
+    for step in bar:
+        random = Random(f"decoder {seed} {step}")
+        true = to_tensor(
+            [make_sample(random, width=shapes.PICTURE_SIZE, height=shapes.PICTURE_SIZE).picture for _ in range(2)]
+        ).to(vae.device)
+        chosen = random.sample(samples, 4)
+        sampled = torch.stack([latent.float() for latent, _, _ in chosen]).to(vae.device)
+        asked = to_tensor([shapes.draw_scene(scene, moves=moves) for _, scene, moves in chosen]).to(vae.device)
+        with compute_short(vae.device.type):
+            with torch.no_grad():
+                encoded = vae.encode(true).latent_dist.mean
+            decoded = vae.decode(torch.cat([sampled, encoded.float()])).sample.float()
+        optimizer.param_groups[0]["lr"] = compute_rate(step, steps=steps, peak=DECODER_RATE, warm_up=20)
+        loss = compare_pictures(decoded, torch.cat([asked, true]))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{sum(losses[-100:]) / len(losses[-100:]):.4f}", refresh=False)
+        if step % 50 == 49 or step + 1 == steps:
+            save_state(path, trained=trained.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
+            save_sheet(folder / "decoder.png", [*asked, *decoded.detach()[:4]], columns=4)
+    vae.requires_grad_(False)
 
 
 def load_models(folder: Path, *, device: str) -> tuple[Models, Any]:
@@ -524,6 +642,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vae-steps", type=int, default=2400)
     parser.add_argument("--text-steps", type=int, default=1000)
     parser.add_argument("--unet-steps", type=int, default=4000)
+    parser.add_argument("--samples", type=int, default=4800, help="latents to train the decoder on")
+    parser.add_argument("--decoder-steps", type=int, default=2000)
     parser.add_argument("--scenes", type=int, default=24_000, help="pictures to train on (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument(
@@ -547,9 +667,13 @@ def main() -> None:
         vae = train_vae(settings.work, steps=settings.vae_steps, seed=seed, device=device)
         train_text(models, settings.work, steps=settings.text_steps, seed=seed, device=device)
     vae.requires_grad_(False)
-    groups = encode_scenes(vae, settings.work, count=settings.scenes, seed=seed, device=device)
-    averaged = train_unet(models, groups, settings.work, vae=vae, settings=settings)
-    save_pipeline(averaged, vae, settings.output)
+    if settings.unet_steps:
+        groups = encode_scenes(vae, settings.work, count=settings.scenes, seed=seed, device=device)
+        models = train_unet(models, groups, settings.work, vae=vae, settings=settings)
+    if settings.decoder_steps:
+        samples = sample_latents(models, vae, settings.work, count=settings.samples, seed=seed)
+        train_decoder(vae, samples, settings.work, steps=settings.decoder_steps, seed=seed)
+    save_pipeline(models, vae, settings.output)
 
 
 if __name__ == "__main__":

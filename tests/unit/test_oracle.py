@@ -7,7 +7,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scripts.shapes import COLOURS, POSITIONS, SHAPES, SIZES, Scene, Thing, choose_scene, draw_scene, iterate_scenes
+from scripts.shapes import (
+    COLOURS,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    choose_move,
+    choose_scene,
+    draw_scene,
+    iterate_scenes,
+)
+from scripts.train_demo_model import find_moves
 from tests.oracle import Verdict, judge_picture
 
 ASKED = Scene("blue", (Thing("red", "circle", "large", "left"),))
@@ -118,3 +130,18 @@ def test_feature_that_was_not_asked_for_may_be_any() -> None:
     scene = Scene("", (Thing("red", "", "", ""),))
     assert judge_picture(draw_scene(ASKED), scene).is_right
     assert not judge_picture(draw_scene(change_thing(ASKED, colour="green")), scene).is_right
+
+
+def test_a_move_that_a_picture_shows_is_found_again() -> None:
+    random = Random(0)
+    for share_of_two in (0, 1):
+        scene = choose_scene(random, share_of_two=share_of_two)
+        moves = [choose_move(random) for _ in scene.things]
+        found, overlap = find_moves(scene, draw_scene(scene, moves=moves))
+        assert overlap > 0.9, scene
+        assert np.abs(np.array(found) - moves).max() < 0.6, scene
+
+
+def test_another_thing_overlaps_little() -> None:
+    other = change_thing(ASKED, shape="cross", position="right")
+    assert find_moves(ASKED, draw_scene(other))[1] < 0.1
