@@ -1,12 +1,14 @@
 # make demo    serve a small model and save a picture
 # make test    all tests
 # make lint    ruff and mypy
+# make soak    an hour of load, faults and hostile input, with a scorecard; make soak QUICK=--quick: minutes
+# make audit   look for known faults of the pinned packages; needs PyPI's own index
 # make bench   compare engines at SDXL's real size: 7 GB of random weights, 16 GB of memory, most of an hour
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 
-.PHONY: bench demo test lint
+.PHONY: audit bench demo lint soak test
 
 demo: $(VENV)/served
 	$(RUN) scripts.demo
@@ -18,6 +20,14 @@ lint: $(VENV)/tested
 	$(RUN) ruff check
 	$(RUN) ruff format --check
 	$(RUN) mypy
+
+soak: $(VENV)/served
+	$(RUN) scripts.soak $(QUICK)
+
+audit: $(VENV)/served
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet pip-audit
+	build/audit/bin/pip-audit --path $$($(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 
 bench: $(VENV)/served build/base
 	$(RUN) benchmarks

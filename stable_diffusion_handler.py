@@ -90,8 +90,8 @@ class StableDiffusionHandler:
         """Warn of a call that came near to TorchServe's limit, past which it kills a worker that is only slow."""
         if seconds > max(self.longest, self.response_timeout / 3):
             logger.warning(
-                "A call took %.0f s. After %.0f s TorchServe would have killed the worker as hung: raise responseTimeout "
-                "in model-config.yaml to three times the longest call, or make smaller pictures",
+                "A call took %.0f s. After %.0f s TorchServe would have killed the worker as hung: raise "
+                "responseTimeout in model-config.yaml to three times the longest call, or make smaller pictures",
                 seconds,
                 self.response_timeout,
             )

@@ -162,6 +162,9 @@ def save_model(model: openvino.Model, folder: Path, weights: Mapping[str, torch.
     """Write the model to the folder without those constants that share the memory of the given weights.
 
     A weight that was converted on the way, such as a compressed one, is a constant of its own and is written.
+
+    Raises:
+        OSError: the files cannot be written.
     """
     names = {(tensor.data_ptr(), tuple(tensor.shape)): name for name, tensor in weights.items() if tensor.numel()}
     parameters = []
@@ -173,7 +176,10 @@ def save_model(model: openvino.Model, folder: Path, weights: Mapping[str, torch.
                 node.output(0).replace(parameter.output(0))
                 parameters.append(parameter)
     model.add_parameters(parameters)
-    openvino.serialize(model, folder / _FILE)
+    try:
+        openvino.serialize(model, folder / _FILE)
+    except RuntimeError as error:  # of a disk that is full it says "iostream error"
+        raise OSError(f"the model cannot be written: {error}") from error
     _bind_weights(model, weights)
 
 

@@ -1,6 +1,5 @@
 """Run TorchServe on free ports of this machine, for the demonstration, the tests and the benchmarks."""
 
-import json
 import os
 import shutil
 import signal
@@ -9,12 +8,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import psutil
 import requests
+
+from scripts.check_ready import NotReadyError, check_workers, read_token
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = Path(sys.executable).parent
@@ -55,12 +57,13 @@ def find_free_ports(count: int) -> list[int]:
             holder.close()
 
 
-def write_properties(source: Path, target: Path) -> dict[str, int]:
-    """Copy a config.properties with free ports in the place of its own; return the ports by their key."""
+def write_properties(source: Path, target: Path, **others: str) -> dict[str, int]:
+    """Copy a config.properties with free ports in the place of its own, and others; return the ports by their key."""
     ports = dict(zip((*ADDRESSES, *PORTS), find_free_ports(len(ADDRESSES) + len(PORTS)), strict=True))
-    kept = [line for line in source.read_text().splitlines() if line.split("=")[0] not in ports]
-    moved = [f"{key}=http://127.0.0.1:{ports[key]}" for key in ADDRESSES] + [f"{key}={ports[key]}" for key in PORTS]
-    target.write_text("\n".join([*kept, *moved, ""]))
+    moved = {key: f"http://127.0.0.1:{ports[key]}" for key in ADDRESSES} | {key: str(ports[key]) for key in PORTS}
+    moved |= others
+    kept = [line for line in source.read_text().splitlines() if line.split("=")[0] not in moved]
+    target.write_text("\n".join([*kept, *(f"{key}={value}" for key, value in moved.items()), ""]))
     return ports
 
 
@@ -71,17 +74,20 @@ class LocalServer:
         folder: the server's working directory; its `model_store` holds the archive, and its log and keys go there.
         archive: the archive's name in the model store: a folder, a .mar or a .tar.gz.
         timeout: seconds until the model must be ready.
+        properties: settings of config.properties that differ from the shipped ones.
     """
 
     model = "diffusion_fast"
 
-    def __init__(self, folder: Path, *, archive: str = model, timeout: float = 600) -> None:
+    def __init__(
+        self, folder: Path, *, archive: str = model, timeout: float = 600, properties: Mapping[str, str] | None = None
+    ) -> None:
         self.folder = folder
         self.archive = archive
         self.timeout = timeout
-        self.ports = write_properties(ROOT / "config.properties", folder / "config.properties")
+        self.ports = write_properties(ROOT / "config.properties", folder / "config.properties", **(properties or {}))
         # TorchServe keeps its process id and its workers' sockets here; a socket's path has 108 characters at most.
-        self._temporary = Path(tempfile.mkdtemp(prefix="ts-"))
+        self.temporary = Path(tempfile.mkdtemp(prefix="ts-"))
 
     @property
     def url(self) -> str:
@@ -96,8 +102,7 @@ class LocalServer:
 
     def get_headers(self, kind: str = "inference") -> dict[str, str]:
         """Return the header with the token for `inference` or `management`."""
-        keys = json.loads((self.folder / "key_file.json").read_text())
-        return {"Authorization": f"Bearer {keys[kind]['key']}"}
+        return {"Authorization": f"Bearer {read_token(self.folder / 'key_file.json', kind)}"}
 
     def describe(self) -> dict[str, Any]:
         """Return the management API's answer about the model."""
@@ -120,7 +125,7 @@ class LocalServer:
 
     def find_processes(self) -> list[psutil.Process]:
         """Return the server's process and all below it, none when it is not running."""
-        path = self._temporary / ".model_server.pid"
+        path = self.temporary / ".model_server.pid"
         if not path.exists():
             return []
         try:
@@ -128,6 +133,15 @@ class LocalServer:
             return [server, *server.children(recursive=True)]
         except (psutil.NoSuchProcess, ValueError):
             return []
+
+    def is_ready(self) -> bool:
+        """Say whether every worker has loaded the model."""
+        try:
+            token = read_token(self.folder / "key_file.json", "management")
+            check_workers(f"http://127.0.0.1:{self.ports['management_address']}", self.model, token)
+        except NotReadyError:
+            return False
+        return True
 
     def __enter__(self) -> Self:
         try:
@@ -150,24 +164,17 @@ class LocalServer:
         self._stop()
 
     def _torchserve(self, *arguments: str, **options: Any) -> None:
-        environment = {**make_environment(), "TMPDIR": str(self._temporary), "TEMP": str(self._temporary)}
+        environment = {**make_environment(), "TMPDIR": str(self.temporary), "TEMP": str(self.temporary)}
         subprocess.run(["torchserve", *arguments], cwd=self.folder, env=environment, check=True, **options)
 
     def _wait(self) -> None:
         deadline = time.monotonic() + self.timeout
-        while not self._is_ready():
+        while not self.is_ready():
             failed = "Backend worker process died" in self.log or "Backend worker monitoring thread interr" in self.log
             if failed or time.monotonic() > deadline or not self.find_processes():
                 reason = "the model did not load" if failed else "the server is not ready"
                 raise ServerError(f"{reason}; the end of its log:\n{self.log[-6000:]}")
             time.sleep(0.2)
-
-    def _is_ready(self) -> bool:
-        try:
-            workers = self.describe()["workers"]
-        except (OSError, ValueError, KeyError, requests.RequestException):
-            return False
-        return bool(workers) and all(worker["status"] == "READY" for worker in workers)
 
     def _stop(self) -> None:
         processes = self.find_processes()
@@ -176,16 +183,19 @@ class LocalServer:
         _, alive = psutil.wait_procs(processes, timeout=30)
         for process in alive:
             process.send_signal(signal.SIGKILL)
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        shutil.rmtree(self.temporary, ignore_errors=True)
 
 
-def make_archive(folder: Path, model: Path, settings: str) -> None:
-    """Make `model_store/diffusion_fast` in a folder as the guide does, with these settings and a link to the model."""
+def make_archive(
+    folder: Path, model: Path, settings: str, *, handler: Path = ROOT / "stable_diffusion_handler.py"
+) -> None:
+    """Make `model_store/diffusion_fast` in a folder as the guide does, with these settings and a copy of the model."""
+    extra = {ROOT / "pipeline_utils.py", ROOT / "stable_diffusion_handler.py"} - {handler}
     (folder / "model-config.yaml").write_text(settings)
     run_command(
         *("torch-model-archiver", "--model-name", "diffusion_fast", "--version", "1.0"),
-        *("--handler", ROOT / "stable_diffusion_handler.py", "--config-file", "model-config.yaml"),
-        *("--extra-files", ROOT / "pipeline_utils.py", "--archive-format", "no-archive", "--export-path", "."),
+        *("--handler", handler, "--config-file", "model-config.yaml"),
+        *("--extra-files", ",".join(map(str, extra)), "--archive-format", "no-archive", "--export-path", "."),
         folder=folder,
     )
     (folder / "model_store").mkdir()

@@ -1,0 +1,113 @@
+"""Run the shipped nginx.conf on a free port of this machine, for the tests and the scorecard."""
+
+import os
+import shutil
+import ssl
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+from scripts.local_server import ROOT, find_free_ports
+
+CONFIGURATION = ROOT / "deploy" / "nginx.conf"
+
+
+def find_nginx() -> str | None:
+    """Return the program's path, None where it or openssl, which makes the certificate, is missing."""
+    path = f"{os.environ['PATH']}{os.pathsep}/usr/sbin{os.pathsep}/usr/local/sbin"
+    return shutil.which("nginx", path=path) if shutil.which("openssl") else None
+
+
+class LocalProxy:
+    """nginx with the shipped configuration, started on entry and stopped on exit.
+
+    Only the ports, the certificate's paths and the folders that it writes into are changed.
+
+    Args:
+        upstream: the port of TorchServe's inference API.
+
+    Attributes:
+        certificate: the file of its certificate, which is its own authority.
+        tls: what trusts that certificate.
+    """
+
+    def __init__(self, upstream: int) -> None:
+        self.upstream = upstream
+        (self.port,) = find_free_ports(1)
+        # Other temporary folders, such as pytest's, are closed to the account that nginx's workers run as.
+        self.folder = Path(tempfile.mkdtemp(prefix="nginx-"))
+        self.folder.chmod(0o755)
+        self.certificate = self.folder / "fullchain.pem"
+
+    @property
+    def url(self) -> str:
+        """The address of the model's predictions."""
+        return f"https://127.0.0.1:{self.port}/predictions/diffusion_fast"
+
+    @property
+    def log(self) -> list[str]:
+        """The lines of the access log."""
+        return (self.folder / "access.log").read_text().splitlines()
+
+    def __enter__(self) -> Self:
+        subprocess.run(
+            [
+                *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"),
+                *("-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"),
+                *("-keyout", self.folder / "privkey.pem", "-out", self.certificate),
+            ],
+            check=True,
+            stderr=subprocess.DEVNULL,
+        )
+        self.tls = ssl.create_default_context(cafile=self.certificate)
+        (self.folder / "nginx.conf").write_text(self.make_configuration())
+        self.command()
+        self.process = psutil.Process(int((self.folder / "nginx.pid").read_text()))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.is_running():
+            self.command("-s", "stop")
+            self.process.wait(timeout=10)
+        shutil.rmtree(self.folder)
+
+    def make_configuration(self) -> str:
+        """Return the shipped configuration with its places changed.
+
+        Raises:
+            ValueError: a place does not stand in it exactly once.
+        """
+        text = CONFIGURATION.read_text()
+        temporary = "".join(
+            f"{kind}_temp_path {kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        for shipped, changed in {
+            "server 127.0.0.1:8080;": f"server 127.0.0.1:{self.upstream};",
+            "        listen 443 ": f"        listen 127.0.0.1:{self.port} ",
+            "/etc/nginx/tls/fullchain.pem": str(self.certificate),
+            "/etc/nginx/tls/privkey.pem": str(self.folder / "privkey.pem"),
+            "/var/log/nginx/access.log": str(self.folder / "access.log"),
+            "/var/log/nginx/error.log": str(self.folder / "error.log"),
+            "\nhttp {\n": f"\nhttp {{\n{temporary}",
+        }.items():
+            if text.count(shipped) != 1:
+                raise ValueError(f"{shipped!r} stands {text.count(shipped)} times in {CONFIGURATION}")
+            text = text.replace(shipped, changed)
+        return text
+
+    def command(self, *arguments: str) -> None:
+        """Run nginx, which starts it, or gives the running one an order."""
+        places = ("-p", self.folder, "-c", "nginx.conf", "-e", "error.log", "-g", f"pid {self.folder}/nginx.pid;")
+        subprocess.run([find_nginx() or "nginx", *places, *arguments], check=True, timeout=30)
+
+    def drain(self, *, timeout: float = 600) -> None:
+        """Take no more connections, answer every request that has been accepted, and end.
+
+        Raises:
+            psutil.TimeoutExpired: it has not ended within so many seconds.
+        """
+        self.command("-s", "quit")
+        self.process.wait(timeout=timeout)

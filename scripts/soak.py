@@ -1,0 +1,655 @@
+"""Put a server under load, faults and hostile input, and print a scorecard; exit with 1 when a line falls short.
+
+It serves the demonstration model with the shipped settings, but for those that a line names. Each line starts a server
+of its own. `--quick` makes the same in minutes, with lower counts.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import io
+import itertools
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import psutil
+import requests
+import yaml
+
+from scripts.fuzz import make_bytes, make_request
+from scripts.local_proxy import LocalProxy, find_nginx
+from scripts.local_server import ROOT, LocalServer, ServerError, make_archive, make_environment
+from scripts.measure_demo_model import GUIDANCE
+
+PATIENCE = 90  # seconds after which a request counts as hung
+STEPS = 5
+SIZES = ((128, 128), (96, 128))
+FORMATS = ("jpeg", "png", "webp")
+# TorchServe decodes forms before the handler sees them, and calls one that it cannot read its own error.
+FORM_ERROR = "500 of TorchServe's to forms that cannot be read"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much each line asks for; times in seconds."""
+
+    soak_time: float = 30 * 60
+    soak_requests: int = 3000
+    kill_time: float = 15 * 60
+    kill_interval: float = 20
+    requests_after: int = 100
+    crowd: int = 200
+    fuzzed: int = 10_000
+    leavers: int = 50
+    cycles: int = 20
+
+
+QUICK = Scale(
+    soak_time=30, soak_requests=50, kill_time=40, requests_after=20, crowd=200, fuzzed=600, leavers=10, cycles=2
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the scorecard."""
+
+    name: str
+    passed: bool
+    told: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """What is served; the tests plant their faults here.
+
+    Attributes:
+        keys: TorchServe's keys of model-config.yaml that differ from the shipped ones.
+        settings: those of its handler section.
+        properties: those of config.properties.
+        cache: the folder of the compiled models.
+    """
+
+    cache: Path
+    model: Path = ROOT / "demo_model"
+    handler: Path = ROOT / "stable_diffusion_handler.py"
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    properties: Mapping[str, str] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def serve(self, **keys: Any) -> Iterator[LocalServer]:
+        """Run a server until the block ends."""
+        shipped = yaml.safe_load((ROOT / "model-config.yaml").read_text())
+        shipped["handler"] |= {"guidance_scale": GUIDANCE, "num_inference_steps": STEPS, **self.settings}
+        pt2 = {"backend": "openvino", "options": {"model_caching": True, "cache_dir": str(self.cache)}}
+        with tempfile.TemporaryDirectory(prefix="soak-") as name:
+            folder = Path(name)
+            settings = yaml.safe_dump({**shipped, "pt2": pt2, **keys, **self.keys}, sort_keys=False)
+            make_archive(folder, self.model, settings, handler=self.handler)
+            with LocalServer(folder, properties=self.properties) as server:
+                yield server
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a request.
+
+    Attributes:
+        kind: picture; busy; refused (4xx); failed (5xx in JSON); cut, when the answer broke off; hung; wrong, when the
+            answer is none of these or another picture than was asked for.
+    """
+
+    kind: str
+    seconds: float
+    told: str = ""
+
+
+def ask(server: LocalServer, *, url: str | None = None, verify: Any = True, **fields: Any) -> Outcome:
+    """Ask for a picture and judge the answer."""
+    fields = {"prompt": "a red circle on a blue background", "width": 128, "height": 128, **fields}
+    start = time.monotonic()
+    kind, told = "cut", ""
+    try:
+        answer = requests.post(
+            url or server.url, json=fields, headers=server.get_headers(), timeout=PATIENCE, verify=verify
+        )
+        kind, told = judge(answer, fields)
+    except requests.Timeout:
+        kind = "hung"
+    except requests.ConnectionError as error:
+        kind, told = ("hung" if "timed out" in str(error) else "cut"), str(error)[:200]
+    except requests.RequestException as error:
+        told = str(error)[:200]
+    seconds = time.monotonic() - start
+    return Outcome("hung" if seconds > PATIENCE else kind, seconds, told)
+
+
+def judge(answer: requests.Response, fields: Mapping[str, Any]) -> tuple[str, str]:
+    """Return an outcome's kind, and what is to be told of it."""
+    from PIL import Image
+
+    if answer.status_code == 200:
+        try:
+            with Image.open(io.BytesIO(answer.content)) as picture:
+                picture.load()
+                wanted = (fields["width"], fields["height"])
+                return ("picture", "") if picture.size == wanted else ("wrong", f"{picture.size}, not {wanted}")
+        except OSError as error:
+            return "wrong", str(error)
+    try:
+        told = str(answer.json())[:200]
+    except ValueError:
+        return "wrong", f"{answer.status_code} without JSON: {answer.text[:200]}"
+    if answer.status_code == 503 and "ServiceUnavailable" in told:
+        return "busy", told
+    return ("refused" if answer.status_code < 500 else "failed"), f"{answer.status_code} {told}"
+
+
+def keep_asking(
+    server: LocalServer, until: Callable[[int], bool], *, clients: int, **options: Any
+) -> tuple[list[Outcome], float]:
+    """Let several clients ask for pictures of all sizes and formats, one after another each, until the time is up.
+
+    Args:
+        until: is given the number of answers so far and says whether that is enough.
+
+    Returns:
+        The outcomes, and the seconds that it took.
+    """
+    outcomes: list[Outcome] = []
+    numbers = itertools.count()
+    start = time.monotonic()
+
+    def work() -> None:
+        while not until(len(outcomes)):
+            number = next(numbers)
+            width, height = SIZES[number % len(SIZES)]
+            output_format = FORMATS[number % len(FORMATS)]
+            outcome = ask(server, width=width, height=height, seed=number, output_format=output_format, **options)
+            outcomes.append(outcome)
+            if outcome.kind not in ("picture", "refused"):
+                time.sleep(0.2)  # as a client does that has been sent away
+
+    with ThreadPoolExecutor(clients) as pool:
+        for each in [pool.submit(work) for _ in range(clients)]:
+            each.result()
+    return outcomes, time.monotonic() - start
+
+
+def count(outcomes: Sequence[Outcome]) -> str:
+    """Return how many there were of each kind, with an example of each that is no picture."""
+    counts = Counter(outcome.kind for outcome in outcomes)
+    examples = {outcome.kind: outcome.told for outcome in outcomes if outcome.told}
+    return ", ".join(
+        f"{number} {kind}" + (f" ({examples[kind]})" if kind in examples else "") for kind, number in counts.items()
+    )
+
+
+def measure(server: LocalServer) -> dict[str, float]:
+    """Return what the server and its workers hold: resident megabytes, file handles, threads, entries in /tmp."""
+    held = {"MB resident": 0.0, "file handles": 0.0, "threads": 0.0}
+    for process in server.find_processes():
+        with contextlib.suppress(psutil.Error):
+            held["MB resident"] += process.memory_info().rss / 1e6
+            held["file handles"] += process.num_fds()
+            held["threads"] += process.num_threads()
+    return {**held, "temporary files": float(sum(1 for _ in server.temporary.rglob("*")))}
+
+
+class Watch(threading.Thread):
+    """Measure the server each second; the samples are kept in their order."""
+
+    def __init__(self, server: LocalServer) -> None:
+        super().__init__(daemon=True)
+        self.samples: list[dict[str, float]] = []
+        self._server, self._stopped = server, threading.Event()
+
+    def run(self) -> None:
+        while not self._stopped.wait(1):
+            self.samples.append(measure(self._server))
+
+    def __enter__(self) -> "Watch":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self.join()
+
+
+def judge_growth(samples: Sequence[Mapping[str, float]]) -> tuple[bool, str]:
+    """Compare the second tenth of the samples, past the first pictures, with the last tenth."""
+    tenth = max(len(samples) // 10, 1)
+    passed, told = True, []
+    for name in samples[0]:
+        first, last = (
+            statistics.median(sample[name] for sample in part)
+            for part in (samples[tenth : 2 * tenth] or samples[:1], samples[-tenth:])
+        )
+        # A thread pool that had not yet all its threads, or a connection more, is no leak.
+        slack = 0.05 * first if name == "MB resident" else max(0.05 * first, 4)
+        passed &= last <= first + slack
+        told.append(f"{first:.0f} to {last:.0f} {name}")
+    return passed, ", ".join(told)
+
+
+def check_soak(site: Site, scale: Scale) -> list[Line]:
+    """Pictures for a long time, from as many clients as query.py has at a time."""
+    with site.serve() as server:
+        for width, height in SIZES:  # compile what will be asked for
+            ask(server, width=width, height=height)
+        start = time.monotonic()
+
+        def is_enough(done: int) -> bool:
+            passed = time.monotonic() - start
+            return passed > scale.soak_time and (done >= scale.soak_requests or passed > 2 * scale.soak_time)
+
+        with Watch(server) as watch:
+            outcomes, seconds = keep_asking(server, is_enough, clients=4)
+    times = sorted(outcome.seconds for outcome in outcomes)
+    p50, p99 = (times[min(int(len(times) * share), len(times) - 1)] for share in (0.5, 0.99))
+    passed = len(outcomes) >= scale.soak_requests and {outcome.kind for outcome in outcomes} == {"picture"}
+    told = f"{len(outcomes)} requests in {seconds:.0f} s: {count(outcomes)}; "
+    told += f"p50 {p50:.2f} s, p99 {p99:.2f} s, p99/p50 {p99 / p50:.1f}"
+    is_flat, growth = judge_growth(watch.samples)
+    return [Line("soak", passed, told), Line("memory", is_flat, growth)]
+
+
+def find_workers(server: LocalServer) -> list[psutil.Process]:
+    """Return the processes that hold the model, ready or not."""
+    found = []
+    for process in server.find_processes():
+        with contextlib.suppress(psutil.Error):
+            if "--sock-type" in process.cmdline():
+                found.append(process)
+    return found
+
+
+def wait_for_another(server: LocalServer, old: Sequence[psutil.Process], *, seconds: float) -> float:
+    """Return the seconds until the model is ready in other workers than the old ones.
+
+    Raises:
+        ServerError: it is not in that time.
+    """
+    start = time.monotonic()
+    while not ({each.pid for each in find_workers(server)} - {each.pid for each in old} and server.is_ready()):
+        if time.monotonic() - start > seconds:
+            raise ServerError(f"no worker is ready within {seconds:.0f} s")
+        time.sleep(0.1)
+    return time.monotonic() - start
+
+
+def kill_workers(server: LocalServer, *, seconds: float, interval: float) -> tuple[int, list[float]]:
+    """Kill what holds the model at each interval; return how often, and each time until it was ready again."""
+    start, kills, recoveries = time.monotonic(), 0, []
+    while time.monotonic() - start < seconds:
+        began = time.monotonic()
+        workers = find_workers(server)
+        for each in workers:
+            each.kill()
+        kills += len(workers)
+        with contextlib.suppress(ServerError):
+            recoveries.append(wait_for_another(server, workers, seconds=interval))
+        time.sleep(max(0.0, began + interval - time.monotonic()))
+    return kills, recoveries
+
+
+def check_kills(site: Site, scale: Scale) -> list[Line]:
+    """A worker that is killed again and again, whatever it does."""
+    with site.serve() as server:
+        workers = find_workers(server)
+        workers[0].kill()
+        load_time = wait_for_another(server, workers, seconds=600)  # nobody asks meanwhile
+        with ThreadPoolExecutor(1) as pool:
+            killer = pool.submit(kill_workers, server, seconds=scale.kill_time, interval=scale.kill_interval)
+            outcomes, _ = keep_asking(server, lambda _: killer.done(), clients=3)
+        kills, recoveries = killer.result()
+        wait_for_another(server, [], seconds=600)
+        after = [ask(server) for _ in range(scale.requests_after)]
+    lost = [outcome for outcome in outcomes if outcome.kind != "picture"]
+    slowest = max(recoveries, default=float("inf"))
+    passed = (
+        {outcome.kind for outcome in lost} <= {"failed", "cut"}
+        and len(lost) <= kills  # one request is under way at a time
+        and len(recoveries) >= kills
+        and slowest <= load_time + 3
+        and {outcome.kind for outcome in after} == {"picture"}
+    )
+    told = (
+        f"{kills} kills; {count(outcomes)}; ready after at most {slowest:.1f} s, {load_time:.1f} s without load; "
+        f"then {count(after)}"
+    )
+    return [Line("kills", passed, told)]
+
+
+def check_stopped_worker(site: Site, _scale: Scale) -> list[Line]:
+    """A worker that hangs: TorchServe gives it up after responseTimeout."""
+    limit = 5
+    with site.serve(responseTimeout=limit) as server:
+        workers = find_workers(server)
+        workers[0].suspend()
+        outcome = ask(server)
+        recovery = wait_for_another(server, workers, seconds=120)
+        after = ask(server)
+    passed = outcome.kind == "failed" and outcome.seconds < limit + 3 and after.kind == "picture"
+    told = f"responseTimeout {limit} s: {outcome.kind} after {outcome.seconds:.1f} s ({outcome.told}); "
+    return [Line("stopped worker", passed, told + f"ready {recovery:.1f} s later, then {after.kind}")]
+
+
+async def ask_at_once(server: LocalServer, clients: int) -> list[tuple[int, float]]:
+    """Ask for a picture from many clients; return the status of each, and the seconds until it came.
+
+    Each keeps its connection until all have an answer.
+    """
+    body = b'{"prompt": "a red circle", "num_inference_steps": 50}'
+    head = (
+        f"POST /predictions/{server.model} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Authorization: {server.get_headers()['Authorization']}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    writers = []
+
+    async def ask_once() -> tuple[int, float]:
+        start = time.monotonic()
+        try:
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.ports["inference_address"])
+            writers.append(writer)
+            writer.write(head.encode() + body)
+            line = await asyncio.wait_for(reader.readline(), PATIENCE)
+            return int(line.split()[1]), time.monotonic() - start
+        except (TimeoutError, OSError, IndexError):
+            return 0, time.monotonic() - start
+
+    answers = await asyncio.gather(*(ask_once() for _ in range(clients)))
+    for writer in writers:
+        writer.close()
+    return answers
+
+
+def check_crowd(site: Site, scale: Scale) -> list[Line]:
+    """More clients at once than the queue has room for."""
+    with site.serve() as server:
+        answers = asyncio.run(ask_at_once(server, scale.crowd))
+        after = ask(server)
+    accepted = [seconds for status, seconds in answers if status == 200]
+    refused = [seconds for status, seconds in answers if status == 503]
+    room = 8 + 2  # the queue, the picture under way, and one that took its place
+    passed = (
+        len(accepted) + len(refused) == scale.crowd
+        and 0 < len(accepted) <= room
+        and max(refused, default=float("inf")) < 1
+        and after.kind == "picture"
+    )
+    told = f"{scale.crowd} clients: {len(accepted)} accepted, {len(refused)} refused"
+    told += f" within {max(refused):.2f} s" if refused else ""
+    return [Line("crowd", passed, f"{told}; then {after.kind}")]
+
+
+def send_hostile(server: LocalServer, random: Random) -> str:
+    """Send one hostile request; return the first digit of the status, or `closed`."""
+    if random.random() < 0.05:
+        token = server.get_headers()["Authorization"].removeprefix("Bearer ")
+        try:
+            with socket.create_connection(("127.0.0.1", server.ports["inference_address"]), timeout=3) as connection:
+                connection.sendall(make_bytes(random, token))
+                connection.shutdown(socket.SHUT_WR)
+                return connection.recv(20).decode("latin-1").partition(" ")[2][:1] or "closed"
+        except OSError:
+            return "closed"
+    hostile = make_request(random)
+    address = server.url.rpartition("/predictions")[0]
+    try:
+        with requests.Session() as session:
+            session.trust_env = False
+            request = requests.Request(hostile.method, address, data=hostile.body)
+            prepared = session.prepare_request(request)
+            prepared.url = address + hostile.path  # as it is: requests would tidy it
+            prepared.headers.update({**hostile.headers, **server.get_headers()})
+            answer = session.send(prepared, timeout=PATIENCE, allow_redirects=False)
+    except requests.Timeout:
+        return f"hung: {hostile.method} {hostile.path[:60]} {hostile.headers} {hostile.body[:200]!r}"
+    except requests.ConnectionError:
+        return "closed"
+    if answer.status_code < 500:
+        return str(answer.status_code)[0]
+    if hostile.is_form and answer.json()["type"] in ("ErrorDataDecoderException", "StringIndexOutOfBoundsException"):
+        return FORM_ERROR
+    shown = f"{hostile.method} {hostile.path[:60]} {hostile.headers} {hostile.body[:300]!r}"
+    return f"{answer.status_code} {answer.text[:200]!r} to {shown}"
+
+
+def check_fuzz(site: Site, scale: Scale) -> list[Line]:
+    """Hostile requests, and hundreds of connections that send nothing."""
+    small = replace(site, settings={"num_inference_steps": 1, "max_steps": 3, "max_side": 128, **site.settings})
+    with small.serve() as server:
+        before = [process.pid for process in find_workers(server)]
+        silent = [socket.create_connection(("127.0.0.1", server.ports["inference_address"])) for _ in range(500)]
+        with ThreadPoolExecutor(4) as pool:
+            kinds = Counter(pool.map(lambda seed: send_hostile(server, Random(seed)), range(scale.fuzzed)))
+        after = ask(server)
+        for connection in silent:
+            connection.close()
+        survived = before == [process.pid for process in find_workers(server)]
+        forged = "forged.Count" in (server.folder / "logs/model_metrics.log").read_text()
+    bad = [kind for kind in kinds if kind not in ("2", "4", "closed", FORM_ERROR)]
+    passed = not bad and kinds["closed"] <= 0.06 * scale.fuzzed and survived and not forged and after.kind == "picture"
+    told = f"{scale.fuzzed} requests: {kinds['2']} 2xx, {kinds['4']} 4xx, {kinds['closed']} closed without an answer"
+    told += f", {kinds[FORM_ERROR]} {FORM_ERROR}"
+    told += f", {len(bad)} others, such as {bad[0]}" if bad else ""
+    return [Line("fuzz", passed, f"{told}; worker {'the same' if survived else 'another'}; then {after.kind}")]
+
+
+def check_leavers(site: Site, scale: Scale) -> list[Line]:
+    """Clients that leave in mid-picture."""
+    steps = 150
+    with site.serve() as server:
+
+        def leave(seed: int) -> None:
+            fields = {"prompt": "a red circle", "num_inference_steps": steps, "seed": seed}
+            with requests.post(
+                server.url, json=fields, headers=server.get_headers(), stream=True, timeout=PATIENCE
+            ) as answer:
+                answer.raise_for_status()  # the headers come after the first step
+
+        alone = ask(server, num_inference_steps=steps)
+        start = time.monotonic()
+        with ThreadPoolExecutor(5) as pool:
+            list(pool.map(leave, range(scale.leavers)))
+        after = ask(server)
+        seconds = time.monotonic() - start
+        ended = server.log.count("its work has ended after step")
+    passed = ended >= scale.leavers and after.kind == "picture" and seconds < scale.leavers * alone.seconds / 4
+    told = (
+        f"{scale.leavers} clients left pictures of {alone.seconds:.1f} s: {ended} ended early, {seconds:.1f} s in all"
+    )
+    return [Line("leavers", passed, f"{told}; then {after.kind}")]
+
+
+def drain_once(site: Site) -> tuple[list[Outcome], int, list[str]]:
+    """Start a server behind nginx, ask for pictures until nginx takes no more requests, stop.
+
+    Returns:
+        The outcomes, how many requests nginx accepted, and what is left of the server.
+    """
+    outcomes: list[Outcome] = []
+
+    def keep_on(proxy: LocalProxy) -> None:
+        while True:
+            outcome = ask(server, url=proxy.url, verify=str(proxy.certificate), num_inference_steps=20)
+            if outcome.kind == "cut" and outcome.seconds < 0.2:
+                return  # nginx takes no more
+            outcomes.append(outcome)
+
+    with site.serve() as server:
+        with LocalProxy(server.ports["inference_address"]) as proxy, ThreadPoolExecutor(3) as pool:
+            clients = [pool.submit(keep_on, proxy) for _ in range(3)]
+            time.sleep(3)
+            proxy.drain()
+            for client in clients:
+                client.result()
+            accepted = sum(not line.endswith("upstream=-") for line in proxy.log)
+        processes = server.find_processes()
+    left = [f"process {process.pid}" for process in processes if process.is_running()]
+    for port in (*server.ports.values(), proxy.port):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                left.append(f"port {port}")
+    return outcomes, accepted, left
+
+
+def check_cycles(site: Site, scale: Scale) -> list[Line]:
+    """Start, drain and stop under load: behind nginx, as it is shipped."""
+    if find_nginx() is None:
+        return [Line("cycles", False, "nginx or openssl is not installed")]
+    outcomes, accepted, left = [], 0, []
+    for _ in range(scale.cycles):
+        cycle = drain_once(site)
+        outcomes += cycle[0]
+        accepted += cycle[1]
+        left += cycle[2]
+    pictures = sum(outcome.kind == "picture" for outcome in outcomes)
+    passed = 0 < accepted == pictures == len(outcomes) and not left
+    told = (
+        f"{scale.cycles} cycles: {accepted} requests accepted, {count(outcomes)}; left: {', '.join(left) or 'nothing'}"
+    )
+    return [Line("cycles", passed, told)]
+
+
+CLOSED = (
+    *(("inference", method, path) for method, path in (("GET", "/ping"), ("GET", "/models"), ("GET", "/metrics"))),
+    *(("inference", "POST", f"/predictions/diffusion_fast{end}") for end in ("", "/1.0", "/1.0/v1/images/generations")),
+    *(("inference", "GET", f"/predictions/diffusion_fast/1.0/{end}") for end in ("describe", "openapi.json")),
+    *(("inference", "POST", path) for path in ("/invocations", "/explanations/diffusion_fast", "/wf-predict/x")),
+    *(
+        ("inference", "POST", path)
+        for path in ("/v1/models/diffusion_fast:predict", "/workflows", "/v2/models/x/infer")
+    ),
+    *(("management", method, "/models/diffusion_fast") for method in ("GET", "PUT", "DELETE")),
+    *(("management", "POST", path) for path in ("/models?url=x.mar", "/workflows?url=x.war")),
+    *(("management", "GET", path) for path in ("/models", "/workflows", "/token?type=inference", "/metrics", "/ping")),
+)
+OPEN = (("OPTIONS", "/"), ("GET", "/api-description"))  # TorchServe's description of its own API
+
+
+def check_tokens(site: Site, _scale: Scale) -> list[Line]:
+    """Every path without a token, and with a wrong one."""
+    answered = []
+    with site.serve() as server:
+        for (api, method, path), headers in itertools.product(CLOSED, ({}, {"Authorization": "Bearer wrong"})):
+            url = f"http://127.0.0.1:{server.ports[f'{api}_address']}{path}"
+            answer = requests.request(method, url, headers=headers, timeout=10)
+            if answer.status_code != 400 or answer.json().get("type") != "InvalidKeyException":
+                answered.append(f"{method} {path}: {answer.status_code}")
+        opened = [
+            requests.request(method, f"http://127.0.0.1:{server.ports[f'{api}_address']}{path}", timeout=10).status_code
+            for api in ("inference", "management")
+            for method, path in OPEN
+        ]
+        with socket.socket() as probe:
+            metrics_closed = probe.connect_ex(("127.0.0.1", server.ports["metrics_address"])) != 0
+    told = f"{len(CLOSED)} paths, without a token and with a wrong one: {', '.join(answered) or 'all refused'}"
+    told += f"; the {len(OPEN)} that README lists answer {sorted(set(opened))}"
+    return [Line("tokens", not answered and metrics_closed, told)]
+
+
+def check_disk(site: Site, _scale: Scale) -> list[Line]:
+    """What goes wrong with files and ports: each with a message that says what it is."""
+    wrong = []
+
+    def fail_to_start(changed: Site, message: str) -> None:
+        try:
+            with changed.serve():
+                wrong.append(f"it started, without {message!r}")
+        except ServerError as error:
+            if message not in str(error):
+                wrong.append(f"no {message!r} in: …{str(error)[-300:]}")
+
+    with tempfile.TemporaryDirectory() as name:
+        broken = Path(name) / "model"
+        subprocess.run(["cp", "-r", site.model, broken], check=True)
+        weights = broken / "unet/diffusion_pytorch_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1000])
+        fail_to_start(replace(site, model=broken), "ConfigError: cannot read the pipeline")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        fail_to_start(replace(site, properties={"inference_address": address}), "Address already in use")
+    with tempfile.TemporaryDirectory() as name:
+        cache = Path(name) / "cache"
+        # A limit for the size of files stands in for a full disk.
+        for limit, message in ((20_000, "cannot use the cache folder"), (None, "")):
+            done = fill_cache(site, cache, limit)
+            if message not in done.stderr or (done.returncode == 0) != (limit is None):
+                wrong.append(f"files of at most {limit} bytes: {done.stderr[-300:]}")
+    with replace(site, cache=site.cache / "gone").serve() as server:
+        subprocess.run(["rm", "-r", site.cache / "gone"], check=True)
+        outcome = ask(server, width=96, height=96)
+        if outcome.kind != "picture":
+            wrong.append(f"cache folder gone: {outcome.told}")
+    told = (
+        "; ".join(wrong)
+        or "a message each for: a model cut short, a port taken, a disk full; a cache that is gone is made anew"
+    )
+    return [Line("disk and ports", not wrong, told)]
+
+
+def fill_cache(site: Site, cache: Path, limit: int | None) -> "subprocess.CompletedProcess[str]":
+    """Load the model in a process that may write files of at most so many bytes."""
+    program = (
+        "import resource, sys, pathlib; limit = eval(sys.argv[3])\n"
+        "from pipeline_utils import CompileConfig, HandlerConfig, load_pipeline\n"
+        "options = {'model_caching': True, 'cache_dir': sys.argv[2]}\n"
+        "pt2 = CompileConfig.parse({'backend': 'openvino', 'options': options}); folder = pathlib.Path(sys.argv[1])\n"
+        "if limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n"
+        "load_pipeline(HandlerConfig(model_path=folder.name), pt2, model_dir=folder.parent)\n"
+    )
+    command = [sys.executable, "-c", program, str(site.model), str(cache), repr(limit)]
+    return subprocess.run(command, cwd=ROOT, env=make_environment(), capture_output=True, text=True)
+
+
+LINES: dict[str, Callable[[Site, Scale], list[Line]]] = {
+    "soak": check_soak,
+    "kills": check_kills,
+    "stopped": check_stopped_worker,
+    "crowd": check_crowd,
+    "fuzz": check_fuzz,
+    "leavers": check_leavers,
+    "cycles": check_cycles,
+    "tokens": check_tokens,
+    "disk": check_disk,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the same with lower counts, in minutes")
+    parser.add_argument("--only", nargs="+", choices=LINES, default=list(LINES), metavar="LINE", help=", ".join(LINES))
+    options = parser.parse_args(argv)
+    scale = QUICK if options.quick else Scale()
+    print(f"{os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB", flush=True)
+    all_passed = True
+    with tempfile.TemporaryDirectory(prefix="soak-cache-") as cache:
+        for name in options.only:
+            try:
+                lines = LINES[name](Site(Path(cache)), scale)
+            except (ServerError, requests.RequestException, OSError) as error:
+                lines = [Line(name, False, f"{type(error).__name__}: {error}"[-2000:])]
+            for line in lines:
+                print(f"{'pass' if line.passed else 'FAIL'}  {line.name}: {line.told}", flush=True)
+                all_passed &= line.passed
+    return 0 if all_passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""Each line of the scorecard passes on what is shipped, and fails on a fault that is planted for it."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import soak
+from scripts.local_proxy import LocalProxy, find_nginx
+from scripts.local_server import LocalServer
+from scripts.soak import LINES, Line, Scale, Site, judge_growth
+from tests.server import planted_handler
+
+SMALL = Scale(soak_time=6, soak_requests=10, kill_time=25, requests_after=5, crowd=60, fuzzed=250, leavers=5, cycles=1)
+LINE_NAMES = {"stopped": "stopped worker", "disk": "disk and ports"}
+PLANTED = Path(planted_handler.__file__)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    return Site(tmp_path_factory.mktemp("cache"))
+
+
+@dataclass(frozen=True)
+class RunningSite(Site):
+    """One that serves already, for the lines that change nothing of it."""
+
+    server: LocalServer | None = None
+
+    @contextmanager
+    def serve(self, **_: Any) -> Iterator[LocalServer]:
+        assert self.server
+        yield self.server
+
+
+@pytest.fixture(scope="module")
+def running(site: Site) -> Iterator[Site]:
+    with site.serve() as server:
+        yield RunningSite(site.cache, server=server)
+
+
+def check(name: str, site: Site, scale: Scale = SMALL) -> dict[str, bool]:
+    lines = LINES[name](site, scale)
+    for line in lines:
+        print(line)
+    return {line.name: line.passed for line in lines}
+
+
+@pytest.mark.parametrize("name", ["soak", "crowd", "fuzz", "leavers", "tokens"])
+def test_lines_of_one_server(running: Site, name: str) -> None:
+    results = check(name, running)
+    results.pop("memory", None)  # a few seconds tell nothing of it; the control below shows that it can fail
+    assert results == dict.fromkeys(results, True)
+
+
+@pytest.mark.parametrize("name", ["stopped", "kills", "disk"])
+def test_lines_that_break_their_server(site: Site, name: str) -> None:
+    assert set(check(name, site).values()) == {True}
+
+
+@pytest.mark.skipif(find_nginx() is None, reason="nginx and openssl are not installed")
+def test_cycles(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check("cycles", site) == {"cycles": True}
+    monkeypatch.setattr(LocalProxy, "drain", lambda proxy: proxy.command("-s", "stop"))
+    assert check("cycles", site) == {"cycles": False}  # the requests under way are cut off
+
+
+@pytest.fixture(scope="module")
+def faulty(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """A site whose tests name the faults; its model is small, random and not compiled, to be there soon."""
+    return Site(tmp_path_factory.mktemp("cache"), model=tiny_model, handler=PLANTED)
+
+
+def plant(faulty: Site, *faults: str, properties: Mapping[str, str] | None = None, **keys: Any) -> Site:
+    return replace(faulty, keys={"pt2": None, "planted": list(faults), **keys}, properties=properties or {})
+
+
+@pytest.mark.parametrize(
+    ("faults", "soak_passes", "memory_passes"),
+    [(["leak"], True, False), (["hang"], False, None), (["wrong size"], False, None)],
+)
+def test_soak_and_memory_can_fail(
+    faulty: Site, monkeypatch: pytest.MonkeyPatch, faults: list[str], soak_passes: bool, memory_passes: bool | None
+) -> None:
+    monkeypatch.setattr(soak, "PATIENCE", 5)
+    results = check("soak", plant(faulty, *faults))
+    assert results["soak"] is soak_passes
+    assert memory_passes is None or results["memory"] is memory_passes
+
+
+@pytest.mark.parametrize(
+    ("name", "faults", "keys"),
+    [
+        ("kills", ["slow recovery"], {}),
+        ("stopped", [], {"responseTimeout": 10}),
+        ("crowd", [], {"jobQueueSize": 100}),
+        ("fuzz", ["server error"], {}),
+        ("leavers", [], {"continuousBatching": False}),
+        ("disk", ["starts without a model"], {}),
+    ],
+)
+def test_other_lines_can_fail(faulty: Site, name: str, faults: list[str], keys: dict[str, Any]) -> None:
+    assert check(name, plant(faulty, *faults, **keys)) == {LINE_NAMES.get(name, name): False}
+
+
+def test_tokens_can_fail(faulty: Site) -> None:
+    # TorchServe's metrics endpoint answers without a token.
+    assert check("tokens", plant(faulty, properties={"enable_metrics_api": "true"})) == {"tokens": False}
+
+
+def test_growth_is_told() -> None:
+    flat = [{"MB resident": 1000 + i % 7, "threads": 50.0 + i % 3} for i in range(100)]
+    assert judge_growth(flat)[0]
+    assert not judge_growth([{**each, "threads": 50 + i} for i, each in enumerate(flat)])[0]
+    assert not judge_growth([{**each, "MB resident": 1000 + i} for i, each in enumerate(flat)])[0]
+
+
+def test_program_tells_and_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = {"a": lambda *_: [Line("a", True, "well")], "b": lambda *_: [Line("b", False, "not well")]}
+    monkeypatch.setattr(soak, "LINES", lines)
+    assert soak.main(["--quick", "--only", "a"]) == 0
+    assert soak.main([]) == 1
+    assert "FAIL  b: not well" in capsys.readouterr().out
