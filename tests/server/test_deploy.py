@@ -11,6 +11,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -310,6 +311,7 @@ def test_what_is_not_https_is_answered_with_json(nginx: Nginx) -> None:
     assert "HTTPS" in answer.json()["error"]["message"]
     for version in (ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1):
         old = ssl.create_default_context(cafile=nginx.certificate)
+        old.set_ciphers("ALL:@SECLEVEL=0")  # this side would speak it
         with pytest.warns(DeprecationWarning, match="TLS"):
             old.minimum_version, old.maximum_version = ssl.TLSVersion.TLSv1, version
         with socket.create_connection(("127.0.0.1", nginx.port)) as plain, pytest.raises(OSError, match="SSL"):
@@ -322,6 +324,7 @@ class Stub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), StubHandler)
         self.status = 200
+        self.begun = 0
         self.seen: list[tuple[str, dict[str, str], bytes]] = []
 
     def __enter__(self) -> Self:
@@ -337,6 +340,7 @@ class StubHandler(BaseHTTPRequestHandler):
     server: Stub
 
     def do_POST(self) -> None:
+        self.server.begun += 1
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.seen.append((self.requestline, dict(self.headers), body))
         if self.server.status:
@@ -378,10 +382,10 @@ def test_only_the_path_and_three_headers_are_passed_on(stubbed: tuple[Stub, Ngin
 @needs_nginx
 def test_upload_arrives_whole(stubbed: tuple[Stub, Nginx], address: str) -> None:
     stub, nginx = stubbed
-    before = len(stub.seen)
+    before = stub.begun
     with nginx.open_request(address, 300_000, b"x" * 200_000, Authorization="Bearer x") as connection:
         time.sleep(0.5)
-        assert len(stub.seen) == before
+        assert stub.begun == before
         connection.sendall(b"x" * 100_000)
         assert connection.recv(12) == b"HTTP/1.1 200"
     assert len(stub.seen[-1][2]) == 300_000
@@ -523,48 +527,48 @@ def test_stopped_worker_is_ready_but_does_not_answer(server: LocalServer, capsys
     assert check(server, "--answer", "10", "--wait", "30") == 0
 
 
-def keep_asking(nginx: Nginx, server: LocalServer, stop: threading.Event) -> list[Answer]:
-    """Ask for pictures, one after the other on new connections, until nginx takes none; return the answers."""
-    answers = []
-    while not stop.is_set():
+def keep_asking(nginx: Nginx, headers: dict[str, str]) -> list[Answer]:
+    """Ask for pictures, one after the other, until no new connection is taken; what a connection has been made for must
+    be answered."""
+    answers: list[Answer] = []
+    while True:
+        connection = nginx.connect(next(addresses))
         try:
-            answers.append(
-                nginx.ask("POST", PREDICTIONS, address=next(addresses), body=make_body(30), **json_headers(server))
-            )
+            connection.connect()
         except OSError:
-            break
-    return answers
+            return answers
+        connection.request("POST", PREDICTIONS, make_body(30), headers)
+        answer = connection.getresponse()
+        answers.append(Answer(answer.status, answer.headers, answer.read()))
+        connection.close()
 
 
 @needs_nginx
 def test_drain_answers_what_has_been_accepted(server: LocalServer) -> None:
-    stop = threading.Event()
-    with Nginx(server.ports["inference_address"]) as nginx, ThreadPoolExecutor(5) as pool:
-        try:
-            clients = [pool.submit(keep_asking, nginx, server, stop) for _ in range(5)]
-            body, idle = make_body(2), nginx.connect(next(addresses))
-            idle.request("GET", "/")
-            idle.getresponse().read()
-            wait_for(lambda: sum('" 200 ' in line for line in nginx.read_log()) > 1)
-            with nginx.open_request(next(addresses), len(body), body[:9], **json_headers(server)) as upload:
-                nginx.command("-s", "quit")
-                wait_for(lambda: is_refused(nginx.port), seconds=5)
-                assert nginx.process.is_running()
-                upload.sendall(body[9:])
-                has_picture = upload.makefile("rb").read().startswith(b"HTTP/1.1 200 ")
-            assert idle.sock.recv(1) == b""  # it was closed
-            answers = [answer for client in clients for answer in client.result(timeout=60)]
-        finally:
-            stop.set()
+    body, headers = make_body(2), json_headers(server)
+    # nginx ends before the pool waits for its clients.
+    with ThreadPoolExecutor(5) as pool, Nginx(server.ports["inference_address"]) as nginx:
+        clients = [pool.submit(keep_asking, nginx, headers) for _ in range(5)]
+        idle = nginx.connect(next(addresses))
+        idle.request("GET", "/")
+        idle.getresponse().read()
+        wait_for(lambda: sum('" 200 ' in line for line in nginx.read_log()) > 1)
+        with nginx.open_request(next(addresses), len(body), body[:9], **headers) as upload:
+            nginx.command("-s", "quit")
+            wait_for(lambda: is_refused(nginx.port), seconds=5)
+            assert nginx.process.is_running()  # the worker is busy, and TorchServe's queue is full
+            upload.sendall(body[9:])
+            uploaded = upload.makefile("rb").read()
+        assert idle.sock.recv(1) == b""  # it was closed
+        answers = [answer for client in clients for answer in client.result(timeout=60)]
         nginx.process.wait(timeout=10)
-        statuses = [int(line.split('" ')[1].split()[0]) for line in nginx.read_log() if "upstream=-" not in line]
-    assert set(statuses) <= {200, 503}
-    assert sum(answer.status == 200 for answer in answers) + has_picture == statuses.count(200)
+    assert re.match(rb"HTTP/1.1 (200|503) ", uploaded)
+    pictures = [answer.body for answer in answers if answer.status == 200]
+    assert len(pictures) > 3
+    for picture in pictures:
+        check_picture(picture)
     for answer in answers:
-        if answer.status == 200:
-            check_picture(answer.body)
-        else:
-            assert answer.error["type"] == "server_busy"
+        assert answer.status == 200 or answer.error["type"] == "server_busy"
 
 
 def is_refused(port: int) -> bool:
@@ -584,7 +588,8 @@ def test_units_are_understood(tmp_path: Path) -> None:
     shutil.copytree(DEPLOY, tmp_path, dirs_exist_ok=True)
     shutil.copy("/lib/systemd/system/nginx.service", tmp_path)
     for unit in tmp_path.glob("torchserve*.service"):
-        unit.write_text(unit.read_text().replace("/opt/sdxl/", f"{ROOT}/").replace("User=sdxl", "User=daemon"))
+        text = unit.read_text().replace("/opt/sdxl/.venv/", f"{sys.prefix}/").replace("/opt/sdxl", str(ROOT))
+        unit.write_text(text.replace("User=sdxl", "User=daemon"))
     units = [*tmp_path.glob("torchserve*"), tmp_path / "nginx.service"]
     assert len(units) == 4
     done = subprocess.run(
