@@ -12,7 +12,6 @@ import socket
 import ssl
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,14 +28,12 @@ from openai import DefaultHttpxClient, OpenAI
 from PIL import Image
 
 from scripts import check_ready
-from scripts.local_server import ROOT, LocalServer, find_free_ports, make_archive
+from scripts.local_proxy import LocalProxy, find_nginx
+from scripts.local_server import ROOT, LocalServer, make_archive
 from tests.server.test_backends import make_settings
 
 DEPLOY = ROOT / "deploy"
-NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
-needs_nginx = pytest.mark.skipif(
-    NGINX is None or shutil.which("openssl") is None, reason="nginx and openssl are not installed"
-)
+needs_nginx = pytest.mark.skipif(find_nginx() is None, reason="nginx and openssl are not installed")
 PREDICTIONS = "/predictions/diffusion_fast"
 # Each test has an address of its own, since the limits are for each address.
 addresses = (f"127.0.{i}.{j}" for i, j in itertools.product(range(1, 250), range(1, 250)))
@@ -55,67 +52,12 @@ class Answer(NamedTuple):
         return error
 
 
-class Nginx:
-    """nginx with the shipped configuration before a port of this machine, started on entry and stopped on exit.
-
-    Only ports, the certificate's paths and the folders that it writes into are changed.
-    """
-
-    def __init__(self, upstream: int) -> None:
-        self.upstream = upstream
-        (self.port,) = find_free_ports(1)
-        # pytest's folders are closed to the account that nginx's workers run as.
-        self.folder = Path(tempfile.mkdtemp(prefix="nginx-"))
-        self.folder.chmod(0o755)
-        self.certificate = self.folder / "fullchain.pem"
-
-    def __enter__(self) -> Self:
-        subprocess.run(
-            [
-                *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"),
-                *("-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"),
-                *("-keyout", self.folder / "privkey.pem", "-out", self.certificate),
-            ],
-            check=True,
-            stderr=subprocess.DEVNULL,
-        )
-        self.tls = ssl.create_default_context(cafile=self.certificate)
-        (self.folder / "nginx.conf").write_text(self.make_configuration())
-        self.command()
-        self.process = psutil.Process(int((self.folder / "nginx.pid").read_text()))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.is_running():
-            self.process.terminate()
-            self.process.wait(timeout=10)
-        shutil.rmtree(self.folder)
-
-    def make_configuration(self) -> str:
-        text = (DEPLOY / "nginx.conf").read_text()
-        for shipped, changed in {
-            "server 127.0.0.1:8080;": f"server 127.0.0.1:{self.upstream};",
-            "        listen 443 ": f"        listen 127.0.0.1:{self.port} ",
-            "/etc/nginx/tls/fullchain.pem": str(self.certificate),
-            "/etc/nginx/tls/privkey.pem": str(self.folder / "privkey.pem"),
-            "/var/log/nginx/access.log": str(self.folder / "access.log"),
-            "/var/log/nginx/error.log": str(self.folder / "error.log"),
-            "\nhttp {\n": "\nhttp {\n"
-            + "".join(f"{kind}_temp_path {kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")),
-        }.items():
-            assert text.count(shipped) == 1, shipped
-            text = text.replace(shipped, changed)
-        return text
-
-    def command(self, *arguments: str) -> None:
-        """Run nginx, which starts it, or gives the running one an order."""
-        places = ("-p", self.folder, "-c", "nginx.conf", "-e", "error.log", "-g", f"pid {self.folder}/nginx.pid;")
-        subprocess.run([str(NGINX), *places, *arguments], check=True, timeout=30)
+class Nginx(LocalProxy):
+    """The proxy, with clients of any address of this machine."""
 
     def read_log(self, address: str | None = None) -> list[str]:
         """Return the access log's lines, or those about a client's address."""
-        lines = (self.folder / "access.log").read_text().splitlines()
-        return [line for line in lines if address in (None, line.split(" ", 1)[0])]
+        return [line for line in self.log if address in (None, line.split(" ", 1)[0])]
 
     def connect(self, address: str) -> http.client.HTTPSConnection:
         return http.client.HTTPSConnection(
