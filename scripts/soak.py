@@ -354,7 +354,7 @@ async def ask_at_once(server: LocalServer, clients: int) -> list[tuple[int, floa
 
     Each keeps its connection until all have an answer.
     """
-    body = b'{"prompt": "a red circle", "num_inference_steps": 50}'
+    body = b'{"prompt": "a red circle", "num_inference_steps": 25}'
     head = (
         f"POST /predictions/{server.model} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         f"Authorization: {server.get_headers()['Authorization']}\r\nContent-Length: {len(body)}\r\n\r\n"

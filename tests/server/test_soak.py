@@ -56,11 +56,13 @@ def test_lines_of_one_server(running: Site, name: str) -> None:
     assert results == dict.fromkeys(results, True)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("name", ["stopped", "kills", "disk"])
 def test_lines_that_break_their_server(site: Site, name: str) -> None:
     assert set(check(name, site).values()) == {True}
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(find_nginx() is None, reason="nginx and openssl are not installed")
 def test_cycles(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     assert check("cycles", site) == {"cycles": True}
@@ -94,12 +96,12 @@ def test_soak_and_memory_can_fail(
 @pytest.mark.parametrize(
     ("name", "faults", "keys"),
     [
-        ("kills", ["slow recovery"], {}),
-        ("stopped", [], {"responseTimeout": 10}),
+        pytest.param("kills", ["slow recovery"], {}, marks=pytest.mark.soak),
+        pytest.param("stopped", [], {"responseTimeout": 10}, marks=pytest.mark.soak),
         ("crowd", [], {"jobQueueSize": 100}),
         ("fuzz", ["server error"], {}),
         ("leavers", [], {"continuousBatching": False}),
-        ("disk", ["starts without a model"], {}),
+        pytest.param("disk", ["starts without a model"], {}, marks=pytest.mark.soak),
     ],
 )
 def test_other_lines_can_fail(faulty: Site, name: str, faults: list[str], keys: dict[str, Any]) -> None:
