@@ -1,5 +1,6 @@
 """Run the shipped nginx.conf on a free port of this machine, for the tests and the scorecard."""
 
+import contextlib
 import os
 import shutil
 import ssl
@@ -69,8 +70,8 @@ class LocalProxy:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.process.is_running():
-            self.command("-s", "stop")
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.process.terminate()
             self.process.wait(timeout=10)
         shutil.rmtree(self.folder)
 

@@ -82,7 +82,11 @@ def plant(faulty: Site, *faults: str, properties: Mapping[str, str] | None = Non
 
 @pytest.mark.parametrize(
     ("faults", "soak_passes", "memory_passes"),
-    [(["leak"], True, False), (["hang"], False, None), (["wrong size"], False, None)],
+    [
+        (["leak"], True, False),
+        pytest.param(["hang"], False, None, marks=pytest.mark.soak),
+        pytest.param(["wrong size"], False, None, marks=pytest.mark.soak),
+    ],
 )
 def test_soak_and_memory_can_fail(
     faulty: Site, monkeypatch: pytest.MonkeyPatch, faults: list[str], soak_passes: bool, memory_passes: bool | None
@@ -93,15 +97,16 @@ def test_soak_and_memory_can_fail(
     assert memory_passes is None or results["memory"] is memory_passes
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("name", "faults", "keys"),
     [
-        pytest.param("kills", ["slow recovery"], {}, marks=pytest.mark.soak),
-        pytest.param("stopped", [], {"responseTimeout": 10}, marks=pytest.mark.soak),
+        ("kills", ["slow recovery"], {}),
+        ("stopped", [], {"responseTimeout": 10}),
         ("crowd", [], {"jobQueueSize": 100}),
         ("fuzz", ["server error"], {}),
         ("leavers", [], {"continuousBatching": False}),
-        pytest.param("disk", ["starts without a model"], {}, marks=pytest.mark.soak),
+        ("disk", ["starts without a model"], {}),
     ],
 )
 def test_other_lines_can_fail(faulty: Site, name: str, faults: list[str], keys: dict[str, Any]) -> None:
