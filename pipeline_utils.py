@@ -327,7 +327,7 @@ def load_pipeline(
     except Exception as error:  # each backend has errors of its own
         reason = shorten(" ".join(str(error).split()), length=600)
         raise ConfigError(f"pt2.backend: {compilation.backend} cannot run this model: {reason}") from error
-    if config.weights_sha256 not in (None, loaded.weights_sha256):
+    if config.weights_sha256 is not None and config.weights_sha256 != loaded.weights_sha256:
         raise ConfigError(
             f"handler.weights_sha256 takes the digest of the weights in {folder} as {dtype}, "
             f"{loaded.weights_sha256}, not {config.weights_sha256!r}; other weights than expected, or another dtype"
