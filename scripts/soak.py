@@ -159,9 +159,7 @@ def judge(answer: requests.Response, fields: Mapping[str, Any]) -> tuple[str, st
     return ("refused" if answer.status_code < 500 else "failed"), f"{answer.status_code} {told}"
 
 
-def keep_asking(
-    server: LocalServer, until: Callable[[int], bool], *, clients: int, **options: Any
-) -> tuple[list[Outcome], float]:
+def keep_asking(server: LocalServer, until: Callable[[int], bool], *, clients: int) -> tuple[list[Outcome], float]:
     """Let several clients ask for pictures of all sizes and formats, one after another each, until the time is up.
 
     Args:
@@ -179,7 +177,7 @@ def keep_asking(
             number = next(numbers)
             width, height = SIZES[number % len(SIZES)]
             output_format = FORMATS[number % len(FORMATS)]
-            outcome = ask(server, width=width, height=height, seed=number, output_format=output_format, **options)
+            outcome = ask(server, width=width, height=height, seed=number, output_format=output_format)
             outcomes.append(outcome)
             if outcome.kind not in ("picture", "refused"):
                 time.sleep(0.2)  # as a client does that has been sent away
