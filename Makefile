@@ -1,5 +1,5 @@
 # make demo    serve a small model and save a picture
-# make test    all tests
+# make test    the tests, but for those of pytest -m soak
 # make lint    ruff and mypy
 # make soak    an hour of load, faults and hostile input, with a scorecard; make soak QUICK=--quick: minutes
 # make audit   look for known faults of the pinned packages; needs PyPI's own index
