@@ -56,7 +56,27 @@ def restore_linear(graph: torch.fx.Graph) -> None:
             user.replace_all_uses_with(linear)
             graph.erase_node(user)
             _unflatten(linear)
+    # After a permutation the matrices are multiplied with as many copies of the weight.
+    for product in graph.find_nodes(op="call_function", target=aten.bmm.default):
+        matrices, transposed = product.args[0], _see_through(product.args[1])
+        if transposed.target is aten.t.default:
+            with graph.inserting_before(product):
+                linear = graph.call_function(aten.linear.default, (matrices, transposed.args[0]))
+            linear.meta = product.meta
+            product.replace_all_uses_with(linear)
+            graph.erase_node(product)
     graph.eliminate_dead_code()
+
+
+def _see_through(node: torch.fx.Node) -> torch.fx.Node:
+    """Return the tensor of which this is one copy or more, each in the shape that it has."""
+    while node.target in (*_VIEWS, aten.expand.default):
+        source = node.args[0]
+        shape, copied = list(node.meta["val"].shape), list(source.meta["val"].shape)
+        if shape != copied and shape[1:] != copied:
+            break
+        node = source
+    return node
 
 
 def _unflatten(linear: torch.fx.Node) -> None:

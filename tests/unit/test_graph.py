@@ -86,6 +86,21 @@ def test_graph_is_no_longer_than_openvinos_own(
         assert ours[kind] == theirs[kind]
 
 
+@pytest.mark.parametrize("name", ["unet", "vae"])
+def test_the_weights_of_every_layer_are_compressed(pipeline: Any, name: str) -> None:
+    module, inputs = make_case(pipeline, name)
+    module.requires_grad_(False)  # torch traces it otherwise than with gradients
+    called: set[torch.nn.Module] = set()
+    layers = [each for each in module.modules() if isinstance(each, torch.nn.Linear | torch.nn.Conv2d)]
+    hooks = [each.register_forward_hook(lambda layer, *_: called.add(layer)) for each in layers]
+    module(*inputs)
+    for hook in hooks:
+        hook.remove()
+    backend = OpenVINOBackend({"weight_compression": "int8_sym", "config": {"INFERENCE_PRECISION_HINT": "f32"}})
+    torch.compile(module, backend=backend, fullgraph=True, dynamic=False)(*inputs)
+    assert sum(model.constants.get("i8", 0) for model in backend.reports[0].models) == len(called)
+
+
 def run_on_openvino(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], precision: str) -> torch.Tensor:
     torch._dynamo.reset()
     backend = OpenVINOBackend({"config": {"INFERENCE_PRECISION_HINT": precision}})
