@@ -18,6 +18,7 @@ from torch._functorch._aot_autograd.schemas import OutputType
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.passes.split_module import split_module
 
+from openvino_backend.compression import compress_weights, quantize_convolutions
 from openvino_backend.errors import GraphLimitError, OpenVINOBackendError, UnsupportedOperatorsError
 from openvino_backend.graph import (
     bind_constants,
@@ -29,7 +30,7 @@ from openvino_backend.graph import (
     widen,
 )
 from openvino_backend.memory import release_memory
-from openvino_backend.model import PRECISION, ModelReport, Part, compress_weights, convert_graph
+from openvino_backend.model import PRECISION, ModelReport, Part, convert_graph
 from openvino_backend.options import Options
 
 logger = logging.getLogger(__name__)
@@ -246,8 +247,11 @@ class OpenVINOBackend:
     def _convert(self, module: torch.fx.GraphModule, *, in_float32: bool) -> openvino.Model:
         widen(module)
         model = convert_graph(module)
-        mode = self.options.weight_compression
-        return compress_weights(model, mode) if mode and not in_float32 else model
+        if self.options.weight_compression and not in_float32:
+            model = compress_weights(model, self.options.weight_compression)
+            if self.options.quantize_convolutions:
+                quantize_convolutions(model)
+        return model
 
 
 def compile_graph(

@@ -32,6 +32,7 @@ class ModelReport:
         precision: the floating-point type of its arithmetic, as OpenVINO names it: f32, bf16, f16.
         operators: the number of operators it executes.
         inputs: the number of tensors passed at each call.
+        quantized_convolutions: the number of convolutions that it computes in 8 bits.
         constants: the number of weights and other tensors compiled in, by their type.
         loaded_from_cache: true when it came from the cache: nothing was converted.
         seconds: the time of conversion, if any, and compilation.
@@ -41,6 +42,7 @@ class ModelReport:
     precision: str
     operators: int
     inputs: int
+    quantized_convolutions: int
     constants: Mapping[str, int]
     loaded_from_cache: bool
     seconds: float
@@ -97,11 +99,13 @@ class Part(torch.nn.Module):
                 f"accept it with config: {{'{PRECISION}': '{precision}'}}"
             )
         self.forward = CompiledModel(compiled)
+        executed = compiled.get_runtime_model().get_ops()
         return ModelReport(
             devices=tuple(compiled.get_property("EXECUTION_DEVICES")),
             precision=precision,
-            operators=len(compiled.get_runtime_model().get_ops()),
+            operators=len(executed),
             inputs=len(compiled.inputs),
+            quantized_convolutions=sum(_is_quantized_convolution(node) for node in executed),
             constants=_count_constants(model),
             loaded_from_cache=is_cached and (not blob or bool(compiled.get_property("LOADED_FROM_CACHE"))),
             seconds=round(time.perf_counter() - started, 3),
@@ -117,6 +121,11 @@ def _read_precision(compiled: openvino.CompiledModel, device: str) -> str:
         else [properties[PRECISION] for properties in compiled.get_property("DEVICE_PROPERTIES").values()]
     )
     return "+".join(sorted({each.get_type_name() for each in several}))
+
+
+def _is_quantized_convolution(node: openvino.Node) -> bool:
+    about = node.get_rt_info()
+    return about["layerType"].astype(str) == "Convolution" and about["runtimePrecision"].astype(str) in ("i8", "u8")
 
 
 def _count_constants(model: openvino.Model) -> dict[str, int]:
@@ -149,13 +158,6 @@ def convert_graph(part: torch.fx.GraphModule) -> openvino.Model:
         port.get_node().set_partial_shape(openvino.PartialShape(list(tensor.shape)))
     model.validate_nodes_and_infer_types()
     return model
-
-
-def compress_weights(model: openvino.Model, mode: str) -> openvino.Model:
-    """Lossy: store the weights of linear layers and convolutions in 8 bits."""
-    import nncf
-
-    return nncf.compress_weights(model, mode=nncf.CompressWeightsMode(mode))
 
 
 def save_model(model: openvino.Model, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:

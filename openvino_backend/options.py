@@ -16,6 +16,7 @@ _KINDS: dict[str, tuple[type, str]] = {
     "max_graphs": (int, "a number from 1"),
     "release_weights": (bool, "true or false"),
     "weight_compression": (str, "int8_sym or int8_asym"),
+    "quantize_convolutions": (bool, "true or false"),
     "strict": (bool, "true or false"),
     "disabled_ops": (list, "a list of operators such as 'aten.exp.default'"),
 }
@@ -46,6 +47,8 @@ class Options:
             kernel. Weights that are mapped from a file take no memory then, and are read from it when they are touched.
         weight_compression: store the weights of linear layers and convolutions in 8 bits, one scale per channel, by
             NNCF; lossy. int8_sym or int8_asym.
+        quantize_convolutions: let convolutions compute in 8 bits, which needs their weights as int8_sym; lossy. Each
+            picture's input has a scale of its own, found at each call.
         strict: raise where an operator would run in PyTorch; false: let it, and report it.
         disabled_ops: operators to run in PyTorch although OpenVINO has them; needs strict false.
     """
@@ -59,6 +62,7 @@ class Options:
     max_graphs: int = 4
     release_weights: bool = False
     weight_compression: str | None = None
+    quantize_convolutions: bool = False
     strict: bool = True
     disabled_ops: Sequence[str] = ()
 
@@ -85,6 +89,11 @@ class Options:
         if options.weight_compression not in (None, "int8_sym", "int8_asym"):
             raise OptionsError(
                 f"OpenVINO option 'weight_compression' takes int8_sym or int8_asym, not {options.weight_compression!r}"
+            )
+        if options.quantize_convolutions and options.weight_compression != "int8_sym":
+            raise OptionsError(
+                "OpenVINO option 'quantize_convolutions' takes true only beside weight_compression: int8_sym, "
+                f"not {options.weight_compression!r}"
             )
         if options.disabled_ops and options.strict:
             raise OptionsError("OpenVINO option 'disabled_ops' lets operators run in PyTorch and needs strict: false")

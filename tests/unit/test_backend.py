@@ -105,6 +105,7 @@ def test_disabled_operators_run_in_pytorch() -> None:
         ({"max_graphs": 0}, "a number from 1, not 0"),
         ({"max_graphs": True}, "a number from 1, not True"),
         ({"weight_compression": "int4"}, "int8_sym or int8_asym, not 'int4'"),
+        ({"quantize_convolutions": True}, "only beside weight_compression: int8_sym, not None"),
         ({"device": "AUTO:GPU.7,CPU"}, "takes CPU.*not 'AUTO:GPU.7,CPU'"),
     ],
 )
@@ -298,6 +299,23 @@ def test_weight_compression(mode: str, kind: str, tensors: int) -> None:
     result = compile_module(module.half(), backend)(x.half()).float()
     assert 1e-4 < measure_error(result, reference) < 0.02
     assert backend.reports[0].models[0].constants[kind] == 2 * tensors  # both layers
+
+
+@pytest.mark.parametrize("activation", [torch.nn.SiLU(), torch.nn.Tanh()])
+def test_quantized_convolutions(activation: torch.nn.Module) -> None:
+    layers = [torch.nn.Conv2d(4, 32, 3), activation, torch.nn.Conv2d(32, 64, 3, padding=1), torch.nn.Conv2d(64, 64, 1)]
+    module = torch.nn.Sequential(*layers).requires_grad_(False)
+    options = {"weight_compression": "int8_sym", "config": {"INFERENCE_PRECISION_HINT": "f32"}}
+    plain = compile_module(module, OpenVINOBackend(options))
+    backend = OpenVINOBackend({**options, "quantize_convolutions": True})
+    compiled = compile_module(module, backend)
+    # Each picture has its own scale: neither a large neighbour nor a large input takes its levels.
+    pictures = torch.randn(4, 4, 16, 16) * torch.tensor([0.0, 1, 30, 1000]).view(-1, 1, 1, 1)
+    for ours, expected in zip(compiled(pictures), plain(pictures), strict=True):
+        assert measure_error(ours, expected) < 0.02
+    assert measure_error(compiled(pictures), plain(pictures)) > 1e-4
+    # Those with few channels and those of one pixel are left as they are.
+    assert backend.reports[0].models[0].quantized_convolutions == 1
 
 
 def test_short_weights_stay_short() -> None:
