@@ -172,6 +172,7 @@ class LocalServer:
         while not self.is_ready():
             failed = "Backend worker process died" in self.log or "Backend worker monitoring thread interr" in self.log
             if failed or time.monotonic() > deadline or not self.find_processes():
+                time.sleep(1)  # what the worker said last may come after the news of its death
                 reason = "the model did not load" if failed else "the server is not ready"
                 raise ServerError(f"{reason}; the end of its log:\n{self.log[-6000:]}")
             time.sleep(0.2)
