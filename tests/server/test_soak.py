@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from scripts import soak
+from scripts import clients, soak
+from scripts.clients import judge_growth
 from scripts.local_proxy import LocalProxy, find_nginx
 from scripts.local_server import LocalServer
-from scripts.soak import LINES, Line, Scale, Site, judge_growth
+from scripts.soak import LINES, Line, Scale, Site
 from tests.server import planted_handler
 
 SMALL = Scale(soak_time=5, soak_requests=8, kill_time=25, requests_after=5, crowd=40, fuzzed=150, leavers=5, cycles=1)
@@ -88,7 +89,7 @@ def test_memory_can_fail(faulty: Site) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("fault", ["hang", "wrong size"])
 def test_soak_can_fail(faulty: Site, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    monkeypatch.setattr(soak, "PATIENCE", 5)
+    monkeypatch.setattr(clients, "PATIENCE", 5)
     assert check("soak", plant(faulty, fault))["soak"] is False
 
 
