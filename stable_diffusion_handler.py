@@ -101,13 +101,16 @@ class StableDiffusionHandler:
         """Answer one call of TorchServe's; see `handle`."""
         self.context = context
         headers = context.get_all_request_header(0)
-        if headers.get("describe") == "True" and "explain" not in headers:  # not a prediction, so not from a client
+        in_flight = set(context.request_ids.values())
+        # The management API's question: a client that sends this header has `explain` too, or at /invocations a body,
+        # which TorchServe leaves out of the calls after a request's first.
+        is_question = headers.get("describe") == "True" and "explain" not in headers and data == [{}]
+        if is_question and in_flight.isdisjoint(self.running.keys() | self.answered):
             if self.is_continuous:
                 # It puts the question back into its queue as it takes it out (Model.pollInferJob, 0.12.0).
                 logger.error("TorchServe repeats this for ever under continuousBatching: restart it. %s", DESCRIBE_HINT)
                 time.sleep(1)
             return [self.loaded.describe()]
-        in_flight = set(context.request_ids.values())
         for request_id in self.running.keys() - in_flight:
             self.running.pop(request_id).close()
         self.answered &= in_flight

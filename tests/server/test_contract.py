@@ -278,8 +278,12 @@ def test_documents_below_the_models_address(server: LocalServer) -> None:
                 answer = session.get(f"{server.url}/1.0/{path}", headers=server.get_headers(), timeout=60)
                 assert (answer.status_code, answer.headers["Content-Type"]) == (status, "application/json")
     assert server.read_document()["backend"] == "eager"
-    answer = requests.get(server.url, headers={**server.get_headers(), "describe": "True"}, timeout=60)
-    assert answer.status_code == 400  # a client cannot pass for the management API
+    for url in (server.url, f"{server.url.rpartition('/predictions')[0]}/invocations"):
+        answer = requests.get(url, headers={**server.get_headers(), "describe": "True"}, timeout=60)
+        assert answer.status_code == 400  # a client cannot pass for the management API
+    body = {"prompt": "a cat", "num_inference_steps": 2}
+    answer = requests.post(url, json=body, headers={**server.get_headers(), "describe": "True"}, timeout=60)
+    assert answer.headers["Content-Type"] == "image/jpeg"
 
 
 def test_without_continuous_batching(tmp_path: Path, tiny_model: Path) -> None:
