@@ -59,6 +59,7 @@ class StableDiffusionHandler:
         self.context = context
         self.running: dict[str, Generator[bytes, None, bytes]] = {}
         self.answered: set[str] = set()
+        self.questioned: set[str] = set()
         settings = context.model_yaml_config or {}
         self.is_continuous = settings.get("continuousBatching") is True
         self.response_timeout, self.longest = float(settings.get("responseTimeout", 120)), 0.0
@@ -102,15 +103,16 @@ class StableDiffusionHandler:
         self.context = context
         headers = context.get_all_request_header(0)
         in_flight = set(context.request_ids.values())
-        # The management API's question: a client that sends this header has `explain` too, or at /invocations a body,
-        # which TorchServe leaves out of the calls after a request's first.
+        # The management API's question, as which a client's request passes that has this header and an empty form.
         is_question = headers.get("describe") == "True" and "explain" not in headers and data == [{}]
         if is_question and in_flight.isdisjoint(self.running.keys() | self.answered):
-            if self.is_continuous:
-                # It puts the question back into its queue as it takes it out (Model.pollInferJob, 0.12.0).
+            if not self.is_continuous:
+                return [self.loaded.describe()]
+            if in_flight == self.questioned:
+                # TorchServe puts it back into its queue as it takes it out (Model.pollInferJob, 0.12.0).
                 logger.error("TorchServe repeats this for ever under continuousBatching: restart it. %s", DESCRIBE_HINT)
                 time.sleep(1)
-            return [self.loaded.describe()]
+            self.questioned = in_flight
         for request_id in self.running.keys() - in_flight:
             self.running.pop(request_id).close()
         self.answered &= in_flight

@@ -281,9 +281,11 @@ def test_documents_below_the_models_address(server: LocalServer) -> None:
     for url in (server.url, f"{server.url.rpartition('/predictions')[0]}/invocations"):
         answer = requests.get(url, headers={**server.get_headers(), "describe": "True"}, timeout=60)
         assert answer.status_code == 400  # a client cannot pass for the management API
-    body = {"prompt": "a cat", "num_inference_steps": 2}
-    answer = requests.post(url, json=body, headers={**server.get_headers(), "describe": "True"}, timeout=60)
+    question = {**server.get_headers(), "describe": "True"}
+    answer = requests.post(url, json={"prompt": "a cat", "num_inference_steps": 2}, headers=question, timeout=60)
     assert answer.headers["Content-Type"] == "image/jpeg"
+    form = {**question, "Content-Type": "multipart/form-data; boundary=b"}
+    assert requests.post(url, data=b"--b--\r\n", headers=form, timeout=60).status_code == 400
 
 
 def test_without_continuous_batching(tmp_path: Path, tiny_model: Path) -> None:
