@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import io
 import itertools
+import json
 import statistics
 import threading
 import time
@@ -44,10 +45,10 @@ def ask(server: LocalServer, *, url: str | None = None, verify: Any = True, **fi
     start = time.monotonic()
     kind, told = "cut", ""
     try:
-        answer = requests.post(
-            url or server.url, json=fields, headers=server.get_headers(), timeout=PATIENCE, verify=verify
-        )
-        kind, told = judge(answer, fields)
+        with requests.post(
+            url or server.url, json=fields, headers=server.get_headers(), timeout=PATIENCE, verify=verify, stream=True
+        ) as answer:
+            kind, told = judge(answer, read_body(answer, start + PATIENCE), fields)
     except requests.Timeout:
         kind = "hung"
     except requests.ConnectionError as error:
@@ -58,20 +59,37 @@ def ask(server: LocalServer, *, url: str | None = None, verify: Any = True, **fi
     return Outcome("hung" if seconds > PATIENCE else kind, seconds, told)
 
 
-def judge(answer: requests.Response, fields: Mapping[str, Any]) -> tuple[str, str]:
+def read_body(answer: requests.Response, deadline: float) -> bytes:
+    """Return the body of an answer; requests itself only bounds the time between two pieces.
+
+    Args:
+        deadline: by time.monotonic().
+
+    Raises:
+        requests.Timeout: it is not complete by then.
+    """
+    body = b""
+    for piece in answer.iter_content(65536):
+        body += piece
+        if time.monotonic() > deadline:
+            raise requests.Timeout(f"{len(body)} bytes so far, and no end")
+    return body
+
+
+def judge(answer: requests.Response, body: bytes, fields: Mapping[str, Any]) -> tuple[str, str]:
     """Return an outcome's kind, and what is to be told of it."""
     if answer.status_code == 200:
         try:
-            with Image.open(io.BytesIO(answer.content)) as picture:
+            with Image.open(io.BytesIO(body)) as picture:
                 picture.load()
                 wanted = (fields["width"], fields["height"])
                 return ("picture", "") if picture.size == wanted else ("wrong", f"{picture.size}, not {wanted}")
         except OSError as error:
             return "wrong", str(error)
     try:
-        told = str(answer.json())[:200]
+        told = str(json.loads(body))[:200]
     except ValueError:
-        return "wrong", f"{answer.status_code} without JSON: {answer.text[:200]}"
+        return "wrong", f"{answer.status_code} without JSON: {body[:200]!r}"
     if answer.status_code == 503 and "ServiceUnavailable" in told:
         return "busy", told
     return ("refused" if answer.status_code < 500 else "failed"), f"{answer.status_code} {told}"

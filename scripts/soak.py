@@ -37,6 +37,7 @@ from scripts.clients import (
     count,
     judge_growth,
     keep_asking,
+    read_body,
 )
 from scripts.fuzz import make_bytes, make_request
 from scripts.local_proxy import LocalProxy, find_nginx
@@ -253,17 +254,19 @@ def send_hostile(server: LocalServer, random: Random) -> str:
             prepared = session.prepare_request(request)
             prepared.url = address + hostile.path  # as it is: requests would tidy it
             prepared.headers.update({**hostile.headers, **server.get_headers()})
-            answer = session.send(prepared, timeout=PATIENCE, allow_redirects=False)
+            start = time.monotonic()
+            answer = session.send(prepared, timeout=PATIENCE, allow_redirects=False, stream=True)
+            text = read_body(answer, start + PATIENCE).decode(errors="replace")
     except requests.Timeout:
         return f"hung: {hostile.method} {hostile.path[:60]} {hostile.headers} {hostile.body[:200]!r}"
     except requests.ConnectionError:
         return "closed"
     if answer.status_code < 500:
         return str(answer.status_code)[0]
-    if hostile.is_form and (hostile.method == "HEAD" or any(name in answer.text for name in FORM_EXCEPTIONS)):
+    if hostile.is_form and (hostile.method == "HEAD" or any(name in text for name in FORM_EXCEPTIONS)):
         return FORM_ERROR  # the answer to HEAD has no body that would tell
     shown = f"{hostile.method} {hostile.path[:60]} {hostile.headers} {hostile.body[:300]!r}"
-    return f"{answer.status_code} {answer.text[:200]!r} to {shown}"
+    return f"{answer.status_code} {text[:200]!r} to {shown}"
 
 
 def check_fuzz(site: Site, scale: Scale) -> list[Line]:

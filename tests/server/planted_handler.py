@@ -34,6 +34,9 @@ class PlantedHandler(StableDiffusionHandler):
             raise ZeroDivisionError("planted")
         if "hang" in self.planted and self.served == 5:
             time.sleep(8)
+        while "drip" in self.planted and self.served == 5:
+            time.sleep(0.5)
+            yield b"."
         return (yield from super().serve(index, row))
 
     def postprocess(self, request: Any, images: list[Any], *rest: Any, **options: Any) -> bytes:

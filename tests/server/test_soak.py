@@ -87,7 +87,7 @@ def test_memory_can_fail(faulty: Site) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("fault", ["hang", "wrong size"])
+@pytest.mark.parametrize("fault", ["hang", "drip", "wrong size"])
 def test_soak_can_fail(faulty: Site, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     monkeypatch.setattr(clients, "PATIENCE", 5)
     assert check("soak", plant(faulty, fault))["soak"] is False
