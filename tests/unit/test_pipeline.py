@@ -53,9 +53,16 @@ def demo() -> LoadedPipeline:
 
 
 @pytest.fixture(scope="module")
-def compiled(tiny_model: Path) -> LoadedPipeline:
+def cached(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """OpenVINO with a cache, so that not each test traces the same parts anew."""
+    options = {"model_caching": True, "cache_dir": str(tmp_path_factory.mktemp("cache"))}
+    return {"backend": "openvino", "options": options}
+
+
+@pytest.fixture(scope="module")
+def compiled(tiny_model: Path, cached: dict[str, Any]) -> LoadedPipeline:
     """The same, compiled by OpenVINO."""
-    return load(tiny_model, "openvino", warm_up=True)
+    return load(tiny_model, cached, warm_up=True)
 
 
 def load(folder: Path, pt2: Any = None, **settings: Any) -> LoadedPipeline:
@@ -96,9 +103,9 @@ def test_openvino_draws_eagers_picture(tiny_model: Path, tiny_sd_model: Path, is
         assert graph["operators_outside"] == ()
 
 
-def test_auto_is_near_the_float32_picture(tiny_model: Path) -> None:
+def test_auto_is_near_the_float32_picture(tiny_model: Path, cached: dict[str, Any]) -> None:
     reference = make_picture(load(tiny_model))
-    loaded = load(tiny_model, "openvino", dtype="auto", warm_up=True)
+    loaded = load(tiny_model, cached, dtype="auto", warm_up=True)
     assert loaded.dtype == ("float16" if HAS_BF16 else "float32")
     (unet,) = loaded.describe()["openvino"]["unet"]
     assert [model["precision"] for model in unet["models"]] == ["f32", "bf16" if HAS_BF16 else "f32"]
@@ -297,8 +304,8 @@ def test_schedulers_share_one_graph(compiled: LoadedPipeline) -> None:
     assert compiled.describe()["graphs"] == graphs
 
 
-def test_allowed_sizes_are_compiled_at_the_start(tiny_model: Path) -> None:
-    loaded = load(tiny_model, "openvino", warm_up=True, allowed_sizes=["128x128", "64x128"])
+def test_allowed_sizes_are_compiled_at_the_start(tiny_model: Path, cached: dict[str, Any]) -> None:
+    loaded = load(tiny_model, cached, warm_up=True, allowed_sizes=["128x128", "64x128"])
     report = loaded.describe()
     assert [len(report["openvino"][part]) for part in PARTS] == [2, 2, 0, 1, 1]
     make_picture(loaded, width=64)
@@ -307,8 +314,8 @@ def test_allowed_sizes_are_compiled_at_the_start(tiny_model: Path) -> None:
         make_picture(loaded, width=64, height=64)
 
 
-def test_one_size_too_many_is_refused(tiny_model: Path) -> None:
-    loaded = load(tiny_model, {"backend": "openvino", "options": {"max_graphs": 2}})
+def test_one_size_too_many_is_refused(tiny_model: Path, cached: dict[str, Any]) -> None:
+    loaded = load(tiny_model, {**cached, "options": {**cached["options"], "max_graphs": 2}})
     before = make_picture(loaded)
     make_picture(loaded, width=64)
     with pytest.raises(RequestError, match="64x64 would be one more graph.*allowed_sizes and max_graphs"):
@@ -355,9 +362,11 @@ def test_digest_tells_checkpoints_apart(tiny_model: Path, eager: LoadedPipeline,
     assert other.weights_sha256 != eager.weights_sha256
 
 
-@pytest.mark.parametrize("pt2", [None, "openvino"])
-def test_weights_can_be_pinned(tiny_model: Path, eager: LoadedPipeline, pt2: Any) -> None:
-    digest = eager.weights_sha256
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_weights_can_be_pinned(
+    tiny_model: Path, eager: LoadedPipeline, cached: dict[str, Any], is_compiled: bool
+) -> None:
+    digest, pt2 = eager.weights_sha256, cached if is_compiled else None
     assert load(tiny_model, pt2, weights_sha256=digest, warm_up=True).weights_sha256 == digest
     with pytest.raises(ConfigError, match=f"handler.weights_sha256 takes .* {digest}, not '0{{64}}'"):
         load(tiny_model, pt2, weights_sha256="0" * 64)
@@ -375,7 +384,7 @@ import pathlib, sys, time
 from pipeline_utils import *
 pt2 = {"backend": "openvino", "options": {"weight_compression": "int8_sym"}}
 folder = pathlib.Path(sys.argv[1])
-config = HandlerConfig(model_path=folder.name, num_inference_steps=1)
+config = HandlerConfig(model_path=folder.name, num_inference_steps=1, compile_text_encoders=False)
 load_pipeline(config, CompileConfig.parse(pt2), model_dir=folder.parent)
 time.sleep(1)
 """
