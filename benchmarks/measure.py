@@ -98,8 +98,10 @@ def prepare(part: Part, configuration: Configuration, cache: Path) -> tuple[Call
 def _describe_ours(method: Any) -> dict[str, Any]:
     models = [model for graph in method.backend.reports for model in graph.models]
     precisions = "+".join(sorted({each.precision for each in models}))
+    quantized = sum(each.quantized_convolutions for each in models)
     return {
-        "ran": f"OpenVINO in {precisions}, {len(models)} models",
+        "ran": f"OpenVINO in {precisions}, {len(models)} models"
+        + (f", {quantized} convolutions in 8 bits" if quantized else ""),
         "from_cache": all(each.loaded_from_cache for each in models) and not method.backend.reports[0].traced,
     }
 
