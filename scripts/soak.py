@@ -432,7 +432,7 @@ def check_disk(site: Site, _scale: Scale) -> list[Line]:
             if message not in done.stderr or (done.returncode == 0) != (limit is None):
                 wrong.append(f"files of at most {limit} bytes: {done.stderr[-300:]}")
     with replace(site, cache=site.cache / "gone").serve() as server:
-        subprocess.run(["rm", "-r", site.cache / "gone"], check=True)
+        subprocess.run(["rm", "-rf", site.cache / "gone"], check=True)
         outcome = ask(server, width=96, height=96)
         if outcome.kind != "picture":
             wrong.append(f"cache folder gone: {outcome.told}")
