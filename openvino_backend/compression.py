@@ -9,6 +9,7 @@ _MIDDLE = 128
 # SiLU never goes below -0.2785: with this as zero, 7/8 of the levels are left for what is above it.
 _SILU_MINIMUM, _SILU_ZERO = 0.2785, 32
 _FEWEST_CHANNELS = 32
+_SMALLEST_SCALE = 1e-30  # of a picture that is all zeros
 
 
 def compress_weights(model: openvino.Model, mode: str) -> openvino.Model:
@@ -19,7 +20,7 @@ def compress_weights(model: openvino.Model, mode: str) -> openvino.Model:
 
 
 def quantize_convolutions(model: openvino.Model) -> None:
-    """Let convolutions take their input in 8 bits, scaled at each call to the largest value of each picture's.
+    """Let convolutions take their input in 8 bits, scaled at each call to each picture's largest value.
 
     Nothing is calibrated: convolution is linear, so dividing its input by a number and multiplying its result with it
     leaves a fixed range to quantise. OpenVINO computes those in integers whose weights are in 8 bits too. Those of few
@@ -38,7 +39,7 @@ def _quantize_input(convolution: openvino.Node) -> None:
     is_silu = source.get_node().get_type_name() == "Swish"
     zero = _SILU_ZERO if is_silu else _MIDDLE  # the level that stands for 0, which padding is made of: exactly
     lowest, highest = -zero / (_LEVELS - 1 - zero), 1.0
-    floor = _SILU_MINIMUM / -lowest if is_silu else np.finfo(np.float32).tiny * 1e6
+    floor = _SILU_MINIMUM / -lowest if is_silu else _SMALLEST_SCALE
     axes = np.arange(1, len(source.get_partial_shape()), dtype=np.int64)
     largest = opset13.reduce_max(source if is_silu else opset13.abs(source), axes, keep_dims=True)
     scale = opset13.maximum(largest, np.float32(floor))

@@ -3,6 +3,7 @@
 import contextlib
 import operator
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -50,22 +51,23 @@ def restore_linear(graph: torch.fx.Graph) -> None:
                 bias, matrix = user.args[:2]
             else:
                 continue
-            with graph.inserting_before(user):
-                linear = graph.call_function(aten.linear.default, (matrix, transposed.args[0], bias))
-            linear.meta = user.meta
-            user.replace_all_uses_with(linear)
-            graph.erase_node(user)
-            _unflatten(linear)
+            _unflatten(_put_linear(user, matrix, transposed.args[0], bias))
     # After a permutation the matrices are multiplied with as many copies of the weight.
     for product in graph.find_nodes(op="call_function", target=aten.bmm.default):
         matrices, transposed = product.args[0], _see_through(product.args[1])
         if transposed.target is aten.t.default:
-            with graph.inserting_before(product):
-                linear = graph.call_function(aten.linear.default, (matrices, transposed.args[0]))
-            linear.meta = product.meta
-            product.replace_all_uses_with(linear)
-            graph.erase_node(product)
+            _put_linear(product, matrices, transposed.args[0], None)
     graph.eliminate_dead_code()
+
+
+def _put_linear(product: torch.fx.Node, *arguments: Any) -> torch.fx.Node:
+    """Put a linear layer in a product's place and return it."""
+    with product.graph.inserting_before(product):
+        linear = product.graph.call_function(aten.linear.default, arguments)
+    linear.meta = product.meta
+    product.replace_all_uses_with(linear)
+    product.graph.erase_node(product)
+    return linear
 
 
 def _see_through(node: torch.fx.Node) -> torch.fx.Node:
