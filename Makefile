@@ -4,11 +4,12 @@
 # make soak    an hour of load, faults and hostile input, with a scorecard; make soak QUICK=--quick: minutes
 # make audit   look for known faults of the pinned packages; needs PyPI's own index
 # make bench   compare engines at SDXL's real size: 7 GB of random weights, 16 GB of memory, most of an hour
+# make peers   what make bench compares whole pictures with, optimum-intel and openvino-genai, in an environment of their own
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 
-.PHONY: audit bench demo lint soak test
+.PHONY: audit bench demo lint peers soak test
 
 demo: $(VENV)/served
 	$(RUN) scripts.demo
@@ -31,6 +32,15 @@ audit: $(VENV)/served
 
 bench: $(VENV)/served build/base
 	$(RUN) benchmarks
+
+peers: .venv-peers/made
+
+.venv-peers/made: benchmarks/requirements-peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet -r benchmarks/requirements-peers.txt
+	# optimum-intel asks for it, SDXL does not; built for a GPU beside a torch that is not, it breaks every import
+	.venv-peers/bin/python -m pip uninstall --quiet --yes torchvision
+	touch $@
 
 build/base: | $(VENV)/served
 	$(RUN) scripts.make_random_model $@ --size base

@@ -1,4 +1,4 @@
-"""Measure the parts of a model under each configuration, in processes that take turns, and write a report.
+"""Measure parts of a model, or whole pictures, under each configuration, in processes that take turns; write a report.
 
 Each configuration runs in a process of its own, in rounds: in the first one its cache is empty, in the later ones it is
 kept. What stands in the output folder's results.jsonl already is not measured again.
@@ -19,11 +19,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.configurations import PARTS, Configuration, ConfigurationError, read_configurations
+from benchmarks.configurations import LIBRARIES, PARTS, PICTURE, Configuration, ConfigurationError, read_configurations
 from benchmarks.report import write_report
 from scripts.local_server import ROOT
 
 Record = dict[str, Any]
+PEERS = ROOT / ".venv-peers/bin/python"
 
 
 class MeasuringError(RuntimeError):
@@ -41,7 +42,8 @@ class Run:
         self._options = options
         self.machine = run_module("benchmarks.machine", timeout=options.timeout)
         steady = {name: value for name, value in self.machine.items() if name != "peak_gigaflops"}
-        about = {"model": name_model(options.model), "size": options.size, "steps": options.steps, **steady}
+        about = {"model": name_model(options.model), "size": options.size, **steady}
+        about |= {"steps": options.steps, "num_inference_steps": options.num_inference_steps}
         self._id = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
         self._file: Path = options.output / "results.jsonl"
         kept = [json.loads(line) for line in self._file.read_text().splitlines()] if self._file.exists() else []
@@ -65,13 +67,26 @@ class Run:
         if "failed" not in self._records.get(_make_key(entry), {"failed": "never tried"}):
             return
         started = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "load_average": os.getloadavg()[0]}
-        if settled.arithmetic == "bf16" and not has_bf16:
-            reason = f"no bfloat16 arithmetic among the CPU's {', '.join(self.machine['openvino_capabilities'])}"
-            figures: Record = {"skipped": reason}
+        figures: Record
+        if reason := self._find_obstacle(settled, part):
+            figures = {"skipped": reason}
         else:
             figures = self._run(settled, part, number)
         self._records[_make_key(entry)] = record = {"run": self._id, **entry, **started, **figures}
         self._append(record)
+
+    def _find_obstacle(self, configuration: Configuration, part: str) -> str | None:
+        """Return why a configuration cannot be measured here, or None."""
+        capabilities = self.machine["openvino_capabilities"]
+        if configuration.arithmetic == "bf16" and "BF16" not in capabilities:
+            return f"no bfloat16 arithmetic among the CPU's {', '.join(capabilities)}"
+        if configuration.native is not None and part == PICTURE:
+            return "openvino.convert_model converts parts, not the whole"
+        if configuration.peer is not None and part != PICTURE:
+            return f"{LIBRARIES[configuration.peer['library']]} makes whole pictures only (--parts {PICTURE})"
+        if configuration.peer is not None and not PEERS.exists():
+            return "its environment is missing; make peers makes it"
+        return None
 
     def _run(self, configuration: Configuration, part: str, number: int) -> Record:
         output: Path = self._options.output
@@ -85,11 +100,15 @@ class Run:
             "part": part,
             "size": self._options.size,
             "steps": self._options.steps,
+            "num_inference_steps": self._options.num_inference_steps,
             "cache": str(cache),
             "reference": str(output / f"reference-{part}-{self._id}.pt"),
+            "sheet": str(output / f"{configuration.name}.jpg"),
         }
+        python = sys.executable if configuration.peer is None else str(PEERS)
+        module = "benchmarks.pictures" if part == PICTURE else "benchmarks.measure"
         try:
-            return run_module("benchmarks.measure", json.dumps(job), cache=cache, timeout=self._options.timeout)
+            return run_module(module, json.dumps(job), python=python, cache=cache, timeout=self._options.timeout)
         except MeasuringError as error:
             return {"failed": str(error)}
 
@@ -102,7 +121,9 @@ def _make_key(record: Record) -> str:
     return json.dumps([record[name] for name in ("configuration", "part", "round")])
 
 
-def run_module(name: str, *arguments: str, timeout: float, cache: Path | None = None) -> Record:
+def run_module(
+    name: str, *arguments: str, timeout: float, cache: Path | None = None, python: str = sys.executable
+) -> Record:
     """Run a module in a process of its own and return the JSON on its last line.
 
     Args:
@@ -115,7 +136,7 @@ def run_module(name: str, *arguments: str, timeout: float, cache: Path | None = 
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     if cache:
         environment["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
-    command = [sys.executable, "-m", name, *arguments]
+    command = [python, "-m", name, *arguments]
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -152,9 +173,10 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a pipeline's folder (default: build/base, at SDXL's real size)")
     parser.add_argument("--size", type=int, help="width and height in pixels (default: 512; quick: 128)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these configurations and the first")
-    parser.add_argument("--parts", nargs="+", default=["unet"], choices=PARTS, help="(default: unet)")
+    parser.add_argument("--parts", nargs="+", default=["unet"], choices=(*PARTS, PICTURE), help="(default: unet)")
     parser.add_argument("--rounds", type=int, default=2, help="the first is a cold start (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="calls to time in each process (default: 3; quick: 20)")
+    parser.add_argument("--num-inference-steps", type=int, help="of a whole picture (default: 4; quick: 10)")
     parser.add_argument("--timeout", type=float, default=1800, metavar="SECONDS", help="for one process")
     parser.add_argument("--output", type=Path, help="a folder (default: build/benchmarks)")
     parser.add_argument("--configurations", type=Path, default=Path(__file__).with_name("configurations.yaml"))
@@ -162,6 +184,7 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     options.model = (options.model or ROOT / ("demo_model" if options.quick else "build/base")).resolve()
     options.size = options.size or (128 if options.quick else 512)
     options.steps = options.steps or (20 if options.quick else 3)
+    options.num_inference_steps = options.num_inference_steps or (10 if options.quick else 4)
     options.output = (options.output or ROOT / "build/benchmarks").resolve()
     if not (options.model / "model_index.json").exists():
         parser.error(

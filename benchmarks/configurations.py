@@ -1,6 +1,6 @@
 """The configurations to measure, as configurations.yaml lists them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 GUIDE = "inductor-guide"
+PICTURE = "picture"  # the whole pipeline, from a prompt to a JPEG, beside its parts
 PARTS = {
     "unet": ("diffusers", "UNet2DConditionModel", "forward"),
     "vae": ("diffusers", "AutoencoderKL", "decode"),
@@ -15,7 +16,7 @@ PARTS = {
     "text_encoder_2": ("transformers", "CLIPTextModelWithProjection", "forward"),
 }
 WEIGHTS = {"f32": "float32", "bf16": "bfloat16"}
-_NATIVE = {"weight_compression": "int8_sym or int8_asym", "config": "OpenVINO properties by name"}
+LIBRARIES = {"optimum": "optimum-intel", "genai": "openvino-genai"}
 
 
 class ConfigurationError(ValueError):
@@ -31,6 +32,7 @@ class Configuration:
     weights: str | None = None
     pt2: Any = None
     native: Mapping[str, Any] | None = None
+    peer: Mapping[str, Any] | None = None
 
     @classmethod
     def parse(cls, raw: Any) -> "Configuration":
@@ -48,8 +50,14 @@ class Configuration:
         _choose(f"{name}.arithmetic", raw.get("arithmetic"), *WEIGHTS, "best")
         if "weights" in raw:
             _choose(f"{name}.weights", raw["weights"], "float32", "bfloat16", "float16")
-        if raw.get("native") is not None:
-            _check_native(name, raw)
+        engines = [key for key in ("pt2", "native", "peer") if raw.get(key) is not None]
+        if len(engines) > 1:
+            raise ConfigurationError(f"{name} takes {' or '.join(engines)}, not both")
+        if engines == ["native"]:
+            _check_section(name, "native", raw["native"], weight_compression=("int8_sym", "int8_asym"))
+        elif engines == ["peer"]:
+            accepted = {"library": tuple(LIBRARIES), "weight_format": ("fp32", "fp16", "int8")}
+            _check_section(name, "peer", raw["peer"], needed=("library", "weight_format"), **accepted)
         else:
             _check_pt2(name, raw.get("pt2"))
         return cls(**raw)
@@ -62,6 +70,8 @@ class Configuration:
     @property
     def compression(self) -> str | None:
         """The form that weights are compressed to, or None."""
+        if self.peer is not None:
+            return "int8" if self.peer["weight_format"] == "int8" else None
         options = self.native
         if isinstance(self.pt2, Mapping):
             options = self.pt2.get("options")
@@ -90,19 +100,19 @@ def _choose(key: str, value: Any, *accepted: str) -> None:
         raise ConfigurationError(f"{key} takes {' | '.join(accepted)}, not {value!r}")
 
 
-def _check_native(name: str, raw: Mapping[str, Any]) -> None:
-    native = raw["native"]
-    if "pt2" in raw:
-        raise ConfigurationError(f"{name} takes pt2 or native, not both")
-    if not isinstance(native, Mapping):
-        raise ConfigurationError(f"{name}.native takes keys and values, not {native!r}")
-    for key in native:
-        if key not in _NATIVE:
-            raise ConfigurationError(f"{name}.native.{key} is not a key; the keys are {', '.join(_NATIVE)}")
-    if "weight_compression" in native:
-        _choose(f"{name}.native.weight_compression", native["weight_compression"], "int8_sym", "int8_asym")
-    if not isinstance(native.get("config", {}), Mapping):
-        raise ConfigurationError(f"{name}.native.config takes {_NATIVE['config']}, not {native['config']!r}")
+def _check_section(name: str, key: str, section: Any, *, needed: Sequence[str] = (), **accepted: Sequence[str]) -> None:
+    """Check what stands under `native` or `peer`: the keys with the values that they accept, and `config`."""
+    if not isinstance(section, Mapping):
+        raise ConfigurationError(f"{name}.{key} takes keys and values, not {section!r}")
+    keys = [*accepted, "config"]
+    for each in section:
+        if each not in keys:
+            raise ConfigurationError(f"{name}.{key}.{each} is not a key; the keys are {', '.join(keys)}")
+    for each, values in accepted.items():
+        if each in section or each in needed:
+            _choose(f"{name}.{key}.{each}", section.get(each), *values)
+    if not isinstance(section.get("config", {}), Mapping):
+        raise ConfigurationError(f"{name}.{key}.config takes OpenVINO properties by name, not {section['config']!r}")
 
 
 def _check_pt2(name: str, pt2: Any) -> None:

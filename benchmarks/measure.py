@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,8 +30,10 @@ class Job:
         model: the pipeline's folder.
         part, size: see Part.
         steps: how many calls to time after the first.
+        num_inference_steps: denoising steps of a whole picture.
         cache: the folder of this configuration's cache; empty for a cold start.
         reference: the file of the results to compare with; written when it is not there.
+        sheet: the file for the pictures, where whole ones are made.
     """
 
     configuration: Configuration
@@ -39,8 +41,10 @@ class Job:
     part: str
     size: int
     steps: int
+    num_inference_steps: int
     cache: str
     reference: str
+    sheet: str
 
     def write(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -57,24 +61,25 @@ def measure(job: Job) -> dict[str, Any]:
     `first` is from the loaded weights to the first result: tracing, conversion, compilation and one step.
     """
     part = Part(Path(job.model), job.part, str(job.configuration.weights), job.size)
-    cache, load = Path(job.cache), 0.0
+    cache, reference, load = Path(job.cache), Path(job.reference), 0.0
     if job.configuration.native is None or not native.find_kept(cache):
         part.find_class()  # its import is no part of loading
-        _, load = _time(lambda: part.module)
+        _, load = time_call(lambda: part.module)
     started = time.perf_counter()
-    run, describe = prepare(part, job.configuration, cache)
+    run, tell = prepare(part, job.configuration, cache)
     results = run(**part.inputs)
     first, steps = time.perf_counter() - started, []
     for _ in range(job.steps):
-        results, seconds = _time(lambda: run(**part.inputs))
+        results, seconds = time_call(lambda: run(**part.inputs))
         steps.append(round(seconds, 4))
     return {
         "load": round(load, 2),
         "first": round(first, 2),
         "steps": steps,
         "peak_gigabytes": read_peak_memory(),
-        **describe(),
-        **compare(part, results, Path(job.reference)),
+        **tell(),
+        **({} if reference.exists() else {"flops": part.count_flops()}),
+        **compare(list_tensors(results), reference),
     }
 
 
@@ -82,27 +87,47 @@ def prepare(part: Part, configuration: Configuration, cache: Path) -> tuple[Call
     """Return what runs the part under a configuration, and what tells, after a call, what did run."""
     if configuration.native is not None:
         return native.compile_part(part, configuration.native, configuration.arithmetic, cache)
-    compilation = CompileConfig.parse(configuration.pt2)
+    compilation = settle_compilation(configuration, cache)
     if compilation.backend is None:
-        return part.method, lambda: {"ran": f"PyTorch in {part.weights}", "from_cache": False}
+        return part.method, lambda: describe(compilation, part.weights, ())
+    method = compile_method(part.method, compilation)
+    return method, lambda: describe(compilation, part.weights, [getattr(method, "backend", None)])
+
+
+def settle_compilation(configuration: Configuration, cache: Path) -> CompileConfig:
+    """Return how torch.compile is to be called, the arithmetic and the cache's folder included."""
+    compilation = CompileConfig.parse(configuration.pt2)
     options = dict(compilation.options or {})
-    if compilation.backend.startswith("openvino"):
+    backend = compilation.backend or "eager"
+    if backend.startswith("openvino"):
         options["config"] = {"INFERENCE_PRECISION_HINT": configuration.arithmetic, **options.get("config", {})}
-    if compilation.backend == "openvino":
+    if backend == "openvino":
         options |= {"model_caching": True, "cache_dir": str(cache)}
-    method = compile_method(part.method, dataclasses.replace(compilation, options=options or None))
-    describe = {"openvino": lambda: _describe_ours(method), "openvino_stock": _describe_stock}
-    return method, describe.get(compilation.backend, _describe_inductor)
+    return dataclasses.replace(compilation, options=options or None)
 
 
-def _describe_ours(method: Any) -> dict[str, Any]:
-    models = [model for graph in method.backend.reports for model in graph.models]
+def describe(compilation: CompileConfig, weights: str, backends: Sequence[Any]) -> dict[str, Any]:
+    """Return what did run.
+
+    Args:
+        weights: the name of their type.
+        backends: the OpenVINOBackend of each method that `openvino` compiled.
+    """
+    if compilation.backend is None:
+        return {"ran": f"PyTorch in {weights}", "from_cache": False}
+    if compilation.backend == "openvino":
+        return _describe_ours([graph for backend in backends for graph in backend.reports])
+    return _describe_stock() if compilation.backend == "openvino_stock" else _describe_inductor()
+
+
+def _describe_ours(graphs: Sequence[Any]) -> dict[str, Any]:
+    models = [model for graph in graphs for model in graph.models]
     precisions = "+".join(sorted({each.precision for each in models}))
     quantized = sum(each.quantized_convolutions for each in models)
     return {
         "ran": f"OpenVINO in {precisions}, {len(models)} models"
         + (f", {quantized} convolutions in 8 bits" if quantized else ""),
-        "from_cache": all(each.loaded_from_cache for each in models) and not method.backend.reports[0].traced,
+        "from_cache": all(each.loaded_from_cache for each in models) and not any(each.traced for each in graphs),
     }
 
 
@@ -125,29 +150,30 @@ def _describe_inductor() -> dict[str, Any]:
     }
 
 
-def compare(part: Part, results: Any, reference: Path) -> dict[str, Any]:
+def compare(results: Sequence[torch.Tensor], reference: Path) -> dict[str, Any]:
     """Return the relative L2 distance of the results from the reference, which is written when it is not there."""
-    result = torch.cat([each.detach().float().flatten() for each in list_tensors(results)])
+    result = torch.cat([each.detach().float().flatten() for each in results])
     if not bool(result.isfinite().all()):
         return {"error": None, "ran_wrong": "results that are not finite"}
     if not reference.exists():
         torch.save(result, reference)
-        return {"error": 0.0, "flops": part.count_flops()}
+        return {"error": 0.0}
     expected = torch.load(reference, weights_only=True)
     return {"error": float((result - expected).norm() / expected.norm())}
 
 
-def _time(function: Callable[[], Result]) -> tuple[Result, float]:
+def time_call(function: Callable[[], Result]) -> tuple[Result, float]:
     started = time.perf_counter()
     return function(), time.perf_counter() - started
 
 
-def main() -> None:
+def run(function: Callable[[Job], dict[str, Any]]) -> None:
+    """Do the job that the command line holds, and print the record."""
     # Where memory runs out, this process is the one to end, and not its neighbours.
     Path("/proc/self/oom_score_adj").write_text("1000")
     with torch.no_grad():
-        print(json.dumps(measure(Job.read(sys.argv[1]))))
+        print(json.dumps(function(Job.read(sys.argv[1]))))
 
 
 if __name__ == "__main__":
-    main()
+    run(measure)

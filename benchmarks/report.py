@@ -1,5 +1,6 @@
 """The report: results.jsonl as tables and bars, in Markdown and in one HTML file that needs nothing else."""
 
+import base64
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,12 +8,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from benchmarks.configurations import GUIDE, Configuration
+from benchmarks.configurations import GUIDE, PICTURE, Configuration
 
 _STYLE = """
 body { font: 15px system-ui, sans-serif; margin: 2em auto; max-width: 78em; padding: 0 1em; color: #222; }
 table { border-collapse: collapse; } th, td { padding: .3em .7em; border-bottom: 1px solid #ddd; text-align: left; }
 .bar { display: grid; grid-template-columns: 10em 1fr; align-items: center; margin: .2em 0; }
+figure { margin: 1em 0; } figure img { max-width: 100%; }
 .bar i { display: inline-block; height: 1em; background: #0068b5; margin-right: .5em; vertical-align: middle; }
 """
 _HEADINGS = (
@@ -20,6 +22,7 @@ _HEADINGS = (
     "s per call: median (least–most)",
     f"× {GUIDE}",
     "error",
+    "drawn right",
     "share of the peak",
     "compile s, cold",
     "compile s, warm",
@@ -30,6 +33,8 @@ _HEADINGS = (
 )
 _NOTES = (
     "One call of a part: the UNet's is one denoising step of one picture with guidance, a batch of two.",
+    "One call of `picture`: the whole pipeline from a prompt to a JPEG, with guidance; its load is part of compile. "
+    "Drawn right: the share of prompts, where the demonstration model draws.",
     "Error: relative L2 distance of the results to those of the first configuration, from the same inputs.",
     "Compile: from loaded weights to the first result, less the median call; cold: no cache; warm: a second process.",
     "Peak GB: the most that the process had resident, files that are mapped included.",
@@ -45,6 +50,7 @@ class Row:
     Attributes:
         seconds: of all calls after the first of each process.
         ratio: how many times faster it is than the guide's configuration.
+        score: the share of prompts drawn right, from 0.
         share: of the machine's peak, from 0.
         cold, warm: seconds of compilation.
         note: what ran, or why nothing did.
@@ -55,6 +61,7 @@ class Row:
     seconds: Sequence[float] = ()
     ratio: float | None = None
     error: float | None = None
+    score: float | None = None
     share: float | None = None
     cold: float | None = None
     warm: float | None = None
@@ -74,6 +81,7 @@ class Row:
             spread,
             _write(self.ratio, ".2f"),
             _write(self.error, ".2g"),
+            _write(self.score, ".0%"),
             _write(self.share, ".0%"),
             *(_write(each, ".1f") for each in (self.cold, self.warm, self.load, self.peak_cold, self.peak_warm)),
             self.note,
@@ -119,6 +127,7 @@ def _make_row(
         seconds=seconds,
         ratio=base / median if base else None,
         error=None if None in errors else max(errors),
+        score=min((each["score"] for each in measured if "score" in each), default=None),
         share=flops / median / 1e9 / peak if flops and peak else None,
         cold=find_compilation(cold),
         warm=find_compilation(warm),
@@ -134,7 +143,9 @@ def write_report(folder: Path, machine: Mapping[str, Any], records: Sequence[Map
     tables = {part: make_rows(machine, [each for each in records if each["part"] == part]) for part in parts}
     about = _describe(machine, records)
     (folder / "report.md").write_text(_write_markdown(title, about, tables))
-    (folder / "report.html").write_text(_write_html(title, about, tables))
+    names = [row.name for row in tables.get(PICTURE, ())]
+    sheets = {name: folder / f"{name}.jpg" for name in names if (folder / f"{name}.jpg").exists()}
+    (folder / "report.html").write_text(_write_html(title, about, tables, sheets))
 
 
 def _describe(machine: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -159,13 +170,21 @@ def _write_markdown(title: str, about: Sequence[str], tables: Mapping[str, Seque
     return "\n".join(lines) + "\n"
 
 
-def _write_html(title: str, about: Sequence[str], tables: Mapping[str, Sequence[Row]]) -> str:
+def _write_html(
+    title: str, about: Sequence[str], tables: Mapping[str, Sequence[Row]], sheets: Mapping[str, Path]
+) -> str:
     body = [f"<h1>{escape(title)}</h1>", "<ul>", *(f"<li>{escape(line)}</li>" for line in (*about, *_NOTES)), "</ul>"]
     for part, rows in tables.items():
         body += [f"<h2>{escape(part)}</h2>", "<table>", _write_cells("th", _HEADINGS)]
         body += [*(_write_cells("td", row.list_cells()) for row in rows), "</table>"]
         body += _draw_bars("Seconds per call", {row.name: row.median for row in rows})
         body += _draw_bars("Peak GB, cold start", {row.name: row.peak_cold for row in rows})
+    body += ["<h2>The first pictures of each</h2>"] if sheets else []
+    for name, path in sheets.items():
+        picture = base64.b64encode(path.read_bytes()).decode()
+        body.append(
+            f'<figure><img src="data:image/jpeg;base64,{picture}"><figcaption>{escape(name)}</figcaption></figure>'
+        )
     head = f'<!doctype html><meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
     return "\n".join([head, *body]) + "\n"
 

@@ -158,6 +158,20 @@ def keep_variance(*models: Any) -> None:
                 module.weight.data *= 3**0.5
 
 
+def save_pipeline(pipeline: Any, folder: Path) -> None:
+    """Write a pipeline in safetensors, its weights named as in published checkpoints.
+
+    Today's transformers writes those of the first text encoder without their `text_model.`, and reads both; 5.5, which
+    optimum-intel needs, finds none of such names and goes on with random weights.
+    """
+    from safetensors.torch import load_file, save_file
+
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    path = folder / "text_encoder/model.safetensors"
+    weights = {f"text_model.{name.removeprefix('text_model.')}": each for name, each in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to write the pipeline; replaced if it exists")
@@ -166,7 +180,7 @@ def main() -> None:
     arguments = parser.parse_args()
     pipeline = make_pipeline(arguments.size, seed=arguments.seed)
     shutil.rmtree(arguments.folder, ignore_errors=True)
-    pipeline.save_pretrained(arguments.folder, safe_serialization=True)
+    save_pipeline(pipeline, arguments.folder)
 
 
 if __name__ == "__main__":

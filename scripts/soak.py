@@ -58,6 +58,7 @@ class Scale:
     soak_requests: int = 3000
     kill_time: float = 15 * 60
     kill_interval: float = 20
+    loads: int = 5  # before the kills under load, and after them
     requests_after: int = 100
     crowd: int = 200
     fuzzed: int = 10_000
@@ -66,7 +67,15 @@ class Scale:
 
 
 QUICK = Scale(
-    soak_time=30, soak_requests=50, kill_time=40, requests_after=20, crowd=200, fuzzed=600, leavers=10, cycles=2
+    soak_time=30,
+    soak_requests=50,
+    kill_time=40,
+    loads=1,
+    requests_after=20,
+    crowd=200,
+    fuzzed=600,
+    leavers=10,
+    cycles=2,
 )
 
 
@@ -157,6 +166,13 @@ def wait_for_another(server: LocalServer, old: Sequence[psutil.Process], *, seco
     return time.monotonic() - start
 
 
+def measure_recovery(server: LocalServer) -> float:
+    """Kill the worker; return the seconds until another is ready."""
+    workers = find_workers(server)
+    workers[0].kill()
+    return wait_for_another(server, workers, seconds=600)
+
+
 def kill_workers(server: LocalServer, *, seconds: float, interval: float) -> tuple[int, list[float]]:
     """Kill what holds the model at each interval; return how often, and each time until it was ready again."""
     start, kills, recoveries = time.monotonic(), 0, []
@@ -175,27 +191,26 @@ def kill_workers(server: LocalServer, *, seconds: float, interval: float) -> tup
 def check_kills(site: Site, scale: Scale) -> list[Line]:
     """A worker that is killed again and again, whatever it does."""
     with site.serve() as server:
-        workers = find_workers(server)
-        workers[0].kill()
-        load_time = wait_for_another(server, workers, seconds=600)  # nobody asks meanwhile
+        loads = [measure_recovery(server) for _ in range(scale.loads)]  # nobody asks meanwhile
         with ThreadPoolExecutor(1) as pool:
             killer = pool.submit(kill_workers, server, seconds=scale.kill_time, interval=scale.kill_interval)
             outcomes, _ = keep_asking(server, lambda _: killer.done(), clients=3)
         kills, recoveries = killer.result()
         wait_for_another(server, [], seconds=600)
         after = [ask(server) for _ in range(scale.requests_after)]
+        loads += [measure_recovery(server) for _ in range(scale.loads)]
     lost = [outcome for outcome in outcomes if outcome.kind != "picture"]
     slowest = max(recoveries, default=float("inf"))
     passed = (
         {outcome.kind for outcome in lost} <= {"failed", "cut"}
         and len(lost) <= kills  # one request is under way at a time
         and len(recoveries) >= kills
-        and slowest <= load_time + 3
+        and slowest <= max(loads) + 3  # the slowest of either, for the same load takes a third longer at times
         and {outcome.kind for outcome in after} == {"picture"}
     )
     told = (
         f"{kills} kills; {count(outcomes)}; ready after {statistics.median(recoveries or [slowest]):.1f} s, at most "
-        f"{slowest:.1f} s, and {load_time:.1f} s without load; "
+        f"{slowest:.1f} s; without load {statistics.median(loads):.1f} s, at most {max(loads):.1f} s; "
         f"then {count(after)}"
     )
     return [Line("kills", passed, told)]

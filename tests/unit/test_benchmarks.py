@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from benchmarks import __main__ as benchmarks
 from benchmarks.configurations import GUIDE, Configuration, ConfigurationError, read_configurations
@@ -49,14 +50,14 @@ def test_shipped_configurations() -> None:
     assert (shipped[0].pt2, shipped[0].native, shipped[0].arithmetic) == (None, None, "f32")  # the reference
     guide = next(each for each in shipped if each.name == GUIDE)
     assert CompileConfig.parse(guide.pt2) == CompileConfig(backend="inductor", mode="reduce-overhead")
-    assert {each.compression for each in shipped} == {None, "int8_sym"}
+    assert {each.compression for each in shipped} == {None, "int8_sym", "int8"}
 
 
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
         ({"arithmetic": "f32"}, "takes keys and values with a name, not {'arithmetic': 'f32'}"),
-        ({**EAGER, "steps": 3}, "eager.steps is not a key; the keys are name, arithmetic, weights, pt2, native"),
+        ({**EAGER, "steps": 3}, "eager.steps is not a key; the keys are name, arithmetic, weights, pt2, native, peer"),
         ({"name": "eager"}, "eager.arithmetic takes f32 | bf16 | best, not None"),
         ({**EAGER, "arithmetic": "fp32"}, "eager.arithmetic takes f32 | bf16 | best, not 'fp32'"),
         ({**EAGER, "weights": "int8"}, "eager.weights takes float32 | bfloat16 | float16, not 'int8'"),
@@ -65,6 +66,8 @@ def test_shipped_configurations() -> None:
         ({**EAGER, "native": {"weight_compression": "nf4"}}, "takes int8_sym | int8_asym, not 'nf4'"),
         ({**EAGER, "native": {"config": 1}}, "eager.native.config takes OpenVINO properties by name, not 1"),
         ({**OURS, "native": {}}, "ours takes pt2 or native, not both"),
+        ({**EAGER, "peer": {"library": "optimum"}}, "eager.peer.weight_format takes fp32 | fp16 | int8, not None"),
+        ({**EAGER, "peer": {"library": "diffusers"}}, "eager.peer.library takes optimum | genai, not 'diffusers'"),
     ],
 )
 def test_wrong_configuration(raw: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -128,6 +131,49 @@ def test_only_what_is_missing_is_measured(tmp_path: Path, tiny_model: Path, monk
     assert measured == [("eager", 5), ("ours", 5)]
 
 
+def test_what_cannot_be_measured_says_why(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarks, "run_module", lambda *_, **__: dict(MACHINE))
+    monkeypatch.setattr(benchmarks, "PEERS", tmp_path / "none")
+    native = {"name": "native", "arithmetic": "f32", "native": {}}
+    peer = {"name": "peer", "arithmetic": "f32", "peer": {"library": "genai", "weight_format": "int8"}}
+    path = write_configurations(tmp_path, native, peer)
+    command = ["--model", str(tiny_model), "--output", str(tmp_path), "--configurations", str(path), "--rounds", "1"]
+    benchmarks.main([*command, "--parts", "picture"])
+    assert [each["skipped"] for each in read_records(tmp_path)] == [
+        "openvino.convert_model converts parts, not the whole",
+        "its environment is missing; make peers makes it",
+    ]
+    run = benchmarks.Run(benchmarks.read_options(command))
+    run.measure(Configuration.parse(peer), "unet", 1)
+    assert run.records[-1]["skipped"] == "openvino-genai makes whole pictures only (--parts picture)"
+
+
+def test_whole_pictures(tmp_path: Path) -> None:
+    path = write_configurations(tmp_path, EAGER, OURS)
+    command = [
+        "--quick",
+        "--parts",
+        "picture",
+        "--output",
+        str(tmp_path),
+        "--configurations",
+        str(path),
+        "--steps",
+        "3",
+    ]
+    benchmarks.main([*command, "--num-inference-steps", "6", "--rounds", "1"])
+    eager, ours = read_records(tmp_path)
+    assert eager["ran"].startswith("PyTorch in float32; JPEG ")
+    assert ours["ran"].startswith("OpenVINO in f32, 5 models; JPEG ")
+    assert (eager["error"], eager["score"], len(ours["steps"])) == (0.0, ours["score"], 3)
+    assert eager["score"] > 0.5  # the first three held-out prompts
+    assert 0 < ours["error"] < 0.02  # of pictures, rounded to 256 levels, from weights in float16
+    assert Image.open(tmp_path / "ours.jpg").size == (3 * 128, 128)
+    report = (tmp_path / "report.html").read_text()
+    assert report.count('<img src="data:image/jpeg;base64,') == 2
+    assert f"<td>{eager['score']:.0%}</td>" in report
+
+
 def test_report_is_computed_from_records(tmp_path: Path) -> None:
     guide = {"name": GUIDE, "arithmetic": "f32", "pt2": {"backend": "inductor", "mode": "reduce-overhead"}}
     int8 = {**OURS, "pt2": {"backend": "openvino", "options": {"weight_compression": "int8_sym"}}}
@@ -149,7 +195,7 @@ def test_report_is_computed_from_records(tmp_path: Path) -> None:
     assert rows["wild"].error is None
     write_report(tmp_path, MACHINE, records, title="a model")
     markdown, html = ((tmp_path / f"report.{kind}").read_text() for kind in ("md", "html"))
-    line = "| ours | 2 (1–3) | 5.00 | 0.02 | 50% | 49.5 | 11.5 | 1.0 | 2.0 | 1.5 | something |"
+    line = "| ours | 2 (1–3) | 5.00 | 0.02 | – | 50% | 49.5 | 11.5 | 1.0 | 2.0 | 1.5 | something |"
     assert line in markdown.splitlines()
     assert "<td>2 (1–3)</td><td>5.00</td>" in html
     assert "no &lt;bfloat16&gt;" in html

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from scripts.measure_demo_model import (
     GUIDANCE,
@@ -49,6 +50,12 @@ def test_model_is_small() -> None:
     needed = [path for path in FOLDER.glob("**/*") if path.suffix in (".json", ".safetensors")]
     assert sum(path.stat().st_size for path in needed) <= 25e6
     assert {path.suffix for path in FOLDER.glob("**/*") if path.is_file()} <= {".json", ".safetensors", ".md", ".jpg"}
+
+
+def test_weights_have_their_published_names(tiny_model: Path) -> None:
+    for folder in (FOLDER, tiny_model):
+        with safe_open(folder / "text_encoder/model.safetensors", "pt") as weights:
+            assert {name.partition(".")[0] for name in weights.keys()} == {"text_model"}  # noqa: SIM118
 
 
 @pytest.mark.parametrize("text", ["", "🎉 naïve 日本語", "\x01\t\x7f", "A LARGE Red\ncircle", "word " * 200, "ﷺ"])
