@@ -135,13 +135,15 @@ def count(outcomes: Sequence[Outcome]) -> str:
 
 def measure(server: LocalServer) -> dict[str, float]:
     """Return what the server and its workers hold: resident megabytes, file handles, threads, entries in /tmp."""
-    held = {"MB resident": 0.0, "file handles": 0.0, "threads": 0.0}
+    held = {"MB resident": 0.0, "file handles": 0.0, "threads": 0.0, "temporary files": 0.0}
     for process in server.find_processes():
         with contextlib.suppress(psutil.Error):
             held["MB resident"] += process.memory_info().rss / 1e6
             held["file handles"] += process.num_fds()
             held["threads"] += process.num_threads()
-    return {**held, "temporary files": float(sum(1 for _ in server.temporary.rglob("*")))}
+    with contextlib.suppress(FileNotFoundError):  # the server is tidying up
+        held["temporary files"] += sum(1 for _ in server.temporary.rglob("*"))
+    return held
 
 
 class Watch(threading.Thread):

@@ -7,16 +7,15 @@ import re
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import requests
 import yaml
 
+from scripts.clients import Watch
 from scripts.local_server import ROOT, LocalServer, make_archive, run_command
 
 
@@ -26,37 +25,6 @@ def make_model() -> Path:
     if not (folder / "model_index.json").exists():
         run_command(sys.executable, "-m", "scripts.make_random_model", folder, "--size", "tiny", folder=ROOT)
     return folder
-
-
-class PeakMemory(threading.Thread):
-    """Watch the resident memory of the server and its workers, mapped files included.
-
-    Attributes:
-        gigabytes: the most that was seen.
-    """
-
-    def __init__(self, server: LocalServer) -> None:
-        super().__init__(daemon=True)
-        self.gigabytes = 0.0
-        self._server = server
-        self._stopped = threading.Event()
-
-    def run(self) -> None:
-        while not self._stopped.wait(0.5):
-            used = 0
-            for process in self._server.find_processes():
-                try:
-                    used += process.memory_info().rss
-                except psutil.Error:
-                    continue
-            self.gigabytes = max(self.gigabytes, used / 1e9)
-
-    def __enter__(self) -> "PeakMemory":
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
 
 
 def measure(
@@ -72,7 +40,7 @@ def measure(
             folder, model, yaml.safe_dump({key: value for key, value in settings.items() if value is not None})
         )
         server, started = LocalServer(folder, timeout=3600), time.perf_counter()
-        with PeakMemory(server) as memory, server:
+        with Watch(server) as watch, server:
             ready, times = time.perf_counter() - started, []
             for _ in range(requests_made):
                 started = time.perf_counter()
@@ -98,7 +66,7 @@ def measure(
         "postprocess_ms": [round(value, 1) for value in stages["postprocess"]],
         "outside_ms_median": round(statistics.median(outside[1:]), 1),
         "outside_ms_spread": [round(min(outside[1:]), 1), round(max(outside[1:]), 1)],
-        "peak_gigabytes": round(memory.gigabytes, 1),
+        "peak_gigabytes": round(max(sample["MB resident"] for sample in watch.samples) / 1000, 1),
         "ran": summarise(ran),
     }
 

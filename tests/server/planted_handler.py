@@ -18,7 +18,7 @@ class PlantedHandler(StableDiffusionHandler):
         starts = Path("starts.txt")  # in the archive's folder
         with starts.open("a") as file:
             file.write("x")
-        if "slow recovery" in self.planted and starts.stat().st_size > 2:
+        if "slow recovery" in self.planted and starts.stat().st_size > 3:  # the first, and two loads without requests
             time.sleep(8)
         try:
             super().initialize(context)

@@ -15,7 +15,9 @@ from scripts.local_server import LocalServer
 from scripts.soak import LINES, Line, Scale, Site
 from tests.server import planted_handler
 
-SMALL = Scale(soak_time=5, soak_requests=8, kill_time=25, requests_after=5, crowd=40, fuzzed=150, leavers=5, cycles=1)
+SMALL = Scale(
+    soak_time=5, soak_requests=8, kill_time=25, loads=2, requests_after=5, crowd=40, fuzzed=150, leavers=5, cycles=1
+)
 LINE_NAMES = {"stopped": "stopped worker", "disk": "disk and ports"}
 PLANTED = Path(planted_handler.__file__)
 
