@@ -42,8 +42,8 @@ def measure(job: Job) -> dict[str, Any]:
         steps.append(round(seconds + more, 4))
         encoding.append(more)
     save_sheet(Path(job.sheet), pictures[:_SHOWN])
-    record = {"load": 0.0, "first": round(first, 2), "steps": steps, "peak_gigabytes": read_peak_memory(), **tell()}
-    record["ran"] += f"; JPEG {1000 * statistics.median(encoding):.0f} ms"
+    record = {"first": round(first, 2), "steps": steps, "peak_gigabytes": read_peak_memory(), **tell()}
+    record["ran"] += f"; JPEG {1000 * statistics.median(encoding):.1f} ms"
     if Path(job.model) == ROOT / "demo_model":
         record["score"] = score_pictures(prompts, pictures)["all"]
     return record | compare([torch.from_numpy(np.array(each)) for each in pictures], Path(job.reference))

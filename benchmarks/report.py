@@ -14,7 +14,7 @@ _STYLE = """
 body { font: 15px system-ui, sans-serif; margin: 2em auto; max-width: 78em; padding: 0 1em; color: #222; }
 table { border-collapse: collapse; } th, td { padding: .3em .7em; border-bottom: 1px solid #ddd; text-align: left; }
 .bar { display: grid; grid-template-columns: 10em 1fr; align-items: center; margin: .2em 0; }
-figure { margin: 1em 0; } figure img { max-width: 100%; }
+td:nth-child(2) { white-space: nowrap; } figure { margin: 1em 0; } figure img { max-width: 100%; }
 .bar i { display: inline-block; height: 1em; background: #0068b5; margin-right: .5em; vertical-align: middle; }
 """
 _HEADINGS = (
@@ -33,7 +33,7 @@ _HEADINGS = (
 )
 _NOTES = (
     "One call of a part: the UNet's is one denoising step of one picture with guidance, a batch of two.",
-    "One call of `picture`: the whole pipeline from a prompt to a JPEG, with guidance; its load is part of compile. "
+    "One call of picture: the whole pipeline from a prompt to a JPEG, with guidance; its load is part of compile. "
     "Drawn right: the share of prompts, where the demonstration model draws.",
     "Error: relative L2 distance of the results to those of the first configuration, from the same inputs.",
     "Compile: from loaded weights to the first result, less the median call; cold: no cache; warm: a second process.",
@@ -131,7 +131,7 @@ def _make_row(
         share=flops / median / 1e9 / peak if flops and peak else None,
         cold=find_compilation(cold),
         warm=find_compilation(warm),
-        load=statistics.median(each["load"] for each in measured),
+        load=statistics.median(each["load"] for each in measured) if "load" in measured[0] else None,
         peak_cold=max((each["peak_gigabytes"] for each in cold), default=None),
         peak_warm=max((each["peak_gigabytes"] for each in warm), default=None),
     )
