@@ -19,23 +19,21 @@ Draw = Callable[[Prompt], Any]
 def load(job: Job) -> tuple[Draw, Describe]:
     """Export the model unless that has been done, and load it for pictures of one size; see pictures.load."""
     peer, cache = job.configuration.peer or {}, Path(job.cache)
-    folder, properties = (
-        cache / "model",
-        {
-            "INFERENCE_PRECISION_HINT": job.configuration.arithmetic,
-            "CACHE_DIR": str(cache / "compiled"),
-            **peer.get("config", {}),
-        },
-    )
+    folder, compiled = cache / "model", str(cache / "compiled")
+    precision = job.configuration.arithmetic
+    properties = {"INFERENCE_PRECISION_HINT": precision, "CACHE_DIR": compiled, **peer.get("config", {})}
     is_kept = folder.exists()
     if not is_kept:
         export(Path(job.model), peer["weight_format"], folder)
     draw = {"optimum": _load_optimum, "genai": _load_genai}[peer["library"]](job, folder, properties)
-    return draw, lambda: {"ran": f"OpenVINO in {job.configuration.arithmetic}, as asked for", "from_cache": is_kept}
+    return draw, lambda: {"ran": f"OpenVINO in {precision}, as asked for", "from_cache": is_kept}
 
 
 def export(model: Path, weight_format: str, folder: Path) -> None:
-    """Write the model as optimum-intel does; the folder is there only when all of it is."""
+    """Write the model as optimum-intel does; the folder is there only when all of it is.
+
+    It runs in a process of its own, whose memory the record leaves out.
+    """
     partial = folder.with_suffix(".incomplete")
     program = str(Path(sys.executable).with_name("optimum-cli"))
     words = ["--task", "text-to-image", "--model", str(model), "--weight-format", weight_format, str(partial)]
