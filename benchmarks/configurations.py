@@ -50,7 +50,7 @@ class Configuration:
         _choose(f"{name}.arithmetic", raw.get("arithmetic"), *WEIGHTS, "best")
         if "weights" in raw:
             _choose(f"{name}.weights", raw["weights"], "float32", "bfloat16", "float16")
-        engines = [key for key in ("pt2", "native", "peer") if raw.get(key) is not None]
+        engines = [key for key in ("pt2", "native", "peer") if key in raw]
         if len(engines) > 1:
             raise ConfigurationError(f"{name} takes {' or '.join(engines)}, not both")
         if engines == ["native"]:
