@@ -76,6 +76,7 @@ SCHEDULER = {
     "rescale_betas_zero_snr": True,
     "timestep_spacing": "trailing",
 }
+CROP_SIZE = 64  # of the VAE's first pictures
 MAX_SNR = 5
 FOCUS = 5  # how much more a latent pixel of a thing weighs at first than one of the background
 FOCUSED_SHARE = 0.7  # of the steps; the last ones weigh all pixels alike
@@ -126,6 +127,17 @@ def make_pictures(random: Random, count: int) -> list[Image.Image]:
     return [shapes.draw_scene(shapes.choose_scene(random), random=random) for _ in range(count)]
 
 
+def make_crop(random: Random) -> Image.Image:
+    """Draw a scene and cut out one of its things, so that small ones are not lost in the background."""
+    scene = shapes.choose_scene(random)
+    moves = [shapes.choose_move(random) for _ in scene.things]
+    thing, move = random.choice(list(zip(scene.things, moves, strict=True)))
+    middle, _ = shapes.place_thing(thing, move, width=shapes.PICTURE_SIZE, height=shapes.PICTURE_SIZE)
+    last = shapes.PICTURE_SIZE - CROP_SIZE
+    left, top = (min(max(round(at + random.uniform(-16, 16)) - CROP_SIZE // 2, 0), last) for at in middle)
+    return shapes.draw_scene(scene, moves=moves).crop((left, top, left + CROP_SIZE, top + CROP_SIZE))
+
+
 def to_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
     """Return pictures as one tensor from -1 to 1."""
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 127.5 - 1
@@ -174,7 +186,7 @@ def compute_misplacement(latents: torch.Tensor, pictures: torch.Tensor) -> torch
 def train_vae(folder: Path, *, steps: int, seed: int, device: str) -> Any:
     """Train the VAE on crops, then on whole pictures, and bring its latents to unit variance."""
     torch.manual_seed(seed)
-    vae, path, start = make_vae().to(device), folder / "vae.pt", 0
+    vae, path, start = make_vae().to(device, memory_format=torch.channels_last), folder / "vae.pt", 0
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     if path.exists():
         state = torch.load(path, map_location=device)
@@ -187,11 +199,8 @@ def train_vae(folder: Path, *, steps: int, seed: int, device: str) -> Any:
     for step in bar:
         random = Random(f"vae {seed} {step}")
         is_whole = step > 0.8 * steps
-        pictures = to_tensor(make_pictures(random, 6 if is_whole else 16))
-        if not is_whole:
-            x, y = random.randrange(65), random.randrange(65)
-            pictures = pictures[:, :, y : y + 64, x : x + 64].contiguous()
-        pictures = pictures.to(device)
+        drawn = make_pictures(random, 6) if is_whole else [make_crop(random) for _ in range(16)]
+        pictures = to_tensor(drawn).to(device)
         optimizer.param_groups[0]["lr"] = compute_rate(step, steps=steps, peak=2e-3)
         with compute_short(device):
             posterior = vae.encode(pictures).latent_dist
@@ -517,7 +526,8 @@ def save_pipeline(models: Models, vae: Any, folder: Path) -> None:
     """Write the pipeline in diffusers' format, with fp16 weights."""
     for path in folder.glob("*/*"):  # a model card next to them stays
         path.unlink()
-    pipeline = make_pipeline(copy.deepcopy(models), copy.deepcopy(vae)).to(torch.float16)
+    contiguous = copy.deepcopy(vae).to(memory_format=torch.contiguous_format)  # as safetensors wants it
+    pipeline = make_pipeline(copy.deepcopy(models), contiguous).to(torch.float16)
     save_with_published_names(pipeline, folder)
 
 
@@ -678,7 +688,7 @@ def main() -> None:
         models = make_models(seed=seed, device=device)
         vae = train_vae(settings.work, steps=settings.vae_steps, seed=seed, device=device)
         train_text(models, settings.work, steps=settings.text_steps, seed=seed, device=device)
-    vae.requires_grad_(False)
+    vae.requires_grad_(False).to(memory_format=torch.channels_last)
     if settings.unet_steps:
         groups = encode_scenes(vae, settings.work, count=settings.scenes, seed=seed, device=device)
         models = train_unet(models, groups, settings.work, vae=vae, settings=settings)
