@@ -1,23 +1,29 @@
 """Measure how often the demonstration model draws what a held-out prompt asks for, by steps; print a table.
 
 python -m scripts.measure_demo_model --prompts 500 --steps 5 10 20 30 --sheet sheet.jpg
-python -m scripts.measure_demo_model --prompts 100 --steps 10 --pt2 "{backend: openvino}"     as the server draws
+python -m scripts.measure_demo_model --prompts 100 --steps 10 --pt2 "{backend: openvino}"     through the server
 """
 
 import argparse
+import io
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import requests
 import yaml
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from scripts.local_server import ROOT, LocalServer, make_archive
+from scripts.measure_server import summarise
 from scripts.shapes import PICTURE_SIZE, Scene, choose_scene, describe_scene, is_held_out, iterate_scenes
 from tests.oracle import Verdict, judge_picture
 
@@ -79,29 +85,31 @@ def draw_with(pipeline: Any, **settings: Any) -> Draw:
     return draw
 
 
-def draw_as_server(folder: Path, pt2: Any) -> Callable[..., Draw]:
-    """Load and compile the model as the server does; return what takes settings and returns what draws prompts.
+@contextmanager
+def draw_through_server(model: Path, pt2: Any) -> Iterator[Callable[..., Draw]]:
+    """Serve the model with TorchServe; yield what takes settings and returns what draws prompts, one by one.
 
     Args:
         pt2: as in model-config.yaml; None is eager PyTorch.
     """
-    import pipeline_utils
+    config = yaml.safe_load((ROOT / "model-config.yaml").read_text()) | {"pt2": pt2}
+    with tempfile.TemporaryDirectory() as name:
+        make_archive(Path(name), model, yaml.safe_dump(config))
+        with LocalServer(Path(name)) as server:
+            log.info("%s", summarise(server.read_document()))
 
-    config = pipeline_utils.HandlerConfig.parse({"model_path": str(folder.resolve())})
-    loaded = pipeline_utils.load_pipeline(config, pipeline_utils.CompileConfig.parse(pt2), model_dir=folder)
-    log.info("%s", loaded.describe())
+            def prepare(**settings: Any) -> Draw:
+                def draw_one(prompt: str, seed: int) -> Image.Image:
+                    fields = {"guidance_scale": GUIDANCE, **settings, "prompt": prompt, "seed": seed}
+                    answer = requests.post(
+                        server.url, json=fields | {"output_format": "png"}, headers=server.get_headers(), timeout=600
+                    )
+                    answer.raise_for_status()
+                    return Image.open(io.BytesIO(answer.content))
 
-    def prepare(**settings: Any) -> Draw:
-        def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Sequence[Image.Image]:
-            requests = [
-                loaded.contract.check({"guidance_scale": GUIDANCE, **settings, "prompt": prompt, "seed": seed})
-                for prompt, seed in zip(prompts, seeds, strict=True)
-            ]
-            return [pipeline_utils.finish(pipeline_utils.generate(loaded, request))[0] for request in requests]
+                return lambda prompts, seeds: list(map(draw_one, prompts, seeds))
 
-        return draw
-
-    return prepare
+            yield prepare
 
 
 def draw_prompts(prompts: Sequence[Prompt], draw: Draw, *, batch: int = 32) -> Iterator[Image.Image]:
@@ -139,27 +147,8 @@ def save_sheet(path: Path, prompts: Sequence[Prompt], pictures: Sequence[Image.I
     sheet.save(path, quality=90)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("demo_model"))
-    parser.add_argument("--prompts", type=int, default=500, help="held-out prompts (default: %(default)s, most: 642)")
-    parser.add_argument("--pairs", type=int, default=0, help="prompts of two things, besides (default: %(default)s)")
-    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 30])
-    parser.add_argument("--guidance-scale", type=float, default=GUIDANCE, help="(default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--pt2", type=yaml.safe_load, default=False, help="draw one by one as the server, with model-config.yaml's pt2"
-    )
-    parser.add_argument("--sheet", type=Path, help="write a sheet of the first 12 prompts and 4 pairs here")
-    arguments = parser.parse_args()
-    logging.basicConfig()
-    log.setLevel(logging.INFO)
-    prepare: Callable[..., Draw]
-    if arguments.pt2 is False:
-        prepare = partial(draw_with, load_pipeline(arguments.model, device=arguments.device))
-    else:
-        prepare = draw_as_server(arguments.model, arguments.pt2)
+def print_shares(prepare: Callable[..., Draw], arguments: argparse.Namespace) -> None:
+    """Draw what the arguments name, and print the table as it goes."""
     print(f"| prompts | steps | {' | '.join((*FEATURES, 'all'))} | s a picture |")
     print("|---" * (len(FEATURES) + 4) + "|")
     for name, prompts in (
@@ -181,6 +170,34 @@ def main() -> None:
         shown = [*choose_prompts(12, seed=1), *choose_pairs(4, seed=1)]
         draw = prepare(num_inference_steps=max(arguments.steps), guidance_scale=arguments.guidance_scale)
         save_sheet(arguments.sheet, shown, list(draw_prompts(shown, draw)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("demo_model"))
+    parser.add_argument("--prompts", type=int, default=500, help="held-out prompts (default: %(default)s, most: 642)")
+    parser.add_argument("--pairs", type=int, default=0, help="prompts of two things, besides (default: %(default)s)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 30])
+    parser.add_argument("--guidance-scale", type=float, default=GUIDANCE, help="(default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--pt2",
+        type=yaml.safe_load,
+        default=False,
+        help="draw one by one through TorchServe, with this pt2 in model-config.yaml",
+    )
+    parser.add_argument("--sheet", type=Path, help="write a sheet of the first 12 prompts and 4 pairs here")
+    arguments = parser.parse_args()
+    logging.basicConfig()
+    log.setLevel(logging.INFO)
+    prepare: Callable[..., Draw]
+    with ExitStack() as stack:
+        if arguments.pt2 is False:
+            prepare = partial(draw_with, load_pipeline(arguments.model, device=arguments.device))
+        else:
+            prepare = stack.enter_context(draw_through_server(arguments.model, arguments.pt2))
+        print_shares(prepare, arguments)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,8 @@ DECODER_RATE = 5e-4
 FARTHEST_GROUND = 50  # of 255 levels, in any channel
 LEAST_OVERLAP = 0.5  # of a thing with what was asked for; less is something else
 TEXT_RATE = 0.3  # of the UNet's learning rate
-BLURRED_SHARE = CROPPED_SHARE = 0.07
+BLURRED_SHARE = CROPPED_SHARE = 0.1
+HARD_SHARE = 0.2  # of the scenes have a small star, which is learnt last
 PICTURE_SHARES = {(128, 128): 0.91, (96, 96): 0.03, (192, 128): 0.03, (128, 192): 0.03}
 NOTHING = "nothing"
 _COLOURS, _SIZES = tuple(shapes.COLOURS), tuple(shapes.SIZES)
@@ -123,13 +124,33 @@ def make_vae() -> Any:
     return AutoencoderKL(in_channels=3, out_channels=3, latent_channels=4, **blocks, **VAE)
 
 
-def make_pictures(random: Random, count: int) -> list[Image.Image]:
-    return [shapes.draw_scene(shapes.choose_scene(random), random=random) for _ in range(count)]
+def choose_scene(random: Random) -> shapes.Scene:
+    """Return a scene to learn from; the hard ones come more often than by chance."""
+    is_hard = random.random() < HARD_SHARE
+    while True:
+        scene = shapes.choose_scene(random)
+        if not is_hard or any((thing.shape, thing.size) == ("star", "small") for thing in scene.things):
+            return scene
+
+
+def blur_picture(picture: Image.Image, random: Random) -> tuple[Image.Image, tuple[int, int]]:
+    """Return a picture as if enlarged from a smaller original, and the height and width of that.
+
+    The VAE sharpens it again; what is lost are corners, and small things.
+    """
+    scale = random.uniform(0.06, 0.5)
+    original = (round(picture.height * scale), round(picture.width * scale))
+    small = picture.resize(original[::-1], Image.Resampling.BOX)
+    return small.resize(picture.size, Image.Resampling.BICUBIC), original
+
+
+def make_picture(random: Random) -> Image.Image:
+    return shapes.draw_scene(choose_scene(random), random=random)
 
 
 def make_crop(random: Random) -> Image.Image:
     """Draw a scene and cut out one of its things, so that small ones are not lost in the background."""
-    scene = shapes.choose_scene(random)
+    scene = choose_scene(random)
     moves = [shapes.choose_move(random) for _ in scene.things]
     thing, move = random.choice(list(zip(scene.things, moves, strict=True)))
     middle, _ = shapes.place_thing(thing, move, width=shapes.PICTURE_SIZE, height=shapes.PICTURE_SIZE)
@@ -199,7 +220,7 @@ def train_vae(folder: Path, *, steps: int, seed: int, device: str) -> Any:
     for step in bar:
         random = Random(f"vae {seed} {step}")
         is_whole = step > 0.8 * steps
-        drawn = make_pictures(random, 6) if is_whole else [make_crop(random) for _ in range(16)]
+        drawn = [make_picture(random) if is_whole else make_crop(random) for _ in range(6 if is_whole else 16)]
         pictures = to_tensor(drawn).to(device)
         optimizer.param_groups[0]["lr"] = compute_rate(step, steps=steps, peak=2e-3)
         with compute_short(device):
@@ -229,7 +250,8 @@ def normalise_latents(vae: Any, *, seed: int) -> None:
 
     A mean of latents in the configuration is applied by some of SDXL's pipelines only, so none is needed.
     """
-    pictures = to_tensor(make_pictures(Random(f"latents {seed}"), 256)).to(vae.device)
+    random = Random(f"latents {seed}")
+    pictures = to_tensor([make_picture(random) for _ in range(256)]).to(vae.device)
     latents = torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(32)])
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     into, out = vae.quant_conv, vae.post_quant_conv
@@ -363,14 +385,12 @@ class Sample:
 
 def make_sample(random: Random, *, width: int, height: int) -> Sample:
     """Draw a scene; some of a smaller original, which is blurred, and some cropped."""
-    scene = shapes.choose_scene(random)
+    scene = choose_scene(random)
     picture = shapes.draw_scene(scene, width=width, height=height, random=random)
     original, top, left = (height, width), 0, 0
     kind = random.random()
     if kind < BLURRED_SHARE:
-        scale = random.uniform(0.15, 0.7)
-        original = (round(height * scale), round(width * scale))
-        picture = picture.resize(original[::-1], Image.Resampling.BOX).resize((width, height), Image.Resampling.BICUBIC)
+        picture, original = blur_picture(picture, random)
     elif kind < BLURRED_SHARE + CROPPED_SHARE:
         top, left = random.choice(
             ((random.randrange(65), 0), (0, random.randrange(65)), (random.randrange(65), random.randrange(65)))
@@ -573,7 +593,7 @@ def sample_latents(models: Models, vae: Any, folder: Path, *, count: int, seed: 
     parts: list[Any] = torch.load(path)["parts"] if path.exists() else []
     for i in show_progress(len(parts), -(-count // 24), "samples"):
         random = Random(f"samples {seed} {i}")
-        scenes = [shapes.choose_scene(random) for _ in range(24)]
+        scenes = [choose_scene(random) for _ in range(24)]
         latents = pipeline(
             [shapes.describe_scene(scene, random=random) for scene in scenes],
             num_inference_steps=random.randint(4, 7),
