@@ -34,13 +34,18 @@ class MeasuringError(RuntimeError):
 class Run:
     """All measurements of one model on one machine.
 
+    Args:
+        listed: all configurations of the file, also those that are not to be measured now.
+
     Attributes:
         machine: what benchmarks.machine says of it.
     """
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, listed: Iterable[Configuration]) -> None:
         self._options = options
         self.machine = run_module("benchmarks.machine", timeout=options.timeout)
+        self._has_bf16 = "BF16" in self.machine["openvino_capabilities"]
+        self._listed = [dataclasses.asdict(each.settle(self._has_bf16)) for each in listed]
         steady = {name: value for name, value in self.machine.items() if name != "peak_gigaflops"}
         about = {"model": name_model(options.model), "size": options.size, **steady}
         about |= {"steps": options.steps, "num_inference_steps": options.num_inference_steps}
@@ -56,13 +61,12 @@ class Run:
 
     @property
     def records(self) -> list[Record]:
-        """The measurements so far, the last one of each, failed ones included."""
-        return list(self._records.values())
+        """The measurements so far of what is listed, the last one of each, failed ones included."""
+        return [each for each in self._records.values() if each["configuration"] in self._listed]
 
     def measure(self, configuration: Configuration, part: str, number: int) -> None:
         """Measure one configuration in one round, unless that has been done, and write the report anew."""
-        has_bf16 = "BF16" in self.machine["openvino_capabilities"]
-        settled = configuration.settle(has_bf16)
+        settled = configuration.settle(self._has_bf16)
         entry = {"configuration": dataclasses.asdict(settled), "part": part, "round": number}
         if "failed" not in self._records.get(_make_key(entry), {"failed": "never tried"}):
             return
@@ -77,9 +81,8 @@ class Run:
 
     def _find_obstacle(self, configuration: Configuration, part: str) -> str | None:
         """Return why a configuration cannot be measured here, or None."""
-        capabilities = self.machine["openvino_capabilities"]
-        if configuration.arithmetic == "bf16" and "BF16" not in capabilities:
-            return f"no bfloat16 arithmetic among the CPU's {', '.join(capabilities)}"
+        if configuration.arithmetic == "bf16" and not self._has_bf16:
+            return f"no bfloat16 arithmetic among the CPU's {', '.join(self.machine['openvino_capabilities'])}"
         if configuration.native is not None and part == PICTURE:
             return "openvino.convert_model converts parts, not the whole"
         if configuration.peer is not None and part != PICTURE:
@@ -197,11 +200,12 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     options = read_options(argv)
     try:
-        configurations = choose(read_configurations(options.configurations), options.only)
+        listed = read_configurations(options.configurations)
+        configurations = choose(listed, options.only)
     except ConfigurationError as error:
         sys.exit(f"benchmarks: {error}")
     options.output.mkdir(parents=True, exist_ok=True)
-    run = Run(options)
+    run = Run(options, listed)
     planned = [
         (configuration, part, number)
         for part in options.parts

@@ -129,6 +129,11 @@ def test_only_what_is_missing_is_measured(tmp_path: Path, tiny_model: Path, monk
     assert "broken" not in (tmp_path / "report.md").read_text()
     benchmarks.main([*command, "--steps", "5"])
     assert measured == [("eager", 5), ("ours", 5)]
+    assert "| ours | 1 (1–1) |" in (tmp_path / "report.md").read_text()
+    figures["steps"] = [2.0]
+    write_configurations(tmp_path, EAGER, {**OURS, "weights": "float32"}, short)
+    benchmarks.main(command)
+    assert "| ours | 2 (2–2) |" in (tmp_path / "report.md").read_text()  # what has changed since is another's figures
 
 
 def test_what_cannot_be_measured_says_why(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,8 +148,9 @@ def test_what_cannot_be_measured_says_why(tmp_path: Path, tiny_model: Path, monk
         "openvino.convert_model converts parts, not the whole",
         "its environment is missing; make peers makes it",
     ]
-    run = benchmarks.Run(benchmarks.read_options(command))
-    run.measure(Configuration.parse(peer), "unet", 1)
+    listed = [Configuration.parse(peer)]
+    run = benchmarks.Run(benchmarks.read_options(command), listed)
+    run.measure(*listed, "unet", 1)
     assert run.records[-1]["skipped"] == "openvino-genai makes whole pictures only (--parts picture)"
 
 
