@@ -148,9 +148,9 @@ def test_what_cannot_be_measured_says_why(tmp_path: Path, tiny_model: Path, monk
         "openvino.convert_model converts parts, not the whole",
         "its environment is missing; make peers makes it",
     ]
-    listed = [Configuration.parse(peer)]
-    run = benchmarks.Run(benchmarks.read_options(command), listed)
-    run.measure(*listed, "unet", 1)
+    listed = Configuration.parse(peer)
+    run = benchmarks.Run(benchmarks.read_options(command), [listed])
+    run.measure(listed, "unet", 1)
     assert run.records[-1]["skipped"] == "openvino-genai makes whole pictures only (--parts picture)"
 
 
