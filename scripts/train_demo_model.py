@@ -85,7 +85,8 @@ DECODER_RATE = 5e-4
 FARTHEST_GROUND = 50  # of 255 levels, in any channel
 LEAST_OVERLAP = 0.5  # of a thing with what was asked for; less is something else
 TEXT_RATE = 0.3  # of the UNet's learning rate
-BLURRED_SHARE = CROPPED_SHARE = 0.1
+BLURRED_SHARE = 0.2
+CROPPED_SHARE = 0.1
 HARD_SHARE = 0.2  # of the scenes have a small star, which is learnt last
 PICTURE_SHARES = {(128, 128): 0.91, (96, 96): 0.03, (192, 128): 0.03, (128, 192): 0.03}
 NOTHING = "nothing"
@@ -136,9 +137,10 @@ def choose_scene(random: Random) -> shapes.Scene:
 def blur_picture(picture: Image.Image, random: Random) -> tuple[Image.Image, tuple[int, int]]:
     """Return a picture as if enlarged from a smaller original, and the height and width of that.
 
-    The VAE sharpens it again; what is lost are corners, and small things.
+    The VAE sharpens it again; what is lost are corners, and small things. That shows in the smallest originals only, so
+    these come as often as the larger ones.
     """
-    scale = random.uniform(0.06, 0.5)
+    scale = math.exp(random.uniform(math.log(0.06), math.log(0.5)))
     original = (round(picture.height * scale), round(picture.width * scale))
     small = picture.resize(original[::-1], Image.Resampling.BOX)
     return small.resize(picture.size, Image.Resampling.BICUBIC), original
