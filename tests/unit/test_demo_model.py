@@ -98,7 +98,7 @@ def test_same_request_gives_the_same_picture(draw: Draw, plain: Any) -> None:
         {"seed": 1},
         {"guidance_scale": 1.0},
         {"num_inference_steps": 2},
-        {"original_size": (16, 16)},
+        {"original_size": (32, 32)},
         {"crops_coords_top_left": (0, 48)},
         {"prompt": "a large blue circle on a white background, left"},
     ],
