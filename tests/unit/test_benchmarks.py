@@ -133,7 +133,7 @@ def test_only_what_is_missing_is_measured(tmp_path: Path, tiny_model: Path, monk
     figures["steps"] = [2.0]
     write_configurations(tmp_path, EAGER, {**OURS, "weights": "float32"}, short)
     benchmarks.main(command)
-    assert "| ours | 2 (2–2) |" in (tmp_path / "report.md").read_text()  # what has changed since is another's figures
+    assert "| ours | 2 (2–2) |" in (tmp_path / "report.md").read_text()  # not those of the configuration as it was
 
 
 def test_what_cannot_be_measured_says_why(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
