@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from openvino_backend import OpenVINOBackend, OptionsError, UnsupportedOperatorsError
+from openvino_backend import OpenVINOBackend, OptionsError, UnsupportedOperatorsError, model
 from scripts.local_server import ROOT
-from tests.unit.modules import Bessel, TimeEmbedding, make_module, measure_error, needs_bf16
+from tests.unit.modules import CAPABILITIES, Bessel, TimeEmbedding, make_module, measure_error, needs_bf16
 
 pytestmark = pytest.mark.usefixtures("inference")
 
@@ -57,15 +57,28 @@ def test_sines_stay_in_float32() -> None:
     assert measure_error(result, reference) < 0.01  # in bfloat16 throughout it is 0.7
 
 
-@needs_bf16
-def test_another_precision_than_asked_for_is_refused() -> None:
-    module = make_module().half()
-    with pytest.raises(Exception, match="computes in bf16 here, not in f16"):
-        compile_module(module, OpenVINOBackend())(torch.randn(4, 16).half())
+@pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "bf16"), (torch.float16, "f16")])
+def test_a_graph_runs_in_the_type_of_its_weights_or_is_refused(dtype: torch.dtype, name: str) -> None:
+    """Which types a CPU computes in differs: none, bfloat16, or float16 too where it has AVX512-FP16 or AMX-FP16."""
+    module, x = make_module().to(dtype), torch.randn(4, 16).to(dtype)
+    backend = OpenVINOBackend()
+    if {"bf16": "BF16", "f16": "FP16"}[name] in CAPABILITIES:
+        result = compile_module(module, backend)(x)
+        assert (result.dtype, backend.reports[0].models[0].precision) == (dtype, name)
+    else:
+        with pytest.raises(Exception, match=f"computes in (f32|bf16) here, not in {name}"):
+            compile_module(module, backend)(x)
     torch._dynamo.reset()
     backend = OpenVINOBackend({"config": {"INFERENCE_PRECISION_HINT": "f32"}})
-    result = compile_module(module, backend)(torch.randn(4, 16).half())
-    assert (result.dtype, backend.reports[0].models[0].precision) == (torch.float16, "f32")
+    result = compile_module(module, backend)(x)
+    assert (result.dtype, backend.reports[0].models[0].precision) == (dtype, "f32")
+
+
+def test_another_precision_than_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that has every type refuses none, so the answer of another CPU stands in for OpenVINO's here."""
+    monkeypatch.setattr(model, "_read_precision", lambda compiled, device: "bf16")
+    with pytest.raises(Exception, match="CPU computes in bf16 here, not in f32; accept it with config: {'INFER"):
+        compile_module(make_module(), OpenVINOBackend())(torch.randn(4, 16))
 
 
 def test_operator_unknown_to_openvino_is_refused_by_name() -> None:
