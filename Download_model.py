@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 DEFAULT_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
 DEFAULT_REVISION = "462165984030d82259a11f4367a4eed129e94a7b"
-DEMO_FOLDER = Path(__file__).with_name("demo_model")
+DEMO_FOLDER = Path(__file__).parent / "demo/model"
 INDEX = "model_index.json"
 RECORD = "source.json"
 SETTINGS = (".json", ".txt", ".model")

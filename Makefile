@@ -12,7 +12,7 @@ RUN := $(VENV)/bin/python -m
 .PHONY: audit bench demo lint peers soak test
 
 demo: $(VENV)/served
-	$(RUN) scripts.demo
+	$(RUN) demo
 
 test: $(VENV)/tested
 	$(RUN) pytest
@@ -23,7 +23,7 @@ lint: $(VENV)/tested
 	$(RUN) mypy
 
 soak: $(VENV)/served
-	$(RUN) scripts.soak $(QUICK)
+	$(RUN) scorecard $(QUICK)
 
 audit: $(VENV)/served
 	$(PYTHON) -m venv build/audit
@@ -43,7 +43,7 @@ peers: .venv-peers/made
 	touch $@
 
 build/base: | $(VENV)/served
-	$(RUN) scripts.make_random_model $@ --size base
+	$(RUN) tools.random_model $@ --size base
 
 $(VENV)/served: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)

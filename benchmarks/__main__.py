@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.configurations import LIBRARIES, PARTS, PICTURE, Configuration, ConfigurationError, read_configurations
 from benchmarks.report import write_report
-from scripts.local_server import ROOT
+from tools.server import ROOT
 
 Record = dict[str, Any]
 PEERS = ROOT / ".venv-peers/bin/python"
@@ -184,7 +184,7 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="a folder (default: build/benchmarks)")
     parser.add_argument("--configurations", type=Path, default=Path(__file__).with_name("configurations.yaml"))
     options = parser.parse_args(argv)
-    options.model = (options.model or ROOT / ("demo_model" if options.quick else "build/base")).resolve()
+    options.model = (options.model or ROOT / ("demo/model" if options.quick else "build/base")).resolve()
     options.size = options.size or (128 if options.quick else 512)
     options.steps = options.steps or (20 if options.quick else 3)
     options.num_inference_steps = options.num_inference_steps or (10 if options.quick else 4)
@@ -192,7 +192,7 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     if not (options.model / "model_index.json").exists():
         parser.error(
             f"--model takes the folder of a pipeline, which {options.model} is not; "
-            "python -m scripts.make_random_model build/base --size base makes one"
+            "python -m tools.random_model build/base --size base makes one"
         )
     return options
 

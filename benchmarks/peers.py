@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Describe, Job
-from scripts.measure_demo_model import GUIDANCE, Prompt
+from demo.measure import GUIDANCE, Prompt
 
 Draw = Callable[[Prompt], Any]
 

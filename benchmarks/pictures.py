@@ -17,8 +17,8 @@ from PIL import Image
 from benchmarks import peers
 from benchmarks.machine import read_peak_memory
 from benchmarks.measure import Describe, Job, compare, describe, run, settle_compilation, time_call
-from scripts.local_server import ROOT
-from scripts.measure_demo_model import GUIDANCE, Prompt, choose_prompts, score_pictures
+from demo.measure import GUIDANCE, Prompt, choose_prompts, score_pictures
+from tools.server import ROOT
 
 Draw = Callable[[Prompt], Image.Image]
 
@@ -44,7 +44,7 @@ def measure(job: Job) -> dict[str, Any]:
     save_sheet(Path(job.sheet), pictures[:_SHOWN])
     record = {"first": round(first, 2), "steps": steps, "peak_gigabytes": read_peak_memory(), **tell()}
     record["ran"] += f"; JPEG {1000 * statistics.median(encoding):.1f} ms"
-    if Path(job.model) == ROOT / "demo_model":
+    if Path(job.model) == ROOT / "demo/model":
         record["score"] = score_pictures(prompts, pictures)["all"]
     return record | compare([torch.from_numpy(np.array(each)) for each in pictures], Path(job.reference))
 

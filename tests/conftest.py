@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.make_random_model import make_pipeline, save_pipeline
+from tools.random_model import make_pipeline, save_pipeline
 
 
 @pytest.fixture(scope="session")

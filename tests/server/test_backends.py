@@ -14,7 +14,7 @@ import requests
 import yaml
 from PIL import Image
 
-from scripts.local_server import ROOT, LocalServer, ServerError, make_archive
+from tools.server import ROOT, LocalServer, ServerError, make_archive
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", os.environ.get("CXX", "c++")))), reason="Inductor needs a C++ compiler"

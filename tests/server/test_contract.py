@@ -19,8 +19,8 @@ import requests
 import yaml
 from PIL import Image
 
-from scripts.local_server import ROOT, SCRIPTS, LocalServer, make_archive, make_environment
 from tests.server.test_backends import ask_for_picture, make_settings
+from tools.server import ROOT, SCRIPTS, LocalServer, make_archive, make_environment
 
 LIMITS = {"num_inference_steps": 3, "max_steps": 150, "max_side": 128, "max_images": 2}
 

@@ -27,10 +27,10 @@ import yaml
 from openai import DefaultHttpxClient, OpenAI
 from PIL import Image
 
-from scripts import check_ready
-from scripts.local_proxy import LocalProxy, find_nginx
-from scripts.local_server import ROOT, LocalServer, make_archive
+from sdxl_server import ready
 from tests.server.test_backends import make_settings
+from tools.proxy import LocalProxy, find_nginx
+from tools.server import ROOT, LocalServer, make_archive
 
 DEPLOY = ROOT / "deploy"
 needs_nginx = pytest.mark.skipif(find_nginx() is None, reason="nginx and openssl are not installed")
@@ -121,7 +121,7 @@ def check(server: LocalServer, *arguments: str) -> int:
         "--key-file",
         str(server.folder / "key_file.json"),
     )
-    return check_ready.main([*places, *arguments])
+    return ready.main([*places, *arguments])
 
 
 def wait_for(condition: Callable[[], Any], *, seconds: float = 20) -> None:

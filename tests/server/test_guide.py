@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 import Download_model
-from scripts.local_server import ROOT, LocalServer, make_environment, write_properties
 from tests.hub import Hub
+from tools.server import ROOT, LocalServer, make_environment, write_properties
 
 SHIPPED = (
     *("stable_diffusion_handler.py", "pipeline_utils.py", "Download_model.py", "query.py"),
@@ -152,7 +152,7 @@ def test_demo_on_a_machine_without_java(tmp_path: Path) -> None:
     environment["PATH"] = str(tmp_path)
     before, running = set(ROOT.glob("output-*.jpg")), find_servers()
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.demo"], cwd=ROOT, env=environment, text=True, capture_output=True, check=False
+        [sys.executable, "-m", "demo"], cwd=ROOT, env=environment, text=True, capture_output=True, check=False
     )
     assert done.returncode == 0, done.stderr
     path = Path(done.stdout.split()[-1])
@@ -164,8 +164,8 @@ def test_demo_on_a_machine_without_java(tmp_path: Path) -> None:
 
 
 def test_stopping_leaves_nothing(tmp_path: Path, tiny_model: Path) -> None:
-    from scripts.local_server import make_archive
     from tests.server.test_backends import make_settings
+    from tools.server import make_archive
 
     make_archive(tmp_path, tiny_model, make_settings(None))
     with LocalServer(tmp_path) as server:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import requests
 
-from scripts.local_server import LocalServer, make_archive
 from tests.server.test_backends import ask_for_picture, make_settings
+from tools.server import LocalServer, make_archive
 
 
 @pytest.fixture(scope="module")

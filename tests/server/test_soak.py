@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from scripts import clients, soak
-from scripts.clients import judge_growth
-from scripts.local_proxy import LocalProxy, find_nginx
-from scripts.local_server import LocalServer
-from scripts.soak import LINES, Line, Scale, Site
+from scorecard import __main__ as soak
+from scorecard import clients
+from scorecard.__main__ import LINES, Line, Scale, Site
+from scorecard.clients import judge_growth
 from tests.server import planted_handler
+from tools.proxy import LocalProxy, find_nginx
+from tools.server import LocalServer
 
 SMALL = Scale(
     soak_time=5, soak_requests=8, kill_time=25, loads=2, requests_after=5, crowd=40, fuzzed=150, leavers=5, cycles=1

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from openvino_backend import OpenVINOBackend, OptionsError, UnsupportedOperatorsError, model
-from scripts.local_server import ROOT
 from tests.unit.modules import CAPABILITIES, Bessel, TimeEmbedding, make_module, measure_error, needs_bf16
+from tools.server import ROOT
 
 pytestmark = pytest.mark.usefixtures("inference")
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from pipeline_utils import PUBLISHED_KEYS_WITHOUT_EFFECT, CompileConfig, ConfigError, HandlerConfig
-from scripts.local_server import ROOT
+from tools.server import ROOT
 
 SHIPPED = (ROOT / "model-config.yaml").read_text()
 # The handler section of the example that the guide was published with.

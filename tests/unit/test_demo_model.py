@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from scripts.measure_demo_model import (
+from demo.measure import (
     GUIDANCE,
     choose_prompts,
     draw_prompts,
@@ -15,10 +15,10 @@ from scripts.measure_demo_model import (
     load_pipeline,
     score_pictures,
 )
-from scripts.shapes import COLOURS
-from tests.oracle import name_pixels
+from demo.oracle import name_pixels
+from demo.shapes import COLOURS
 
-FOLDER = Path(__file__).parents[2] / "demo_model"
+FOLDER = Path(__file__).parents[2] / "demo/model"
 PROMPT = "a large red circle on a white background, left"
 STEPS = 10
 LEAST_RIGHT = {"background": 0.95, "position": 0.95, "size": 0.95, "colour": 0.85, "shape": 0.85, "all": 0.8}

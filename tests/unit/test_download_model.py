@@ -262,7 +262,7 @@ def test_offline(download: Download) -> None:
 
 @pytest.fixture(scope="module")
 def pipeline() -> Any:
-    from scripts.make_random_model import make_pipeline
+    from tools.random_model import make_pipeline
 
     return make_pipeline("tiny")
 
@@ -319,7 +319,7 @@ def test_demonstration_model_is_copied(hub: Hub, download: Download, tmp_path: P
     result = download("--model", "demo")
     assert result.returncode == 0, result.stderr
     assert hub.requests == []
-    copied, original = tmp_path / "Base_Diffusion_model", Path(Download_model.__file__).with_name("demo_model")
+    copied, original = tmp_path / "Base_Diffusion_model", Path(Download_model.__file__).parent / "demo/model"
     assert (copied / UNET).read_bytes() == (original / UNET).read_bytes()
     check_loads(copied, diffusers.DiffusionPipeline.from_pretrained(original))
 

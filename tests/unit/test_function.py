@@ -10,8 +10,8 @@ import torch
 from transformers.modeling_outputs import BaseModelOutput
 
 from openvino_backend import CompiledFunction
-from scripts.local_server import ROOT
 from tests.unit.modules import Bessel, TimeEmbedding, make_module, measure_error, needs_bf16
+from tools.server import ROOT
 
 pytestmark = pytest.mark.usefixtures("inference")
 

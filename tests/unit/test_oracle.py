@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scripts.shapes import (
+from demo.oracle import Verdict, judge_picture
+from demo.shapes import (
     COLOURS,
     POSITIONS,
     SHAPES,
@@ -19,8 +20,7 @@ from scripts.shapes import (
     draw_scene,
     iterate_scenes,
 )
-from scripts.train_demo_model import find_moves
-from tests.oracle import Verdict, judge_picture
+from demo.train import find_moves
 
 ASKED = Scene("blue", (Thing("red", "circle", "large", "left"),))
 

@@ -33,8 +33,8 @@ from pipeline_utils import (
     generate,
     load_pipeline,
 )
-from scripts.local_server import ROOT
 from tests.unit.modules import HAS_BF16
+from tools.server import ROOT
 
 EAGER = HandlerConfig(dtype="float32", num_inference_steps=4, warm_up=False)
 PARTS = ["unet", "vae", VAE_ENCODER, "text_encoder", "text_encoder_2"]
@@ -49,7 +49,7 @@ def eager(tiny_model: Path) -> LoadedPipeline:
 @pytest.fixture(scope="module")
 def demo() -> LoadedPipeline:
     """The project's own model, whose VAE has learnt pictures."""
-    return load(ROOT / "demo_model")
+    return load(ROOT / "demo/model")
 
 
 @pytest.fixture(scope="module")

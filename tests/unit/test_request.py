@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from generation_request import SDXL_FIELDS, Contract, GenerationRequest, Limits, RequestError, build_openapi
-from scripts.write_contract import build_shipped_contract
+from tools.write_contract import build_shipped_contract
 
 DEFAULTS: dict[str, Any] = {
     "width": 128,
@@ -201,7 +201,7 @@ def test_contract_has_the_requests_fields() -> None:
 def test_document_is_openapi_and_is_the_committed_one() -> None:
     from openapi_spec_validator import validate
 
-    from scripts.write_contract import DOCUMENT, README, fill_readme
+    from tools.write_contract import DOCUMENT, README, fill_readme
 
     document = build_openapi(build_shipped_contract())
     validate(document)

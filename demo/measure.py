@@ -1,7 +1,7 @@
 """Measure how often the demonstration model draws what a held-out prompt asks for, by steps; print a table.
 
-python -m scripts.measure_demo_model --prompts 500 --steps 5 10 20 30 --sheet sheet.jpg
-python -m scripts.measure_demo_model --prompts 100 --steps 10 --pt2 "{backend: openvino}"     through the server
+python -m demo.measure --prompts 500 --steps 5 10 20 30 --sheet sheet.jpg
+python -m demo.measure --prompts 100 --steps 10 --pt2 "{backend: openvino}"     through the server
 """
 
 import argparse
@@ -22,10 +22,10 @@ import yaml
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from scripts.local_server import ROOT, LocalServer, make_archive
-from scripts.measure_server import summarise
-from scripts.shapes import PICTURE_SIZE, Scene, choose_scene, describe_scene, is_held_out, iterate_scenes
-from tests.oracle import Verdict, judge_picture
+from benchmarks.server import summarise
+from demo.oracle import Verdict, judge_picture
+from demo.shapes import PICTURE_SIZE, Scene, choose_scene, describe_scene, is_held_out, iterate_scenes
+from tools.server import ROOT, LocalServer, make_archive
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ def print_shares(prepare: Callable[..., Draw], arguments: argparse.Namespace) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("demo_model"))
+    parser.add_argument("--model", type=Path, default=Path("demo/model"))
     parser.add_argument("--prompts", type=int, default=500, help="held-out prompts (default: %(default)s, most: 642)")
     parser.add_argument("--pairs", type=int, default=0, help="prompts of two things, besides (default: %(default)s)")
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 30])

@@ -15,15 +15,15 @@ from typing import Any
 import requests
 import yaml
 
-from scripts.clients import Watch
-from scripts.local_server import ROOT, LocalServer, make_archive, run_command
+from scorecard.clients import Watch
+from tools.server import ROOT, LocalServer, make_archive, run_command
 
 
 def make_model() -> Path:
     """Return the folder of the small model, made at the first call."""
     folder = ROOT / "build" / "tiny-sdxl"
     if not (folder / "model_index.json").exists():
-        run_command(sys.executable, "-m", "scripts.make_random_model", folder, "--size", "tiny", folder=ROOT)
+        run_command(sys.executable, "-m", "tools.random_model", folder, "--size", "tiny", folder=ROOT)
     return folder
 
 

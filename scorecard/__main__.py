@@ -27,7 +27,8 @@ import psutil
 import requests
 import yaml
 
-from scripts.clients import (
+from demo.measure import GUIDANCE
+from scorecard.clients import (
     PATIENCE,
     SIZES,
     Outcome,
@@ -39,10 +40,9 @@ from scripts.clients import (
     keep_asking,
     read_body,
 )
-from scripts.fuzz import make_bytes, make_request
-from scripts.local_proxy import LocalProxy, find_nginx
-from scripts.local_server import ROOT, LocalServer, ServerError, make_archive, make_environment
-from scripts.measure_demo_model import GUIDANCE
+from scorecard.fuzz import make_bytes, make_request
+from tools.proxy import LocalProxy, find_nginx
+from tools.server import ROOT, LocalServer, ServerError, make_archive, make_environment
 
 STEPS = 5
 # TorchServe decodes forms before the handler sees them, and calls one that it cannot read its own error.
@@ -100,7 +100,7 @@ class Site:
     """
 
     cache: Path
-    model: Path = ROOT / "demo_model"
+    model: Path = ROOT / "demo/model"
     handler: Path = ROOT / "stable_diffusion_handler.py"
     keys: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)

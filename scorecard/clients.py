@@ -18,7 +18,7 @@ import psutil
 import requests
 from PIL import Image
 
-from scripts.local_server import LocalServer
+from tools.server import LocalServer
 
 PATIENCE = 90  # seconds after which a request counts as hung
 SIZES = ((128, 128), (96, 128))

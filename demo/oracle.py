@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from scripts.shapes import COLOURS, POSITIONS, SHAPES, Scene, Thing, draw_shape
+from demo.shapes import COLOURS, POSITIONS, SHAPES, Scene, Thing, draw_shape
 
 FARTHEST_COLOUR = 75.0  # distance in RGB beyond which a pixel has none of the colours
 LEAST_BACKGROUND = 0.5  # share of the picture

@@ -11,7 +11,7 @@ from typing import Self
 
 import psutil
 
-from scripts.local_server import ROOT, find_free_ports
+from tools.server import ROOT, find_free_ports
 
 CONFIGURATION = ROOT / "deploy" / "nginx.conf"
 

@@ -5,8 +5,8 @@ the text encoders, which learn to name what a prompt says; the latents of the sc
 with the text encoders; latents that the averaged weights make of prompts; the VAE's decoder, on these. The result is
 saved as fp16 safetensors in diffusers' format.
 
-    python -m scripts.train_demo_model                          the whole training
-    python -m scripts.train_demo_model --start-from demo_model  more steps of UNet and decoder from saved weights
+    python -m demo.train                          the whole training
+    python -m demo.train --start-from demo/model  more steps of UNet and decoder from saved weights
 """
 
 import argparse
@@ -27,10 +27,10 @@ from PIL import Image
 from torch.nn import functional
 from tqdm import tqdm
 
-from scripts import shapes
-from scripts.make_random_model import make_text_encoder
-from scripts.make_random_model import save_pipeline as save_with_published_names
-from scripts.measure_demo_model import choose_prompts, draw_prompts, draw_with, load_pipeline
+from demo import shapes
+from demo.measure import choose_prompts, draw_prompts, draw_with, load_pipeline
+from tools.random_model import make_text_encoder
+from tools.random_model import save_pipeline as save_with_published_names
 
 log = logging.getLogger(__name__)
 
@@ -676,7 +676,7 @@ def save_progress(folder: Path, path: Path, *, device: str) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("demo_model"), help="where to save (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("demo/model"), help="where to save (default: %(default)s)")
     parser.add_argument(
         "--work", type=Path, default=Path("build/demo"), help="checkpoints and sheets (default: %(default)s)"
     )

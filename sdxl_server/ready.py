@@ -20,7 +20,7 @@ class NotReadyError(RuntimeError):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check once, or until the model is ready; return the exit code."""
-    parser = argparse.ArgumentParser(prog="check_ready", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m sdxl_server.ready", description=__doc__)
     parser.add_argument("--ts-config", type=Path, default=Path("config.properties"), help="the server's settings")
     parser.add_argument(
         "--key-file", type=Path, default=Path("key_file.json"), help="written into the folder the server is started in"

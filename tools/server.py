@@ -16,7 +16,7 @@ from typing import Any, Self
 import psutil
 import requests
 
-from scripts.check_ready import NotReadyError, check_workers, read_token
+from sdxl_server.ready import NotReadyError, check_workers, read_token
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = Path(sys.executable).parent

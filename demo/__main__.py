@@ -6,8 +6,8 @@ from pathlib import Path
 
 import yaml
 
-from scripts.local_server import ROOT, LocalServer, ServerError, make_archive, run_command
-from scripts.measure_demo_model import GUIDANCE
+from demo.measure import GUIDANCE
+from tools.server import ROOT, LocalServer, ServerError, make_archive, run_command
 
 PROMPT = "a large yellow star on a blue background, left"
 
@@ -18,7 +18,7 @@ def main() -> int:
         print("Making the archive")
         settings = yaml.safe_load((ROOT / "model-config.yaml").read_text())
         settings["handler"]["guidance_scale"] = GUIDANCE
-        make_archive(folder, ROOT / "demo_model", yaml.safe_dump(settings, sort_keys=False))
+        make_archive(folder, ROOT / "demo/model", yaml.safe_dump(settings, sort_keys=False))
         print("Starting TorchServe; the model is compiled for OpenVINO")
         try:
             with LocalServer(folder) as server:

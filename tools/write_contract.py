@@ -1,6 +1,6 @@
 """Write openapi.json and README's table of the fields, for SDXL base under the shipped model-config.yaml.
 
-python -m scripts.write_contract
+python -m tools.write_contract
 """
 
 import json
@@ -8,12 +8,12 @@ import re
 
 from generation_request import Contract, build_openapi, describe_schema
 from pipeline_utils import HandlerConfig, build_contract
-from scripts.local_server import ROOT
-from scripts.make_random_model import make_pipeline
+from tools.random_model import make_pipeline
+from tools.server import ROOT
 
 DOCUMENT = ROOT / "openapi.json"
 README = ROOT / "README.md"
-START, END = "<!-- fields: python -m scripts.write_contract -->\n", "<!-- end of fields -->"
+START, END = "<!-- fields: python -m tools.write_contract -->\n", "<!-- end of fields -->"
 
 
 def build_shipped_contract() -> Contract:
