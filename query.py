@@ -1,16 +1,22 @@
-"""Ask the server for pictures and save them; show each step on a terminal."""
+"""Ask the server for pictures and save them; show each step on a terminal.
+
+One file, which runs with Python and requests alone; with tqdm it shows a bar, and --like needs Pillow.
+"""
 
 import argparse
 import base64
-import io
+import contextlib
 import json
 import os
 import queue
 import random
+import re
+import struct
 import sys
 import threading
 import time
 import uuid
+import zlib
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
@@ -24,6 +30,8 @@ BUSY_TYPE = "ServiceUnavailableException"  # its message, "no worker to serve", 
 TOKEN_VARIABLE = "TORCHSERVE_TOKEN"
 SUFFIXES = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png", ".webp": "webp"}
 FAILED, REFUSED, TRY_LATER, INTERRUPTED = 1, 2, 3, 130
+JPEG_MARKER = re.compile(rb"\xff+([^\xff])")
+JPEG_SCAN_END = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # a marker that is neither a stuffed byte nor a restart
 EXIT_CODES = """exit codes:
   0    every picture is saved
   1    the server failed, or a picture could not be read or saved
@@ -38,6 +46,7 @@ EPILOG = """examples:
 
 """
 # The fields of the request contract; README's table says what each takes.
+# <fields: python -m tools.write_generated>
 FIELDS: dict[str, dict[str, Any]] = {
     "prompt_2": {"help": "for the second text encoder"},
     "negative_prompt": {"help": "what the picture should not show"},
@@ -61,6 +70,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "output_format": {"choices": ("jpeg", "png", "webp"), "help": "(default: as --filename ends, or jpeg)"},
     "quality": {"type": int, "metavar": "N", "help": "of a JPEG or WebP, 1 to 100"},
 }
+# </fields>
 SHORT_NAMES = {"num_inference_steps": "--steps", "num_images_per_prompt": "-n"}
 
 
@@ -134,7 +144,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="query.py",
         usage="%(prog)s (--prompt TEXT | --prompts FILE | --like PICTURE) [options]",
-        description=__doc__,
+        description=(__doc__ or "").partition("\n")[0],
         epilog=EPILOG + EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -261,10 +271,12 @@ def read_parameters(path: Path) -> dict[str, Any]:
     """Return the request that a picture of this server carries.
 
     Raises:
-        QueryError: it carries none.
+        QueryError: it carries none, or there is no Pillow.
     """
-    from PIL import ExifTags, Image
-
+    try:
+        from PIL import ExifTags, Image
+    except ImportError as error:
+        raise QueryError("--like reads pictures with Pillow: pip install pillow", code=REFUSED) from error
     try:
         with Image.open(path) as picture:
             comment = picture.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
@@ -468,12 +480,10 @@ def make_pictures(jobs: Sequence[Job], options: argparse.Namespace) -> int:
     Each job's thread only passes on what arrives. It is left behind when its time is up, since a timeout of the request
     itself would start again with every byte.
     """
-    from tqdm import tqdm
-
     waiting, running, code = list(reversed(jobs)), set[Job](), 0
     arrived: Arrived = queue.SimpleQueue()
     try:
-        with tqdm(unit="step", disable=None, leave=False, dynamic_ncols=True) as bar:
+        with open_bar() as bar:
             while waiting or running:
                 while waiting and len(running) < options.concurrency:
                     running.add(job := waiting.pop())
@@ -490,7 +500,8 @@ def make_pictures(jobs: Sequence[Job], options: argparse.Namespace) -> int:
                     if is_over:
                         job.is_over.set()
                         running.remove(job)
-                show_steps(bar, jobs)
+                if bar is not None:
+                    show_steps(bar, jobs)
     finally:
         for job in jobs:
             job.is_over.set()
@@ -559,6 +570,22 @@ def choose_code(status: object) -> int:
     return REFUSED if isinstance(status, int) and 400 <= status < 500 else FAILED
 
 
+def find_tqdm() -> Any:
+    """Return tqdm's class, None where it is not installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm
+
+
+def open_bar() -> contextlib.AbstractContextManager[Any]:
+    """Return a context with a bar of steps, with None where there is no tqdm."""
+    tqdm = find_tqdm()
+    bar: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    return tqdm(unit="step", disable=None, leave=False, dynamic_ncols=True) if tqdm else bar
+
+
 def show_steps(bar: Any, jobs: Sequence[Job]) -> None:
     """Show the steps of all jobs together; one that has not begun counts as many as the last that has."""
     typical = next((job.total for job in reversed(jobs) if job.total), 0)
@@ -578,10 +605,10 @@ def show_error(error: Exception, *, label: str = "") -> int:
 
 def show_line(text: str, *, file: Any) -> None:
     """Print a line above the bar, without what could move a terminal's cursor; a server chose some of it."""
-    from tqdm import tqdm
-
     escaped = (char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-    tqdm.write("".join(escaped), file=file)
+    tqdm = find_tqdm()
+    with tqdm.external_write_mode(file=file) if tqdm else contextlib.nullcontext():
+        print("".join(escaped), file=file)
 
 
 def check_picture(event: Mapping[str, Any]) -> bytes:
@@ -590,15 +617,75 @@ def check_picture(event: Mapping[str, Any]) -> bytes:
     Raises:
         QueryError: it is not a whole JPEG, PNG or WebP.
     """
-    from PIL import Image
-
     try:
         data = base64.b64decode(event["b64_json"], validate=True)
-        with Image.open(io.BytesIO(data), formats=["JPEG", "PNG", "WEBP"]) as picture:
-            picture.load()  # verify() takes a JPEG that is cut short
-    except Exception as error:  # Pillow's decoders raise many kinds
+        check_frame(data)
+    except struct.error as error:
+        raise QueryError("the picture is damaged: it is cut short") from error
+    except (ValueError, LookupError, TypeError) as error:
         raise QueryError(f"the picture is damaged: {error}") from error
     return data
+
+
+def check_frame(data: bytes) -> None:
+    """Follow a picture's parts from its start to its end.
+
+    In a PNG each part tells whether it is as it was written. In a JPEG or WebP it does not: a picture that is cut short
+    or put together wrongly is found, bytes that are others than they were are not.
+
+    Raises:
+        ValueError: it is not a whole JPEG, PNG or WebP.
+        struct.error: it is cut short.
+    """
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        check_png(data)
+    elif data.startswith(b"\xff\xd8\xff"):
+        check_jpeg(data)
+    elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        check_webp(data)
+    else:
+        raise ValueError("it is no JPEG, PNG or WebP")
+
+
+def check_png(data: bytes) -> None:
+    place, kinds = 8, [b""]
+    while kinds[-1] != b"IEND":
+        length, kind = struct.unpack_from(">I4s", data, place)
+        (checksum,) = struct.unpack_from(">I", data, place + 8 + length)
+        if checksum != zlib.crc32(memoryview(data)[place + 4 : place + 8 + length]):
+            raise ValueError(f"the checksum of its part {kind!r} is wrong")
+        place += 12 + length
+        kinds.append(kind)
+    if kinds[1] != b"IHDR" or b"IDAT" not in kinds:
+        raise ValueError("it is a PNG without a picture")
+
+
+def check_jpeg(data: bytes) -> None:
+    place, has_scan = 2, False
+    while (marker := JPEG_MARKER.match(data, place)) and marker[1] != b"\xd9":
+        (length,) = struct.unpack_from(">H", data, marker.end())
+        place = marker.end() + length
+        if marker[1] == b"\xda":
+            has_scan = True
+            end = JPEG_SCAN_END.search(data, place)
+            place = end.start() if end else len(data)
+    if not marker:
+        raise ValueError("it is cut short" if place >= len(data) else "its parts do not follow one another")
+    if not has_scan:
+        raise ValueError("it is a JPEG without a picture")
+
+
+def check_webp(data: bytes) -> None:
+    (length,) = struct.unpack_from("<I", data, 4)
+    if len(data) < 8 + length:
+        raise ValueError("it is cut short")
+    place, kinds = 12, set()
+    while place < 8 + length:
+        kind, part = struct.unpack_from("<4sI", data, place)
+        place += 8 + part + part % 2
+        kinds.add(kind)
+    if place != 8 + length or not kinds & {b"VP8 ", b"VP8L", b"ANMF"}:
+        raise ValueError("its parts are not those of a WebP")
 
 
 def save_picture(picture: bytes, path: Path, *, overwrite: bool) -> Path:

@@ -8,6 +8,7 @@ import os
 import pty
 import random
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -23,6 +24,7 @@ from email.message import Message
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -35,9 +37,9 @@ QUERY = Path(query.__file__)
 TOKEN_ERROR = {"code": 400, "type": "InvalidKeyException", "message": "Token Authorization failed."}
 
 
-def make_picture(kind: str = "JPEG") -> bytes:
+def make_picture(kind: str = "JPEG", **options: Any) -> bytes:
     file = io.BytesIO()
-    Image.effect_noise((64, 64), 50).save(file, kind)
+    Image.effect_noise((64, 64), 50).save(file, kind, **options)
     return file.getvalue()
 
 
@@ -356,17 +358,57 @@ def test_error_answer_is_shown(client: Client, server: Server, status: int, body
         (b"data: hello\n\n", STREAM, "the answer ended before the last picture"),
         (make_event("progress", step=1), STREAM, "the answer holds a damaged event: KeyError('total')"),
         (complete(index=3), STREAM, "the answer holds a damaged event: IndexError("),
-        (complete(b"hello"), STREAM, "the picture is damaged: cannot identify"),
-        (complete(b""), STREAM, "the picture is damaged: cannot identify"),
-        (complete(PICTURE[:-200]), STREAM, "the picture is damaged: "),
-        (complete(make_picture("PNG")[:-200]), STREAM, "the picture is damaged: "),
-        (complete(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), STREAM, "the picture is damaged: cannot"),
+        (make_event("image_generation.completed", b64_json="?", index=0), STREAM, "the picture is damaged: "),
+        (make_event("image_generation.completed", index=0), STREAM, "the picture is damaged: 'b64_json'"),
+        (complete(b"hello"), STREAM, "the picture is damaged: it is no JPEG, PNG or WebP"),
+        (complete(b""), STREAM, "the picture is damaged: it is no JPEG, PNG or WebP"),
+        (complete(make_picture("GIF")), STREAM, "the picture is damaged: it is no JPEG, PNG or WebP"),
+        (complete(PICTURE[:-200]), STREAM, "the picture is damaged: it is cut short"),
+        (complete(make_picture("PNG")[:-200]), STREAM, "the picture is damaged: it is cut short"),
+        (complete(make_picture("WEBP")[:-200]), STREAM, "the picture is damaged: it is cut short"),
+        (complete(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), STREAM, "it is no JPEG, PNG or WebP"),
     ],
 )
 def test_answer_without_a_picture(client: Client, server: Server, body: bytes, kind: str, line: str) -> None:
     server.steps = [answer(body, 200, kind)]
     assert line in (shown := client.fail())
     assert len(shown) < 1000
+
+
+def is_whole(picture: bytes) -> bool:
+    try:
+        query.check_frame(picture)
+    except (ValueError, struct.error):
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *[("JPEG", {}), ("JPEG", {"progressive": True, "comment": b"a"}), ("JPEG", {"restart_marker_blocks": 1})],
+        *[("PNG", {}), ("WEBP", {}), ("WEBP", {"lossless": True}), ("WEBP", {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0"})],
+    ],
+)
+def test_picture_is_whole_at_its_last_byte_only(kind: str, options: dict[str, Any]) -> None:
+    picture = make_picture(kind, **options)
+    assert [end for end in range(len(picture) + 1) if is_whole(picture[:end])] == [len(picture)]
+
+
+def test_png_whose_bytes_changed() -> None:
+    picture = make_picture("PNG")
+    assert not any(is_whole(picture[:i] + bytes([picture[i] ^ 1]) + picture[i + 1 :]) for i in range(len(picture)))
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        *[b"\xff\xd8\xff\xd9", PICTURE[:100] + PICTURE[200:], b"RIFF\x04\0\0\0WEBP", b"RIFF\x0c\0\0\0WEBPEXIF\0\0\0\0"],
+        *[make_picture("PNG")[:8] + make_picture("PNG")[-12:], make_picture("PNG")[:33] + make_picture("PNG")[-12:]],
+    ],
+)
+def test_picture_that_lacks_parts(picture: bytes) -> None:
+    assert not is_whole(picture)
 
 
 @pytest.mark.parametrize(("status", "code"), [(504, 3), (400, 2), (500, 1), (None, 1)])
@@ -907,6 +949,66 @@ def test_like_needs_a_picture_that_tells(client: Client, server: Server, file: b
         Path("fox").write_bytes(file)
     client.options.clear()
     assert line in client.fail("--like", "fox", code=2)
+    assert server.requests == []
+
+
+# Alone
+
+ALONE = """if True:
+    import runpy, sys
+    KNOWN = {"requests", "certifi", "charset_normalizer", "idna", "urllib3"}
+
+    class Refuse:
+        def find_spec(name, path=None, target=None):
+            if path is None and name not in KNOWN | sys.stdlib_module_names and not name.endswith("__mypyc"):
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    sys.meta_path.insert(0, Refuse)
+    runpy.run_path(sys.argv.pop(1), run_name="__main__")"""
+
+
+def run_alone(*options: str, **popen: object) -> subprocess.Popen[bytes]:
+    """Start the program, from a folder with nothing else, where it finds Python's library and requests."""
+    shutil.copy(QUERY, "query.py")
+    command = [sys.executable, "-B", "-c", ALONE, "query.py", *options]
+    return subprocess.Popen(command, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **popen})  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_program_runs_with_requests_alone(server: Server, kind: str) -> None:
+    picture = make_picture(kind)
+    steps = make_event("progress", step=1, total=2) + make_event("progress", step=2, total=2)
+    server.steps = [answer(steps + complete(picture), headers={"X-Warning": "the prompt is long"})]
+    process = run_alone("--url", server.url, "--prompt", "a cat", "--filename", "cat")
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, out) == (0, b"cat\n")
+    assert err == b"query.py: warning: the prompt is long\ncat: seed 7\n"
+    assert Path("cat").read_bytes() == picture
+
+
+def test_damaged_picture_is_refused_with_requests_alone(server: Server) -> None:
+    server.steps = [answer(complete(PICTURE[:-200]))]
+    process = run_alone("--url", server.url, "--prompt", "a cat")
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, out, err) == (1, b"", b"query.py: the picture is damaged: it is cut short\n")
+    assert set(read_folder()) == {"query.py"}
+
+
+def test_terminal_without_a_bar(server: Server) -> None:
+    server.steps = [answer(make_event("progress", step=1, total=2) + DONE)]
+    ours, its = pty.openpty()
+    with run_alone("--url", server.url, "--prompt", "a cat", "--filename", "cat.jpg", stderr=its) as process:
+        os.close(its)
+        assert process.wait(10) == 0
+    assert os.read(ours, 1000) == b"cat.jpg: seed 7\r\n"
+    os.close(ours)
+
+
+def test_like_without_pillow(server: Server) -> None:
+    Path("fox.jpg").write_bytes(PICTURE)
+    process = run_alone("--url", server.url, "--like", "fox.jpg")
+    line = b"query.py: --like reads pictures with Pillow: pip install pillow\n"
+    assert (process.communicate(timeout=10), process.returncode) == ((b"", line), 2)
     assert server.requests == []
 
 
