@@ -2,6 +2,7 @@
 # make test    the tests, but for those of pytest -m soak
 # make lint    ruff and mypy
 # make soak    an hour of load, faults and hostile input, with a scorecard; make soak QUICK=--quick: minutes
+# make lock    write constraints.txt anew: what its lines pin stays, and what has no line comes in its newest version
 # make audit   look for known faults of the pinned packages; needs PyPI's own index
 # make bench   compare engines at SDXL's real size: 7 GB of random weights, 16 GB of memory, most of an hour
 # make peers   what make bench compares whole pictures with, optimum-intel and openvino-genai, in an environment of their own
@@ -9,7 +10,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 
-.PHONY: audit bench demo lint peers soak test
+.PHONY: audit bench demo lint lock peers soak test
 
 demo: $(VENV)/served
 	$(RUN) demo
@@ -24,6 +25,14 @@ lint: $(VENV)/tested
 
 soak: $(VENV)/served
 	$(RUN) scorecard $(QUICK)
+
+lock:
+	$(PYTHON) -m venv --clear build/lock
+	build/lock/bin/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	build/lock/bin/python -m pip freeze --all --exclude pip --exclude-editable > build/lock/frozen
+	# a local version, such as +cpu, depends on where a package came from
+	(echo "# Every version, of what the requirements bring along too; written by make lock."; \
+		sed 's/+.*//' build/lock/frozen) > constraints.txt
 
 audit: $(VENV)/served
 	$(PYTHON) -m venv build/audit
@@ -45,8 +54,11 @@ peers: .venv-peers/made
 build/base: | $(VENV)/served
 	$(RUN) tools.random_model $@ --size base
 
-$(VENV)/served: requirements.txt pyproject.toml
+$(VENV)/served: requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	# what this was before it was torchserve-sdxl-openvino
+	$(RUN) pip -qq uninstall --yes openvino-backend
+	rm -rf openvino_backend.egg-info
 	$(RUN) pip install --quiet -r requirements.txt
 	touch $@
 

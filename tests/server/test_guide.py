@@ -5,7 +5,10 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
+import tomllib
+import venv
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from tools.server import ROOT, LocalServer, make_environment, write_properties
 
 SHIPPED = (
     *("stable_diffusion_handler.py", "pipeline_utils.py", "Download_model.py", "query.py"),
-    *("model-config.yaml", "config.properties", "requirements.txt"),
+    *("model-config.yaml", "config.properties", "requirements.txt", "constraints.txt"),
 )
 ARCHIVER = (
     "torch-model-archiver --model-name diffusion_fast --version 1.0 --handler stable_diffusion_handler.py"
@@ -95,16 +98,28 @@ def check_picture(path: Path) -> None:
         assert (picture.format, picture.size) == ("JPEG", (128, 128))
 
 
-def test_requirements_are_installed_by_the_guides_command() -> None:
+def test_requirements_are_installed_by_the_guides_command(tmp_path: Path) -> None:
+    """Into an environment that sees what this one has installed, so that only the project itself is left to install.
+
+    pip still reads the requirements and the constraints, and would fetch what is missing here or of another version.
+    """
+    venv.create(tmp_path)
+    python = tmp_path / "bin" / "python"
+    own = sysconfig.get_path("purelib", scheme="venv", vars={"base": str(tmp_path)})
+    Path(own, "seen.pth").write_text(sysconfig.get_path("purelib"))
     done = subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-r", "requirements.txt"],
+        [python, "-m", "pip", "install", "-r", "requirements.txt"],
         cwd=ROOT,
         text=True,
         capture_output=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "Successfully installed openvino-backend" in done.stdout
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert done.stdout.splitlines()[-1] == f"Successfully installed torchserve-sdxl-openvino-{version}"
+    code = "import sdxl_server, openvino_backend as backend; print(sdxl_server.__file__, backend.__file__)"
+    done = subprocess.run([python, "-c", code], cwd=tmp_path, text=True, capture_output=True, check=True)
+    assert done.stdout.split() == [str(ROOT / name / "__init__.py") for name in ("sdxl_server", "openvino_backend")]
 
 
 def test_every_step_of_the_guide(reader: Reader) -> None:
