@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 # The results of a graph that the function returns as they are, and not as views of something else.
 _PLAIN_OUTPUTS = (OutputType.non_alias, OutputType.unsafe_view_alias, OutputType.custom_function_view)
 # Options that change nothing in what is compiled.
-_WITHOUT_EFFECT = ("aot_autograd", "cache_dir", "max_graphs", "model_caching", "release_weights")
+_WITHOUT_EFFECT = ("aot_autograd", "cache_bytes", "cache_dir", "max_graphs", "model_caching", "release_weights")
 
 
 @dataclass(frozen=True)

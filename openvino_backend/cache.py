@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,17 @@ from openvino_backend.options import Options
 logger = logging.getLogger(__name__)
 
 _SEAL = "seal.json"
+
+
+def find_folder(options: Options) -> Path:
+    """Return the folder of the cache.
+
+    Raises:
+        RuntimeError: it is below the home folder, and there is none.
+    """
+    if options.cache_dir is not None:
+        return Path(options.cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "openvino_backend"
 
 
 @contextlib.contextmanager
@@ -34,10 +46,10 @@ def open_entry(options: Options, key: str) -> Iterator[Path | None]:
         yield None
         return
     try:
-        with _lock_entry(Path(options.cache_dir), key) as folder:
+        with _lock_entry(find_folder(options), key) as folder:
             yield folder
     except OSError as error:
-        raise OpenVINOBackendError(f"cannot use the cache folder {options.cache_dir}: {error}") from error
+        raise OpenVINOBackendError(f"cannot use the cache folder {find_folder(options)}: {error}") from error
 
 
 @contextlib.contextmanager

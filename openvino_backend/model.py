@@ -85,7 +85,7 @@ class Part(torch.nn.Module):
             is_cached = model is not None
             if model is None:
                 if convert is None:
-                    raise CacheMissError(f"the model {self.key} is not in {options.cache_dir}")
+                    raise CacheMissError(f"the model {self.key} is not in the cache")
                 model = convert()
                 if folder is not None:
                     save_model(model, folder, self.weights)

@@ -1,70 +1,124 @@
 """The options of one torch.compile call, checked once."""
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
-
-_KINDS: dict[str, tuple[type, str]] = {
-    "device": (str, "an OpenVINO device such as 'CPU' or 'GPU'"),
-    "model_caching": (bool, "true or false"),
-    "cache_dir": (str, "a folder"),
-    "config": (Mapping, "OpenVINO properties by name"),
-    "aot_autograd": (bool, "true"),
-    "decompositions": (list, "a list of operators such as 'aten.gelu.default'"),
-    "max_graphs": (int, "a number from 1"),
-    "release_weights": (bool, "true or false"),
-    "weight_compression": (str, "int8_sym or int8_asym"),
-    "quantize_convolutions": (bool, "true or false"),
-    "strict": (bool, "true or false"),
-    "disabled_ops": (list, "a list of operators such as 'aten.exp.default'"),
-}
 
 
 class OptionsError(ValueError):
     """An option that does not exist or has a wrong value; the message names it, what is accepted, what was given."""
 
 
-def _find_cache_dir() -> str:
-    return str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "openvino_backend")
+def _declare(
+    kind: type, accepted: str, meaning: str, *, default: Any, accepts: Callable[[Any], bool] = lambda _: True
+) -> Any:
+    """Return the field of one option: all that is known of it, for the check, the message and the documentation.
+
+    Args:
+        kind: the type of a value that is given.
+        accepted: the values, in words that end the sentence "the option takes".
+        accepts: tells whether a value of that type is one of these.
+    """
+    about = {"kind": kind, "accepted": accepted, "meaning": meaning, "accepts": accepts}
+    if isinstance(default, Mapping):
+        return field(default_factory=lambda: dict(default), metadata=about)
+    return field(default=default, metadata=about)
+
+
+def _is_from_1(value: Any) -> bool:
+    return not isinstance(value, bool) and value >= 1
 
 
 @dataclass(frozen=True)
 class Options:
-    """What torch.compile's `options` may hold for this backend.
+    """What torch.compile's `options` may hold for this backend; each field's metadata has its `meaning`."""
 
-    Attributes:
-        device: a device of this machine by OpenVINO's name: CPU, GPU, GPU.1, or several: AUTO:GPU,CPU.
-        model_caching: keep compiled models in `cache_dir` and load them from there on the next start.
-        cache_dir: the folder of the cache; without it `openvino_backend` in $XDG_CACHE_HOME or ~/.cache.
-        config: OpenVINO properties for the compilation, for example {'INFERENCE_PRECISION_HINT': 'f32'}. Without that
-            property a graph runs in the precision of its own weights.
-        aot_autograd: accepted because OpenVINO's documentation names it; always on here.
-        decompositions: operators that torch takes apart into simpler ones before OpenVINO sees the graph.
-        max_graphs: the number of graphs to compile; each new shape of the inputs is one more, with its own weights.
-        release_weights: the module is called only as compiled from now on: give the memory of its weights back to the
-            kernel. Weights that are mapped from a file take no memory then, and are read from it when they are touched.
-        weight_compression: store the weights of linear layers and convolutions in 8 bits, one scale per channel, by
-            NNCF; lossy. int8_sym or int8_asym.
-        quantize_convolutions: let convolutions compute in 8 bits, which needs their weights as int8_sym; lossy. Each
-            picture's input has a scale of its own, found at each call.
-        strict: raise where an operator would run in PyTorch; false: let it, and report it.
-        disabled_ops: operators to run in PyTorch although OpenVINO has them; needs strict false.
-    """
-
-    device: str = "CPU"
-    model_caching: bool = False
-    cache_dir: str = field(default_factory=_find_cache_dir)
-    config: Mapping[str, Any] = field(default_factory=dict)
-    aot_autograd: bool = True
-    decompositions: Sequence[str] = ()
-    max_graphs: int = 4
-    release_weights: bool = False
-    weight_compression: str | None = None
-    quantize_convolutions: bool = False
-    strict: bool = True
-    disabled_ops: Sequence[str] = ()
+    device: str = _declare(
+        str,
+        "an OpenVINO device such as 'CPU' or 'GPU'",
+        "A device of this machine by OpenVINO's name: CPU, GPU, GPU.1, or several: AUTO:GPU,CPU.",
+        default="CPU",
+    )
+    model_caching: bool = _declare(
+        bool,
+        "true or false",
+        "Keep compiled models in `cache_dir` and load them from there on the next start.",
+        default=False,
+    )
+    cache_dir: str | None = _declare(
+        str,
+        "a folder",
+        "The folder of the cache, with ~ for the home folder; without it `openvino_backend` in $XDG_CACHE_HOME or "
+        "~/.cache.",
+        default=None,
+    )
+    cache_bytes: int = _declare(
+        int,
+        "a number of bytes from 1",
+        "The most that `cache_dir` may take on the disk: entries that were not used for longest are removed first.",
+        default=20_000_000_000,
+        accepts=_is_from_1,
+    )
+    config: Mapping[str, Any] = _declare(
+        Mapping,
+        "OpenVINO properties by name",
+        "OpenVINO properties for the compilation, for example {'INFERENCE_PRECISION_HINT': 'f32'}. Without that "
+        "property a graph runs in the precision of its own weights.",
+        default={},
+    )
+    aot_autograd: bool = _declare(
+        bool,
+        "true",
+        "Accepted because OpenVINO's documentation names it; always on here.",
+        default=True,
+        accepts=bool,
+    )
+    decompositions: Sequence[str] = _declare(
+        list,
+        "a list of operators such as 'aten.gelu.default'",
+        "Operators that torch takes apart into simpler ones before OpenVINO sees the graph.",
+        default=(),
+    )
+    max_graphs: int = _declare(
+        int,
+        "a number from 1",
+        "The number of graphs to compile; each new shape of the inputs is one more, with its own weights.",
+        default=4,
+        accepts=_is_from_1,
+    )
+    release_weights: bool = _declare(
+        bool,
+        "true or false",
+        "The module is called only as compiled from now on: give the memory of its weights back to the kernel. Weights "
+        "that are mapped from a file take no memory then, and are read from it when they are touched.",
+        default=False,
+    )
+    weight_compression: str | None = _declare(
+        str,
+        "int8_sym or int8_asym",
+        "Store the weights of linear layers and convolutions in 8 bits, one scale per channel, by NNCF; lossy.",
+        default=None,
+        accepts=lambda value: value in ("int8_sym", "int8_asym"),
+    )
+    quantize_convolutions: bool = _declare(
+        bool,
+        "true or false",
+        "Let convolutions compute in 8 bits, which needs their weights as int8_sym; lossy. Each picture's input has a "
+        "scale of its own, found at each call.",
+        default=False,
+    )
+    strict: bool = _declare(
+        bool,
+        "true or false",
+        "Raise where an operator would run in PyTorch; false: let it, and report it.",
+        default=True,
+    )
+    disabled_ops: Sequence[str] = _declare(
+        list,
+        "a list of operators such as 'aten.exp.default'",
+        "Operators to run in PyTorch although OpenVINO has them; needs strict false.",
+        default=(),
+    )
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any] | None) -> "Options":
@@ -74,22 +128,14 @@ class Options:
             OptionsError: an unknown option, a wrong type, a device that is not there.
         """
         raw = raw or {}
-        names = [option.name for option in fields(cls)]
+        declared = {option.name: option.metadata for option in fields(cls)}
         for name, value in raw.items():
-            if name not in names:
-                raise OptionsError(f"unknown OpenVINO option {name!r}; the options are {', '.join(names)}")
-            kind, accepted = _KINDS[name]
-            if not isinstance(value, kind):
-                raise OptionsError(f"OpenVINO option {name!r} takes {accepted}, not {value!r}")
+            if name not in declared:
+                raise OptionsError(f"unknown OpenVINO option {name!r}; the options are {', '.join(declared)}")
+            about = declared[name]
+            if not isinstance(value, about["kind"]) or not about["accepts"](value):
+                raise OptionsError(f"OpenVINO option {name!r} takes {about['accepted']}, not {value!r}")
         options = cls(**raw)
-        if not options.aot_autograd:
-            raise OptionsError("OpenVINO option 'aot_autograd' is always on and takes true, not False")
-        if isinstance(options.max_graphs, bool) or options.max_graphs < 1:
-            raise OptionsError(f"OpenVINO option 'max_graphs' takes a number from 1, not {options.max_graphs!r}")
-        if options.weight_compression not in (None, "int8_sym", "int8_asym"):
-            raise OptionsError(
-                f"OpenVINO option 'weight_compression' takes int8_sym or int8_asym, not {options.weight_compression!r}"
-            )
         if options.quantize_convolutions and options.weight_compression != "int8_sym":
             raise OptionsError(
                 "OpenVINO option 'quantize_convolutions' takes true only beside weight_compression: int8_sym, "

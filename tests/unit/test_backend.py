@@ -3,13 +3,14 @@
 import subprocess
 import sys
 import threading
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from openvino_backend import OpenVINOBackend, OptionsError, UnsupportedOperatorsError, model
+from openvino_backend import OpenVINOBackend, Options, OptionsError, UnsupportedOperatorsError, model
 from tests.unit.modules import CAPABILITIES, Bessel, TimeEmbedding, make_module, measure_error, needs_bf16
 from tools.server import ROOT
 
@@ -117,6 +118,8 @@ def test_disabled_operators_run_in_pytorch() -> None:
         ({"strict": 1}, "true or false, not 1"),
         ({"max_graphs": 0}, "a number from 1, not 0"),
         ({"max_graphs": True}, "a number from 1, not True"),
+        ({"cache_bytes": 0}, "a number of bytes from 1, not 0"),
+        ({"aot_autograd": False}, "'aot_autograd' takes true, not False"),
         ({"weight_compression": "int4"}, "int8_sym or int8_asym, not 'int4'"),
         ({"quantize_convolutions": True}, "only beside weight_compression: int8_sym, not None"),
         ({"device": "AUTO:GPU.7,CPU"}, "takes CPU.*not 'AUTO:GPU.7,CPU'"),
@@ -125,6 +128,12 @@ def test_disabled_operators_run_in_pytorch() -> None:
 def test_wrong_options_are_told(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionsError, match=message):
         OpenVINOBackend(options)
+
+
+def test_each_option_says_what_it_means_and_takes() -> None:
+    for option in fields(Options):
+        assert option.metadata["meaning"].endswith(".")
+        assert option.metadata["accepted"]
 
 
 def test_options_of_one_compile_do_not_reach_another() -> None:
