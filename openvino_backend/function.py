@@ -1,26 +1,51 @@
 """Functions that are traced once and kept in a file, so that a second start neither traces nor converts."""
 
-import importlib
+import contextlib
 import inspect
+import json
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch._dynamo.guards import CheckFunctionManager
-from torch._dynamo.package import _hash_sourcelines
-from torch.utils import _pytree as pytree
 
 from openvino_backend.backend import CompiledGraph, OpenVINOBackend, digest_weights, name_entry
 from openvino_backend.cache import open_entry
+from openvino_backend.conditions import Conditions, describe, is_plain
 from openvino_backend.errors import CacheMissError
 from openvino_backend.memory import release_memory
+from openvino_backend.torch_private import (
+    bind_arguments,
+    check_guards,
+    find_by_reference,
+    find_changed_source,
+    flatten_arguments,
+    is_keepable,
+    list_looks,
+    list_traced_lines,
+    load_function,
+    make_scope,
+    read_graph,
+    save_function,
+)
 
 logger = logging.getLogger(__name__)
 
 _FILE = "function.bin"
+_CONDITIONS = "conditions.json"
+# The method's own defaults, which torch takes from when it was traced.
+_OWN_LOOKS = ("F.__defaults__", "tuple((F.__kwdefaults__ or {}).items())")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A traced function of torch's, with what torch's guards in it leave out."""
+
+    function: Any
+    conditions: Conditions
 
 
 class CompiledFunction:
@@ -47,7 +72,7 @@ class CompiledFunction:
             raise TypeError(f"CompiledFunction takes a method of a torch.nn.Module, not {method!r}")
         self.backend = OpenVINOBackend(options)
         self._module, self._function = method.__self__, method.__func__  # type: ignore[attr-defined]
-        self._functions: dict[Any, Any] = {}
+        self._traces: dict[Any, list[Trace]] = {}
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -57,16 +82,29 @@ class CompiledFunction:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the method returns."""
         call = _describe_call(args, kwargs)
-        function = self._functions.get(call)
-        if function is None or not function.guard_check(self._module, *args, **kwargs):
+        trace = self._find(call, args, kwargs)
+        if trace is None:
             with self._lock:
-                function = self._functions.get(call)
-                if function is None or not function.guard_check(self._module, *args, **kwargs):
-                    function = self._functions[call] = self._prepare(call, args, kwargs)
-        return function.fn(self._module, *args, **kwargs)
+                trace = self._find(call, args, kwargs)
+                if trace is None:
+                    trace = self._prepare(call, args, kwargs)
+                    self._traces[call] = [trace, *self._traces.get(call, [])]
+        return trace.function.fn(self._module, *args, **kwargs)
 
-    def _prepare(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the function for this kind of call, from the cache or else traced."""
+    def _find(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace | None:
+        """Return the trace that holds for this call, if there is one."""
+        for trace in self._traces.get(call, []):
+            arguments = self._bind(trace.function, args, kwargs)
+            if check_guards(trace.function, arguments) and trace.conditions.hold(arguments):
+                return trace
+        return None
+
+    def _bind(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments by name, and what the method encloses now: a loaded function has a copy of that."""
+        return {**bind_arguments(function, self._module, *args, **kwargs), **self._find_enclosed()}
+
+    def _prepare(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+        """Return the trace for this kind of call, from the cache or else made now."""
         self.backend.check_bound()
         weights = dict([*self._module.named_parameters(), *self._module.named_buffers()])
         digest = digest_weights(weights)
@@ -76,73 +114,83 @@ class CompiledFunction:
             open_entry(self.backend.options, key) as folder,
             release_memory(self.backend.options, weights.values()),
         ):
-            function = self._load(folder, weights, args, kwargs)
-            if function is None:
-                function = self._trace(digest, args, kwargs)
-                self._save(folder, function, weights)
-            return function
+            trace = self._load(folder, weights, args, kwargs)
+            if trace is None:
+                trace = self._trace(digest, args, kwargs)
+                self._save(folder, trace, weights)
+            return trace
 
-    def _trace(self, digest: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _trace(self, digest: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+        namespace, enclosed = self._function.__globals__, self._find_enclosed()
+        bound = inspect.signature(self._function).bind(self._module, *args, **kwargs)
+        bound.apply_defaults()
+        looks = [*_OWN_LOOKS, *(f"L[{name!r}]" for name, value in enclosed.items() if not is_plain(value))]
+
         def compile_graph(graph: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> CompiledGraph:
             return self.backend.compile_plain(graph, example_inputs, weights_sha256=digest)
 
-        compiled = torch.compile(
-            self._function,
-            backend=compile_graph,
-            fullgraph=True,
-            dynamic=False,
-            options={"guard_filter_fn": self._choose_guards},
-        )
-        return compiled.aot_compile(((self._module, *args), kwargs))
+        def choose_guards(guards: Sequence[Any]) -> list[bool]:
+            kept = [is_keepable(guard, enclosed) for guard in guards]
+            lost = [guard for guard, is_kept in zip(guards, kept, strict=True) if not is_kept]
+            lost += find_by_reference(guards, namespace, {**bound.arguments, **enclosed})
+            looks.extend(look for guard in lost for look in list_looks(guard, namespace))
+            return kept
 
-    def _choose_guards(self, guards: Sequence[Any]) -> list[bool]:
-        """Keep torch's checks but for those of objects by their identity, which another process cannot make."""
-        lost = set(CheckFunctionManager.UNSUPPORTED_SERIALIZATION_GUARD_TYPES)
-        enclosed = tuple(self._find_enclosed())
-        return [
-            not (
-                guard.is_global
-                or lost & {guard.guard_type, *guard.derived_guard_types}
-                or guard.orig_guard._unserializable
-                or (enclosed and guard.name.startswith(enclosed))
-            )
-            for guard in guards
-        ]
+        options = {"guard_filter_fn": choose_guards}
+        compiled = torch.compile(self._function, backend=compile_graph, fullgraph=True, dynamic=False, options=options)
+        function = compiled.aot_compile(((self._module, *args), kwargs))
+        looks += _list_methods(self._find_classes(), list_traced_lines(function))
+        return Trace(function, self._look(looks, self._bind(function, args, kwargs)))
+
+    def _look(self, expressions: Iterable[str], arguments: Mapping[str, Any]) -> Conditions:
+        scope = {**make_scope(self._function.__globals__), "C": self._find_classes(), "F": self._function}
+        return Conditions(expressions, scope, arguments)
+
+    def _find_classes(self) -> list[type]:
+        """Return the classes of the module's parts, each once, in the order of the parts."""
+        return list(dict.fromkeys(map(type, self._module.modules())))
 
     def _find_enclosed(self) -> dict[str, Any]:
-        """Return what a decorator's wrapper encloses: the function that it wraps, by name."""
-        return dict(inspect.getclosurevars(self._function).nonlocals)
+        """Return what the method encloses by name, such as the function that a decorator's wrapper wraps."""
+        enclosed = {}
+        for name, cell in zip(self._function.__code__.co_freevars, self._function.__closure__ or (), strict=True):
+            with contextlib.suppress(ValueError):  # what is not there yet, such as a class within its own body
+                enclosed[name] = cell.cell_contents
+        return enclosed
 
-    def _save(self, folder: Path | None, function: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    def _find_external(self) -> dict[str, Any]:
+        """Return what is enclosed and not written to a file; torch knows such objects by identity, as no number has."""
+        return {name: value for name, value in self._find_enclosed().items() if not is_plain(value)}
+
+    def _save(self, folder: Path | None, trace: Trace, weights: Mapping[str, torch.Tensor]) -> None:
         if folder is None:
             return
         names = {(tensor.data_ptr(), tuple(tensor.shape)): name for name, tensor in weights.items()}
-        for part in function._artifacts.compiled_fn.parts:
+        for part in read_graph(trace.function).parts:
             sources = {each: names.get((t.data_ptr(), tuple(t.shape))) for each, t in part.weights.items()}
             part.sources = {each: name for each, name in sources.items() if name is not None}
-        # Modules to which torch refers among the function's globals, under names that only this process knows.
-        environment = function._artifacts.runtime_env
-        for name in environment.external_refs:
-            value = self._function.__globals__.get(name)
-            if inspect.ismodule(value):
-                environment.import_sources[name] = value.__name__
-        function.save_compiled_function(folder / _FILE, external_data=self._find_enclosed())
+        namespace, external = self._function.__globals__, self._find_external()
+        save_function(trace.function, folder / _FILE, namespace=namespace, external=external)
+        (folder / _CONDITIONS).write_text(json.dumps(trace.conditions.descriptions))
 
     def _load(
         self, folder: Path | None, weights: Mapping[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Return the function in the cache's folder, ready to be called, or None if there is none that fits."""
+    ) -> Trace | None:
+        """Return the trace in the cache's folder, ready to be called, or None if there is none that fits."""
         if folder is None or not (folder / _FILE).exists():
             return None
         try:
-            with (folder / _FILE).open("rb") as stream:
-                function = torch.compiler.load_compiled_function(
-                    stream, f_globals=self._function.__globals__, external_data=self._find_enclosed()
-                )
-            _check_sources(function.source_info())
-            if not function.guard_check(self._module, *args, **kwargs):
+            namespace, external = self._function.__globals__, self._find_external()
+            function = load_function(folder / _FILE, namespace=namespace, external=external)
+            if changed := find_changed_source(function):
+                raise CacheMissError(f"{changed} have changed")
+            arguments = self._bind(function, args, kwargs)
+            if not check_guards(function, arguments):
                 raise CacheMissError("the module is not in the state in which it was traced")
-            graph: CompiledGraph = function._artifacts.compiled_fn
+            descriptions = json.loads((folder / _CONDITIONS).read_text())
+            conditions = self._look(descriptions, arguments)
+            conditions.check_descriptions(descriptions)
+            graph: CompiledGraph = read_graph(function)
             reports = []
             for part in graph.parts:
                 part.weights = {each: weights[name].detach() for each, name in part.sources.items()}
@@ -151,26 +199,21 @@ class CompiledFunction:
             logger.warning("The cache entry %s does not fit and is made anew: %s", folder, error)
             return None
         self.backend.add_report(graph, reports, traced=False)
-        return function
+        return Trace(function, conditions)
+
+
+def _list_methods(classes: Sequence[type], traced: set[tuple[str, int]]) -> list[str]:
+    """Return expressions for those methods of the classes that were traced; torch takes them as fixed."""
+    looks = []
+    for index, kind in enumerate(classes):
+        for name in {name for each in kind.__mro__ for name in vars(each)}:
+            method = inspect.getattr_static(kind, name)
+            if inspect.isfunction(method) and (method.__module__, method.__code__.co_firstlineno) in traced:
+                looks.append(f"C[{index}].{name}")
+    return looks
 
 
 def _describe_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return what tells one kind of call from another: the structure, the tensors' types, the other values."""
-    leaves, structure = pytree.tree_flatten((args, kwargs))
-    described = tuple(
-        (each.dtype, tuple(each.shape), each.stride(), str(each.device)) if isinstance(each, torch.Tensor) else each
-        for each in leaves
-    )
-    return str(structure), repr(described)
-
-
-def _check_sources(info: Any) -> None:
-    """Refuse a function when the source lines that torch traced have changed since.
-
-    Raises:
-        CacheMissError: names the lines.
-    """
-    for source in info.inlined_sources:
-        lines = (source.firstlineno, source.lastlineno)
-        if _hash_sourcelines(importlib.import_module(source.module), *lines) != source.checksum:
-            raise CacheMissError(f"lines {lines[0]} to {lines[1]} of {source.module} have changed")
+    leaves, structure = flatten_arguments(args, kwargs)
+    return structure, tuple(map(describe, leaves))
