@@ -1,4 +1,8 @@
-"""A folder of models and functions that can be trusted: locked while it is written, checked before it is read."""
+"""A folder of models and functions that can be trusted: of nobody else's making, locked while it is written, checked.
+
+What is in it is run, so the folder, each entry and each file in it must belong to this user or to root, and nobody else
+may write to them. Where that cannot be had, or nothing can be written, a warning says so once, and nothing is kept.
+"""
 
 import contextlib
 import fcntl
@@ -6,21 +10,39 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import stat
+import threading
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from openvino_backend.errors import OpenVINOBackendError
 from openvino_backend.options import Options
 
 logger = logging.getLogger(__name__)
 
 _SEAL = "seal.json"
+_KEY = re.compile("[0-9a-f]{32}")
+_OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_warned: set[Path] = set()
+_warning = threading.Lock()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """The folder of a locked entry, and the files in it that are whole."""
+
+    folder: Path
+    before: dict[Path, tuple[int, int]]
+
+
+class _UntrustedError(OSError):
+    """A folder whose content another user may have made."""
 
 
 def find_folder(options: Options) -> Path:
-    """Return the folder of the cache.
+    """Return the folder of the cache that the options name.
 
     Raises:
         RuntimeError: it is below the home folder, and there is none.
@@ -32,48 +54,158 @@ def find_folder(options: Options) -> Path:
 
 @contextlib.contextmanager
 def open_entry(options: Options, key: str) -> Iterator[Path | None]:
-    """Give the folder of one entry, empty or whole, or None without caching; what is in it at the end is sealed.
+    """Give the folder of one entry, empty or whole, or None without a cache; what is in it at the end is sealed.
 
     Another process that wants the same entry waits. An entry that is damaged, or was left unfinished, is emptied.
 
     Args:
         key: names all that the entry depends on.
-
-    Raises:
-        OpenVINOBackendError: the folder of the cache cannot be made or written, or others may write to it.
     """
-    if not options.model_caching:
-        yield None
-        return
-    try:
-        with _lock_entry(find_folder(options), key) as folder:
-            yield folder
-    except OSError as error:
-        raise OpenVINOBackendError(f"cannot use the cache folder {find_folder(options)}: {error}") from error
+    with contextlib.ExitStack() as stack:
+        entry = _lock_entry(stack, options, key) if options.model_caching else None
+        yield entry.folder if entry else None  # an error of the block is none of the cache's
+        if entry:
+            with _warn_once(entry.folder.parent):
+                _seal_entry(entry)
+                _trim(entry.folder.parent, options.cache_bytes)
 
 
 @contextlib.contextmanager
-def _lock_entry(root: Path, key: str) -> Iterator[Path]:
-    folder = root / key
-    root.mkdir(parents=True, exist_ok=True)
-    if root.stat().st_mode & stat.S_IWOTH:
-        raise PermissionError("every user may write to it, and what is in it runs")
-    with (root / f"{key}.lock").open("w") as lock:
+def write_entry(folder: Path) -> Iterator[None]:
+    """Let a block that fails to write into an entry, as on a full disk, leave it empty with a warning."""
+    with _warn_once(folder.parent):
+        try:
+            yield
+        except OSError:
+            for path in folder.iterdir():
+                path.unlink()
+            raise
+
+
+@contextlib.contextmanager
+def _warn_once(folder: Path) -> Iterator[None]:
+    """Turn an error of the file system into a warning, the first time for this folder."""
+    try:
+        yield
+    except OSError as error:
+        with _warning:
+            is_first = folder not in _warned
+            _warned.add(folder)
+        if is_first:
+            reason = error.strerror or error
+            logger.warning("The cache folder %s is not used, and what is compiled is not kept: %s", folder, reason)
+
+
+def _lock_entry(stack: contextlib.ExitStack, options: Options, key: str) -> _Entry | None:
+    """Lock an entry until the stack is closed and return it, or None if there can be no such entry."""
+    try:
+        folder = find_folder(options)
+    except RuntimeError as error:
+        with _warn_once(Path(options.cache_dir or "~/.cache")):
+            raise OSError(f"{error}") from error
+        return None
+    with _warn_once(folder):
+        root = _make_root(folder)
+        lock = stack.enter_context((root / f"{key}.lock").open("w"))
         fcntl.flock(lock, fcntl.LOCK_EX)
-        folder.mkdir(exist_ok=True)
-        before = _list_files(folder)
-        if (_read_seal(folder) or {}) != _digest_files(before):
-            logger.warning("The cache entry %s is damaged or unfinished; it is made anew", folder)
-            shutil.rmtree(folder)
-            folder.mkdir()
-            before = {}
-        yield folder
-        after = _list_files(folder)
-        if after != before:
-            partial = folder.with_suffix(".seal")
-            partial.write_text(json.dumps(_digest_files(after)))
-            partial.replace(folder / _SEAL)
-            logger.info("The cache entry %s takes %d bytes", folder, sum(size for size, _ in after.values()))
+        with _warn_once(root / key):
+            return _open_entry(root / key)
+    return None
+
+
+def _make_root(folder: Path) -> Path:
+    """Return the folder, made if need be, or one in it that is this user's own where the folder is open to others.
+
+    Kubernetes gives every container such folders: an emptyDir has mode 0777.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    danger = _find_danger(folder.stat())
+    if danger is None:
+        return folder
+    private = folder / f"openvino_backend-{os.geteuid()}"
+    try:
+        private.mkdir(mode=0o700, exist_ok=True)
+        _check_trust(private)
+    except OSError as error:
+        raise _UntrustedError(f"{danger}; and {private.name} in it: {error.strerror or error}") from error
+    return private
+
+
+def _open_entry(folder: Path) -> _Entry:
+    folder.mkdir(mode=0o700, exist_ok=True)
+    _check_trust(folder)
+    for path in folder.iterdir():
+        _check_trust(path)
+    before = _list_files(folder)
+    if (_read_seal(folder) or {}) != _digest_files(before):
+        logger.warning("The cache entry %s is damaged or unfinished; it is made anew", folder)
+        shutil.rmtree(folder)
+        folder.mkdir(mode=0o700)
+        before = {}
+    return _Entry(folder, before)
+
+
+def _seal_entry(entry: _Entry) -> None:
+    """Note what is in the entry if that has changed, and when it was used."""
+    seal, after = entry.folder / _SEAL, _list_files(entry.folder)
+    if after != entry.before:
+        for path in after:
+            path.chmod(stat.S_IMODE(path.stat().st_mode) & ~_OTHERS_MAY_WRITE)  # the umask may let a group write
+        partial = entry.folder.with_suffix(".seal")
+        partial.write_text(json.dumps(_digest_files(after)))
+        partial.chmod(0o600)
+        partial.replace(seal)
+        logger.info("The cache entry %s takes %d bytes", entry.folder, sum(size for size, _ in after.values()))
+    elif after:
+        os.utime(seal)
+
+
+def _trim(root: Path, limit: int) -> None:
+    """Remove the entries that were not used for longest until the others fit; never one that is locked."""
+    entries = []
+    for folder in root.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process removes some too
+            if _KEY.fullmatch(folder.name) and _find_danger(folder.lstat()) is None:
+                size = sum(size for size, _ in _list_files(folder).values())
+                entries.append((_find_last_use(folder), size, folder))
+    total = sum(size for _, size, _ in entries)
+    for _, size, folder in sorted(entries):
+        if total <= limit:
+            break
+        with folder.with_suffix(".lock").open("w") as lock, contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if folder.exists():
+                shutil.rmtree(folder)
+                logger.info("The cache entry %s is removed, for cache_bytes: %d", folder, limit)
+            total -= size
+
+
+def _find_last_use(folder: Path) -> int:
+    seal = folder / _SEAL
+    return (seal if seal.exists() else folder).stat().st_mtime_ns
+
+
+def _check_trust(path: Path) -> None:
+    """Refuse a file or folder that another user may have made; a link may lead anywhere.
+
+    Raises:
+        _UntrustedError: says why.
+    """
+    status = path.lstat()
+    danger = _find_danger(status)
+    if danger is None and not (stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)):
+        danger = "is neither a file nor a folder"
+    if danger:
+        raise _UntrustedError(f"{path.name} {danger}")
+
+
+def _find_danger(status: os.stat_result) -> str | None:
+    """Return how another user may have made what is there, if one may."""
+    if status.st_uid not in (os.geteuid(), 0):
+        return f"belongs to user {status.st_uid}"
+    if status.st_mode & _OTHERS_MAY_WRITE:
+        return f"may be written by others, with mode {stat.S_IMODE(status.st_mode):o}, and what is in it runs"
+    return None
 
 
 def _read_seal(folder: Path) -> dict[str, str] | None:

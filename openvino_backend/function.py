@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import json
 import logging
+import pickle
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from openvino_backend.backend import CompiledGraph, OpenVINOBackend, digest_weights, name_entry
-from openvino_backend.cache import open_entry
+from openvino_backend.cache import open_entry, write_entry
 from openvino_backend.conditions import Conditions, describe, is_plain
 from openvino_backend.errors import CacheMissError
 from openvino_backend.memory import release_memory
@@ -170,8 +171,14 @@ class CompiledFunction:
             sources = {each: names.get((t.data_ptr(), tuple(t.shape))) for each, t in part.weights.items()}
             part.sources = {each: name for each, name in sources.items() if name is not None}
         namespace, external = self._function.__globals__, self._find_external()
-        save_function(trace.function, folder / _FILE, namespace=namespace, external=external)
-        (folder / _CONDITIONS).write_text(json.dumps(trace.conditions.descriptions))
+        with write_entry(folder):
+            try:
+                save_function(trace.function, folder / _FILE, namespace=namespace, external=external)
+            except (AttributeError, RuntimeError, TypeError, pickle.PicklingError) as error:
+                name = self._function.__qualname__
+                logger.warning("%s is traced anew at each start, for torch cannot keep its trace: %s", name, error)
+                return
+            (folder / _CONDITIONS).write_text(json.dumps(trace.conditions.descriptions))
 
     def _load(
         self, folder: Path | None, weights: Mapping[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]

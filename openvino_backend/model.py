@@ -13,7 +13,7 @@ from openvino import opset13
 from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 
-from openvino_backend.cache import open_entry
+from openvino_backend.cache import open_entry, write_entry
 from openvino_backend.errors import CacheMissError, OpenVINOBackendError, UnsupportedOperatorsError
 from openvino_backend.options import Options, split_device
 from openvino_backend.runtime import TYPES, CompiledModel, share_memory
@@ -88,7 +88,8 @@ class Part(torch.nn.Module):
                     raise CacheMissError(f"the model {self.key} is not in the cache")
                 model = convert()
                 if folder is not None:
-                    save_model(model, folder, self.weights)
+                    with write_entry(folder):
+                        save_model(model, folder, self.weights)
             # OpenVINO's own cache holds what a GPU compiles. For a CPU it holds the weights again, and saves no time.
             blob = {} if folder is None or split_device(options.device)[1] == ["CPU"] else {"CACHE_DIR": str(folder)}
             compiled = openvino.Core().compile_model(model, options.device, {**self.properties, **blob})
@@ -182,7 +183,8 @@ def save_model(model: openvino.Model, folder: Path, weights: Mapping[str, torch.
         openvino.serialize(model, folder / _FILE)
     except RuntimeError as error:  # of a disk that is full it says "iostream error"
         raise OSError(f"the model cannot be written: {error}") from error
-    _bind_weights(model, weights)
+    finally:
+        _bind_weights(model, weights)
 
 
 def read_model(folder: Path, weights: Mapping[str, torch.Tensor]) -> openvino.Model | None:
