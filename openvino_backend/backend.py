@@ -4,7 +4,7 @@ import functools
 import hashlib
 import logging
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -148,6 +148,7 @@ class OpenVINOBackend:
     ) -> tuple[CompiledGraph, Callable[..., Any]]:
         """Return the compiled graph, and it with what torch puts around it for changed inputs and views."""
         self.check_bound()
+        check_on_cpu(example_inputs)
         placeholders = graph.graph.find_nodes(op="placeholder")
         constants = {
             index: value.detach()
@@ -182,6 +183,7 @@ class OpenVINOBackend:
         placeholders = graph.graph.find_nodes(op="placeholder")
         if any(isinstance(node.meta["val"], torch.SymInt) for node in placeholders):
             raise OpenVINOBackendError("the graph has dynamic shapes; compile with dynamic=False")
+        check_on_cpu(node.meta.get("val") for node in graph.graph.nodes)  # those that the code makes, too
         metadata = torch._guards.TracingContext.get().fw_metadata
         mutated = set(metadata.mutated_inp_runtime_indices)
         if mutated & set(constants):
@@ -259,6 +261,20 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """Compile a graph; registered with dynamo as `openvino_backend`. OpenVINOBackend also keeps the reports."""
     return OpenVINOBackend(options)(graph, example_inputs)
+
+
+def check_on_cpu(values: Iterable[Any]) -> None:
+    """Refuse tensors that are not in the CPU's memory, from which OpenVINO takes them whatever its device.
+
+    Raises:
+        OpenVINOBackendError: says where they are.
+    """
+    devices = {str(each.device) for each in values if isinstance(each, torch.Tensor) and each.device.type != "cpu"}
+    if devices:
+        raise OpenVINOBackendError(
+            f"there are tensors on {', '.join(sorted(devices))}, and this backend takes CPU tensors, whatever the "
+            "option 'device' names: leave the module and what it is called with on the CPU"
+        )
 
 
 def digest_weights(weights: Mapping[str, torch.Tensor]) -> str:

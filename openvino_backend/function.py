@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from openvino_backend.backend import CompiledGraph, OpenVINOBackend, digest_weights, name_entry
+from openvino_backend.backend import CompiledGraph, OpenVINOBackend, check_on_cpu, digest_weights, name_entry
 from openvino_backend.cache import open_entry, write_entry
 from openvino_backend.conditions import Conditions, describe, is_plain
 from openvino_backend.errors import CacheMissError
@@ -108,6 +108,7 @@ class CompiledFunction:
         """Return the trace for this kind of call, from the cache or else made now."""
         self.backend.check_bound()
         weights = dict([*self._module.named_parameters(), *self._module.named_buffers()])
+        check_on_cpu([*weights.values(), *flatten_arguments(args, kwargs)[0]])
         digest = digest_weights(weights)
         names = (self._function.__module__, self._function.__qualname__)
         key = name_entry(self.backend.options, "function", *names, call, digest)

@@ -186,7 +186,8 @@ def _check_device(options: Options) -> None:
     devices = core.available_devices
     kind, names = split_device(options.device)
     for name in names:
-        if name not in devices and f"{name}.0" not in devices:  # GPU stands for GPU.0
+        # GPU stands for GPU.0, and where there is one it is listed as GPU
+        if not {name, f"{name}.0", name.removesuffix(".0")} & set(devices):
             raise OptionsError(
                 f"OpenVINO option 'device' takes {', '.join(devices)} here, or AUTO, HETERO, MULTI or BATCH with a "
                 f"list of these, not {options.device!r}"

@@ -7,10 +7,19 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import openvino
 import pytest
 import torch
 
-from openvino_backend import OpenVINOBackend, Options, OptionsError, UnsupportedOperatorsError, model
+from openvino_backend import (
+    CompiledFunction,
+    OpenVINOBackend,
+    OpenVINOBackendError,
+    Options,
+    OptionsError,
+    UnsupportedOperatorsError,
+    model,
+)
 from tests.unit.modules import CAPABILITIES, Bessel, TimeEmbedding, make_module, measure_error, needs_bf16
 from tools.server import ROOT
 
@@ -134,6 +143,60 @@ def test_each_option_says_what_it_means_and_takes() -> None:
     for option in fields(Options):
         assert option.metadata["meaning"].endswith(".")
         assert option.metadata["accepted"]
+
+
+class OtherMachine(openvino.Core):
+    """OpenVINO on a machine with other devices, which have the properties of its CPU."""
+
+    devices: tuple[str, ...] = ()
+
+    @property
+    def available_devices(self) -> list[str]:
+        return list(self.devices)
+
+    def get_property(self, device: str, name: str) -> Any:
+        return super().get_property("CPU" if device.startswith("GPU") else device, name)
+
+
+@pytest.mark.parametrize(
+    ("devices", "name", "is_there"),
+    [
+        (("CPU", "GPU"), "GPU.0", True),
+        (("CPU", "GPU"), "GPU.1", False),
+        (("CPU", "GPU.0", "GPU.1"), "GPU", True),
+        (("CPU", "GPU.0", "GPU.1"), "GPU.1", True),
+        (("CPU", "GPU.0", "GPU.1"), "GPU.2", False),
+        (("CPU", "GPU"), "AUTO:GPU.0,CPU", True),
+        (("CPU",), "GPU.0", False),
+    ],
+)
+def test_a_machines_only_gpu_has_two_names(
+    monkeypatch: pytest.MonkeyPatch, devices: tuple[str, ...], name: str, is_there: bool
+) -> None:
+    monkeypatch.setattr(OtherMachine, "devices", devices)
+    monkeypatch.setattr(openvino, "Core", OtherMachine)
+    if is_there:
+        assert Options.parse({"device": name}).device == name
+    else:
+        with pytest.raises(OptionsError, match=f"takes {', '.join(devices)} here.*not '{name}'"):
+            Options.parse({"device": name})
+
+
+def test_tensors_that_are_not_on_the_cpu_are_refused() -> None:
+    """The device `meta` stands in for cuda:0, which this machine lacks."""
+    message = "there are tensors on meta, and this backend takes CPU tensors"
+    module, x = make_module().to("meta"), torch.randn(4, 16, device="meta")
+    with pytest.raises(Exception, match=message):
+        compile_module(module, OpenVINOBackend())(x)
+    with pytest.raises(OpenVINOBackendError, match=message):
+        CompiledFunction(module.forward)(x)
+
+    class Making(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x + 1, torch.ones(3, device="meta") + 1
+
+    with pytest.raises(OpenVINOBackendError, match=message):
+        CompiledFunction(Making().forward)(torch.randn(3))
 
 
 def test_options_of_one_compile_do_not_reach_another() -> None:
