@@ -12,10 +12,6 @@ from typing import Any
 
 import openvino
 import torch
-from torch._dynamo.aot_compile_types import SerializableCallable
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch._aot_autograd.schemas import OutputType
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.passes.split_module import split_module
 
 from openvino_backend.compression import compress_weights, quantize_convolutions
@@ -32,11 +28,16 @@ from openvino_backend.graph import (
 from openvino_backend.memory import release_memory
 from openvino_backend.model import PRECISION, ModelReport, Part, convert_graph
 from openvino_backend.options import Options
+from openvino_backend.torch_private import (
+    SerializableCallable,
+    find_changed_inputs,
+    find_static_inputs,
+    has_plain_outputs,
+    trace_inference,
+)
 
 logger = logging.getLogger(__name__)
 
-# The results of a graph that the function returns as they are, and not as views of something else.
-_PLAIN_OUTPUTS = (OutputType.non_alias, OutputType.unsafe_view_alias, OutputType.custom_function_view)
 # Options that change nothing in what is compiled.
 _WITHOUT_EFFECT = ("aot_autograd", "cache_bytes", "cache_dir", "max_graphs", "model_caching", "release_weights")
 
@@ -149,32 +150,22 @@ class OpenVINOBackend:
         """Return the compiled graph, and it with what torch puts around it for changed inputs and views."""
         self.check_bound()
         check_on_cpu(example_inputs)
-        placeholders = graph.graph.find_nodes(op="placeholder")
-        constants = {
-            index: value.detach()
-            for index, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True))
-            if "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {})
-        }
+        constants = {index: example_inputs[index].detach() for index in find_static_inputs(graph)}
         compiled: list[CompiledGraph] = []
 
-        def compile_inference(traced: torch.fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-            with unset_fake_temporarily(), release_memory(self.options, constants.values()):  # the weights are real
+        def compile_inference(traced: torch.fx.GraphModule) -> CompiledGraph:
+            with release_memory(self.options, constants.values()):
                 compiled.append(self._compile_traced(traced, constants, weights_sha256))
+            return compiled[0]
 
-            def run(arguments: list[Any]) -> Any:
-                return compiled[0](*arguments)
-
-            run._boxed_call = True  # type: ignore[attr-defined]  # aot_autograd then passes its arguments as one list
-            return run
-
-        compiler = aot_autograd(
-            fw_compiler=_refuse_training,
-            inference_compiler=compile_inference,
-            decompositions=self.options.find_decompositions(),
-        )
-        # torch's own cache of such graphs takes those of its Inductor only.
-        with keep_whole(), torch._functorch.config.patch(force_autograd_cache=False):
-            wrapped = compiler(graph, example_inputs)
+        with keep_whole():
+            wrapped = trace_inference(
+                graph,
+                example_inputs,
+                compile_inference,
+                refuse_training=_refuse_training,
+                decompositions=self.options.find_decompositions(),
+            )
         return compiled[0], wrapped
 
     def _compile_traced(
@@ -184,8 +175,7 @@ class OpenVINOBackend:
         if any(isinstance(node.meta["val"], torch.SymInt) for node in placeholders):
             raise OpenVINOBackendError("the graph has dynamic shapes; compile with dynamic=False")
         check_on_cpu(node.meta.get("val") for node in graph.graph.nodes)  # those that the code makes, too
-        metadata = torch._guards.TracingContext.get().fw_metadata
-        mutated = set(metadata.mutated_inp_runtime_indices)
+        mutated = find_changed_inputs()
         if mutated & set(constants):
             names = ", ".join(sorted(placeholders[index].name for index in mutated & set(constants)))
             raise OpenVINOBackendError(
@@ -205,7 +195,7 @@ class OpenVINOBackend:
                 if self.options.strict:
                     raise
                 outside |= error.operators
-        is_plain = not mutated and all(each.output_type in _PLAIN_OUTPUTS for each in metadata.output_info)
+        is_plain = not mutated and has_plain_outputs()
         compiled = CompiledGraph(split, name_operators(graph.graph, outside), weights_sha256, is_plain=is_plain)
         self.add_report(compiled, models, traced=True)
         return compiled

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from openvino_backend.errors import CacheMissError
+from openvino_backend.torch_private import OPERATORS
 
 _PLAIN = (bool, bytes, complex, float, int, str, type(None), type(...), torch.dtype, torch.device, torch.layout)
 _ABSENT = "absent"
@@ -104,7 +105,7 @@ def describe(value: Any, *, depth: int = _DEPTH) -> str:
         return f"class {_name_class(value)}{_digest_class(value)}"
     if isinstance(value, torch.Tensor):
         return f"{_name_class(type(value))} {value.dtype} {tuple(value.shape)} {value.stride()} {value.device}"
-    if isinstance(value, torch.Size | torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+    if isinstance(value, torch.Size | OPERATORS):
         return str(value)
     name = getattr(value, "__qualname__", None)  # a function of C's
     return f"{_name_class(type(value))} {value.__module__ if name else ''}.{name}" if name else _name_class(type(value))

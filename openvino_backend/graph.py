@@ -1,13 +1,14 @@
 """Rewriting the FX graph that torch.compile traced: what stays whole, what runs where, in which type."""
 
-import contextlib
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from openvino_backend.runtime import TYPES
+from openvino_backend.torch_private import disable_python_kernels
 
 aten = torch.ops.aten
 
@@ -26,19 +27,9 @@ _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 _SHORT = (torch.float16, torch.bfloat16)
 
 
-@contextlib.contextmanager
-def keep_whole() -> Iterator[None]:
-    """Take torch's Python decompositions away from the operators to keep whole while a graph is traced."""
-    saved = {each: each.py_kernels.copy() for each in _KEPT_WHOLE}
-    try:
-        for each in saved:
-            each.py_kernels.clear()
-            each._dispatch_cache.clear()
-        yield
-    finally:
-        for each, kernels in saved.items():
-            each.py_kernels.update(kernels)
-            each._dispatch_cache.clear()
+def keep_whole() -> AbstractContextManager[None]:
+    """Let torch not take apart the operators to keep whole while a graph is traced."""
+    return disable_python_kernels(_KEPT_WHOLE)
 
 
 def restore_linear(graph: torch.fx.Graph) -> None:

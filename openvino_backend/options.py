@@ -154,10 +154,10 @@ class Options:
         Raises:
             OptionsError: torch has no such operator, or cannot take it apart.
         """
-        from torch._decomp import get_decompositions
+        from openvino_backend.torch_private import find_decompositions
 
         operators = _find_operators("decompositions", self.decompositions)
-        table: dict[Any, Any] = get_decompositions(operators)
+        table = find_decompositions(operators)
         for each in operators:
             if each not in table:
                 raise OptionsError(f"OpenVINO option 'decompositions': torch cannot take {each} apart")

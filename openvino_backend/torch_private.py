@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch._decomp import get_decompositions
-from torch._dynamo.aot_compile_types import SerializableCallable
+from torch._dynamo import aot_compile_types
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.guards import CheckFunctionManager, _get_closure_vars
 from torch._dynamo.package import _hash_sourcelines
@@ -30,8 +30,9 @@ from torch._functorch._aot_autograd.schemas import OutputType
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
-__all__ = ["SerializableCallable"]
-
+# What a graph that is kept in a file must be.
+SerializableCallable = aot_compile_types.SerializableCallable
+OPERATORS = torch._ops.OpOverload | torch._ops.OpOverloadPacket
 # The results of a graph that the function returns as they are, and not as views of something else.
 _PLAIN_OUTPUTS = (OutputType.non_alias, OutputType.unsafe_view_alias, OutputType.custom_function_view)
 # Names that dynamo adds to a function's globals; an address or a counter may stand in them.

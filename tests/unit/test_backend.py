@@ -1,5 +1,6 @@
 """openvino_backend on its own: small modules, real OpenVINO."""
 
+import re
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ import openvino
 import pytest
 import torch
 
+import openvino_backend
 from openvino_backend import (
     CompiledFunction,
     OpenVINOBackend,
@@ -442,3 +444,10 @@ def test_decompositions_take_an_operator_apart() -> None:
         assert measure_error(compile_module(module, backend)(x), module(x)) < 1e-6
         operators.append(backend.reports[0].models[0].operators)
     assert operators[0] < operators[1]
+
+
+def test_what_is_private_of_pytorch_is_in_one_file() -> None:
+    package = Path(openvino_backend.__file__).parent
+    private = re.compile(r"torch(\.\w+)*\._(?!_)|\._artifacts|_dispatch_cache|py_kernels|orig_guard|_dynamo_static")
+    found = {path.name for path in package.glob("*.py") if private.search(path.read_text())}
+    assert found == {"torch_private.py"}
