@@ -6,6 +6,8 @@ from openvino_backend.function import CompiledFunction
 from openvino_backend.model import ModelReport
 from openvino_backend.options import Options, OptionsError, split_device
 
+__version__ = "0.2.0"
+
 __all__ = [
     "CompiledFunction",
     "GraphLimitError",

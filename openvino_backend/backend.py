@@ -59,6 +59,30 @@ class GraphReport:
     traced: bool
 
 
+class KnownWeights:
+    """The weights of a module, digested once for all its graphs.
+
+    Attributes:
+        tensors: them by name.
+        sha256: their digest.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.tensors: dict[str, torch.Tensor] = dict([*module.named_parameters(), *module.named_buffers()])
+        self.sha256 = digest_weights(self.tensors)
+        self._names = {_locate(tensor): name for name, tensor in self.tensors.items()}
+
+    def find_name(self, tensor: torch.Tensor) -> str | None:
+        """Return the name of a weight, or None for a tensor that is none, such as one that the code makes."""
+        return self._names.get(_locate(tensor)) if tensor.numel() else None
+
+    def digest_constants(self, values: Mapping[str, torch.Tensor]) -> str:
+        """Return a digest of a graph's constants, which may be these weights in any order, or none of them."""
+        sources = {name: self.find_name(tensor) for name, tensor in values.items()}
+        others = {name: values[name] for name, source in sources.items() if source is None}
+        return hashlib.sha256(repr((self.sha256, sources, digest_weights(others))).encode()).hexdigest()
+
+
 class CompiledGraph(SerializableCallable):
     """A graph whose parts run on OpenVINO, in the order and with the inputs of the graph.
 
@@ -109,14 +133,14 @@ class OpenVINOBackend:
         return self._compile(graph, example_inputs)[1]
 
     def compile_plain(
-        self, graph: torch.fx.GraphModule, example_inputs: Sequence[Any], *, weights_sha256: str
+        self, graph: torch.fx.GraphModule, example_inputs: Sequence[Any], *, weights: KnownWeights
     ) -> CompiledGraph:
-        """Compile a graph whose digest of weights is known, to be kept in a file.
+        """Compile a graph of a module with these weights, to be kept in a file.
 
         Raises:
             OpenVINOBackendError: the function changes its inputs or returns views of them.
         """
-        compiled, _ = self._compile(graph, example_inputs, weights_sha256=weights_sha256)
+        compiled, _ = self._compile(graph, example_inputs, weights=weights)
         if not compiled.is_plain:
             raise OpenVINOBackendError(
                 "the function changes its inputs or returns views of them; compile it with "
@@ -145,7 +169,7 @@ class OpenVINOBackend:
             )
 
     def _compile(
-        self, graph: torch.fx.GraphModule, example_inputs: Sequence[Any], *, weights_sha256: str | None = None
+        self, graph: torch.fx.GraphModule, example_inputs: Sequence[Any], *, weights: KnownWeights | None = None
     ) -> tuple[CompiledGraph, Callable[..., Any]]:
         """Return the compiled graph, and it with what torch puts around it for changed inputs and views."""
         self.check_bound()
@@ -155,7 +179,7 @@ class OpenVINOBackend:
 
         def compile_inference(traced: torch.fx.GraphModule) -> CompiledGraph:
             with release_memory(self.options, constants.values()):
-                compiled.append(self._compile_traced(traced, constants, weights_sha256))
+                compiled.append(self._compile_traced(traced, constants, weights))
             return compiled[0]
 
         with keep_whole():
@@ -169,7 +193,7 @@ class OpenVINOBackend:
         return compiled[0], wrapped
 
     def _compile_traced(
-        self, graph: torch.fx.GraphModule, constants: Mapping[int, torch.Tensor], weights_sha256: str | None
+        self, graph: torch.fx.GraphModule, constants: Mapping[int, torch.Tensor], weights: KnownWeights | None
     ) -> CompiledGraph:
         placeholders = graph.graph.find_nodes(op="placeholder")
         if any(isinstance(node.meta["val"], torch.SymInt) for node in placeholders):
@@ -184,12 +208,13 @@ class OpenVINOBackend:
         restore_linear(graph.graph)
         values = {placeholders[index].name: value for index, value in constants.items()}
         values |= {node.name: getattr(graph, node.target) for node in graph.graph.find_nodes(op="get_attr")}
-        weights_sha256 = weights_sha256 or digest_weights(values)
+        weights_sha256 = weights.sha256 if weights else digest_weights(values)
+        salt = weights.digest_constants(values) if weights else weights_sha256
         weight_ids = frozenset(map(id, constants.values()))
         outside = frozenset(self.options.disabled_ops)
         while True:
             try:
-                split, models = self._compile_parts(graph, values, outside, weight_ids, salt=weights_sha256)
+                split, models = self._compile_parts(graph, values, outside, weight_ids, salt=salt)
                 break
             except UnsupportedOperatorsError as error:
                 if self.options.strict:
@@ -277,6 +302,11 @@ def digest_weights(weights: Mapping[str, torch.Tensor]) -> str:
 
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
         return hashlib.sha256(b"".join(pool.map(digest, weights.values()))).hexdigest()
+
+
+def _locate(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return what is one tensor's only: views may begin at one place and have one shape."""
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def name_entry(options: Options, *ingredients: Any) -> str:

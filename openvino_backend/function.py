@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from openvino_backend.backend import CompiledGraph, OpenVINOBackend, check_on_cpu, digest_weights, name_entry
+from openvino_backend.backend import CompiledGraph, KnownWeights, OpenVINOBackend, check_on_cpu, name_entry
 from openvino_backend.cache import open_entry, write_entry
 from openvino_backend.conditions import Conditions, describe, is_plain
 from openvino_backend.errors import CacheMissError
@@ -107,29 +107,28 @@ class CompiledFunction:
     def _prepare(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
         """Return the trace for this kind of call, from the cache or else made now."""
         self.backend.check_bound()
-        weights = dict([*self._module.named_parameters(), *self._module.named_buffers()])
-        check_on_cpu([*weights.values(), *flatten_arguments(args, kwargs)[0]])
-        digest = digest_weights(weights)
+        check_on_cpu([*self._module.parameters(), *self._module.buffers(), *flatten_arguments(args, kwargs)[0]])
+        weights = KnownWeights(self._module)
         names = (self._function.__module__, self._function.__qualname__)
-        key = name_entry(self.backend.options, "function", *names, call, digest)
+        key = name_entry(self.backend.options, "function", *names, call, weights.sha256)
         with (
             open_entry(self.backend.options, key) as folder,
-            release_memory(self.backend.options, weights.values()),
+            release_memory(self.backend.options, weights.tensors.values()),
         ):
             trace = self._load(folder, weights, args, kwargs)
             if trace is None:
-                trace = self._trace(digest, args, kwargs)
+                trace = self._trace(weights, args, kwargs)
                 self._save(folder, trace, weights)
             return trace
 
-    def _trace(self, digest: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+    def _trace(self, weights: KnownWeights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
         namespace, enclosed = self._function.__globals__, self._find_enclosed()
         bound = inspect.signature(self._function).bind(self._module, *args, **kwargs)
         bound.apply_defaults()
         looks = [*_OWN_LOOKS, *(f"L[{name!r}]" for name, value in enclosed.items() if not is_plain(value))]
 
         def compile_graph(graph: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> CompiledGraph:
-            return self.backend.compile_plain(graph, example_inputs, weights_sha256=digest)
+            return self.backend.compile_plain(graph, example_inputs, weights=weights)
 
         def choose_guards(guards: Sequence[Any]) -> list[bool]:
             kept = [is_keepable(guard, enclosed) for guard in guards]
@@ -164,12 +163,11 @@ class CompiledFunction:
         """Return what is enclosed and not written to a file; torch knows such objects by identity, as no number has."""
         return {name: value for name, value in self._find_enclosed().items() if not is_plain(value)}
 
-    def _save(self, folder: Path | None, trace: Trace, weights: Mapping[str, torch.Tensor]) -> None:
+    def _save(self, folder: Path | None, trace: Trace, weights: KnownWeights) -> None:
         if folder is None:
             return
-        names = {(tensor.data_ptr(), tuple(tensor.shape)): name for name, tensor in weights.items()}
         for part in read_graph(trace.function).parts:
-            sources = {each: names.get((t.data_ptr(), tuple(t.shape))) for each, t in part.weights.items()}
+            sources = {each: weights.find_name(t) for each, t in part.weights.items()}
             part.sources = {each: name for each, name in sources.items() if name is not None}
         namespace, external = self._function.__globals__, self._find_external()
         with write_entry(folder):
@@ -182,7 +180,7 @@ class CompiledFunction:
             (folder / _CONDITIONS).write_text(json.dumps(trace.conditions.descriptions))
 
     def _load(
-        self, folder: Path | None, weights: Mapping[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, folder: Path | None, weights: KnownWeights, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Trace | None:
         """Return the trace in the cache's folder, ready to be called, or None if there is none that fits."""
         if folder is None or not (folder / _FILE).exists():
@@ -201,7 +199,7 @@ class CompiledFunction:
             graph: CompiledGraph = read_graph(function)
             reports = []
             for part in graph.parts:
-                part.weights = {each: weights[name].detach() for each, name in part.sources.items()}
+                part.weights = {each: weights.tensors[name].detach() for each, name in part.sources.items()}
                 reports.append(part.load(self.backend.options))
         except Exception as error:  # whatever is wrong with the file, tracing anew is the answer
             logger.warning("The cache entry %s does not fit and is made anew: %s", folder, error)

@@ -169,7 +169,11 @@ def save_model(model: openvino.Model, folder: Path, weights: Mapping[str, torch.
     Raises:
         OSError: the files cannot be written.
     """
-    names = {(tensor.data_ptr(), tuple(tensor.shape)): name for name, tensor in weights.items() if tensor.numel()}
+    names = {
+        (tensor.data_ptr(), tuple(tensor.shape)): name
+        for name, tensor in weights.items()
+        if tensor.numel() and tensor.is_contiguous()  # of any other OpenVINO has a copy
+    }
     parameters = []
     for node in model.get_ops():
         if node.get_type_name() == "Constant":

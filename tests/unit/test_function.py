@@ -110,6 +110,90 @@ def test_module_in_another_state_is_traced_anew(tmp_path: Path, caplog: pytest.L
     assert "not in the state in which it was traced" in caplog.text
 
 
+class Factors(torch.nn.Module):
+    """Numbers from a tuple, made a tensor in the code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+        self.factors = (1.0, 2.0, 3.0, 4.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * torch.tensor(self.factors)
+
+
+def test_tensor_that_the_code_makes_is_no_other_states(tmp_path: Path) -> None:
+    module, x = Factors(), torch.randn(3, 4)
+    for factors in ((1.0, 2.0, 3.0, 4.0), (5.0, 6.0, 7.0, 8.0)):
+        module.factors = factors
+        function = CompiledFunction(module.forward, make_options(tmp_path))
+        assert measure_error(function(x), module(x)) < 1e-6
+        assert read_origins(function) == [(True, [False])]
+
+
+class Pair(torch.nn.Module):
+    """Two layers in one order or the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.is_swapped = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64), False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(self.b(x)) if self.is_swapped else self.b(self.a(x))
+
+
+def test_compressed_weights_are_no_other_states(tmp_path: Path) -> None:
+    """They are kept in the file, and not bound to the module's weights again."""
+    module, x = Pair(), torch.randn(3, 64)
+    for module.is_swapped in (False, True):
+        options = make_options(tmp_path, weight_compression="int8_sym", config={"INFERENCE_PRECISION_HINT": "f32"})
+        function = CompiledFunction(module.forward, options)
+        assert measure_error(function(x), module(x)) < 0.02
+
+
+HEAD = torch.nn.Linear(64, 64)
+
+
+class Headed(torch.nn.Module):
+    """A layer that is not its own after one that is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return HEAD(self.linear(x))
+
+
+def test_weights_outside_the_module_are_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = Headed(), torch.randn(3, 64)
+    for _ in range(2):
+        options = make_options(tmp_path, weight_compression="int8_sym", config={"INFERENCE_PRECISION_HINT": "f32"})
+        function = CompiledFunction(module.forward, options)
+        assert measure_error(function(x), module(x)) < 0.02
+        monkeypatch.setattr(sys.modules[__name__], "HEAD", torch.nn.Linear(64, 64))
+
+
+class Tied(torch.nn.Module):
+    """A square weight, and a view of it that begins at the same place and has the same shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(4, 4), requires_grad=False)
+        self.register_buffer("turned", self.weight.data.t())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ self.weight + 1) @ self.turned
+
+
+def test_views_of_one_weight_are_told_apart(tmp_path: Path) -> None:
+    module, x = Tied(), torch.randn(3, 4)
+    for is_traced in (True, False):
+        function = CompiledFunction(module.forward, make_options(tmp_path))
+        assert measure_error(function(x), module(x)) < 1e-6
+        assert function.backend.reports[0].traced is is_traced
+
+
 def test_changed_source_is_traced_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "changing.py"
     code = (
