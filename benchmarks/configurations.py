@@ -116,7 +116,8 @@ def _check_section(name: str, key: str, section: Any, *, needed: Sequence[str] =
 
 
 def _check_pt2(name: str, pt2: Any) -> None:
-    from pipeline_utils import CompileConfig, ConfigError
+    from sdxl_server.errors import ConfigError
+    from sdxl_server.settings import CompileConfig
 
     try:
         CompileConfig.parse(pt2)

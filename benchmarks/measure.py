@@ -15,7 +15,8 @@ from benchmarks import native
 from benchmarks.configurations import Configuration
 from benchmarks.machine import read_peak_memory
 from benchmarks.parts import Part, list_tensors
-from pipeline_utils import CompileConfig, compile_method
+from sdxl_server.compiling import compile_method
+from sdxl_server.settings import CompileConfig
 
 Result = TypeVar("Result")
 Describe = Callable[[], dict[str, Any]]

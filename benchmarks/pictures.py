@@ -51,18 +51,20 @@ def measure(job: Job) -> dict[str, Any]:
 
 def load(job: Job) -> tuple[Draw, Describe]:
     """Load the model as the server does; return what draws, and what tells what ran."""
-    import pipeline_utils
+    from sdxl_server.drawing import finish, generate
+    from sdxl_server.pipeline import load_pipeline
+    from sdxl_server.settings import HandlerConfig
 
     configuration = job.configuration
     settings = {"model_path": job.model, "dtype": configuration.weights, "width": job.size, "height": job.size}
     compilation = settle_compilation(configuration, Path(job.cache))
-    config = pipeline_utils.HandlerConfig.parse(settings)
-    loaded = pipeline_utils.load_pipeline(config, compilation, model_dir=Path(job.model))
+    config = HandlerConfig.parse(settings)
+    loaded = load_pipeline(config, compilation, model_dir=Path(job.model))
 
     def draw(prompt: Prompt) -> Image.Image:
         fields = {"prompt": prompt.text, "seed": prompt.seed, "guidance_scale": GUIDANCE}
         request = loaded.contract.check({**fields, "num_inference_steps": job.num_inference_steps})
-        picture: Image.Image = pipeline_utils.finish(pipeline_utils.generate(loaded, request))[0]
+        picture: Image.Image = finish(generate(loaded, request))[0].image
         return picture
 
     backends = [backend for backend in loaded.parts.values() if backend and backend.reports]

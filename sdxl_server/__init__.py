@@ -1,0 +1,9 @@
+"""Stable Diffusion XL behind a server: settings and requests in, pictures and events out."""
+
+import sys
+
+__version__ = "0.2.0"
+
+# OpenVINO and NNCF report each import to Google Analytics, from a process that they fork. Where this module is not
+# installed they leave it out.
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]

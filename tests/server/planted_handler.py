@@ -1,9 +1,12 @@
 """A handler with the faults that the key `planted` of model-config.yaml names: what the scorecard must find."""
 
+import io
 import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from stable_diffusion_handler import StableDiffusionHandler
 
@@ -26,7 +29,12 @@ class PlantedHandler(StableDiffusionHandler):
             if "starts without a model" not in self.planted:
                 raise
 
-    def serve(self, index: int, row: dict[str, Any]) -> Generator[bytes, None, bytes]:
+    def begin(self, index: int, row: dict[str, Any]) -> Any:
+        answer = super().begin(index, row)
+        answer.steps = self.spoil(answer.steps)
+        return answer
+
+    def spoil(self, steps: Generator[bytes, None, bytes]) -> Generator[bytes, None, bytes]:
         self.served += 1
         if "leak" in self.planted:
             self.leaked.append(b"x" * 10_000_000)
@@ -37,9 +45,9 @@ class PlantedHandler(StableDiffusionHandler):
         while "drip" in self.planted and self.served == 5:
             time.sleep(0.5)
             yield b"."
-        return (yield from super().serve(index, row))
-
-    def postprocess(self, request: Any, images: list[Any], *rest: Any, **options: Any) -> bytes:
+        body = yield from steps
         if "wrong size" in self.planted and self.served % 5 == 4:
-            images = [image.resize((64, 64)) for image in images]
-        return super().postprocess(request, images, *rest, **options)
+            file = io.BytesIO()
+            Image.open(io.BytesIO(body)).resize((64, 64)).save(file, "JPEG")
+            return file.getvalue()
+        return body

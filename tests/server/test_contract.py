@@ -44,7 +44,7 @@ def ask(server: LocalServer, *, accept: str = "*/*", **fields: Any) -> requests.
 def test_document_holds_for_generated_requests(server: LocalServer, tmp_path: Path) -> None:
     """Schemathesis makes requests that follow the document and requests that break it."""
     document = server.read_document("openapi.json")
-    committed = json.loads((ROOT / "openapi.json").read_text())
+    committed = json.loads((ROOT / "docs/openapi.json").read_text())
     assert list(document["components"]["schemas"]["GenerationRequest"]["properties"]) == list(
         committed["components"]["schemas"]["GenerationRequest"]["properties"]
     )
@@ -249,10 +249,11 @@ def test_interrupted_program_stops_the_work(server: LocalServer, tmp_path: Path)
 
 
 def test_readme_snippets(server: LocalServer, tmp_path: Path) -> None:
-    """What README tells to type or to write works as it stands, but for the server's address and a smaller size."""
-    blocks = re.findall(r"```(bash|python)\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """What README and docs/requests.md tell to type works as it stands, but for the address and a smaller size."""
+    pages = "".join((ROOT / name).read_text() for name in ("README.md", "docs/requests.md"))
+    blocks = re.findall(r"```(bash|python)\n(.+?)```", pages, re.DOTALL)
     snippets = [(kind, text) for kind, text in blocks if "localhost:8080" in text or "query.py" in text]
-    assert [kind for kind, _ in snippets] == ["bash", "bash", "bash", "python", "python", "bash"]
+    assert [kind for kind, _ in snippets] == ["bash", "bash", "python", "bash", "python", "bash"]
     (tmp_path / "key_file.json").write_bytes((server.folder / "key_file.json").read_bytes())
     (tmp_path / "list.txt").write_text("a cat\na dog\n")
     address = server.url.rpartition("/predictions")[0]

@@ -10,7 +10,7 @@ from PIL import Image
 from benchmarks import __main__ as benchmarks
 from benchmarks.configurations import GUIDE, Configuration, ConfigurationError, read_configurations
 from benchmarks.report import make_rows, write_report
-from pipeline_utils import CompileConfig
+from sdxl_server.settings import CompileConfig
 
 MACHINE = {
     "cpu": "a CPU",

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline_utils import PUBLISHED_KEYS_WITHOUT_EFFECT, CompileConfig, ConfigError, HandlerConfig
+from sdxl_server.errors import ConfigError
+from sdxl_server.settings import PUBLISHED_KEYS_WITHOUT_EFFECT, CompileConfig, HandlerConfig
 from tools.server import ROOT
 
 SHIPPED = (ROOT / "model-config.yaml").read_text()
@@ -51,8 +52,9 @@ def test_guides_line_for_profiling_can_be_appended() -> None:
     assert HandlerConfig.parse(handler).profile is True
 
 
-def test_readme_has_a_row_for_every_key() -> None:
-    rows = dict(re.findall(r"^\| `(\w+)` \|[^|]*\| `([^`]*)` \|", (ROOT / "README.md").read_text(), re.MULTILINE))
+def test_page_of_settings_has_a_row_for_every_key() -> None:
+    page = (ROOT / "docs/settings.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \|[^|]*\|[^|]*\| `([^`]*)` \|", page, re.MULTILINE))
     defaults = {key: yaml.safe_load(SHIPPED)["handler"].get(key, False) for key in dataclasses.asdict(HandlerConfig())}
     assert {key: yaml.safe_load(value) for key, value in rows.items() if key in defaults} == defaults
 
@@ -60,7 +62,7 @@ def test_readme_has_a_row_for_every_key() -> None:
 def test_published_file_is_accepted_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         config = HandlerConfig.parse(yaml.safe_load(PUBLISHED))
-    assert config == HandlerConfig()
+    assert config == HandlerConfig(is_xl=True)
     assert len(caplog.records) == 1
     for key in PUBLISHED_KEYS_WITHOUT_EFFECT:
         assert key in caplog.text
@@ -76,14 +78,20 @@ def test_published_file_is_accepted_with_one_warning(caplog: pytest.LogCaptureFi
         ({"guidance_scale": float("nan")}, "guidance_scale", "number from 0 to 100", "nan"),
         ({"width": 100}, "width", "multiple of 8", "100"),
         ({"height": 8192}, "height", "64 to 4096", "8192"),
-        ({"dtype": "bf16"}, "dtype", "auto | float32 | bfloat16 | float16", "'bf16'"),
+        ({"dtype": "bf16"}, "dtype", "one of auto, float32, bfloat16, float16", "'bf16'"),
         ({"is_xl": "yes"}, "is_xl", "true or false", "'yes'"),
         ({"profile": 1}, "profile", "true or false", "1"),
         ({"model_path": ""}, "model_path", "a folder", "''"),
         ({"scheduler": 3}, "scheduler", "diffusers scheduler", "3"),
         ({"jpeg_quality": 101}, "jpeg_quality", "1 to 100", "101"),
         ({"steps": 3}, "steps", "num_inference_steps", "steps"),
+        ({"allowed_sizes": 1024}, "allowed_sizes", "a list of sizes", "1024"),
+        ({"allowed_sizes": []}, "allowed_sizes", "a list of sizes", "[]"),
+        ({"allowed_sizes": ["100x64"]}, "allowed_sizes", "multiples of 8", "100x64"),
+        ({"allowed_sizes": ["1024x1024"], "max_side": 512}, "allowed_sizes", "max_side, 512", "1024x1024"),
         ([1], "handler", "keys and values", "[1]"),
+        (5, "handler", "keys and values", "5"),
+        ("fast", "handler", "keys and values", "'fast'"),
     ],
 )
 def test_wrong_handler_settings_are_told(handler: Any, key: str, accepted: str, given: str) -> None:
@@ -131,7 +139,7 @@ def test_forms_of_pt2(pt2: Any, expected: CompileConfig) -> None:
         ({"mode": "default", "options": {"freezing": True}}, ["mode or options", "not both"]),
         ({"backend": "openvino", "dynamic": True}, ["pt2", "dynamic: false, fullgraph: true"]),
         ({"backend": "openvino", "fullgraph": False}, ["pt2", "dynamic: false, fullgraph: true"]),
-        ({"dynamic": "no"}, ["pt2.dynamic", "true, false or null", "'no'"]),
+        ({"dynamic": "no"}, ["pt2.dynamic", "true or false, or null", "'no'"]),
         ({"backend": "openvino", "options": {"device": "GPU.7"}}, ["pt2.options", "device", "CPU", "'GPU.7'"]),
         ({"backend": "openvino", "options": {"devices": "CPU"}}, ["pt2.options", "'devices'", "model_caching"]),
         ({"backend": "openvino", "options": {"model_caching": "yes"}}, ["model_caching", "true or false", "'yes'"]),

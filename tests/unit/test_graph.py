@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from openvino_backend import OpenVINOBackend
-from pipeline_utils import read_pipeline
+from sdxl_server.families import FAMILIES
+from sdxl_server.loading import read_pipeline
 from tests.unit.modules import measure_error, needs_bf16
 
 pytestmark = pytest.mark.usefixtures("inference")
@@ -20,7 +21,7 @@ SIZE, TOKENS = 16, 77
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_model: Path) -> Any:
-    return read_pipeline(tiny_model, "float32", is_xl=True)
+    return read_pipeline(tiny_model, "float32", FAMILIES["sdxl"])
 
 
 class Call(torch.nn.Module):

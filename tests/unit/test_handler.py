@@ -1,10 +1,150 @@
-"""The handler's own judgement; all else of it is tested behind a real TorchServe."""
+"""TorchServe's protocol: `handle` called with made contexts, on a service whose steps each test writes."""
 
+import json
 import logging
+from collections.abc import Generator
+from typing import Any
 
 import pytest
 
-from stable_diffusion_handler import StableDiffusionHandler
+from sdxl_server import __version__
+from sdxl_server.errors import RequestError
+from sdxl_server.service import Answer, Call, choose_preview_steps, explain
+from stable_diffusion_handler import MADE_FOR, StableDiffusionHandler
+
+
+class Context:
+    """What TorchServe tells of the requests of one call, and is told."""
+
+    model_name = "diffusion_fast"
+
+    def __init__(self, *ids: str) -> None:
+        self.request_ids = dict(enumerate(ids))
+        self.statuses: dict[int, int] = {}
+        self.headers: dict[int, dict[str, str]] = {index: {} for index in self.request_ids}
+        self.stopping_criteria: list[Any] = []
+
+    def get_request_id(self, index: int) -> str:
+        return self.request_ids[index]
+
+    def get_all_request_header(self, index: int) -> dict[str, str]:
+        return {"Content-Type": "application/json"}
+
+    def get_request_header(self, index: int, name: str) -> str | None:
+        return None
+
+    def set_response_status(self, code: int, phrase: str, index: int) -> None:
+        self.statuses[index] = code
+
+    def set_response_content_type(self, index: int, value: str) -> None:
+        self.headers[index]["content-type"] = value
+
+    def set_response_header(self, index: int, name: str, value: str) -> None:
+        self.headers[index][name] = value
+
+
+class Service:
+    """Answers a body of `n` with n steps, and what it is told to go wrong."""
+
+    def __init__(self) -> None:
+        self.closed: list[str] = []
+
+    def answer(self, call: Call) -> Answer:
+        body = call.values["body"].decode()
+        if body == "wrong":
+            raise RequestError("width is wrong", param="width")
+        return Answer("image/jpeg", {"X-Seed": "7"}, self.make_steps(body))
+
+    def make_steps(self, body: str) -> Generator[bytes, None, bytes]:
+        try:
+            if body == "fails at once":
+                raise TimeoutError("too late")
+            for step in range(1, 2 if "fails" in body else int(body)):
+                yield f"step {step} ".encode()
+            if body == "fails later":
+                raise ZeroDivisionError("planted")
+            return b"end"
+        finally:
+            self.closed.append(body)
+
+
+def make_handler(*, is_continuous: bool = True) -> StableDiffusionHandler:
+    handler = StableDiffusionHandler()
+    handler.explain, handler.is_continuous = explain, is_continuous
+    handler.service = Service()  # type: ignore[assignment]
+    handler.running, handler.answered, handler.questioned = {}, set(), set()
+    handler.response_timeout, handler.longest = 900.0, 0.0
+    handler.add_times = lambda answer: None  # type: ignore[method-assign]
+    return handler
+
+
+def call(handler: StableDiffusionHandler, **bodies: str) -> tuple[list[bytes], list[Any], Context]:
+    """Make one call for requests by their id; return the bodies, what TorchServe makes of them, and the context."""
+    context = Context(*bodies)
+    replies = handler.handle([{"body": body.encode()} for body in bodies.values()], context)
+    return replies, [criterion(None) for criterion in context.stopping_criteria], context
+
+
+def test_a_request_goes_one_step_a_call() -> None:
+    handler = make_handler()
+    replies, states, context = call(handler, a="3")
+    assert (replies, states) == ([b"step 1 "], [False])
+    assert context.headers == {0: {"content-type": "image/jpeg", "X-Seed": "7"}}
+    assert call(handler, a="3")[:2] == ([b"step 2 "], [False])
+    assert call(handler, a="3")[:2] == ([b"end"], [True])
+    assert handler.running == {}
+
+
+def test_another_joins_and_one_leaves() -> None:
+    handler = make_handler()
+    call(handler, a="5")
+    assert call(handler, a="5", b="3")[:2] == ([b"step 2 ", b"step 1 "], [False, False])
+    assert call(handler, b="3")[:2] == ([b"step 2 "], [False])
+    assert handler.service.closed == ["5"]  # type: ignore[attr-defined]
+    assert call(handler, c="2", b="3")[:2] == ([b"step 1 ", b"end"], [False, True])
+
+
+def test_an_end_in_the_first_call_is_sent_before_the_end_of_the_response() -> None:
+    handler = make_handler()
+    assert call(handler, a="1", b="2")[:2] == ([b"end", b"step 1 "], [False, False])
+    assert call(handler, a="1", b="2")[:2] == ([b"", b"end"], [True, True])
+    assert call(handler, b="2")[:2] == ([b"step 1 "], [False])  # an id may come again
+
+
+@pytest.mark.parametrize(("body", "code"), [("wrong", 400), ("fails at once", 504)])
+def test_an_error_before_the_beginning_is_an_answer_of_its_own(body: str, code: int) -> None:
+    handler = make_handler()
+    call(handler, a="3")
+    replies, states, context = call(handler, a="3", b=body)
+    assert (replies[0], states) == (b"step 2 ", [False, None])
+    assert (context.statuses, context.headers[1]["content-type"]) == ({1: code}, "application/json")
+    assert json.loads(replies[1])["error"]["code"] == code
+
+
+def test_an_error_after_the_beginning_ends_the_response() -> None:
+    handler = make_handler()
+    call(handler, a="fails later", b="4")
+    replies, states, context = call(handler, a="fails later", b="4")
+    assert json.loads(replies[0])["error"]["code"] == 500
+    assert (replies[1], states, context.statuses) == (b"step 2 ", [True, False], {})
+    assert call(handler, b="4")[1] == [False]
+
+
+@pytest.mark.parametrize(
+    ("body", "reply", "statuses"),
+    [("3", b"step 1 step 2 end", {}), ("1", b"end", {}), ("wrong", None, {0: 400}), ("fails later", None, {0: 500})],
+)
+def test_without_continuous_batching_an_answer_is_all_in_one_piece(
+    body: str, reply: bytes | None, statuses: dict[int, int]
+) -> None:
+    handler = make_handler(is_continuous=False)
+    replies, _, context = call(handler, a=body, b="2")
+    assert replies[1] == b"step 1 end"
+    assert context.statuses == statuses
+    if reply is not None:
+        assert replies[0] == reply
+    else:
+        assert json.loads(replies[0])["error"]["code"] == statuses[0]
 
 
 def test_steps_that_come_near_to_the_limit_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -18,3 +158,15 @@ def test_steps_that_come_near_to_the_limit_are_told_once(caplog: pytest.LogCaptu
     assert told == [0, 1, 1, 2]
     assert "A call took 5 s. After 9 s TorchServe would have killed" in caplog.text
     assert "raise responseTimeout" in caplog.text
+
+
+def test_handler_is_made_for_the_package_beside_it() -> None:
+    assert __version__ == MADE_FOR
+
+
+@pytest.mark.parametrize(
+    ("count", "steps", "due"),
+    [(3, 2, [1, 1, 1]), (3, 1, []), (3, 4, [1, 2, 3]), (1, 30, [15]), (2, 3, [1, 2]), (0, 9, []), (3, 30, [8, 15, 22])],
+)
+def test_previews_are_as_many_as_asked_for(count: int, steps: int, due: list[int]) -> None:
+    assert choose_preview_steps(count, steps=steps) == due

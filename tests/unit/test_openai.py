@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from generation_request import RequestError
-from openai_images import PATHS, parse_openai
+from sdxl_server.errors import RequestError
+from sdxl_server.openai import OpenAIEditFace, OpenAIFace
 from tests.unit.test_request import CONTRACT, RED, encode
 
-GENERATIONS, EDITS = PATHS
+GENERATIONS, EDITS = OpenAIFace(), OpenAIEditFace()
 
 
-def parse(path: str = GENERATIONS, **fields: Any) -> Any:
+def parse(face: OpenAIFace = GENERATIONS, **fields: Any) -> Any:
     body = {"body": json.dumps({"prompt": "a red fox", **fields}).encode()}
-    return parse_openai(body, path=path, content_type="application/json", contract=CONTRACT)
+    return face.read(body, content_type="application/json", contract=CONTRACT)
 
 
 def test_fields_have_their_meaning() -> None:
@@ -25,6 +25,7 @@ def test_fields_have_their_meaning() -> None:
     assert (request.num_images_per_prompt, request.width, request.height) == (2, 64, 128)
     assert (request.output_format, request.quality, request.seed) == ("jpeg", 1, 4)
     assert request.num_inference_steps == 5
+    assert parse(quality=80).quality == 80
     plain = parse(size="auto", model="x", user="me", quality="hd", response_format="b64_json", stream=False)
     assert (plain.width, plain.height, plain.output_format) == (128, 64, "png")
 
@@ -36,7 +37,7 @@ def test_edit_as_a_form() -> None:
         **{"prompt": b"a red fox", "image[]": base64.b64decode(RED), "mask": base64.b64decode(encode(mask))},
         **{"n": b"2", "stream": b"true", "size": b"auto", "partial_images": b"1"},
     }
-    request = parse_openai(form, path=EDITS, content_type="multipart/form-data; boundary=x", contract=CONTRACT)
+    request = EDITS.read(form, content_type="multipart/form-data; boundary=x", contract=CONTRACT)
     assert (request.num_images_per_prompt, request.width, request.height) == (2, 80, 72)
     assert (request.stream, request.partial_images) == (True, 1)
     assert request.mask_image.getpixel((5, 5)) == 255  # transparent means anew there, white here
@@ -57,6 +58,12 @@ def test_edit_as_a_form() -> None:
         ({"response_format": "url"}, "response_format", 'response_format takes "b64_json" here'),
         ({"background": "transparent"}, "background", 'background takes "auto", "opaque" here'),
         ({"foo": 1}, "foo", "'foo' is not a field"),
+        ({"n": 2, "num_images_per_prompt": 3}, "num_images_per_prompt", "num_images_per_prompt and n are one field"),
+        ({"rng_seed": 2, "seed": 3}, "seed", "seed and rng_seed are one field"),
+        ({"output_compression": 20, "quality": 80}, "quality", "quality and output_compression are one field"),
+        ({"size": "64x64", "width": 128}, "size", "size and width are one field"),
+        ({"quality": 101}, "quality", "quality takes a whole number from 1 to 100, not 101"),
+        ({"quality": "80"}, "quality", 'quality takes "auto", "low"'),
     ],
 )
 def test_mistake_is_told_in_openais_names(fields: dict[str, Any], param: str, message: str) -> None:

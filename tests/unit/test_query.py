@@ -30,8 +30,8 @@ import pytest
 from PIL import Image
 
 import query
-from generation_request import GenerationRequest
-from pipeline_utils import encode_picture
+from sdxl_server.fields import GenerationRequest
+from sdxl_server.files import encode_picture
 
 QUERY = Path(query.__file__)
 TOKEN_ERROR = {"code": 400, "type": "InvalidKeyException", "message": "Token Authorization failed."}

@@ -9,8 +9,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from generation_request import SDXL_FIELDS, Contract, GenerationRequest, Limits, RequestError, build_openapi
-from tools.write_contract import build_shipped_contract
+from sdxl_server.answers import NativeFace
+from sdxl_server.errors import RequestError
+from sdxl_server.families import FAMILIES
+from sdxl_server.fields import DECLARATIONS, MAX_SEED, Bounds, GenerationRequest, build_properties
+from sdxl_server.openapi import build_openapi
+from sdxl_server.request import Contract
+from tools.write_generated import build_shipped_contract, make_all
 
 DEFAULTS: dict[str, Any] = {
     "width": 128,
@@ -20,13 +25,27 @@ DEFAULTS: dict[str, Any] = {
     "quality": 80,
     "scheduler": "EulerDiscreteScheduler",
 }
-LIMITS = Limits(max_prompt_characters=100, max_side=256, max_steps=20, max_images=3, max_megapixel_steps=1)
-KEYWORDS: dict[str, Any] = {
-    "defaults": DEFAULTS,
-    "schedulers": ["DDIMScheduler", "EulerDiscreteScheduler"],
-    "max_clip_skip": 2,
-}
-CONTRACT = Contract.build(LIMITS, **KEYWORDS)
+BOUNDS = Bounds(
+    max_prompt_characters=100,
+    max_side=256,
+    max_steps=20,
+    max_images=3,
+    max_megapixel_steps=1,
+    schedulers=("DDIMScheduler", "EulerDiscreteScheduler"),
+    max_clip_skip=2,
+)
+
+
+def make_contract(bounds: Bounds, *, lacking: tuple[str, ...] = ()) -> Contract:
+    properties = build_properties(bounds, defaults=DEFAULTS, lacking=lacking)
+    return Contract(properties, bounds, lambda request: request.num_inference_steps)
+
+
+CONTRACT = make_contract(BOUNDS)
+
+
+def parse(values: dict[str, Any], content_type: str = "") -> GenerationRequest:
+    return NativeFace().read(values, content_type=content_type, contract=CONTRACT)
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> str:
@@ -51,7 +70,7 @@ RED = encode(Image.new("RGB", (80, 72), "red"))
     ],
 )
 def test_prompt_is_read(body: bytes, content_type: str, prompt: str) -> None:
-    request = CONTRACT.parse({"body": body}, content_type=content_type)
+    request = parse({"body": body}, content_type)
     expected = GenerationRequest(prompt, **DEFAULTS, seed=request.seed)
     assert request == expected
 
@@ -69,10 +88,8 @@ def test_form_is_read_as_json_is() -> None:
         **{"prompt": "12", "num_inference_steps": 3, "guidance_scale": 1.5},
         **{"original_size": [32, 64], "seed": 5, "image": RED},
     }
-    assert CONTRACT.parse(form) == CONTRACT.parse(
-        {"body": json.dumps(fields).encode()}, content_type="application/json"
-    )
-    assert CONTRACT.parse(form).original_size == (32, 64)
+    assert parse(form) == parse({"body": json.dumps(fields).encode()}, "application/json")
+    assert parse(form).original_size == (32, 64)
 
 
 def test_seeds_are_random_unless_given() -> None:
@@ -104,7 +121,7 @@ def test_description_makes_the_request_again() -> None:
 )
 def test_body_that_is_no_request(body: bytes, content_type: str, parts: list[str]) -> None:
     with pytest.raises(RequestError) as caught:
-        CONTRACT.parse({"body": body}, content_type=content_type)
+        parse({"body": body}, content_type)
     for part in parts:
         assert part in str(caught.value)
 
@@ -138,9 +155,7 @@ def test_body_that_is_no_request(body: bytes, content_type: str, parts: list[str
         ({"original_size": [1]}, "original_size", ["two whole numbers from 0 to 65536"]),
         ({"output_format": "gif"}, "output_format", ["one of jpeg, png, webp"]),
         ({"timeout": 0}, "timeout", ["a number from 1 to 3600"]),
-        ({"strength": 0.5}, "strength", ["strength needs an image"]),
         ({"mask_image": RED}, "mask_image", ["mask_image needs an image"]),
-        ({"image": RED, "strength": 0.1}, "strength", ["strength times num_inference_steps must be 1 or more"]),
         ({"image": "no base64!"}, "image", ["image takes base64"]),
         ({"image": 3}, "image", ["image takes a picture in base64, not 3"]),
         ({"image": "AAAA"}, "image", ["cannot be read"]),
@@ -180,11 +195,11 @@ def test_photo_is_turned_upright() -> None:
 
 def test_field_given_twice_is_refused() -> None:
     with pytest.raises(RequestError, match="'prompt' is given twice"):
-        CONTRACT.parse({"body": b'{"prompt": "a"}', "prompt": b"b"}, content_type="application/json")
+        parse({"body": b'{"prompt": "a"}', "prompt": b"b"}, "application/json")
 
 
 def test_allowed_sizes() -> None:
-    contract = Contract.build(Limits(allowed_sizes=((128, 64), (64, 64))), **KEYWORDS)
+    contract = make_contract(dataclasses.replace(BOUNDS, allowed_sizes=((128, 64), (64, 64))))
     assert contract.check({"prompt": "a", "width": 64}).width == 64
     with pytest.raises(RequestError, match="one of 128x64, 64x64 here, not 128x128"):
         contract.check({"prompt": "a", "height": 128})
@@ -192,18 +207,40 @@ def test_allowed_sizes() -> None:
 
 def test_contract_has_the_requests_fields() -> None:
     assert {each.name for each in dataclasses.fields(GenerationRequest)} == set(CONTRACT.properties)
-    plain = Contract.build(LIMITS, **KEYWORDS, is_xl=False)
-    assert set(CONTRACT.properties) - set(plain.properties) == set(SDXL_FIELDS)
+    lacking = FAMILIES["sd"].lacks
+    plain = make_contract(BOUNDS, lacking=lacking)
+    assert set(CONTRACT.properties) - set(plain.properties) == set(lacking)
     with pytest.raises(RequestError, match="'prompt_2' is not a field"):
         plain.check({"prompt": "a", "prompt_2": "b"})
 
 
-def test_document_is_openapi_and_is_the_committed_one() -> None:
+def test_description_holds_what_makes_the_picture_and_nothing_of_its_delivery() -> None:
+    request = CONTRACT.check(
+        {"prompt": "x", "seed": MAX_SEED, "num_images_per_prompt": 2, "timeout": 3000, "stream": True, "image": RED}
+    )
+    low = make_contract(dataclasses.replace(BOUNDS, max_timeout=5))
+    again = low.check(json.loads(json.dumps(request.describe(1))))
+    assert (again.seed, again.timeout, again.stream, again.strength) == (0, 5, False, 0.8)
+    assert again.num_images_per_prompt == 1
+
+
+@pytest.mark.parametrize("max_side", [1020, 100, 65])
+def test_sides_are_multiples_of_8_whatever_the_bound(max_side: int) -> None:
+    contract = make_contract(dataclasses.replace(BOUNDS, max_side=max_side, max_megapixel_steps=1000))
+    image = encode(Image.new("RGB", (2 * max_side, 2 * max_side)))
+    request = contract.check({"prompt": "a", "image": image})
+    assert request.width == request.height == max_side // 8 * 8
+
+
+def test_what_is_generated_is_what_is_committed() -> None:
     from openapi_spec_validator import validate
 
-    from tools.write_contract import DOCUMENT, README, fill_readme
+    validate(build_openapi(build_shipped_contract()))
+    for path, content in make_all().items():
+        assert path.read_text() == content, f"{path.name}: python -m tools.write_generated"
 
-    document = build_openapi(build_shipped_contract())
-    validate(document)
-    assert json.loads(DOCUMENT.read_text()) == document
-    assert fill_readme(README.read_text(), build_shipped_contract()) == README.read_text()
+
+def test_every_field_has_words_and_all_but_the_prompt_and_the_stream_an_option() -> None:
+    assert all(declaration.words for declaration in DECLARATIONS.values())
+    without = {name for name, declaration in DECLARATIONS.items() if declaration.option is None}
+    assert without == {"prompt", "timeout", "stream", "partial_images"}

@@ -1,0 +1,163 @@
+"""The native API's face: what its requests say, and what its answers are made of, events included."""
+
+import base64
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sdxl_server.bodies import read_fields
+from sdxl_server.fields import GenerationRequest
+from sdxl_server.request import Contract
+
+JSON, EVENTS = "application/json", "text/event-stream"
+
+
+@dataclass(frozen=True)
+class MadePicture:
+    """A picture as it is sent.
+
+    Attributes:
+        file: its bytes.
+        seed: its own.
+        parameters: the fields that make it again.
+    """
+
+    file: bytes
+    seed: int
+    parameters: Mapping[str, Any]
+
+
+class NativeFace:
+    """Reads a request as the contract has it; answers with the picture, with JSON, or with events.
+
+    Attributes:
+        event: what the names of a picture's events begin with.
+        takes_json_only: an answer is never a picture as itself.
+    """
+
+    event = "image_generation"
+    takes_json_only = False
+
+    def read(self, values: Mapping[str, Any], *, content_type: str, contract: Contract) -> GenerationRequest:
+        """Return the request in the parameters that TorchServe hands over.
+
+        Raises:
+            RequestError: names the field, what is accepted and what was given.
+        """
+        fields = read_fields(values, content_type=content_type, properties=contract.properties, aliases={})
+        return contract.check(fields)
+
+    def choose_type(self, request: GenerationRequest, accepted: str) -> str:
+        """Return the content type of the answer.
+
+        Args:
+            accepted: the header `Accept`.
+        """
+        if request.stream:
+            return EVENTS
+        if self.takes_json_only or request.num_images_per_prompt > 1 or JSON in accepted:
+            return JSON
+        return f"image/{request.output_format}"
+
+    def write_step(self, *, done: int, total: int, seconds: float) -> bytes:
+        """Return the event of a stream after a step."""
+        left = seconds / done * (total - done)
+        return format_event("progress", {"step": done, "total": total, "seconds": seconds, "seconds_left": left})
+
+    def write_preview(self, request: GenerationRequest, file: bytes, *, index: int, number: int) -> bytes:
+        """Return the event of preview `number` of picture `index`."""
+        data = {**_describe_event(request, file, seed=request.get_seed(index)), "index": index}
+        return format_event(f"{self.event}.partial_image", {**data, "partial_image_index": number})
+
+    def write_pictures(
+        self, request: GenerationRequest, pictures: Sequence[MadePicture], *, kind: str, warnings: Sequence[str]
+    ) -> bytes:
+        """Return the end of an answer of a content type: the picture, or all of them in JSON or in events."""
+        if kind == EVENTS:
+            return b"".join(self._write_completed(request, each, index) for index, each in enumerate(pictures))
+        if kind != JSON:
+            return pictures[0].file
+        data = [
+            {"b64_json": base64.b64encode(each.file).decode(), "seed": each.seed, "parameters": each.parameters}
+            for each in pictures
+        ]
+        answer = {
+            "created": int(time.time()),
+            "data": data,
+            "output_format": request.output_format,
+            "size": f"{request.width}x{request.height}",
+            "warnings": list(warnings),
+        }
+        return json.dumps(answer).encode()
+
+    def _write_completed(self, request: GenerationRequest, picture: MadePicture, index: int) -> bytes:
+        details = {"image_tokens": 0, "text_tokens": 0}  # nothing is counted here, and the official client asks for it
+        usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0, "input_tokens_details": details}
+        data = {**_describe_event(request, picture.file, seed=picture.seed), "index": index, "usage": usage}
+        return format_event(f"{self.event}.completed", {**data, "parameters": picture.parameters})
+
+    def write_failure(self, error: Mapping[str, Any], *, kind: str) -> bytes:
+        """Return an error in the place of what is left of an answer."""
+        return format_event("error", error) if kind == EVENTS else json.dumps(error).encode()
+
+
+def format_event(kind: str, data: Mapping[str, Any]) -> bytes:
+    """Return a server-sent event."""
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **data})}\n\n".encode()
+
+
+def _describe_event(request: GenerationRequest, file: bytes, *, seed: int) -> dict[str, Any]:
+    return {
+        "b64_json": base64.b64encode(file).decode(),
+        "created_at": int(time.time()),
+        "output_format": request.output_format,
+        "size": f"{request.width}x{request.height}",
+        "background": "opaque",
+        "quality": "auto",
+        "seed": seed,
+    }
+
+
+PICTURES_SCHEMA = {
+    "type": "object",
+    "required": ["created", "data", "warnings"],
+    "properties": {
+        "created": {"type": "integer", "description": "seconds since 1970"},
+        "data": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["b64_json", "seed", "parameters"],
+                "properties": {
+                    "b64_json": {"type": "string", "contentEncoding": "base64"},
+                    "seed": {"type": "integer"},
+                    "parameters": {"type": "object", "description": "the fields that make this picture again"},
+                },
+            },
+        },
+        "size": {"type": "string"},
+        "output_format": {"type": "string"},
+        "warnings": {"type": "array", "items": {"type": "string"}},
+    },
+}
+ERROR_SCHEMA = {
+    "type": "object",
+    "description": "The handler's errors have `error`; TorchServe's own have the other three.",
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": "integer", "description": "the HTTP status, also where one of 200 was sent before"},
+            },
+        },
+        "code": {"type": "integer"},
+        "type": {"type": "string"},
+        "message": {"type": "string"},
+    },
+}

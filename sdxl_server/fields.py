@@ -1,0 +1,310 @@
+"""The fields of a request, each declared once.
+
+All else follows from a declaration: the JSON Schema that checks a request and its row in docs/requests.md and in
+docs/openapi.json, the argument of diffusers' pipeline, what describes a picture, query.py's option, what the fuzzer
+sends. docs/extending.md walks a field through.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from sdxl_server.schemas import Schema, choice, nullable, pair, real, switch, text, whole
+
+MAX_SEED = 2**32 - 1
+MIN_SIDE = 64
+PIXELS = {"type": int, "metavar": "PIXELS"}
+COUNT = {"type": int, "metavar": "N"}
+NUMBER = {"type": float, "metavar": "X"}
+
+
+class Role(Enum):
+    """What a field decides."""
+
+    PICTURE = "what is drawn"
+    FILE = "what kind of file the picture is put into"
+    DELIVERY = "how, when and how often the answer comes"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What bounds a request, by the configuration and by the model.
+
+    Attributes:
+        max_prompt_characters: of each of the four prompts.
+        max_side: of a picture, in pixels.
+        max_steps: denoising steps of a picture.
+        max_images: pictures of one request.
+        max_megapixel_steps: calls of the UNet x megapixels of one request.
+        max_timeout: seconds that one request may take.
+        allowed_sizes: the only (width, height) to make, in pixels; empty: any.
+        schedulers: names of diffusers schedulers that fit the model.
+        max_clip_skip: the layers of the smaller text encoder, less one.
+    """
+
+    max_prompt_characters: int = 2000
+    max_side: int = 2048
+    max_steps: int = 150
+    max_images: int = 4
+    max_megapixel_steps: float = 250
+    max_timeout: float = 3600
+    allowed_sizes: tuple[tuple[int, int], ...] = ()
+    schedulers: Sequence[str] = ()
+    max_clip_skip: int = 11
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What is known of a field beside its name and default.
+
+    Attributes:
+        role: what it decides.
+        schema: what it accepts, null aside, under given bounds.
+        words: its meaning.
+        option: argparse's keywords of query.py's option; None where query.py has none of that name.
+        is_argument: diffusers' pipelines have an argument of this name.
+        is_upload: it is a picture, in base64 in JSON and a file in a form.
+        default: of requests under given bounds; None where the configuration, the model or chance gives one, or
+            where there is none.
+    """
+
+    role: Role
+    schema: Callable[[Bounds], Schema]
+    words: str
+    option: Mapping[str, Any] | None = None
+    is_argument: bool = True
+    is_upload: bool = False
+    default: Callable[[Bounds], Any] = lambda _: None
+
+
+def _declare(
+    role: Role,
+    schema: Callable[[Bounds], Schema],
+    words: str,
+    *,
+    value: Any = dataclasses.MISSING,
+    **about: Any,
+) -> Any:
+    """Return a dataclass's field.
+
+    Args:
+        value: of requests that leave it out.
+        about: the other attributes of Declaration.
+    """
+    if value is not dataclasses.MISSING and value is not None:
+        about.setdefault("default", lambda _: value)
+    return dataclasses.field(default=value, metadata={"declaration": Declaration(role, schema, words, **about)})
+
+
+def _prompt(bounds: Bounds) -> Schema:
+    return text(bounds.max_prompt_characters)
+
+
+def _side(bounds: Bounds) -> Schema:
+    return whole(MIN_SIDE, bounds.max_side, multiple_of=8)
+
+
+def _pair(_: Bounds) -> Schema:
+    return pair(0, 65536)
+
+
+def _upload(_: Bounds) -> Schema:
+    return {"type": "string", "contentEncoding": "base64", "x-accepted": "a picture (JPEG, PNG, WebP) in base64"}
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """The pictures to make, every field checked. Names and meanings are diffusers'."""
+
+    prompt: str = _declare(
+        Role.PICTURE, lambda bounds: text(bounds.max_prompt_characters, is_needed=True), "what the picture shows"
+    )
+    width: int = _declare(Role.PICTURE, _side, "pixels; with an image, its own unless given", option=PIXELS)
+    height: int = _declare(Role.PICTURE, _side, "pixels; with an image, its own unless given", option=PIXELS)
+    seed: int = _declare(
+        Role.PICTURE,
+        lambda _: whole(0, MAX_SEED),
+        f"of the first picture, each further one has the next (after {MAX_SEED} 0); random unless given",
+        option=COUNT,
+        is_argument=False,
+    )
+    prompt_2: str | None = _declare(
+        Role.PICTURE, _prompt, "for the second text encoder; without it, `prompt`", value=None, option={}
+    )
+    negative_prompt: str | None = _declare(
+        Role.PICTURE,
+        _prompt,
+        "what the picture should not show; without effect at a guidance of 1 or below",
+        value=None,
+        option={},
+    )
+    negative_prompt_2: str | None = _declare(
+        Role.PICTURE, _prompt, "for the second text encoder; without it, `negative_prompt`", value=None, option={}
+    )
+    num_inference_steps: int = _declare(
+        Role.PICTURE, lambda bounds: whole(1, bounds.max_steps), "denoising steps", value=30, option=COUNT
+    )
+    guidance_scale: float = _declare(
+        Role.PICTURE,
+        lambda _: real(0, 100),
+        "how strongly the prompt steers; at 1 or below not at all",
+        value=5.0,
+        option=NUMBER,
+    )
+    guidance_rescale: float = _declare(
+        Role.PICTURE,
+        lambda _: real(0, 1),
+        "against overexposed pictures under strong guidance",
+        value=0.0,
+        option=NUMBER,
+    )
+    num_images_per_prompt: int = _declare(
+        Role.DELIVERY,
+        lambda bounds: whole(1, bounds.max_images),
+        "pictures, made one by one",
+        value=1,
+        option=COUNT,
+        is_argument=False,
+    )
+    scheduler: str | None = _declare(
+        Role.PICTURE,
+        lambda bounds: choice(*bounds.schedulers),
+        "the sampler, by diffusers' name",
+        value=None,
+        option={"metavar": "NAME"},
+        is_argument=False,
+    )
+    clip_skip: int | None = _declare(
+        Role.PICTURE,
+        lambda bounds: whole(0, bounds.max_clip_skip),
+        "last layers of the text encoders to leave out",
+        value=None,
+        option=COUNT,
+    )
+    denoising_end: float | None = _declare(
+        Role.PICTURE,
+        lambda _: {**real(0, 1), "exclusiveMinimum": 0},
+        "share of the denoising after which to stop",
+        value=None,
+        option={"type": float, "metavar": "SHARE"},
+    )
+    original_size: tuple[int, int] | None = _declare(
+        Role.PICTURE,
+        _pair,
+        "height and width that the picture passes for; small ones look blurred",
+        value=None,
+        option={"type": int, "nargs": 2, "metavar": ("HEIGHT", "WIDTH")},
+    )
+    crops_coords_top_left: tuple[int, int] | None = _declare(
+        Role.PICTURE,
+        _pair,
+        "top and left of the crop that the picture passes for",
+        value=None,
+        option={"type": int, "nargs": 2, "metavar": ("TOP", "LEFT")},
+    )
+    target_size: tuple[int, int] | None = _declare(
+        Role.PICTURE,
+        _pair,
+        "height and width that the picture is made for",
+        value=None,
+        option={"type": int, "nargs": 2, "metavar": ("HEIGHT", "WIDTH")},
+    )
+    image: Any = _declare(
+        Role.PICTURE,
+        _upload,
+        "a JPEG, PNG or WebP to start from (image-to-image)",
+        value=None,
+        option={"type": "Path", "metavar": "FILE"},
+        is_upload=True,
+    )
+    mask_image: Any = _declare(
+        Role.PICTURE,
+        _upload,
+        "a picture that is white where `image` is to be painted anew (inpainting)",
+        value=None,
+        option={"type": "Path", "metavar": "FILE"},
+        is_upload=True,
+    )
+    strength: float | None = _declare(
+        Role.PICTURE,
+        lambda _: real(0, 1),
+        "how far to go from `image`, and without effect where there is none; 0.8 unless given, with a mask 1",
+        value=None,
+        option=NUMBER,
+    )
+    output_format: str = _declare(
+        Role.FILE,
+        lambda _: choice("jpeg", "png", "webp"),
+        "of the answer",
+        value="jpeg",
+        option={"choices": ("jpeg", "png", "webp")},
+        is_argument=False,
+    )
+    quality: int = _declare(
+        Role.FILE, lambda _: whole(1, 100), "of a JPEG or WebP", value=90, option=COUNT, is_argument=False
+    )
+    timeout: float = _declare(
+        Role.DELIVERY,
+        lambda bounds: real(1, bounds.max_timeout),
+        "seconds from when the worker takes the request up until its last step must have been made",
+        value=3600,
+        default=lambda bounds: bounds.max_timeout,
+        is_argument=False,
+    )
+    stream: bool = _declare(
+        Role.DELIVERY,
+        lambda _: switch(),
+        "answer with server-sent events: one for each step, the previews, each picture",
+        value=False,
+        is_argument=False,
+    )
+    partial_images: int = _declare(
+        Role.DELIVERY,
+        lambda _: whole(0, 3),
+        "previews of each picture in a stream; a picture of one step has none",
+        value=0,
+        is_argument=False,
+    )
+
+    def get_seed(self, index: int) -> int:
+        """Return the seed of picture `index`."""
+        return (self.seed + index) % (MAX_SEED + 1)
+
+    def describe(self, index: int = 0) -> dict[str, Any]:
+        """Return what was used for picture `index`, as fields of a request that makes it again, without the images."""
+        kept = {
+            name: getattr(self, name)
+            for name, declaration in DECLARATIONS.items()
+            if declaration.role is not Role.DELIVERY and not declaration.is_upload
+        }
+        return {name: value for name, value in kept.items() if value is not None} | {"seed": self.get_seed(index)}
+
+
+DECLARATIONS: Mapping[str, Declaration] = {
+    each.name: each.metadata["declaration"] for each in dataclasses.fields(GenerationRequest)
+}
+
+
+def build_properties(
+    bounds: Bounds, *, defaults: Mapping[str, Any], lacking: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """Return the JSON Schema of each field under some bounds, with its default and description.
+
+    Args:
+        defaults: of the fields whose default the configuration or the model gives.
+        lacking: the fields that this kind of model has not.
+    """
+    properties = {}
+    for name, declaration in DECLARATIONS.items():
+        if name in lacking:
+            continue
+        schema = declaration.schema(bounds)
+        default = defaults.get(name, declaration.default(bounds))
+        properties[name] = {
+            **(schema if name == "prompt" else nullable(schema)),
+            **({} if default is None else {"default": default}),
+            "description": f"base64 of {declaration.words}" if declaration.is_upload else declaration.words,
+        }
+    return properties

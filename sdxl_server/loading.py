@@ -1,0 +1,87 @@
+"""Reading a pipeline from its folder, in the type that the device computes in."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from sdxl_server.errors import ConfigError
+from sdxl_server.families import Family
+from sdxl_server.settings import CompileConfig, HandlerConfig
+
+EXECUTABLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".py")
+
+
+def check_files(folder: Path) -> None:
+    """Refuse a folder that holds files that could run code when they are loaded.
+
+    Raises:
+        ConfigError: names the file.
+    """
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in EXECUTABLE_SUFFIXES:
+            raise ConfigError(f"{path} could run code when it is loaded; weights are read from .safetensors only")
+
+
+def check_device(compilation: CompileConfig, *, device: str) -> None:
+    """Refuse OpenVINO beside a pipeline on CUDA.
+
+    Raises:
+        ConfigError: says what to set.
+    """
+    if device != "cpu" and compilation.backend == "openvino":
+        raise ConfigError(
+            f"deviceType: gpu puts PyTorch's tensors on {device}, and pt2.backend: openvino takes those of the CPU; "
+            "use deviceType: cpu (an Intel GPU is chosen by pt2: {options: {device: GPU}}), or another backend"
+        )
+
+
+def choose_dtype(config: HandlerConfig, compilation: CompileConfig, *, device: str) -> tuple[str, CompileConfig]:
+    """Return the type of the weights and, where OpenVINO is to compute in another, the options that say so.
+
+    `auto` is the shorter type that the device computes in, or else float32. For OpenVINO on a CPU with bfloat16 the
+    weights stay in float16, the type they are published in: they are mapped from the file instead of converted.
+    """
+    if config.dtype != "auto":
+        return config.dtype, compilation
+    import openvino
+
+    import openvino_backend
+
+    if device != "cpu":
+        return "float16", compilation
+    options = dict(compilation.options or {}) if compilation.backend == "openvino" else {}
+    core, (_, targets) = openvino.Core(), openvino_backend.split_device(options.get("device", "CPU"))
+    abilities = set.intersection(*(set(core.get_property(name, "OPTIMIZATION_CAPABILITIES")) for name in targets))
+    if "FP16" in abilities and "CPU" not in targets:
+        return "float16", compilation
+    if "BF16" not in abilities:
+        return "float32", compilation
+    if compilation.backend != "openvino":
+        return "bfloat16", compilation
+    options["config"] = {"INFERENCE_PRECISION_HINT": "bf16", **options.get("config", {})}
+    return "float16", dataclasses.replace(compilation, options=options)
+
+
+def read_pipeline(folder: Path, dtype: str, family: Family) -> Any:
+    """Read the pipeline from its safetensors; nothing is downloaded and no code of the folder runs.
+
+    Raises:
+        ConfigError: a part is missing or broken.
+    """
+    import diffusers
+    import torch
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    # In float16 SDXL's VAE overflows. diffusers would convert it there and back for each picture, compiled or not.
+    dtypes = {"default": torch.float16, "vae": torch.float32} if dtype == "float16" else getattr(torch, dtype)
+    pipeline_class = getattr(diffusers, family.text_to_image)
+    try:
+        pipeline = pipeline_class.from_pretrained(folder, dtype=dtypes, use_safetensors=True, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the pipeline in {folder}: {error}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    # The VAE has the type that it is to run in; with this set, diffusers would convert it for each image it encodes.
+    pipeline.vae.register_to_config(force_upcast=False)
+    return pipeline

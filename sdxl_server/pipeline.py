@@ -1,0 +1,256 @@
+"""A pipeline that is ready to make pictures: load → compile → warm up, and what it says of itself."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdxl_server import __version__
+from sdxl_server.compiling import VAE_ENCODER, compile_parts
+from sdxl_server.drawing import finish, generate
+from sdxl_server.errors import ConfigError, RequestError
+from sdxl_server.families import Family, find_family
+from sdxl_server.fields import Bounds, GenerationRequest, build_properties
+from sdxl_server.files import can_hold, encode_picture
+from sdxl_server.loading import check_device, check_files, choose_dtype, read_pipeline
+from sdxl_server.request import Contract
+from sdxl_server.schedulers import count_calls, list_schedulers, set_scheduler
+from sdxl_server.schemas import shorten
+from sdxl_server.settings import CompileConfig, HandlerConfig
+
+WARM_UP_STEPS = 2  # Inductor may compile again at the second
+
+
+@dataclass(frozen=True)
+class LoadedPipeline:
+    """A pipeline that is ready to make pictures.
+
+    Attributes:
+        pipeline: the diffusers pipeline, its parts compiled.
+        config: what it was loaded with.
+        compilation: what it was compiled with.
+        dtype: the type of its weights.
+        family: what kind of model it is.
+        functions: what runs each part, compiled or not.
+        parts: the compiled parts by name, each with its OpenVINOBackend, or None where another backend compiled it.
+        contract: what requests may ask of it.
+    """
+
+    pipeline: Any
+    config: HandlerConfig
+    compilation: CompileConfig
+    dtype: str
+    family: Family
+    functions: Mapping[str, Callable[..., Any]]
+    parts: Mapping[str, Any]
+    contract: Contract
+
+    def describe(self) -> dict[str, Any]:
+        """Return what runs, read off what was compiled so far; without a warm-up that is nothing before a request."""
+        import torch
+
+        import openvino_backend
+
+        report: dict[str, Any] = {
+            "model_path": self.config.model_path,
+            "dtype": self.dtype,
+            "scheduler": type(self.pipeline.scheduler).__name__,
+            "backend": self.compilation.backend or "eager",
+            "compiled_parts": list(self.parts),
+            "weights_sha256": self.weights_sha256,
+            "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+            "versions": {"sdxl_server": __version__, "openvino_backend": openvino_backend.__version__},
+            "graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
+        }
+        if self.compilation.backend == "openvino":
+            report["openvino"] = {
+                name: [dataclasses.asdict(graph) for graph in backend.reports] for name, backend in self.parts.items()
+            }
+            report["graphs"] = sum(len(graphs) for graphs in report["openvino"].values())
+        return report
+
+    @functools.cached_property
+    def weights_sha256(self) -> str:
+        """A digest of all weights as they were loaded; OpenVINO's parts have theirs already."""
+        from openvino_backend import digest_weights
+
+        digests = []
+        for name in ("unet", "vae", *self.family.text_encoders):
+            backend, module = self.parts.get(name), getattr(self.pipeline, name, None)
+            if backend and backend.reports:
+                digests.append(backend.reports[0].weights_sha256)
+            elif module is not None:
+                digests.append(digest_weights(dict([*module.named_parameters(), *module.named_buffers()])))
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    def measure_parts(self) -> dict[str, dict[str, tuple[float, str]]]:
+        """Return for each part that OpenVINO runs the figures worth watching: by their name, the value and its unit."""
+        if self.compilation.backend != "openvino":
+            return {}
+        figures = {}
+        for name, backend in self.parts.items():
+            models = [model for graph in backend.reports for model in graph.models]
+            figures[name] = {
+                "OpenVINOModels": (len(models), "count"),
+                "OpenVINOModelsFromCache": (sum(model.loaded_from_cache for model in models), "count"),
+                "OpenVINOOperatorsOutside": (sum(len(each.operators_outside) for each in backend.reports), "count"),
+                "OpenVINOCompileTime": (sum(model.seconds for model in models), "s"),
+            }
+        return figures
+
+
+def load_pipeline(
+    config: HandlerConfig, compilation: CompileConfig, *, model_dir: Path, device: str = "cpu"
+) -> LoadedPipeline:
+    """Load the model, compile its parts and make one picture, so that no user pays for compilation.
+
+    Args:
+        model_dir: the archive's folder; a relative model_path is looked up there.
+        device: torch's device.
+
+    Raises:
+        ConfigError: the configuration does not fit the model or the machine.
+    """
+    folder = model_dir / config.model_path
+    family = find_family(folder, is_xl=config.is_xl)
+    check_files(folder)
+    check_device(compilation, device=device)
+    dtype, compilation = choose_dtype(config, compilation, device=device)
+    pipeline = read_pipeline(folder, dtype, family)
+    if device != "cpu":
+        pipeline.to(device)
+    set_scheduler(pipeline, config.scheduler)
+    contract = build_contract(pipeline, family, config)
+    try:
+        functions, parts = compile_parts(pipeline, family, config, compilation)
+        loaded = LoadedPipeline(pipeline, config, compilation, dtype, family, functions, parts, contract)
+        if config.warm_up:
+            warm_up(loaded)
+    except ConfigError:
+        raise
+    except Exception as error:  # each backend has errors of its own
+        reason = shorten(" ".join(str(error).split()), length=600)
+        raise ConfigError(f"pt2.backend: {compilation.backend} cannot run this model: {reason}") from error
+    if config.weights_sha256 is not None and config.weights_sha256 != loaded.weights_sha256:
+        raise ConfigError(
+            f"handler.weights_sha256 takes the digest of the weights in {folder} as {dtype}, "
+            f"{loaded.weights_sha256}, not {config.weights_sha256!r}; other weights than expected, or another dtype"
+        )
+    return loaded
+
+
+def build_contract(pipeline: Any, family: Family, config: HandlerConfig) -> Contract:
+    """Return what requests may ask of this pipeline under this configuration.
+
+    Raises:
+        ConfigError: the defaults are beyond the limits; names the key.
+    """
+    own_side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    defaults = {
+        "width": config.width or own_side,
+        "height": config.height or own_side,
+        "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": config.guidance_scale,
+        "quality": config.jpeg_quality,
+        "scheduler": type(pipeline.scheduler).__name__,
+    }
+    bounds = Bounds(
+        max_prompt_characters=config.max_prompt_characters,
+        max_side=config.max_side,
+        max_steps=config.max_steps,
+        max_images=config.max_images,
+        max_megapixel_steps=config.max_megapixel_steps,
+        max_timeout=config.max_timeout,
+        allowed_sizes=config.read_sizes(),
+        schedulers=tuple(list_schedulers(pipeline.scheduler)),
+        max_clip_skip=min(getattr(pipeline, each).config.num_hidden_layers for each in family.text_encoders) - 1,
+    )
+    properties = build_properties(bounds, defaults=defaults, lacking=family.lacks)
+    contract = Contract(properties, bounds, functools.partial(count_calls, pipeline.scheduler))
+    try:
+        contract.check({"prompt": "what a request gets that says no more", **defaults})
+    except RequestError as error:
+        key = error.param if error.param in {each.name for each in dataclasses.fields(config)} else "jpeg_quality"
+        raise ConfigError(f"handler.{key}: its defaults are beyond its limits: {error}") from error
+    return contract
+
+
+def warm_up(loaded: LoadedPipeline) -> None:
+    """Make one picture of each size that is allowed, which compiles every part, and check that all were compiled.
+
+    The VAE's encoder is left to the first request with an image.
+
+    Raises:
+        ConfigError: a part ran in eager PyTorch although it was to be compiled.
+    """
+    contract = loaded.contract
+    default = (contract.properties["width"]["default"], contract.properties["height"]["default"])
+    for width, height in contract.bounds.allowed_sizes or (default,):
+        request = _choose_warm_up(loaded, {"prompt": "warm-up", "width": width, "height": height})
+        encode_picture(finish(generate(loaded, request))[0].image, request)
+    report = loaded.describe()
+    warm = [name for name in loaded.parts if name != VAE_ENCODER]
+    idle = [name for name, graphs in report.get("openvino", {}).items() if name in warm and not graphs]
+    if idle or report["graphs"] < len(warm):
+        raise ConfigError(
+            f"pt2.backend: {report['backend']} did not compile {', '.join(idle) or 'every part'}: {report}"
+        )
+
+
+def _choose_warm_up(loaded: LoadedPipeline, fields: Mapping[str, Any]) -> GenerationRequest:
+    """Return the request of the fewest steps that compile everything and that the scheduler can make."""
+    most = loaded.config.num_inference_steps
+    steps = 1 if loaded.compilation.backend == "openvino" else min(WARM_UP_STEPS, most)
+    while True:
+        try:
+            return loaded.contract.check({**fields, "num_inference_steps": steps})
+        except RequestError:
+            if steps >= most:
+                raise
+            steps += 1
+
+
+def find_warnings(loaded: LoadedPipeline, request: GenerationRequest) -> list[str]:
+    """Return what of a request is left out, in words."""
+    tokenizer = loaded.pipeline.tokenizer
+    most = tokenizer.model_max_length
+    warnings = []
+    for name in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"):
+        value = getattr(request, name)
+        count = len(tokenizer(value).input_ids) if value else 0
+        if count > most:
+            warnings.append(f"{name} has {count} tokens; the text encoder reads the first {most}")
+    if request.strength is not None and request.image is None:
+        warnings.append("strength has no effect without an image")
+    if loaded.config.embed_parameters and not can_hold(request, describe_picture(loaded, request, 0, unet_calls=0)):
+        warnings.append("the prompts are too long for a JPEG to hold what makes it again; PNG and WebP have room")
+    return warnings
+
+
+def describe_picture(
+    loaded: LoadedPipeline, request: GenerationRequest, index: int, *, unet_calls: int
+) -> dict[str, Any]:
+    """Return what makes picture `index` again: the fields of the request, and what made it."""
+    import diffusers
+    import openvino
+    import torch
+
+    return {
+        "request": request.describe(index),
+        "made_with": {
+            "model": loaded.config.model_path,
+            "weights_sha256": loaded.weights_sha256,
+            "dtype": loaded.dtype,
+            "unet_calls": unet_calls,
+            "backend": loaded.compilation.backend or "eager",
+            "versions": {
+                "sdxl_server": __version__,
+                "diffusers": diffusers.__version__,
+                "torch": torch.__version__,
+                "openvino": openvino.__version__,
+            },
+        },
+    }

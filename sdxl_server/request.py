@@ -1,0 +1,105 @@
+"""The request contract: from fields, as a client wrote them, to a request that can be drawn."""
+
+import copy
+import difflib
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sdxl_server.errors import RequestError
+from sdxl_server.fields import DECLARATIONS, MAX_SEED, Bounds, GenerationRequest
+from sdxl_server.schemas import describe_schema, is_valid, shorten
+from sdxl_server.uploads import MASK, fit_images, read_image
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What this server accepts.
+
+    Attributes:
+        properties: each field's JSON Schema (draft 2020-12), with its default and description.
+        bounds: what they were made from, and what bounds several fields together.
+        count_calls: the UNet's calls for one picture of a request; raises RequestError where the scheduler can make
+            no picture of it.
+    """
+
+    properties: Mapping[str, dict[str, Any]]
+    bounds: Bounds
+    count_calls: Callable[[GenerationRequest], int]
+
+    def check(self, fields: Mapping[str, Any]) -> GenerationRequest:
+        """Return the request with these fields; a field that is null counts as left out.
+
+        Raises:
+            RequestError: names the field, what is accepted and what was given.
+        """
+        for name in fields:
+            if name not in self.properties:
+                near = difflib.get_close_matches(name[:100], self.properties, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise RequestError(
+                    f"{shorten(name)} is not a field; {hint}the fields are {', '.join(self.properties)}", param=name
+                )
+        used = {name: schema["default"] for name, schema in self.properties.items() if "default" in schema}
+        used |= {name: self._check_field(name, value) for name, value in fields.items() if value is not None}
+        if "prompt" not in used:
+            raise RequestError("prompt is missing; it takes a text", param="prompt")
+        used.setdefault("seed", secrets.randbelow(MAX_SEED + 1))
+        if MASK in used and "image" not in used:
+            raise RequestError(f"{MASK} needs an image beside it", param=MASK)
+        if "image" in used:
+            fit_images(used, fields, self.bounds)
+            used.setdefault("strength", 1.0 if MASK in used else 0.8)
+        request = GenerationRequest(**used)
+        self._check_size(request)
+        self._check_work(request)
+        return request
+
+    def _check_field(self, name: str, value: Any) -> Any:
+        schema = self.properties[name]
+        if DECLARATIONS[name].is_upload:
+            return read_image(name, value, max_side=self.bounds.max_side)
+        if not is_valid(value, schema):
+            raise RequestError(f"{name} takes {describe_schema(schema)}, not {shorten(value)}", param=name)
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            raise RequestError(f"{name} takes Unicode text, not a lone surrogate such as \\ud800", param=name)
+        if "integer" in schema["type"]:
+            return int(value)
+        return tuple(map(int, value)) if isinstance(value, list) else value
+
+    def _check_size(self, request: GenerationRequest) -> None:
+        size, allowed = (request.width, request.height), self.bounds.allowed_sizes
+        if allowed and size not in allowed:
+            names = ", ".join(f"{width}x{height}" for width, height in allowed)
+            raise RequestError(f"width and height take one of {names} here, not {size[0]}x{size[1]}", param="width")
+
+    def _check_work(self, request: GenerationRequest) -> None:
+        calls = self.count_calls(request) * request.num_images_per_prompt
+        work = calls * request.width * request.height / 1e6
+        if work > self.bounds.max_megapixel_steps:
+            raise RequestError(
+                f"pictures times steps times megapixels may be {self.bounds.max_megapixel_steps:g} at most, not "
+                f"{calls} steps of {request.width}x{request.height} = {work:.4g} (a step is a call of the UNet, of "
+                "which some schedulers make two for one); ask for fewer or smaller pictures or for fewer steps",
+                param="num_inference_steps",
+            )
+
+    def build_schema(self, *, is_form: bool = False) -> dict[str, Any]:
+        """Return the JSON Schema of a request's JSON body, or of a form, in which pictures are files."""
+        properties = copy.deepcopy(dict(self.properties))
+        for name, schema in properties.items():
+            schema.pop("x-accepted", None)
+            if is_form and DECLARATIONS[name].is_upload:
+                properties[name] = {
+                    "type": "string",
+                    "format": "binary",
+                    "description": DECLARATIONS[name].words,
+                }
+        return {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["prompt"],
+            "properties": properties,
+            "dependentRequired": {MASK: ["image"]},
+        }

@@ -1,0 +1,115 @@
+"""diffusers' schedulers: which fit a model, how many calls of the UNet they make, what they take the end to be."""
+
+from typing import Any
+
+from sdxl_server.errors import ConfigError, RequestError
+from sdxl_server.fields import GenerationRequest
+
+
+def list_schedulers(scheduler: Any) -> dict[str, Any]:
+    """Return by their names the schedulers that can take this one's place and that can be used on this machine."""
+    usable = {}
+    for each in sorted(scheduler.compatibles, key=lambda each: each.__name__):
+        try:
+            each.from_config(scheduler.config)
+        except (ImportError, TypeError, ValueError):  # a library is missing, or the settings do not fit
+            continue
+        usable[each.__name__] = each
+    return usable
+
+
+def set_scheduler(pipeline: Any, name: str | None) -> None:
+    """Replace the scheduler by the named one, with the settings of the model's own.
+
+    Raises:
+        ConfigError: not a scheduler that fits this model.
+    """
+    if name is None:
+        return
+    schedulers = list_schedulers(pipeline.scheduler)
+    if name not in schedulers:
+        raise ConfigError(f"handler.scheduler takes one of {', '.join(schedulers)}, not {name!r}")
+    pipeline.scheduler = schedulers[name].from_config(pipeline.scheduler.config)
+
+
+def make_scheduler(model_own: Any, request: GenerationRequest) -> Any:
+    """Return the scheduler that a request names, with the settings of the model's own, set to its steps.
+
+    Raises:
+        RequestError: it cannot make so few steps.
+    """
+    import diffusers
+
+    scheduler = getattr(diffusers, str(request.scheduler)).from_config(model_own.config)
+    try:
+        scheduler.set_timesteps(request.num_inference_steps)
+    except (IndexError, ValueError) as error:
+        raise RequestError(
+            f"num_inference_steps: {request.scheduler} cannot make a picture in {request.num_inference_steps} steps "
+            f"({error}); give it more, or another scheduler",
+            param="num_inference_steps",
+        ) from error
+    return scheduler
+
+
+def count_calls(model_own: Any, request: GenerationRequest) -> int:
+    """Return the UNet's calls for one picture, counted as diffusers' pipelines choose them.
+
+    Raises:
+        RequestError: there would be none, or the scheduler cannot make so few steps.
+    """
+    scheduler = make_scheduler(model_own, request)
+    timesteps = scheduler.timesteps.tolist()
+    if request.image is not None and request.strength is not None:
+        steps = int(request.num_inference_steps * request.strength)
+        if steps < 1:
+            raise RequestError(
+                f"strength times num_inference_steps must be 1 or more, not {request.strength} times "
+                f"{request.num_inference_steps}",
+                param="strength",
+            )
+        timesteps = timesteps[(request.num_inference_steps - steps) * scheduler.order :]
+    if request.denoising_end is not None and request.denoising_end < 1:
+        trained = scheduler.config.num_train_timesteps
+        last = round(trained - request.denoising_end * trained)
+        first, timesteps = timesteps[0], [each for each in timesteps if each >= last]
+        if not timesteps:
+            raise RequestError(
+                f"denoising_end takes a share that leaves a step; at {request.denoising_end} the denoising would end "
+                f"at noise level {last} of {trained}, and it begins at {first:.0f}: give more",
+                param="denoising_end",
+            )
+    return len(timesteps)
+
+
+def predict_original(scheduler: Any, sample: Any, timestep: Any, output: Any) -> Any:
+    """Return the finished latents as they look from one call of the UNet.
+
+    What the UNet is given is, under every scheduler, the sample of the diffusion process that it was trained on at this
+    timestep, so the answer needs the noise level and the kind of prediction only. EDM's has scales of its own.
+
+    Args:
+        scheduler: its noise levels and its kind of prediction count.
+        sample: what the UNet was given; 1, channels, height / 8, width / 8.
+        timestep: likewise, whole or not.
+        output: what it returned, guided.
+    """
+    import torch
+
+    sample, output = sample.float(), output.float()
+    if hasattr(scheduler, "precondition_outputs"):
+        sigma = torch.exp(4 * timestep.float())  # the inverse of EDM's precondition_noise
+        scale = (sigma**2 + scheduler.config.sigma_data**2) ** 0.5
+        return scheduler.precondition_outputs(sample * scale, output, sigma)
+    alphas = scheduler.alphas_cumprod.double().clamp(min=1e-12)
+    sigmas = ((1 - alphas) / alphas) ** 0.5
+    low = int(timestep)
+    high = min(low + 1, len(sigmas) - 1)
+    sigma = float(sigmas[low] + (float(timestep) - low) * (sigmas[high] - sigmas[low]))
+    alpha, noise = (1 / (1 + sigma**2)) ** 0.5, (sigma**2 / (1 + sigma**2)) ** 0.5
+    kind = scheduler.config.prediction_type
+    if kind == "sample":
+        return output
+    if kind == "v_prediction":
+        return alpha * sample - noise * output
+    return (sample - noise * output) / alpha

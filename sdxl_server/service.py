@@ -1,0 +1,243 @@
+"""One call's way: its request is read, drawn, and answered in the words of the API that it came by."""
+
+import json
+import logging
+import time
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sdxl_server import __version__
+from sdxl_server.answers import JSON, MadePicture, NativeFace
+from sdxl_server.drawing import Picture, Progress, draw_preview, generate
+from sdxl_server.errors import RequestError, VersionError
+from sdxl_server.fields import GenerationRequest
+from sdxl_server.files import encode_picture
+from sdxl_server.openai import OpenAIEditFace, OpenAIFace, list_models
+from sdxl_server.openapi import build_openapi
+from sdxl_server.pipeline import LoadedPipeline, describe_picture, find_warnings, load_pipeline
+from sdxl_server.settings import CompileConfig, HandlerConfig
+
+logger = logging.getLogger(__name__)
+
+FACES: Mapping[str, NativeFace] = {
+    "": NativeFace(),
+    "v1/images/generations": OpenAIFace(),
+    "v1/images/edits": OpenAIEditFace(),
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a client sent.
+
+    Attributes:
+        values: the body, or the parts of a form, by name.
+        path: what follows the model's version in the address.
+        content_type, accept: the headers of these names, empty where there is none.
+        model: the name that the client knows the model by.
+    """
+
+    values: Mapping[str, Any]
+    path: str = ""
+    content_type: str = ""
+    accept: str = ""
+    model: str = "diffusion_fast"
+
+
+@dataclass
+class Answer:
+    """The answer to a call.
+
+    Attributes:
+        content_type, headers: to send before the first of the steps.
+        steps: yields after each step what to send then, and returns the rest.
+        seconds: of each stage that is over, by its name.
+    """
+
+    content_type: str
+    headers: Mapping[str, str]
+    steps: Generator[bytes, None, bytes]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Service:
+    """A loaded pipeline and the faces that it is reached by.
+
+    Args:
+        loaded: the pipeline.
+        archive: the version that the model archive was made for.
+    """
+
+    def __init__(self, loaded: LoadedPipeline, *, archive: str = __version__) -> None:
+        self.loaded, self.archive = loaded, archive
+
+    def describe(self) -> dict[str, Any]:
+        """Return what runs."""
+        report = self.loaded.describe()
+        return {**report, "versions": {**report["versions"], "archive": self.archive}}
+
+    def answer(self, call: Call) -> Answer:
+        """Return the answer to a call, of which no step has been made.
+
+        Raises:
+            RequestError: the request is wrong, or there is nothing at its path.
+        """
+        face = FACES.get(call.path)
+        if face is None:
+            document = self.read_document(call)
+            return Answer(JSON, {}, _send_whole(document))
+        start = time.perf_counter()
+        request = face.read(call.values, content_type=call.content_type, contract=self.loaded.contract)
+        # As JSON a prompt has no line breaks, so that it cannot forge a line of the log.
+        logger.info("Request: %s", json.dumps(request.describe()))
+        warnings = find_warnings(self.loaded, request)
+        kind = face.choose_type(request, call.accept)
+        headers = {"X-Seed": str(request.seed)} | ({"X-Warning": "; ".join(warnings)} if warnings else {})
+        answer = Answer(kind, headers, _send_whole(b""), {"preprocess": time.perf_counter() - start})
+        answer.steps = self._draw(request, answer, face=face, warnings=warnings)
+        return answer
+
+    def read_document(self, call: Call) -> bytes:
+        """Return what a path names that is no face.
+
+        Raises:
+            RequestError: there is no such path.
+        """
+        if call.path == "describe":
+            return json.dumps(self.describe()).encode()
+        if call.path == "openapi.json":
+            return json.dumps(build_openapi(self.loaded.contract)).encode()
+        if call.path == "v1/models":
+            return list_models(call.model)
+        names = ", ".join(("describe", "openapi.json", "v1/models", *filter(None, FACES)))
+        raise RequestError(f"there is no {ascii(call.path)} here; there are {names}", status=404)
+
+    def _draw(
+        self, request: GenerationRequest, answer: Answer, *, face: NativeFace, warnings: list[str]
+    ) -> Generator[bytes, None, bytes]:
+        """Yield after each step what to send then; return the rest, in a stream that has begun an error too."""
+        start, has_begun = time.monotonic(), False
+        steps = self._make_steps(request, answer, start)
+        try:
+            while True:
+                progress = next(steps)
+                yield self._show_step(request, progress, face, time.monotonic() - start)
+                has_begun = True
+        except StopIteration as end:
+            resumed = time.perf_counter()
+            made = [self._finish(request, picture, index) for index, picture in enumerate(end.value)]
+            body = face.write_pictures(request, made, kind=answer.content_type, warnings=warnings)
+            answer.seconds["postprocess"] = time.perf_counter() - resumed
+            return body
+        except Exception as error:
+            if not (request.stream and has_begun):
+                raise
+            return face.write_failure(explain(error), kind=answer.content_type)
+        finally:
+            steps.close()
+
+    def _make_steps(
+        self, request: GenerationRequest, answer: Answer, start: float
+    ) -> Generator[Progress, None, list[Picture]]:
+        """Make the pictures; the time that is noted is the work on them, without that on other requests between."""
+        steps, seconds, progress = generate(self.loaded, request), 0.0, None
+        try:
+            while True:
+                resumed = time.perf_counter()
+                try:
+                    progress = next(steps)
+                finally:
+                    seconds += time.perf_counter() - resumed
+                if time.monotonic() - start > request.timeout:
+                    raise TimeoutError(
+                        f"the timeout of {request.timeout:g} s has passed after {progress.done} of {progress.total} "
+                        "steps; ask for fewer steps or smaller pictures, or give a longer timeout"
+                    )
+                yield progress
+        except StopIteration as end:
+            answer.seconds["inference"] = seconds
+            pictures: list[Picture] = end.value
+            return pictures
+        except GeneratorExit:
+            if progress is not None:
+                logger.info(
+                    "The client has left; its work has ended after step %d of %d", progress.done, progress.total
+                )
+            raise
+        finally:
+            steps.close()
+
+    def _show_step(self, request: GenerationRequest, progress: Progress, face: NativeFace, seconds: float) -> bytes:
+        """Return the events of a stream after a step, a preview among them where one is due."""
+        if not request.stream:
+            return b""
+        events = face.write_step(done=progress.done, total=progress.total, seconds=seconds)
+        due = choose_preview_steps(request.partial_images, steps=progress.steps)
+        numbers = [number for number, step in enumerate(due) if step == progress.step]
+        if numbers:
+            file = encode_picture(draw_preview(self.loaded, progress), request)
+            for number in numbers:
+                events += face.write_preview(request, file, index=progress.index, number=number)
+        return events
+
+    def _finish(self, request: GenerationRequest, picture: Picture, index: int) -> MadePicture:
+        described = describe_picture(self.loaded, request, index, unet_calls=picture.unet_calls)
+        embedded = described if self.loaded.config.embed_parameters else None
+        file = encode_picture(picture.image, request, parameters=embedded)
+        return MadePicture(file, request.get_seed(index), described["request"])
+
+
+def load_service(settings: Mapping[str, Any], *, model_dir: Path, gpu_id: int | None, archive: str) -> Service:
+    """Load, compile and warm up the pipeline as model-config.yaml says.
+
+    Args:
+        model_dir: the archive's folder.
+        gpu_id: of the CUDA device that TorchServe chose, if any.
+        archive: the version that the archive was made for.
+
+    Raises:
+        VersionError: the archive was made for another version of this package.
+        ConfigError: names the key, what is accepted and what was given.
+    """
+    import torch
+
+    if archive != __version__:
+        raise VersionError(
+            f"this archive was made for sdxl_server {archive}, and {__version__} is installed: make the archive again "
+            "(torch-model-archiver, README's step 2)"
+        )
+    device = f"cuda:{gpu_id}" if gpu_id is not None and torch.cuda.is_available() else "cpu"
+    loaded = load_pipeline(
+        HandlerConfig.parse(settings.get("handler")),
+        CompileConfig.parse(settings.get("pt2")),
+        model_dir=model_dir,
+        device=device,
+    )
+    return Service(loaded, archive=archive)
+
+
+def choose_preview_steps(count: int, *, steps: int) -> list[int]:
+    """Return the steps after which previews are due, in equal parts of the way; the last step is the picture itself."""
+    if steps < 2:
+        return []
+    return [min(max(round(steps * (i + 1) / (count + 1)), 1), steps - 1) for i in range(count)]
+
+
+def explain(error: Exception) -> dict[str, Any]:
+    """Return what a client is told of an error, in which `code` is the HTTP status."""
+    if isinstance(error, RequestError):
+        status, kind, message = error.status, "invalid_request_error", str(error)
+    elif isinstance(error, TimeoutError):
+        status, kind, message = 504, "timeout_error", str(error)
+    else:
+        logger.error("The picture failed", exc_info=error)
+        status, kind, message = 500, "server_error", "the picture failed; the server's log says why"
+    return {"error": {"message": message, "type": kind, "param": getattr(error, "param", None), "code": status}}
+
+
+def _send_whole(document: bytes) -> Generator[bytes, None, bytes]:
+    """Return an answer that takes no step."""
+    return document
+    yield

@@ -1,0 +1,242 @@
+"""The `handler` and `pt2` sections of model-config.yaml; each setting is declared once here."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from sdxl_server.errors import ConfigError
+from sdxl_server.fields import MIN_SIDE
+from sdxl_server.schemas import Schema, choice, describe_schema, is_valid, nullable, real, switch, whole
+
+logger = logging.getLogger(__name__)
+
+MAX_SIDE = 4096
+PUBLISHED_KEYS_WITHOUT_EFFECT = {
+    "change_comp_config": "Inductor's settings go in pt2: {options: ...}",
+    "compile_mode": "use pt2: {mode: ...}",
+    "do_quant": "8 bits are the openvino backend's: pt2: {options: {weight_compression: int8_sym, ...}}",
+    "enable_fused_projections": "the compilers fuse by themselves",
+    "no_bf16": "use dtype: float32",
+    "no_sdpa": "scaled_dot_product_attention is always used",
+    "upcast_vae": "beside weights in float16 the VAE is in float32 already",
+}
+# `openvino` is this project's backend; the one that comes with OpenVINO stays selectable for comparison.
+BACKEND_NAMES = {"openvino": "openvino_backend", "openvino_stock": "openvino"}
+
+
+def _setting(value: Any, schema: Schema, words: str, *, null: str = "") -> Any:
+    """Declare a setting.
+
+    Args:
+        value: its default.
+        null: what null stands for, where it is taken.
+    """
+    return dataclasses.field(
+        default=value, metadata={"schema": nullable(schema) if null else schema, "words": words, "null": null}
+    )
+
+
+def _any_text(accepted: str) -> Schema:
+    return {"type": "string", "minLength": 1, "x-accepted": accepted}
+
+
+@dataclass(frozen=True)
+class HandlerConfig:
+    """The `handler` section of model-config.yaml."""
+
+    model_path: str = _setting(
+        "Base_Diffusion_model",
+        _any_text("a folder"),
+        "folder of the diffusers pipeline, inside the archive or absolute",
+    )
+    weights_sha256: str | None = _setting(
+        None,
+        {"type": "string", "pattern": "^[0-9a-f]{64}$", "x-accepted": "a SHA-256 in 64 hexadecimal digits"},
+        "the digest that the weights must have, as `describe` tells it (it depends on `dtype`)",
+        null="any weights",
+    )
+    is_xl: bool | None = _setting(
+        None,
+        switch(),
+        "true: Stable Diffusion XL; false: Stable Diffusion 1.x or 2.x; the load fails where the model is another",
+        null="as the model says",
+    )
+    dtype: str = _setting(
+        "auto",
+        choice("auto", "float32", "bfloat16", "float16"),
+        "type of the weights and of the arithmetic; `auto`: on a CPU with bfloat16 arithmetic that type, with OpenVINO "
+        "from weights in float16, on a GPU float16, else float32",
+    )
+    scheduler: str | None = _setting(
+        None,
+        _any_text("the name of a diffusers scheduler"),
+        "a diffusers scheduler that fits the model, such as DPMSolverMultistepScheduler",
+        null="the model's own",
+    )
+    num_inference_steps: int = _setting(30, whole(1, 1000), "denoising steps")
+    guidance_scale: float = _setting(5.0, real(0, 100), "how strongly the prompt steers; at 1 or below not at all")
+    width: int | None = _setting(
+        None, whole(MIN_SIDE, MAX_SIDE, multiple_of=8), "pixels", null="the model's own, 1024 for SDXL base"
+    )
+    height: int | None = _setting(None, whole(MIN_SIDE, MAX_SIDE, multiple_of=8), "pixels", null="the model's own")
+    jpeg_quality: int = _setting(90, whole(1, 100), "of JPEG and WebP")
+    embed_parameters: bool = _setting(
+        True, switch(), "keep prompt, seed and all else that makes a picture again in its file"
+    )
+    allowed_sizes: Sequence[str] | None = _setting(
+        None,
+        {
+            "type": "array",
+            "minItems": 1,
+            "items": {"type": "string", "pattern": r"^[1-9]\d{1,3}x[1-9]\d{1,3}$"},
+            "x-accepted": "a list of sizes such as 1024x1024, in multiples of 8",
+        },
+        "no others are made, and these are compiled at the start",
+        null="any",
+    )
+    max_side: int = _setting(2048, whole(MIN_SIDE, MAX_SIDE), "of a picture, in pixels")
+    max_steps: int = _setting(150, whole(1, 1000), "denoising steps of a request")
+    max_images: int = _setting(4, whole(1, 100), "pictures of a request")
+    max_megapixel_steps: float = _setting(
+        250, real(0.001, 1e6), "pictures × calls of the UNet × megapixels of a request; a step is one call or two"
+    )
+    max_prompt_characters: int = _setting(2000, whole(1, 3000), "of each of its prompts")
+    max_timeout: float = _setting(3600, real(1, 1e6), "seconds of work on a request")
+    compile_unet: bool = _setting(True, switch(), "compile the UNet with `pt2`")
+    compile_vae: bool = _setting(
+        True, switch(), "compile the VAE with `pt2`; its encoder at the first request with an image"
+    )
+    compile_text_encoders: bool = _setting(True, switch(), "compile the text encoders with `pt2`")
+    warm_up: bool = _setting(
+        True,
+        switch(),
+        "before the worker is ready make one picture of each of `allowed_sizes`, or of the size above, in as few steps "
+        "as compile everything, so that no user waits for compilation; the VAE's encoder is left to the first image",
+    )
+    profile: bool = _setting(False, switch(), "log the time of each stage of each request, in milliseconds")
+
+    @classmethod
+    def parse(cls, raw: Any) -> Self:
+        """Check the section and return it.
+
+        Raises:
+            ConfigError: names the key, what is accepted and what was given.
+        """
+        raw = {} if raw is None else raw
+        if isinstance(raw, Mapping):
+            ignored = {key: PUBLISHED_KEYS_WITHOUT_EFFECT[key] for key in raw if key in PUBLISHED_KEYS_WITHOUT_EFFECT}
+            if ignored:
+                logger.warning(
+                    "These keys of the handler section have no effect: %s",
+                    "; ".join(f"{key} ({advice})" for key, advice in ignored.items()),
+                )
+                raw = {key: value for key, value in raw.items() if key not in ignored}
+        config: Self = _read_section(cls, raw, "handler")
+        for width, height in config.read_sizes():
+            if width % 8 or height % 8 or not MIN_SIDE <= min(width, height) <= max(width, height) <= config.max_side:
+                raise ConfigError(
+                    f"handler.allowed_sizes takes sides that are multiples of 8 from {MIN_SIDE} to max_side, "
+                    f"{config.max_side}, not {width}x{height}"
+                )
+        return config
+
+    def read_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Return the allowed sizes as width and height in pixels, none where any is allowed."""
+        split = (size.partition("x") for size in self.allowed_sizes or ())
+        return tuple((int(width), int(height)) for width, _, height in split)
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """torch.compile's keywords as the `pt2` section gives them. `backend` None means eager PyTorch."""
+
+    backend: str | None = _setting(
+        None,
+        _any_text("the name of a torch.compile backend"),
+        "openvino, inductor, openvino_stock, or another of torch.compile's",
+    )
+    mode: str | None = _setting(
+        None, _any_text("a mode of torch.compile"), "of inductor, such as reduce-overhead; not beside `options`"
+    )
+    dynamic: bool | None = _setting(None, switch(), "torch.compile's; openvino takes false only", null="its default")
+    fullgraph: bool | None = _setting(None, switch(), "torch.compile's; openvino takes true only", null="its default")
+    options: Mapping[str, Any] | None = _setting(
+        None,
+        {"type": "object", "x-accepted": "the backend's options by name"},
+        "the backend's own; those of openvino stand below",
+        null="none",
+    )
+
+    @classmethod
+    def parse(cls, raw: Any) -> Self:
+        """Check and return `pt2`: a backend's name, torch.compile's keywords, or TorchServe's {compile: {enable: ...}}.
+
+        Raises:
+            ConfigError: names the key, what is accepted and what was given.
+        """
+        section = "pt2"
+        if raw is None:
+            return cls()
+        if isinstance(raw, str):
+            raw = {"backend": raw}
+        if isinstance(raw, Mapping) and "compile" in raw:
+            if len(raw) > 1 or not isinstance(raw["compile"], Mapping):
+                raise ConfigError(f"pt2 with a compile section takes nothing else, not {raw!r}")
+            section, raw = "pt2.compile", dict(raw["compile"])
+            enable = raw.pop("enable", False)
+            if not isinstance(enable, bool):
+                raise ConfigError(f"pt2.compile.enable takes true or false, not {enable!r}")
+            if not enable:
+                return cls()
+        if isinstance(raw, Mapping):
+            raw = {"backend": "inductor", **raw}  # torch.compile's own default
+        config: Self = _read_section(cls, raw, section)
+        config._check_backend(section)
+        return config
+
+    def _check_backend(self, section: str) -> None:
+        import torch
+
+        names = sorted({*torch._dynamo.list_backends(), *BACKEND_NAMES})
+        if self.backend not in names:
+            raise ConfigError(f"{section}.backend takes one of {', '.join(names)}, not {self.backend!r}")
+        if self.backend == "openvino":
+            from openvino_backend import Options, OptionsError
+
+            try:
+                Options.parse(self.options)
+            except OptionsError as error:
+                raise ConfigError(f"{section}.options: {error}") from error
+            # What dynamo cannot trace would run in eager PyTorch, and OpenVINO is told each shape.
+            if self.dynamic or self.fullgraph is False:
+                raise ConfigError(f"{section}: openvino compiles each part whole, with dynamic: false, fullgraph: true")
+        if self.mode is not None and self.backend != "inductor":
+            raise ConfigError(f"{section}.mode belongs to the inductor backend, not to {self.backend!r}")
+        if self.mode is not None and self.options is not None:
+            raise ConfigError(f"{section} takes mode or options, not both: torch.compile derives one from the other")
+        if self.mode is not None and self.mode not in (modes := torch._inductor.list_mode_options()):
+            raise ConfigError(f"{section}.mode takes one of {', '.join(modes)}, not {self.mode!r}")
+
+
+def _read_section(cls: type[Any], raw: Any, section: str) -> Any:
+    """Return the dataclass made from one section of model-config.yaml, every key checked."""
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{section} takes keys and values, not {raw!r}")
+    settings = {setting.name: setting.metadata for setting in dataclasses.fields(cls)}
+    read = {}
+    for name, value in raw.items():
+        if name not in settings:
+            raise ConfigError(f"{section}.{name} is not a key; the keys are {', '.join(settings)}")
+        schema = settings[name]["schema"]
+        if not is_valid(value, schema):
+            raise ConfigError(f"{section}.{name} takes {describe_setting(settings[name])}, not {value!r}")
+        read[name] = int(value) if "integer" in schema["type"] and value is not None else value
+    return cls(**read)
+
+
+def describe_setting(declared: Mapping[str, Any]) -> str:
+    """Say in words what a setting accepts, from its field's metadata."""
+    accepted = describe_schema(declared["schema"])
+    return f"{accepted}, or null for {declared['null']}" if declared["null"] else accepted

@@ -1,0 +1,144 @@
+"""Write what follows from the declarations of fields, settings and options: python -m tools.write_generated
+
+- docs/openapi.json and the table in docs/requests.md, for SDXL base under the shipped model-config.yaml;
+- docs/settings.md, around which tools/settings.md stands;
+- the options in query.py, which runs without this project.
+"""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdxl_server.families import FAMILIES
+from sdxl_server.fields import DECLARATIONS
+from sdxl_server.openapi import build_openapi
+from sdxl_server.pipeline import build_contract
+from sdxl_server.request import Contract
+from sdxl_server.schemas import describe_schema
+from sdxl_server.settings import PUBLISHED_KEYS_WITHOUT_EFFECT, CompileConfig, HandlerConfig, describe_setting
+from tools.random_model import make_pipeline
+from tools.server import ROOT
+
+FIELD_MARKS = ("<!-- fields: python -m tools.write_generated -->\n", "<!-- end of fields -->")
+OPTION_MARKS = ("# <fields: python -m tools.write_generated>\n", "# </fields>")
+
+
+def build_shipped_contract() -> Contract:
+    """Return the contract of Stable Diffusion XL base 1.0 under the shipped settings."""
+    pipeline = make_pipeline("tiny")
+    pipeline.unet.register_to_config(sample_size=128)
+    pipeline.text_encoder.config.num_hidden_layers = 12
+    pipeline.text_encoder_2.config.num_hidden_layers = 32
+    return build_contract(pipeline, FAMILIES["sdxl"], HandlerConfig())
+
+
+def make_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |\n" for line in lines)
+
+
+def make_field_table(contract: Contract) -> str:
+    """Return the fields of a request as a table."""
+    rows = [
+        [f"`{name}`", schema["description"], describe_schema(schema), _show_default(schema.get("default"))]
+        for name, schema in contract.properties.items()
+    ]
+    return make_table(["field", "meaning", "takes", "default"], rows)
+
+
+def make_settings_table(section: Any) -> str:
+    """Return the settings of a section of model-config.yaml as a table."""
+    rows = [
+        [f"`{each.name}`", each.metadata["words"], describe_setting(each.metadata), f"`{json.dumps(each.default)}`"]
+        for each in dataclasses.fields(section)
+    ]
+    return make_table(["key", "meaning", "takes", "default"], rows)
+
+
+def make_options_table() -> str:
+    """Return the options of the openvino backend as a table."""
+    from openvino_backend import Options
+
+    rows = []
+    for each in dataclasses.fields(Options):
+        default = each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
+        about = each.metadata
+        rows.append([f"`{each.name}`", about["meaning"], about["accepted"], f"`{json.dumps(default)}`"])
+    return make_table(["option", "meaning", "takes", "default"], rows)
+
+
+def make_settings_page() -> str:
+    """Return docs/settings.md."""
+    page = (ROOT / "tools/settings.md").read_text()
+    tables: Mapping[str, str] = {
+        "handler": make_settings_table(HandlerConfig),
+        "published": make_table(["key", "instead"], ([f"`{k}`", v] for k, v in PUBLISHED_KEYS_WITHOUT_EFFECT.items())),
+        "pt2": make_settings_table(CompileConfig),
+        "options": make_options_table(),
+    }
+    for name, table in tables.items():
+        page = page.replace(f"{{{{ {name} }}}}\n", table)
+    return page
+
+
+def make_query_options() -> str:
+    """Return query.py's options as the source of a dictionary of argparse's keywords."""
+    lines = ["FIELDS: dict[str, dict[str, Any]] = {"]
+    for name, declaration in DECLARATIONS.items():
+        if declaration.option is not None:
+            keywords = {**declaration.option, "help": declaration.words.replace("`", "")}
+            shown = ", ".join(f"{json.dumps(key)}: {_show_keyword(value)}" for key, value in keywords.items())
+            lines.append(f"    {json.dumps(name)}: {{{shown}}},")
+    return "\n".join([*lines, "}\n"])
+
+
+def _show_keyword(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_show_keyword, value))})"
+    if isinstance(value, type):
+        return value.__name__
+    return value if value == "Path" else json.dumps(value)
+
+
+def _show_default(value: Any) -> str:
+    return "" if value is None else f"`{json.dumps(value) if not isinstance(value, str) else value}`"
+
+
+def fill(text: str, marks: tuple[str, str], content: str) -> str:
+    """Return a text with content between two marks."""
+    start, end = marks
+    pattern = re.escape(start) + ".*?" + re.escape(end)
+    return re.sub(pattern, lambda _: start + content + end, text, flags=re.DOTALL)
+
+
+def format_source(source: str) -> str:
+    """Return a Python source as ruff formats it."""
+    command = [sys.executable, "-m", "ruff", "format", "--config", str(ROOT / "pyproject.toml"), "-"]
+    return subprocess.run(command, input=source, capture_output=True, text=True, check=True).stdout
+
+
+def make_all() -> dict[Path, str]:
+    """Return each file with what is generated in it."""
+    contract = build_shipped_contract()
+    requests, query = ROOT / "docs/requests.md", ROOT / "query.py"
+    return {
+        ROOT / "docs/openapi.json": json.dumps(build_openapi(contract), indent=2) + "\n",
+        requests: fill(requests.read_text(), FIELD_MARKS, make_field_table(contract)),
+        ROOT / "docs/settings.md": make_settings_page(),
+        query: format_source(fill(query.read_text(), OPTION_MARKS, make_query_options())),
+    }
+
+
+def main() -> None:
+    for path, content in make_all().items():
+        path.write_text(content)
+
+
+if __name__ == "__main__":
+    main()
