@@ -2,7 +2,7 @@
 
 from sdxl_server.errors import ConfigError, RequestError, VersionError
 from sdxl_server.pipeline import LoadedPipeline, load_pipeline
-from sdxl_server.service import Answer, Call, Service, explain, load_service
+from sdxl_server.service import Answer, Call, Service, State, explain, load_service
 from sdxl_server.settings import CompileConfig, HandlerConfig
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "LoadedPipeline",
     "RequestError",
     "Service",
+    "State",
     "VersionError",
     "explain",
     "load_pipeline",

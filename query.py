@@ -45,7 +45,7 @@ EPILOG = """examples:
   query.py --prompts list.txt --concurrency 4
 
 """
-# The fields of the request contract; README's table says what each takes.
+# The fields of the request contract; docs/requests.md says what each takes.
 # <fields: python -m tools.write_generated>
 FIELDS: dict[str, dict[str, Any]] = {
     "width": {"type": int, "metavar": "PIXELS", "help": "pixels; with an image, its own unless given"},

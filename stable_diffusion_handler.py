@@ -4,7 +4,6 @@ Everything else comes from the installed package, which is imported at the load 
 fails in this file a missing handler.
 """
 
-import enum
 import json
 import logging
 import os
@@ -18,15 +17,12 @@ from ts.metrics.dimension import Dimension
 from ts.metrics.metric_type_enum import MetricTypes
 
 if TYPE_CHECKING:
-    from pipeline_utils import Answer, Service
+    from pipeline_utils import Answer, Service, State
 
 logger = logging.getLogger(__name__)
 
 MADE_FOR = "0.2.0"  # the version of sdxl_server that this file was written for
 DESCRIBE_HINT = "The answer is at /predictions/<model>/<version>/describe"
-# Of a reply, in the words of TorchServe's stopping_criteria: all of an answer, a piece of one, the last piece.
-State = enum.Enum("State", {"WHOLE": "None", "MORE": "False", "LAST": "True"})
-CRITERIA = {State.WHOLE: None, State.MORE: False, State.LAST: True}
 
 
 class StableDiffusionHandler:
@@ -98,6 +94,8 @@ class StableDiffusionHandler:
 
     def make_replies(self, data: list[dict[str, Any]], context: Any) -> list[Any]:
         """Answer one call of TorchServe's; see `handle`."""
+        from pipeline_utils import State
+
         self.context = context
         in_flight = set(context.request_ids.values())
         if self.is_question(data) and in_flight.isdisjoint(self.running.keys() | self.answered):
@@ -113,7 +111,7 @@ class StableDiffusionHandler:
         self.answered &= in_flight
         replies = [self.advance(index, row) for index, row in enumerate(data)]
         if self.is_continuous:
-            context.stopping_criteria = [lambda _, state=state: CRITERIA[state] for _, state in replies]
+            context.stopping_criteria = [lambda _, state=state: state.value for _, state in replies]
             return [body for body, _ in replies]
         pieces = [[body] for body, _ in replies]
         while in_flight & self.running.keys():
@@ -129,8 +127,10 @@ class StableDiffusionHandler:
         headers = self.context.get_all_request_header(0)
         return headers.get("describe") == "True" and "explain" not in headers and data == [{}]
 
-    def advance(self, index: int, row: dict[str, Any]) -> tuple[bytes, State]:
+    def advance(self, index: int, row: dict[str, Any]) -> "tuple[bytes, State]":
         """Make one step of a request; return what to send now, and what TorchServe is to make of it."""
+        from pipeline_utils import State
+
         request_id = self.context.get_request_id(index)
         if request_id in self.answered:
             return b"", State.LAST

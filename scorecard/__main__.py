@@ -413,7 +413,7 @@ def check_tokens(site: Site, _scale: Scale) -> list[Line]:
         with socket.socket() as probe:
             metrics_closed = probe.connect_ex(("127.0.0.1", server.ports["metrics_address"])) != 0
     told = f"{len(CLOSED)} paths, without a token and with a wrong one: {', '.join(answered) or 'all refused'}"
-    told += f"; the {len(OPEN)} that README lists answer {sorted(set(opened))}"
+    told += f"; the {len(OPEN)} that docs/operations.md lists answer {sorted(set(opened))}"
     return [Line("tokens", not answered and metrics_closed, told)]
 
 
@@ -441,9 +441,9 @@ def check_disk(site: Site, _scale: Scale) -> list[Line]:
     with tempfile.TemporaryDirectory() as name:
         cache = Path(name) / "cache"
         # A limit for the size of files stands in for a full disk.
-        for limit, message in ((20_000, "cannot use the cache folder"), (None, "")):
+        for limit, message in ((20_000, "what is compiled is not kept"), (None, "")):
             done = fill_cache(site, cache, limit)
-            if message not in done.stderr or (done.returncode == 0) != (limit is None):
+            if message not in done.stderr or done.returncode != 0:
                 wrong.append(f"files of at most {limit} bytes: {done.stderr[-300:]}")
     with replace(site, cache=site.cache / "gone").serve() as server:
         subprocess.run(["rm", "-rf", site.cache / "gone"], check=True)
@@ -452,7 +452,8 @@ def check_disk(site: Site, _scale: Scale) -> list[Line]:
             wrong.append(f"cache folder gone: {outcome.told}")
     told = (
         "; ".join(wrong)
-        or "a message each for: a model cut short, a port taken, a disk full; a cache that is gone is made anew"
+        or "a message each for: a model cut short, a port taken; a full disk is a warning, and nothing is cached; "
+        "a cache that is gone is made anew"
     )
     return [Line("disk and ports", not wrong, told)]
 

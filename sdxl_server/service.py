@@ -1,5 +1,6 @@
 """One call's way: its request is read, drawn, and answered in the words of the API that it came by."""
 
+import enum
 import json
 import logging
 import time
@@ -26,6 +27,14 @@ FACES: Mapping[str, NativeFace] = {
     "v1/images/generations": OpenAIFace(),
     "v1/images/edits": OpenAIEditFace(),
 }
+
+
+class State(enum.Enum):
+    """What a reply is of an answer; the values are those of TorchServe's stopping criteria."""
+
+    WHOLE = None
+    MORE = False
+    LAST = True
 
 
 @dataclass(frozen=True)

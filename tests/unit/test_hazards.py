@@ -1,7 +1,7 @@
 """What the backend that comes with OpenVINO does silently, and that ours does not.
 
 Each test runs both on the same small module. A message "no longer" means that a release of OpenVINO mended its backend:
-the README's table of hazards has a row too many then.
+the table in docs/backends.md of hazards has a row too many then.
 """
 
 import copy
@@ -289,7 +289,7 @@ def compile_ours(module: torch.nn.Module, backend: OpenVINOBackend, *, dynamic: 
 
 
 def no_longer(does: str) -> str:
-    return f"the stock backend no longer {does}: update the README's table"
+    return f"the stock backend no longer {does}: update the table in docs/backends.md"
 
 
 def test_runs_without_aot_autograd(stock: OneStart) -> None:

@@ -173,7 +173,7 @@ def test_every_scheduler_on_offer_has_its_previews_tested(demo: LoadedPipeline) 
     [
         ({"scheduler": "HeunDiscreteScheduler", "num_inference_steps": 8}, 15),
         ({"scheduler": "KDPM2DiscreteScheduler", "num_inference_steps": 5}, 9),
-        ({"scheduler": "PNDMScheduler", "num_inference_steps": 8}, 9),
+        ({"scheduler": "PNDMScheduler", "num_inference_steps": 8}, 17),
         ({"scheduler": "EulerDiscreteScheduler", "num_inference_steps": 8}, 8),
         ({"scheduler": "EulerDiscreteScheduler", "num_inference_steps": 8, "denoising_end": 0.5}, 4),
     ],

@@ -893,7 +893,7 @@ def test_options_that_are_wrong(client: Client, options: list[str]) -> None:
 
 
 def test_options_are_the_contracts_fields() -> None:
-    document = json.loads((QUERY.parent / "openapi.json").read_text())
+    document = json.loads((QUERY.parent / "docs/openapi.json").read_text())
     fields = document["components"]["schemas"]["GenerationRequest"]["properties"]
     # The program streams always, leaves when --timeout is up, and calls the previews --preview
     assert set(fields) == {"prompt", *query.FIELDS, "stream", "timeout", "partial_images"}
