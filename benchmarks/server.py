@@ -86,9 +86,7 @@ def summarise(ran: dict[str, Any]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "pt2", nargs="*", help="configurations as YAML (default: docs/benchmarks.md's first table)"
-    )
+    parser.add_argument("pt2", nargs="*", help="configurations as YAML (default: docs/benchmarks.md's first table)")
     parser.add_argument("--model", type=Path, help="a pipeline's folder (default: a small one with random weights)")
     parser.add_argument("--handler", default="{}", help="settings of the handler section as YAML")
     parser.add_argument("--keys", default="{}", help="TorchServe's own keys of model-config.yaml as YAML")
