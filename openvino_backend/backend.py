@@ -63,12 +63,18 @@ class KnownWeights:
     """The weights of a module, digested once for all its graphs.
 
     Attributes:
-        tensors: them by name.
+        tensors: them by name: parameters, buffers, and tensors that are plain attributes of the module or a part.
         sha256: their digest.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self.tensors: dict[str, torch.Tensor] = dict([*module.named_parameters(), *module.named_buffers()])
+        plain = (
+            (f"{part}.{name}".lstrip("."), value)
+            for part, each in module.named_modules()
+            for name, value in vars(each).items()
+            if isinstance(value, torch.Tensor)
+        )
+        self.tensors: dict[str, torch.Tensor] = dict([*module.named_parameters(), *module.named_buffers(), *plain])
         self.sha256 = digest_weights(self.tensors)
         self._names = {_locate(tensor): name for name, tensor in self.tensors.items()}
 

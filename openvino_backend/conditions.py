@@ -36,7 +36,8 @@ class Conditions:
     def __init__(self, expressions: Iterable[str], scope: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
         self.descriptions: dict[str, str] = {}
         self._absent: list[Callable[[Any], Any]] = []
-        present = []
+        present: list[str] = []
+        ordinals: dict[int, int] = {}
         for each in sorted(set(expressions)):
             read = _make_reader(each, scope)
             try:
@@ -48,13 +49,27 @@ class Conditions:
                 continue
             if is_lasting:
                 present.append(each)
-                self.descriptions[each] = describe(value)
+                # Which of these are one object and which are two is seen, too.
+                ordinal = "" if is_plain(value) else f" #{ordinals.setdefault(id(value), len(ordinals))}"
+                self.descriptions[each] = describe(value) + ordinal
             else:  # an object of the moment, such as a dictionary's view
                 present.append(f"type({each})")
                 self.descriptions[each] = describe(type(value))
         # One expression for all: some 200 take 0.1 ms.
         self._read = _make_reader(f"({''.join(f'{each}, ' for each in present)})", scope)
         self._seen: tuple[Any, ...] = self._read(arguments)
+        self._present = present
+
+    @property
+    def absent(self) -> set[str]:
+        """The expressions that cannot be evaluated."""
+        return {each for each, description in self.descriptions.items() if description == _ABSENT}
+
+    @property
+    def classes(self) -> dict[str, type]:
+        """The classes among what was seen, by expression."""
+        seen = zip(self._present, self._seen, strict=True)
+        return {each: value for each, value in seen if isinstance(value, type) and each in self.descriptions}
 
     def hold(self, arguments: Mapping[str, Any]) -> bool:
         """Tell whether every expression gives what it gave."""
@@ -135,11 +150,18 @@ def _digest_code(code: types.CodeType) -> str:
 
 def _digest_class(kind: type) -> str:
     """Return a digest of a class's own functions, if it has any: two classes may have one name."""
-    functions = [each for each in vars(kind).values() if isinstance(each, types.FunctionType)]
+    functions = [each for each in map(unwrap_method, vars(kind).values()) if isinstance(each, types.FunctionType)]
     if not functions or vars(builtins).get(kind.__name__) is kind:
         return ""
     digests = sorted(f"{each.__qualname__} {_digest_code(each.__code__)}" for each in functions)
     return f" {hashlib.sha256(repr(digests).encode()).hexdigest()[:16]}"
+
+
+def unwrap_method(value: Any) -> Any:
+    """Return the function in a class's static or class method or property."""
+    if isinstance(value, property):
+        return value.fget
+    return value.__func__ if isinstance(value, staticmethod | classmethod) else value
 
 
 def _make_reader(expression: str, scope: Mapping[str, Any]) -> Callable[[Any], Any]:

@@ -15,7 +15,7 @@ import torch
 
 from openvino_backend.backend import CompiledGraph, KnownWeights, OpenVINOBackend, check_on_cpu, name_entry
 from openvino_backend.cache import open_entry, write_entry
-from openvino_backend.conditions import Conditions, describe, is_plain
+from openvino_backend.conditions import Conditions, describe, is_plain, unwrap_method
 from openvino_backend.errors import CacheMissError
 from openvino_backend.memory import release_memory
 from openvino_backend.torch_private import (
@@ -24,11 +24,13 @@ from openvino_backend.torch_private import (
     find_by_reference,
     find_changed_source,
     flatten_arguments,
+    guard_hooks,
     is_keepable,
     list_looks,
     list_traced_lines,
     load_function,
     make_scope,
+    make_traceable,
     read_graph,
     save_function,
 )
@@ -47,6 +49,7 @@ class Trace:
 
     function: Any
     conditions: Conditions
+    unseen: frozenset[str] = frozenset()  # expressions of guards that are neither kept nor conditions
 
 
 class CompiledFunction:
@@ -54,7 +57,9 @@ class CompiledFunction:
 
     Each new kind of call, by the shapes, types and values of its arguments, is traced by torch and compiled once. With
     the option `model_caching` the trace is kept in `cache_dir` beside the models, with torch's own checks of what it
-    depends on, and with the digests of the source lines that were traced.
+    depends on, with what these leave out, and with the digests of the source lines that were traced. The weights are
+    compiled in: changing them later has no effect. A change of anything else
+    that torch looks at has the method traced anew; environment variables that the method reads are not looked at.
 
     Args:
         method: such as `module.forward`; neither changes its arguments nor returns views of them.
@@ -72,7 +77,8 @@ class CompiledFunction:
         if not isinstance(getattr(method, "__self__", None), torch.nn.Module):
             raise TypeError(f"CompiledFunction takes a method of a torch.nn.Module, not {method!r}")
         self.backend = OpenVINOBackend(options)
-        self._module, self._function = method.__self__, method.__func__  # type: ignore[attr-defined]
+        self._module, original = method.__self__, method.__func__  # type: ignore[attr-defined]
+        self._name, self._function = f"{original.__module__}.{original.__qualname__}", make_traceable(original)
         self._traces: dict[Any, list[Trace]] = {}
         self._lock = threading.Lock()
 
@@ -107,10 +113,9 @@ class CompiledFunction:
     def _prepare(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
         """Return the trace for this kind of call, from the cache or else made now."""
         self.backend.check_bound()
-        check_on_cpu([*self._module.parameters(), *self._module.buffers(), *flatten_arguments(args, kwargs)[0]])
+        check_on_cpu([*self._list_weights(), *flatten_arguments(args, kwargs)[0]])
         weights = KnownWeights(self._module)
-        names = (self._function.__module__, self._function.__qualname__)
-        key = name_entry(self.backend.options, "function", *names, call, weights.sha256)
+        key = name_entry(self.backend.options, "function", self._name, call, weights.sha256)
         with (
             open_entry(self.backend.options, key) as folder,
             release_memory(self.backend.options, weights.tensors.values()),
@@ -122,30 +127,46 @@ class CompiledFunction:
             return trace
 
     def _trace(self, weights: KnownWeights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
-        namespace, enclosed = self._function.__globals__, self._find_enclosed()
-        bound = inspect.signature(self._function).bind(self._module, *args, **kwargs)
-        bound.apply_defaults()
-        looks = [*_OWN_LOOKS, *(f"L[{name!r}]" for name, value in enclosed.items() if not is_plain(value))]
-
         def compile_graph(graph: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> CompiledGraph:
             return self.backend.compile_plain(graph, example_inputs, weights=weights)
+
+        enclosed = self._find_enclosed()
+        usual = set(map(id, [*self._list_weights(), *flatten_arguments(args, kwargs)[0]]))
+        bound = inspect.signature(self._function).bind(self._module, *args, **kwargs)
+        bound.apply_defaults()
+        namespace, arguments = self._function.__globals__, {**bound.arguments, **enclosed}
+        needed: set[str] = set()
+        looks = [*_OWN_LOOKS, *(f"L[{name!r}]" for name, value in enclosed.items() if not is_plain(value))]
 
         def choose_guards(guards: Sequence[Any]) -> list[bool]:
             kept = [is_keepable(guard, enclosed) for guard in guards]
             lost = [guard for guard, is_kept in zip(guards, kept, strict=True) if not is_kept]
-            lost += find_by_reference(guards, namespace, {**bound.arguments, **enclosed})
-            looks.extend(look for guard in lost for look in list_looks(guard, namespace))
+            lost += find_by_reference(guards, namespace, arguments)
+            # A tensor that is an attribute or a global is compiled in like a weight, but is replaced more easily.
+            lost += [each for each in guards if isinstance(each.value, torch.Tensor) and id(each.value) not in usual]
+            for guard in lost:
+                found = list_looks(guard, namespace)
+                looks.extend(found)
+                needed.update(found if guard.has_value else ())
             return kept
 
         options = {"guard_filter_fn": choose_guards}
         compiled = torch.compile(self._function, backend=compile_graph, fullgraph=True, dynamic=False, options=options)
-        function = compiled.aot_compile(((self._module, *args), kwargs))
-        looks += _list_methods(self._find_classes(), list_traced_lines(function))
-        return Trace(function, self._look(looks, self._bind(function, args, kwargs)))
+        with guard_hooks():
+            function = compiled.aot_compile(((self._module, *args), kwargs))
+        arguments = self._bind(function, args, kwargs)
+        traced, classes = list_traced_lines(function), self._look(looks, arguments).classes
+        classes |= {f"C[{index}]": kind for index, kind in enumerate(self._find_classes())}
+        looks += (f"{each}.{name}" for each, kind in classes.items() for name in _list_methods(kind, traced))
+        conditions = self._look(looks, arguments)
+        return Trace(function, conditions, frozenset(needed & conditions.absent))
 
     def _look(self, expressions: Iterable[str], arguments: Mapping[str, Any]) -> Conditions:
         scope = {**make_scope(self._function.__globals__), "C": self._find_classes(), "F": self._function}
         return Conditions(expressions, scope, arguments)
+
+    def _list_weights(self) -> list[torch.Tensor]:
+        return [*self._module.parameters(), *self._module.buffers()]
 
     def _find_classes(self) -> list[type]:
         """Return the classes of the module's parts, each once, in the order of the parts."""
@@ -166,6 +187,9 @@ class CompiledFunction:
     def _save(self, folder: Path | None, trace: Trace, weights: KnownWeights) -> None:
         if folder is None:
             return
+        if trace.unseen:
+            logger.warning("%s is traced anew at each start: it depends on %s", self._name, ", ".join(trace.unseen))
+            return
         for part in read_graph(trace.function).parts:
             sources = {each: weights.find_name(t) for each, t in part.weights.items()}
             part.sources = {each: name for each, name in sources.items() if name is not None}
@@ -174,8 +198,7 @@ class CompiledFunction:
             try:
                 save_function(trace.function, folder / _FILE, namespace=namespace, external=external)
             except (AttributeError, RuntimeError, TypeError, pickle.PicklingError) as error:
-                name = self._function.__qualname__
-                logger.warning("%s is traced anew at each start, for torch cannot keep its trace: %s", name, error)
+                logger.warning("%s is traced anew at each start: torch cannot keep its trace: %s", self._name, error)
                 return
             (folder / _CONDITIONS).write_text(json.dumps(trace.conditions.descriptions))
 
@@ -208,15 +231,14 @@ class CompiledFunction:
         return Trace(function, conditions)
 
 
-def _list_methods(classes: Sequence[type], traced: set[tuple[str, int]]) -> list[str]:
-    """Return expressions for those methods of the classes that were traced; torch takes them as fixed."""
-    looks = []
-    for index, kind in enumerate(classes):
-        for name in {name for each in kind.__mro__ for name in vars(each)}:
-            method = inspect.getattr_static(kind, name)
-            if inspect.isfunction(method) and (method.__module__, method.__code__.co_firstlineno) in traced:
-                looks.append(f"C[{index}].{name}")
-    return looks
+def _list_methods(kind: type, traced: set[tuple[str, int]]) -> list[str]:
+    """Return those methods of a class that were traced; torch takes them as fixed."""
+    found = []
+    for name in {name for each in kind.__mro__ for name in vars(each)}:
+        method = unwrap_method(inspect.getattr_static(kind, name, None))
+        if inspect.isfunction(method) and (method.__module__, method.__code__.co_firstlineno) in traced:
+            found.append(name)
+    return found
 
 
 def _describe_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch._decomp import get_decompositions
-from torch._dynamo import aot_compile_types
+from torch._dynamo import aot_compile_types, trace_rules
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.guards import CheckFunctionManager, _get_closure_vars
 from torch._dynamo.package import _hash_sourcelines
@@ -142,6 +142,27 @@ def flatten_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple
 # Keeping a traced function.
 
 
+def make_traceable(function: Callable[..., Any]) -> Any:
+    """Return the function, or one around it where dynamo would put one of its own, whose globals are not ours to name.
+
+    It does so for what torch itself has wrapped, such as with torch.no_grad().
+    """
+    if not trace_rules.check(function):
+        return function
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return call
+
+
+@contextlib.contextmanager
+def guard_hooks() -> Iterator[None]:
+    """Have a trace depend on the hooks of modules, which dynamo takes as fixed."""
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        yield
+
+
 def read_graph(function: Any) -> Any:
     """Return what the backend compiled for a function of aot_compile."""
     return function._artifacts.compiled_fn
@@ -175,7 +196,7 @@ def save_function(function: Any, path: Path, *, namespace: Mapping[str, Any], ex
 
 def load_function(path: Path, *, namespace: Mapping[str, Any], external: Mapping[str, Any]) -> Any:
     """Return the function that save_function wrote."""
-    with path.open("rb") as stream:
+    with path.open("rb") as stream, guard_hooks():  # guards are made anew from what was kept
         return torch.compiler.load_compiled_function(stream, f_globals=dict(namespace), external_data=dict(external))
 
 

@@ -102,6 +102,36 @@ class Patched(Base):
         return modules.shift(self.linear(x))
 
 
+class WithoutGradients(Base):
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * FACTOR
+
+
+class PlainTensor(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factors = torch.full((4,), 2.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * self.factors
+
+
+class Helper:
+    @classmethod
+    def multiply(cls, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+
+def multiply_thrice(_: type[Helper], x: torch.Tensor) -> torch.Tensor:
+    return x * 3
+
+
+class ClassMethod(Base):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Helper.multiply(self.linear(x))
+
+
 class Inner(torch.nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) * 2
@@ -202,6 +232,10 @@ CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
     "list's item": (ListAttribute, lambda m: m.factors.append(5.0)),
     "function of another module": (Patched, lambda _: setattr(modules, "shift", triple)),
     "method of a submodule's class": (Outer, lambda _: setattr(Inner, "forward", forward_thrice)),
+    "number of a function that torch wraps": (WithoutGradients, lambda _: set_global("FACTOR", 3.0)),
+    "tensor as attribute": (PlainTensor, lambda m: setattr(m, "factors", torch.full((4,), 3.0))),
+    "class method": (ClassMethod, lambda _: setattr(Helper, "multiply", classmethod(multiply_thrice))),
+    "hook": (Replaced, lambda m: m.linear.register_forward_hook(lambda module, args, output: output * 3)),
     "submodule of the same weights": (Replaced, lambda m: setattr(m, "linear", make_other(m.linear))),
 }
 

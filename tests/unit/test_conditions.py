@@ -33,7 +33,8 @@ def states_restored() -> Any:
     """Put back what a test changes in the module `states`."""
     kept, table = dict(vars(states)), dict(states.TABLE)
     classes = {
-        (each, name): vars(each)[name] for each, name in ((states.ClassNumber, "factor"), (states.Inner, "forward"))
+        (each, name): vars(each)[name]
+        for each, name in ((states.ClassNumber, "factor"), (states.Inner, "forward"), (states.Helper, "multiply"))
     }
     shift, defaults = modules.shift, states.times.__defaults__
     yield
@@ -46,12 +47,13 @@ def states_restored() -> Any:
     states.Default.forward.__defaults__, states.Keyword.forward.__kwdefaults__ = (2.0,), {"factor": 2.0}
 
 
+@pytest.mark.parametrize("is_kept", [False, True])
 @pytest.mark.parametrize("name", states.CHANGES)
 @pytest.mark.usefixtures("states_restored")
-def test_change_between_two_calls_is_seen(name: str) -> None:
+def test_change_between_two_calls_is_seen(tmp_path: Path, name: str, is_kept: bool) -> None:
     make, change = states.CHANGES[name]
     module = make()
-    function = CompiledFunction(module.forward)
+    function = CompiledFunction(module.forward, {"model_caching": is_kept, "cache_dir": str(tmp_path)})
     before = function(states.X)
     assert states.call(module, function) < 1e-6
     change(module)
