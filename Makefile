@@ -4,7 +4,7 @@
 # make soak    an hour of load, faults and hostile input, with a scorecard; make soak QUICK=--quick: minutes
 # make lock    write constraints.txt anew: what its lines pin stays, and what has no line comes in its newest version
 # make audit   look for known faults of the pinned packages; needs PyPI's own index
-# make bench   compare engines at SDXL's real size: 7 GB of random weights, 16 GB of memory, most of an hour
+# make bench   compare engines at SDXL's real size: 7 GB of random weights, 22 GB of memory, most of an hour
 # make peers   what make bench compares whole pictures with, optimum-intel and openvino-genai, in an environment of their own
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv

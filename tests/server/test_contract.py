@@ -297,6 +297,10 @@ def test_without_continuous_batching(tmp_path: Path, tiny_model: Path) -> None:
             answers = list(pool.map(lambda width: ask(running, seed=3, width=width), (128, 3, 128)))
         assert [answer.status_code for answer in answers] == [200, 400, 200]
         assert answers[0].content == answers[2].content
+        stream = ask(running, num_inference_steps=3, stream=True, partial_images=2)
+        kinds = re.findall(r"^event: (\S+)", stream.text, re.MULTILINE)
+        assert kinds.count("progress") == kinds.count("image_generation.partial_image") == 2
+        assert kinds[-1] == "image_generation.completed"
         assert ask(running, num_inference_steps=150, timeout=1, scheduler="HeunDiscreteScheduler").status_code == 504
         address = f"http://127.0.0.1:{running.ports['management_address']}/models/{running.model}?customized=true"
         answer = requests.get(address, headers=running.get_headers("management"), timeout=60)

@@ -2,14 +2,16 @@
 
 import json
 import logging
+import sys
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sdxl_server import __version__
-from sdxl_server.errors import RequestError
-from sdxl_server.service import Answer, Call, choose_preview_steps, explain
+from sdxl_server.errors import RequestError, VersionError
+from sdxl_server.service import Answer, Call, choose_preview_steps, explain, load_service
 from stable_diffusion_handler import MADE_FOR, StableDiffusionHandler
 
 
@@ -170,3 +172,19 @@ def test_handler_is_made_for_the_package_beside_it() -> None:
 )
 def test_previews_are_as_many_as_asked_for(count: int, steps: int, due: list[int]) -> None:
     assert choose_preview_steps(count, steps=steps) == due
+
+
+def test_an_archive_of_another_version_is_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(VersionError) as caught:
+        load_service({}, model_dir=tmp_path, gpu_id=None, archive="0.1.0")
+    assert str(caught.value).startswith(
+        f"this archive was made for sdxl_server 0.1.0, and {__version__} is installed: make the archive again"
+    )
+
+
+def test_a_package_that_cannot_be_imported_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TorchServe calls an import that fails in the handler's file a missing handler, so it must not fail there."""
+    monkeypatch.setitem(sys.modules, "sdxl_server.service", None)
+    monkeypatch.delitem(sys.modules, "pipeline_utils", raising=False)
+    with pytest.raises(RuntimeError, match=f"made for sdxl_server {MADE_FOR}, which cannot be imported.*pip install"):
+        StableDiffusionHandler().initialize(Context())
