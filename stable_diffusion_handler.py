@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import time
-from collections.abc import Generator
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +56,7 @@ class StableDiffusionHandler:
                 "pip install -r requirements.txt, then make the archive again (torch-model-archiver, README's step 2)"
             ) from error
         self.context, self.explain = context, explain
-        self.running: dict[str, tuple[Any, Generator[bytes, None, bytes]]] = {}
+        self.running: dict[str, Answer] = {}
         self.answered: set[str] = set()
         self.questioned: set[str] = set()
         settings = context.model_yaml_config or {}
@@ -107,7 +106,7 @@ class StableDiffusionHandler:
                 time.sleep(1)
             self.questioned = in_flight
         for request_id in self.running.keys() - in_flight:
-            self.running.pop(request_id)[1].close()
+            self.running.pop(request_id).steps.close()
         self.answered &= in_flight
         replies = [self.advance(index, row) for index, row in enumerate(data)]
         if self.is_continuous:
@@ -137,12 +136,10 @@ class StableDiffusionHandler:
         is_new = request_id not in self.running
         try:
             if is_new:
-                answer = self.begin(index, row)
-                self.running[request_id] = answer, answer.steps
-            return next(self.running[request_id][1]), State.MORE
+                self.running[request_id] = self.begin(index, row)
+            return next(self.running[request_id].steps), State.MORE
         except StopIteration as end:
-            answer, _ = self.running.pop(request_id)
-            self.add_times(answer)
+            self.add_times(self.running.pop(request_id))
             if not is_new:
                 return end.value, State.LAST
             self.answered.add(request_id)  # TorchServe takes the end of a response only after a beginning
