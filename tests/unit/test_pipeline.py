@@ -160,8 +160,8 @@ def test_previews_show_the_finished_picture(demo: LoadedPipeline, scheduler: str
     except StopIteration as end:
         picture = np.asarray(end.value[0].image).astype(int)
     apart = [np.abs(preview - picture).mean() for preview in previews]
-    assert max(apart) < 16, apart
-    assert apart[-1] < 3, apart
+    assert max(apart) < 8, apart
+    assert apart[-1] < 4, apart
 
 
 def test_every_scheduler_on_offer_has_its_previews_tested(demo: LoadedPipeline) -> None:
