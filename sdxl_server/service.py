@@ -55,7 +55,7 @@ class Call:
     model: str = "diffusion_fast"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Answer:
     """The answer to a call.
 
@@ -68,7 +68,7 @@ class Answer:
     content_type: str
     headers: Mapping[str, str]
     steps: Generator[bytes, None, bytes]
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 class Service:
@@ -104,9 +104,8 @@ class Service:
         warnings = find_warnings(self.loaded, request)
         kind = face.choose_type(request, call.accept)
         headers = {"X-Seed": str(request.seed)} | ({"X-Warning": "; ".join(warnings)} if warnings else {})
-        answer = Answer(kind, headers, _send_whole(b""), {"preprocess": time.perf_counter() - start})
-        answer.steps = self._draw(request, answer, face=face, warnings=warnings)
-        return answer
+        seconds = {"preprocess": time.perf_counter() - start}
+        return Answer(kind, headers, self._draw(request, seconds, face=face, kind=kind, warnings=warnings), seconds)
 
     def read_document(self, call: Call) -> bytes:
         """Return what a path names that is no face.
@@ -124,11 +123,11 @@ class Service:
         raise RequestError(f"there is no {ascii(call.path)} here; there are {names}", status=404)
 
     def _draw(
-        self, request: GenerationRequest, answer: Answer, *, face: NativeFace, warnings: list[str]
+        self, request: GenerationRequest, seconds: dict[str, float], *, face: NativeFace, kind: str, warnings: list[str]
     ) -> Generator[bytes, None, bytes]:
         """Yield after each step what to send then; return the rest, in a stream that has begun an error too."""
         start, has_begun = time.monotonic(), False
-        steps = self._make_steps(request, answer, start)
+        steps = self._make_steps(request, seconds, start)
         try:
             while True:
                 progress = next(steps)
@@ -137,28 +136,28 @@ class Service:
         except StopIteration as end:
             resumed = time.perf_counter()
             made = [self._finish(request, picture, index) for index, picture in enumerate(end.value)]
-            body = face.write_pictures(request, made, kind=answer.content_type, warnings=warnings)
-            answer.seconds["postprocess"] = time.perf_counter() - resumed
+            body = face.write_pictures(request, made, kind=kind, warnings=warnings)
+            seconds["postprocess"] = time.perf_counter() - resumed
             return body
         except Exception as error:
             if not (request.stream and has_begun):
                 raise
-            return face.write_failure(explain(error), kind=answer.content_type)
+            return face.write_failure(explain(error), kind=kind)
         finally:
             steps.close()
 
     def _make_steps(
-        self, request: GenerationRequest, answer: Answer, start: float
+        self, request: GenerationRequest, seconds: dict[str, float], start: float
     ) -> Generator[Progress, None, list[Picture]]:
         """Make the pictures; the time that is noted is the work on them, without that on other requests between."""
-        steps, seconds, progress = generate(self.loaded, request), 0.0, None
+        steps, worked, progress = generate(self.loaded, request), 0.0, None
         try:
             while True:
                 resumed = time.perf_counter()
                 try:
                     progress = next(steps)
                 finally:
-                    seconds += time.perf_counter() - resumed
+                    worked += time.perf_counter() - resumed
                 if time.monotonic() - start > request.timeout:
                     raise TimeoutError(
                         f"the timeout of {request.timeout:g} s has passed after {progress.done} of {progress.total} "
@@ -166,7 +165,7 @@ class Service:
                     )
                 yield progress
         except StopIteration as end:
-            answer.seconds["inference"] = seconds
+            seconds["inference"] = worked
             pictures: list[Picture] = end.value
             return pictures
         except GeneratorExit:

@@ -3,6 +3,7 @@
 import io
 import time
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,7 @@ class PlantedHandler(StableDiffusionHandler):
 
     def begin(self, index: int, row: dict[str, Any]) -> Any:
         answer = super().begin(index, row)
-        answer.steps = self.spoil(answer.steps)
-        return answer
+        return replace(answer, steps=self.spoil(answer.steps))
 
     def spoil(self, steps: Generator[bytes, None, bytes]) -> Generator[bytes, None, bytes]:
         self.served += 1

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import sysconfig
 import time
-import tomllib
 import venv
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 from PIL import Image
 
 import Download_model
+from sdxl_server import __version__
 from tests.hub import Hub
 from tools.server import ROOT, LocalServer, make_environment, write_properties
 
@@ -115,8 +115,7 @@ def test_requirements_are_installed_by_the_guides_command(tmp_path: Path) -> Non
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    assert done.stdout.splitlines()[-1] == f"Successfully installed torchserve-sdxl-openvino-{version}"
+    assert done.stdout.splitlines()[-1] == f"Successfully installed torchserve-sdxl-openvino-{__version__}"
     code = "import sdxl_server, openvino_backend as backend; print(sdxl_server.__file__, backend.__file__)"
     done = subprocess.run([python, "-c", code], cwd=tmp_path, text=True, capture_output=True, check=True)
     assert done.stdout.split() == [str(ROOT / name / "__init__.py") for name in ("sdxl_server", "openvino_backend")]
