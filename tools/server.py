@@ -21,7 +21,6 @@ from sdxl_server.ready import NotReadyError, check_workers, read_token
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = Path(sys.executable).parent
 ADDRESSES = ("inference_address", "management_address", "metrics_address")
-PORTS = ("grpc_inference_port", "grpc_management_port")
 
 
 class ServerError(RuntimeError):
@@ -59,9 +58,8 @@ def find_free_ports(count: int) -> list[int]:
 
 def write_properties(source: Path, target: Path, **others: str) -> dict[str, int]:
     """Copy a config.properties with free ports in the place of its own, and others; return the ports by their key."""
-    ports = dict(zip((*ADDRESSES, *PORTS), find_free_ports(len(ADDRESSES) + len(PORTS)), strict=True))
-    moved = {key: f"http://127.0.0.1:{ports[key]}" for key in ADDRESSES} | {key: str(ports[key]) for key in PORTS}
-    moved |= others
+    ports = dict(zip(ADDRESSES, find_free_ports(len(ADDRESSES)), strict=True))
+    moved = {key: f"http://127.0.0.1:{port}" for key, port in ports.items()} | others
     kept = [line for line in source.read_text().splitlines() if line.split("=")[0] not in moved]
     target.write_text("\n".join([*kept, *(f"{key}={value}" for key, value in moved.items()), ""]))
     return ports

@@ -131,7 +131,12 @@ def test_only_loopback_is_listened_on(server: LocalServer) -> None:
         for connection in process.net_connections("tcp")
         if connection.status == "LISTEN"
     }
-    assert {ip for ip, _ in listening} <= {"127.0.0.1", "::1"}
+    assert {ip for ip, _ in listening} == {"127.0.0.1", "255.255.255.255"}  # gRPC is where nobody can connect
+    for ip, port in listening:
+        if ip == "255.255.255.255":
+            for target in ("127.0.0.1", ip, socket.gethostname()):
+                with pytest.raises(OSError, match="refused|unreachable"):
+                    socket.create_connection((target, port), timeout=5)
     assert {server.ports[key] for key in ("inference_address", "management_address")} <= {port for _, port in listening}
 
 
