@@ -84,7 +84,8 @@ class LocalServer:
         self.archive = archive
         self.timeout = timeout
         self.ports = write_properties(ROOT / "config.properties", folder / "config.properties", **(properties or {}))
-        # TorchServe keeps its process id and its workers' sockets here; a socket's path has 108 characters at most.
+        # TorchServe unpacks archives here, and keeps its process id and its workers' sockets, so that it must not be
+        # shared with other accounts; a socket's path has 108 characters at most.
         self.temporary = Path(tempfile.mkdtemp(prefix="ts-"))
 
     @property
@@ -143,7 +144,9 @@ class LocalServer:
 
     def __enter__(self) -> Self:
         try:
-            with (self.folder / "server.log").open("w") as log:
+            path = self.folder / "server.log"
+            path.touch(mode=0o600)  # prompts are in it
+            with path.open("w") as log:
                 self._torchserve(
                     *("--start", "--ncs", "--ts-config", "config.properties"),
                     *("--model-store", "model_store", "--models", f"{self.model}={self.archive}"),
@@ -163,7 +166,7 @@ class LocalServer:
 
     def _torchserve(self, *arguments: str, **options: Any) -> None:
         environment = {**make_environment(), "TMPDIR": str(self.temporary), "TEMP": str(self.temporary)}
-        subprocess.run(["torchserve", *arguments], cwd=self.folder, env=environment, check=True, **options)
+        subprocess.run(["torchserve", *arguments], cwd=self.folder, env=environment, check=True, umask=0o077, **options)
 
     def _wait(self) -> None:
         deadline = time.monotonic() + self.timeout
