@@ -39,7 +39,7 @@ def call(server: LocalServer, method: str, **fields: Any) -> list[bytes]:
     properties = (server.folder / "config.properties").read_text().splitlines()
     (port,) = (line.partition("=")[2] for line in properties if line.startswith("grpc_inference_port="))
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-        return list(channel.unary_stream(SERVICE + method)(message, timeout=20, metadata=metadata))
+        return list(channel.unary_stream(SERVICE + method, bytes, bytes)(message, timeout=20, metadata=metadata))
 
 
 @pytest.mark.parametrize("method", ["Predictions", "StreamPredictions"])
