@@ -65,7 +65,7 @@ class Scale:
     crowd: int = 200
     fuzzed: int = 10_000
     leavers: int = 50
-    bodies: int = 150
+    bodies: int = 90
     cycles: int = 20
 
 
@@ -78,7 +78,7 @@ QUICK = Scale(
     crowd=200,
     fuzzed=600,
     leavers=10,
-    bodies=90,
+    bodies=60,
     cycles=2,
 )
 
@@ -372,10 +372,11 @@ def check_bodies(site: Site, scale: Scale) -> list[Line]:
         java, most, closed = server.find_processes()[0], 0.0, 0
         before = java.memory_info().rss / 1e6
         for _ in range(scale.bodies):
-            connection = held.enter_context(socket.create_connection(("127.0.0.1", server.ports["inference_address"])))
+            place = ("127.0.0.1", server.ports["inference_address"])
+            connection = held.enter_context(socket.create_connection(place, timeout=5))
             try:
                 connection.sendall(head + b"x" * size)
-            except OSError:
+            except OSError:  # a time-out too: it is not read any further
                 closed += 1
             most = max(most, java.memory_info().rss / 1e6)
         beside = ask(server)
