@@ -14,7 +14,7 @@ import openvino
 import torch
 from torch.fx.passes.split_module import split_module
 
-from openvino_backend.compression import compress_weights, quantize_convolutions
+from openvino_backend.compression import compress_weights
 from openvino_backend.errors import GraphLimitError, OpenVINOBackendError, UnsupportedOperatorsError
 from openvino_backend.graph import (
     bind_constants,
@@ -272,8 +272,6 @@ class OpenVINOBackend:
         model = convert_graph(module)
         if self.options.weight_compression and not in_float32:
             model = compress_weights(model, self.options.weight_compression)
-            if self.options.quantize_convolutions:
-                quantize_convolutions(model)
         return model
 
 

@@ -107,6 +107,13 @@ class Options:
         "scale of its own, found at each call.",
         default=False,
     )
+    quantize_linear_layers: bool = _declare(
+        bool,
+        "true or false",
+        "Let linear layers compute in 8 bits, which needs their weights as int8_sym; lossy. Each token's input has a "
+        "scale of its own, found at each call.",
+        default=False,
+    )
     strict: bool = _declare(
         bool,
         "true or false",
@@ -136,11 +143,12 @@ class Options:
             if not isinstance(value, about["kind"]) or not about["accepts"](value):
                 raise OptionsError(f"OpenVINO option {name!r} takes {about['accepted']}, not {value!r}")
         options = cls(**raw)
-        if options.quantize_convolutions and options.weight_compression != "int8_sym":
-            raise OptionsError(
-                "OpenVINO option 'quantize_convolutions' takes true only beside weight_compression: int8_sym, "
-                f"not {options.weight_compression!r}"
-            )
+        for name in ("quantize_convolutions", "quantize_linear_layers"):
+            if getattr(options, name) and options.weight_compression != "int8_sym":
+                raise OptionsError(
+                    f"OpenVINO option {name!r} takes true only beside weight_compression: int8_sym, "
+                    f"not {options.weight_compression!r}"
+                )
         if options.disabled_ops and options.strict:
             raise OptionsError("OpenVINO option 'disabled_ops' lets operators run in PyTorch and needs strict: false")
         _find_operators("disabled_ops", options.disabled_ops)
