@@ -26,8 +26,9 @@ from openvino_backend.graph import (
     widen,
 )
 from openvino_backend.memory import release_memory
-from openvino_backend.model import PRECISION, ModelReport, Part, convert_graph
+from openvino_backend.model import ModelReport, Part, convert_graph
 from openvino_backend.options import Options
+from openvino_backend.precision import PRECISION
 from openvino_backend.torch_private import (
     SerializableCallable,
     find_changed_inputs,
@@ -38,8 +39,16 @@ from openvino_backend.torch_private import (
 
 logger = logging.getLogger(__name__)
 
-# Options that change nothing in what is compiled.
-_WITHOUT_EFFECT = ("aot_autograd", "cache_bytes", "cache_dir", "max_graphs", "model_caching", "release_weights")
+# Options that change nothing in what is compiled; `precision` does so through those that it sets.
+_WITHOUT_EFFECT = (
+    "aot_autograd",
+    "cache_bytes",
+    "cache_dir",
+    "max_graphs",
+    "model_caching",
+    "precision",
+    "release_weights",
+)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from openvino_backend.cache import open_entry, write_entry
 from openvino_backend.compression import quantize_products
 from openvino_backend.errors import CacheMissError, OpenVINOBackendError, UnsupportedOperatorsError
 from openvino_backend.options import Options, split_device
+from openvino_backend.precision import PRECISION
 from openvino_backend.runtime import TYPES, CompiledModel, share_memory
 from openvino_backend.tuning import tune_for_cpu
 
-PRECISION = "INFERENCE_PRECISION_HINT"
 _FILE = "model.xml"
 _WEIGHT = "weight:"
 

@@ -38,18 +38,21 @@ def check_device(compilation: CompileConfig, *, device: str) -> None:
 def choose_dtype(config: HandlerConfig, compilation: CompileConfig, *, device: str) -> tuple[str, CompileConfig]:
     """Return the type of the weights and, where OpenVINO is to compute in another, the options that say so.
 
-    `auto` is the shorter type that the device computes in, or else float32. For OpenVINO on a CPU with bfloat16 the
-    weights stay in float16, the type they are published in: they are mapped from the file instead of converted.
+    `auto` is the shorter type that the device computes in, or else float32. For OpenVINO's arithmetic on a CPU in
+    bfloat16 or 8 bits the weights stay in float16, the type they are published in: they are mapped from the file
+    instead of converted.
     """
     if config.dtype != "auto":
         return config.dtype, compilation
+    options = dict(compilation.options or {}) if compilation.backend == "openvino" else {}
+    if options.get("precision") is not None:
+        return "float32" if options["precision"] == "f32" else "float16", compilation
     import openvino
 
     import openvino_backend
 
     if device != "cpu":
         return "float16", compilation
-    options = dict(compilation.options or {}) if compilation.backend == "openvino" else {}
     core, (_, targets) = openvino.Core(), openvino_backend.split_device(options.get("device", "CPU"))
     abilities = set.intersection(*(set(core.get_property(name, "OPTIMIZATION_CAPABILITIES")) for name in targets))
     if "FP16" in abilities and "CPU" not in targets:

@@ -66,11 +66,19 @@ class LoadedPipeline:
             "graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
         }
         if self.compilation.backend == "openvino":
+            report["arithmetic"] = self.arithmetic
             report["openvino"] = {
                 name: [dataclasses.asdict(graph) for graph in backend.reports] for name, backend in self.parts.items()
             }
             report["graphs"] = sum(len(graphs) for graphs in report["openvino"].values())
         return report
+
+    @functools.cached_property
+    def arithmetic(self) -> Mapping[str, Any] | None:
+        """What OpenVINO's arithmetic was set to, with whether it is lossy; None where another backend computes."""
+        backends = [backend for backend in self.parts.values() if backend is not None]
+        described: Mapping[str, Any] | None = backends[0].options.describe_arithmetic() if backends else None
+        return described
 
     @functools.cached_property
     def weights_sha256(self) -> str:
@@ -246,6 +254,7 @@ def describe_picture(
             "dtype": loaded.dtype,
             "unet_calls": unet_calls,
             "backend": loaded.compilation.backend or "eager",
+            **({} if loaded.arithmetic is None else {"arithmetic": loaded.arithmetic}),
             "versions": {
                 "sdxl_server": __version__,
                 "diffusers": diffusers.__version__,

@@ -134,6 +134,14 @@ def test_disabled_operators_run_in_pytorch() -> None:
         ({"weight_compression": "int4"}, "int8_sym or int8_asym, not 'int4'"),
         ({"quantize_convolutions": True}, "only beside weight_compression: int8_sym, not None"),
         ({"quantize_linear_layers": True, "weight_compression": "int8_asym"}, "int8_sym, not 'int8_asym'"),
+        ({"precision": "int4"}, "takes f32, f16, bf16, int8 or fastest, not 'int4'"),
+        ({"precision": "int8", "weight_compression": "int8_sym"}, "'precision' sets weight_compression itself"),
+        ({"precision": "f32", "quantize_convolutions": False}, "'precision' sets quantize_convolutions itself"),
+        (
+            {"precision": "fastest", "config": {"INFERENCE_PRECISION_HINT": "f32"}},
+            "'precision' sets config's INFERENCE_PRECISION_HINT itself; leave that out, or 'precision'",
+        ),
+        ({"precision": "fastest", "device": "AUTO:CPU"}, "'precision' is for one device.*not 'AUTO:CPU'"),
         ({"device": "AUTO:GPU.7,CPU"}, "takes CPU.*not 'AUTO:GPU.7,CPU'"),
     ],
 )

@@ -115,6 +115,25 @@ def test_auto_takes_the_devices_type(device: str) -> None:
     assert choose_dtype(HandlerConfig(), CompileConfig(), device="cuda:0") == ("float16", CompileConfig())
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("f32", "float32"), ("int8", "float16"), ("fastest", "float16")])
+def test_auto_leaves_the_arithmetic_to_precision(precision: str, dtype: str) -> None:
+    compilation = CompileConfig.parse({"backend": "openvino", "options": {"precision": precision}})
+    assert choose_dtype(HandlerConfig(), compilation, device="cpu") == (dtype, compilation)
+    assert choose_dtype(HandlerConfig(dtype="bfloat16"), compilation, device="cpu") == ("bfloat16", compilation)
+
+
+def test_a_picture_tells_the_arithmetic_that_made_it(tiny_model: Path, cached: dict[str, Any]) -> None:
+    pt2 = {**cached, "options": {**cached["options"], "precision": "int8"}}
+    loaded = load(tiny_model, pt2, dtype="auto", warm_up=True)
+    request = loaded.contract.check({"prompt": "a fox"})
+    told = describe_picture(loaded, request, 0, unet_calls=1)["made_with"]["arithmetic"]
+    assert told == loaded.describe()["arithmetic"]
+    assert told["precision"] == "int8"
+    assert told["lossy"]
+    (unet,) = loaded.describe()["openvino"]["unet"]
+    assert sum(model["constants"].get("i8", 0) for model in unet["models"]) > 0
+
+
 def test_float16_keeps_the_vae_in_float32(tiny_model: Path) -> None:
     reference = make_picture(load(tiny_model))
     loaded = load(tiny_model, dtype="float16")
