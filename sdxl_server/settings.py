@@ -66,8 +66,9 @@ class HandlerConfig:
     dtype: str = _setting(
         "auto",
         choice("auto", "float32", "bfloat16", "float16"),
-        "type of the weights and of the arithmetic; `auto`: on a CPU with bfloat16 arithmetic that type, with OpenVINO "
-        "from weights in float16, on a GPU float16, else float32",
+        "type of the weights, and of the arithmetic where `pt2` says no other; `auto`: float16 on a GPU and for "
+        "OpenVINO on a CPU, which computes in bfloat16 or 8 bits from it, bfloat16 for other backends, and float32 "
+        "where the arithmetic is float32",
     )
     scheduler: str | None = _setting(
         None,
