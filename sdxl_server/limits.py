@@ -9,7 +9,6 @@ import re
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Literal
 
 from sdxl_server.errors import RequestError
 
@@ -17,7 +16,7 @@ MAX_VALUES = 50_000  # of a JSON text: its commas and brackets, those in prompts
 MAX_FIELDS = 100  # of a form
 MAX_PIECES = 10_000  # segments of a JPEG, chunks of a PNG or WebP; 24 MB in chunks of 4 KB are 6,000
 MAX_SCANS = 100  # of a progressive JPEG, each of which goes over the whole picture; encoders make 10
-READ_SECONDS = 20.0  # for one request; two pictures of 4096 x 4096 pixels take 3 s on a slow core
+READ_SECONDS = 20.0  # for one request; a picture of 4096 x 4096 pixels takes 0.7 s
 
 JPEG_MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")  # past what stands for itself within a scan
 SCAN, END = 0xDA, 0xD9
@@ -33,9 +32,9 @@ def check_pieces(raw: bytes) -> None:
     if raw.startswith(b"\xff\xd8"):
         _check_jpeg(raw)
     elif raw.startswith(b"\x89PNG"):
-        _check_chunks(raw, start=8, order="big", length_at=0, around=12)
+        _check_png(raw)
     elif raw.startswith(b"RIFF"):
-        _check_chunks(raw, start=12, order="little", length_at=4, around=8)
+        _check_webp(raw)
 
 
 def _check_jpeg(raw: bytes) -> None:
@@ -58,22 +57,25 @@ def _check_jpeg(raw: bytes) -> None:
         raise ValueError("it has no scan")
 
 
-def _check_chunks(raw: bytes, *, start: int, order: Literal["big", "little"], length_at: int, around: int) -> None:
-    """Walk from chunk to chunk.
+def _check_png(raw: bytes) -> None:
+    """Walk from chunk to chunk; nobody reads what stands behind the last."""
+    position = 8
+    for _ in range(MAX_PIECES):
+        if position >= len(raw) or raw[position + 4 : position + 8] == b"IEND":
+            return
+        position += 12 + int.from_bytes(raw[position : position + 4], "big")
+    raise ValueError(f"it has more than {MAX_PIECES} chunks")
 
-    Args:
-        start: the first chunk's place.
-        order: of a length's bytes.
-        length_at: a length's place in its chunk.
-        around: a chunk's bytes besides its content.
-    """
-    position, pieces = start, 0
-    while position < len(raw):
-        pieces += 1
-        if pieces > MAX_PIECES:
-            raise ValueError(f"it has more than {MAX_PIECES} chunks")
-        length = int.from_bytes(raw[position + length_at : position + length_at + 4], order)
-        position += around + length + (length % 2 if order == "little" else 0)
+
+def _check_webp(raw: bytes) -> None:
+    """Walk from chunk to chunk, of which each frame is one; nobody reads past the length that stands first."""
+    position, end = 12, min(len(raw), 8 + int.from_bytes(raw[4:8], "little"))
+    for _ in range(MAX_PIECES):
+        if position >= end:
+            return
+        length = int.from_bytes(raw[position + 4 : position + 8], "little")
+        position += 8 + length + length % 2
+    raise ValueError(f"it has more than {MAX_PIECES} chunks")
 
 
 @contextlib.contextmanager

@@ -136,6 +136,7 @@ def test_pictures_as_programs_write_them_pass() -> None:
         buffer = io.BytesIO()
         noise.save(buffer, kind, exif=exif)
         check_pieces(buffer.getvalue())
+        check_pieces(buffer.getvalue() + bytes(10**6))
     buffer = io.BytesIO()
     noise.save(buffer, "WEBP", save_all=True, append_images=[noise.rotate(90)] * 3)
     check_pieces(buffer.getvalue())
@@ -148,6 +149,7 @@ def test_pieces_are_counted() -> None:
     for file, told in {
         make_progressive(64, MAX_SCANS): "more than 100 scans",
         make_animation(MAX_PIECES): "more than 10000 chunks",
+        make_animation(MAX_PIECES).replace(b"ANIM", b"IEND"): "more than 10000 chunks",
         png[:33] + chunk * MAX_PIECES + png[33:]: "more than 10000 chunks",
         jpeg[:20] + b"\xff\xfe\0\2" * MAX_PIECES + jpeg[20:]: "more than 10000 segments",
         jpeg[:20] + bytes(MAX_PIECES) + jpeg[20:]: "as many bytes between them",
