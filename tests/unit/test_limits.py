@@ -55,6 +55,7 @@ def test_echoes_are_bounded(name: str) -> None:
             CONTRACT.check(fields)
         assert len(str(caught.value)) <= MAX_MESSAGE
         assert len(caught.value.param or "") <= MAX_PARAM
+    assert len(str(RequestError(name))) == MAX_MESSAGE
 
 
 def test_long_values_are_shown_as_short_ones_are() -> None:
@@ -105,14 +106,16 @@ def test_length_is_checked_before_what_is_in_it() -> None:
     class Counted(list[int]):
         looked_at = 0
 
-        def __iter__(self) -> Any:
+        def __getitem__(self, index: Any) -> Any:
             Counted.looked_at += 1
-            return super().__iter__()
+            return super().__getitem__(index)
 
     schema = pair(0, 9)
     assert is_valid([1, 2], schema)
     assert not is_valid(Counted([1] * 10), dict(sorted(schema.items())))  # items stand before maxItems there
     assert Counted.looked_at == 0
+    assert is_valid(Counted([1, 2]), schema)
+    assert Counted.looked_at == 2
 
 
 @pytest.mark.parametrize(
