@@ -21,7 +21,7 @@ from sdxl_server.compiling import VAE_ENCODER
 from sdxl_server.drawing import draw_preview, finish, fork_pipeline, generate
 from sdxl_server.errors import ConfigError, RequestError
 from sdxl_server.files import encode_picture
-from sdxl_server.loading import choose_dtype
+from sdxl_server.loading import check_files, choose_dtype
 from sdxl_server.pipeline import LoadedPipeline, describe_picture, find_warnings, load_pipeline
 from sdxl_server.settings import CompileConfig, HandlerConfig
 from tests.unit.modules import HAS_BF16
@@ -534,11 +534,51 @@ def test_missing_model_says_how_to_get_one(tmp_path: Path) -> None:
         load(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.bin", "weights.ckpt", "unet/model.py", "x.pt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("unet/diffusion_pytorch_model.bin", "weights.ckpt", "unet/model.py", "x.pt", "unet/x.PT", "unet/weights"),
+        *("x.pt2", ".pt", "unet/model.safetensors.pkl", "model.SAFETENSORS", "vae/a.so"),
+    ],
+)
 def test_files_that_could_run_code_are_refused(tiny_model: Path, tmp_path: Path, name: str) -> None:
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     (folder / name).write_bytes(b"")
     with pytest.raises(ConfigError, match=rf"{name} could run code"):
+        load(folder)
+
+
+def test_subfolders_that_are_links_are_looked_into(tiny_model: Path, tmp_path: Path) -> None:
+    folder, elsewhere = shutil.copytree(tiny_model, tmp_path / "model"), tmp_path / "elsewhere"
+    shutil.move(folder / "unet", elsewhere)
+    (folder / "unet").symlink_to(elsewhere)
+    (elsewhere / "round").symlink_to(folder)
+    check_files(folder)
+    (elsewhere / "x.bin").touch()
+    with pytest.raises(ConfigError, match=r"unet/x.bin could run code"):
+        check_files(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model_index.json", "[" * 100_000),
+        ("model_index.json", json.dumps({"_class_name": ["StableDiffusionXLPipeline"]})),
+        ("model_index.json", json.dumps({"_class_name": "StableDiffusionXLPipeline"})),
+        ("model_index.json", json.dumps({"_class_name": "StableDiffusionXLPipeline", "unet": 5})),
+        ("scheduler/scheduler_config.json", "[]"),
+        ("unet/config.json", "{}"),
+        ("unet/config.json", json.dumps({"sample_size": None})),
+        ("unet/config.json", "\0"),
+        ("vae/config.json", json.dumps({"block_out_channels": "x"})),
+        ("text_encoder/config.json", json.dumps({"num_hidden_layers": -1})),
+        ("tokenizer/tokenizer.json", "{}"),
+    ],
+)
+def test_odd_files_of_a_pipeline_are_told(tiny_model: Path, tmp_path: Path, name: str, content: str) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / name).write_text(content)
+    with pytest.raises(ConfigError, match=r"^(cannot read the pipeline in|handler.model_path takes)"):
         load(folder)
 
 
