@@ -5,6 +5,7 @@ Timings are in docs/benchmarks.md.
 
 import ctypes
 import math
+from collections.abc import Callable
 
 import numpy as np
 import openvino
@@ -80,15 +81,26 @@ def _take_piece(source: openvino.Output, index: int, count: int, *, axis: int) -
     node = source.get_node()
     if node.get_type_name() == "Constant":
         return _share_piece(node, index, count, axis=axis)
-    rules = {"Convert": opset13.convert, "Multiply": opset13.multiply, "Subtract": opset13.subtract}
+    rules = {"Convert": _convert_alike(node), "Multiply": opset13.multiply, "Subtract": opset13.subtract}
     if node.get_type_name() not in rules:
         return None
     inputs = [_take_piece(each, index, count, axis=axis) for each in node.input_values()]
-    if None in inputs:
-        return None
-    if node.get_type_name() == "Convert":
-        inputs.append(node.get_element_type().get_type_name())
-    return rules[node.get_type_name()](*inputs)
+    return None if None in inputs else rules[node.get_type_name()](*inputs)
+
+
+def _convert_alike(node: openvino.Node) -> Callable[[openvino.Node], openvino.Node]:
+    """Return what converts as this operator does, with its marks: widened weights are not stored as what they become.
+
+    Of a mark only its name counts.
+    """
+
+    def convert(value: openvino.Node) -> openvino.Node:
+        converted = opset13.convert(value, node.get_element_type().get_type_name())
+        for mark in node.get_rt_info():
+            converted.get_rt_info()[mark] = ""
+        return converted
+
+    return convert
 
 
 def _share_piece(constant: openvino.Node, index: int, count: int, *, axis: int) -> openvino.Node | None:
