@@ -16,8 +16,9 @@ import sys
 import threading
 import time
 import uuid
+import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -25,13 +26,25 @@ from typing import Any
 
 CONNECT_SECONDS = 10
 MAX_WAIT_SECONDS = 30
+# A server is not trusted with this machine's memory and disk. An event holds a picture in base64, and few other things.
 MAX_EVENT_BYTES = 64 * 2**20
+MAX_EVENT_PARTS = 50_000
+MAX_STEPS = 4000  # of a picture: 1000 at most, of which schedulers of second order make two each
+MAX_PIXELS = 4096 * 4096
+MAX_ERROR_BYTES = 2**16
 BUSY_TYPE = "ServiceUnavailableException"  # its message, "no worker to serve", is the same for a full queue
 TOKEN_VARIABLE = "TORCHSERVE_TOKEN"
 SUFFIXES = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png", ".webp": "webp"}
 FAILED, REFUSED, TRY_LATER, INTERRUPTED = 1, 2, 3, 130
 JPEG_MARKER = re.compile(rb"\xff+([^\xff])")
+JPEG_FRAMES = {bytes([marker]) for marker in range(0xC0, 0xD0)} - {b"\xc4", b"\xc8", b"\xcc"}
 JPEG_SCAN_END = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # a marker that is neither a stuffed byte nor a restart
+# Width and height by the first ten bytes of a part: a lossy picture, a lossless one, one with more beside it
+WEBP_SIZES: dict[bytes, Callable[[bytes], tuple[int, int]]] = {
+    b"VP8 ": lambda part: (get_bits(part, 48, 14), get_bits(part, 64, 14)),
+    b"VP8L": lambda part: (1 + get_bits(part, 8, 14), 1 + get_bits(part, 22, 14)),
+    b"VP8X": lambda part: (1 + get_bits(part, 32, 24), 1 + get_bits(part, 56, 24)),
+}
 EXIT_CODES = """exit codes:
   0    every picture is saved
   1    the server failed, or a picture could not be read or saved
@@ -105,6 +118,11 @@ FIELDS: dict[str, dict[str, Any]] = {
 SHORT_NAMES = {"num_inference_steps": "--steps", "num_images_per_prompt": "-n"}
 
 
+def get_bits(data: bytes, start: int, count: int) -> int:
+    """Return a number in little-endian bits."""
+    return int.from_bytes(data, "little") >> start & (1 << count) - 1
+
+
 class QueryError(Exception):
     """A failure whose message is the line to show.
 
@@ -141,6 +159,8 @@ class Job:
         label: what its messages begin with, such as the line of the prompts' file.
         paths: where each of its pictures goes.
         done, total: denoising steps.
+        step: the last that has arrived; its thread's own, like `received`.
+        received: the pictures, by their index, and the previews, by that and their number.
         is_over: set where nobody waits for more; its thread then leaves the server.
     """
 
@@ -151,6 +171,8 @@ class Job:
     done: int = 0
     total: int = 0
     saved: int = 0
+    step: int = 0
+    received: set[tuple[int, int | None]] = field(default_factory=set)
     is_over: threading.Event = field(default_factory=threading.Event)
 
 
@@ -309,7 +331,8 @@ def read_parameters(path: Path) -> dict[str, Any]:
     except ImportError as error:
         raise QueryError("--like reads pictures with Pillow: pip install pillow", code=REFUSED) from error
     try:
-        with Image.open(path) as picture:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:
+            check_pixels(*picture.size)  # a PNG is decoded for its texts
             comment = picture.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
             text = picture.info.get("parameters") or comment.removeprefix(b"UNICODE\0").decode("utf-16-be")
     except FileNotFoundError as error:
@@ -422,11 +445,12 @@ def post_request(job: Job, options: argparse.Namespace, *, token: str | None) ->
                 check_status(response, options)
                 place = "before the first step"
                 if warning := response.headers.get("X-Warning"):
-                    yield {"type": "warning", "message": f"warning: {warning}"}
+                    yield {"type": "warning", "message": f"warning: {warning[:1000]}"}
                 for event in read_events(response, job):
-                    if event.get("type") == "progress":
-                        place = f"after step {event.get('step')} of {event.get('total')}"
-                    yield event
+                    if is_wanted(event, job):
+                        if event["type"] == "progress":
+                            place = f"after step {event['step']} of {event['total']}"
+                        yield event
     except (requests.RequestException, HTTPError) as error:
         if place:
             raise QueryError(f"the connection broke {place}; the server's log says why", code=TRY_LATER) from error
@@ -455,7 +479,7 @@ def check_status(response: Any, options: argparse.Namespace) -> None:
     status, kind = response.status_code, response.headers.get("Content-Type") or "no content type"
     if status == 200 and kind.startswith("text/event-stream"):
         return
-    start = next(response.iter_content(2**16), b"")
+    start = read_start(response)
     content = load_object(start)
     if status == 400 and content.get("type") == "InvalidKeyException":
         order = f"--token, then {TOKEN_VARIABLE}, then the inference key in {options.key_file} (--key-file)"
@@ -477,6 +501,14 @@ def check_status(response: Any, options: argparse.Namespace) -> None:
     raise QueryError(line, code=choose_code(status))
 
 
+def read_start(response: Any) -> bytes:
+    """Return the beginning of an answer; iter_content would take a chunk's head of any length."""
+    start = b""
+    while len(start) < MAX_ERROR_BYTES and (part := response.raw.read1(MAX_ERROR_BYTES, decode_content=True)):
+        start += part
+    return start[:MAX_ERROR_BYTES]
+
+
 def parse_retry_after(value: str | None) -> float | None:
     """Return the seconds that a Retry-After header names as such or as a date, None where it names neither."""
     if not value or (value.isascii() and value.isdigit()):
@@ -488,12 +520,19 @@ def parse_retry_after(value: str | None) -> float | None:
 
 
 def read_events(response: Any, job: Job) -> Iterator[dict[str, Any]]:
-    """Yield the JSON in the data of each server-sent event, until the end or until nobody waits for it."""
-    buffer = bytearray()
+    """Yield the JSON in the data of each server-sent event, until the end or until nobody waits for it.
+
+    Raises:
+        QueryError: an event is larger than any that was asked for, or all of them are.
+    """
+    buffer, left = bytearray(), MAX_EVENT_BYTES * (1 + len(job.paths) * (1 + count_previews(job)))
     while part := response.raw.read1(2**16):  # iter_content would wait for a whole chunk, or for the end
         buffer += part
+        left -= len(part)
         if len(buffer) > MAX_EVENT_BYTES:
             raise QueryError(f"the answer holds an event of more than {MAX_EVENT_BYTES} bytes")
+        if left < 0:
+            raise QueryError("the answer is longer than all pictures that were asked for")
         if job.is_over.is_set():
             return
         if buffer.find(b"\n\n", -len(part) - 1) < 0:  # what came before has been searched
@@ -502,7 +541,51 @@ def read_events(response: Any, job: Job) -> Iterator[dict[str, Any]]:
         for event in events:
             for line in event.splitlines():
                 if line.startswith(b"data:"):
+                    if sum(map(line.count, (b"{", b"[", b","))) > MAX_EVENT_PARTS:  # each takes 20 times its length
+                        raise QueryError(f"the answer holds an event of more than {MAX_EVENT_PARTS} parts")
                     yield load_object(line.removeprefix(b"data:"))
+
+
+def count_previews(job: Job) -> int:
+    """Return how many previews of each picture a request asks for."""
+    count = job.fields.get("partial_images", 0)
+    return count if type(count) is int and 0 <= count <= 3 else 0
+
+
+def is_wanted(event: Mapping[str, Any], job: Job) -> bool:
+    """Say whether an event is one to look at; note what it brings.
+
+    Raises:
+        QueryError: nobody has asked for that, or it has come already.
+    """
+    kind = str(event.get("type"))
+    if kind == "progress":
+        step, total = event["step"], event["total"]
+        known = type(step) is int and type(total) is int and step <= total <= MAX_STEPS * len(job.paths)
+        if not known or step <= job.step:
+            raise QueryError(f"the server sends step {step!r:.50} of {total!r:.50} after step {job.step}")
+        job.step = step
+    elif kind.endswith((".partial_image", ".completed")):
+        number = event["partial_image_index"] if kind.endswith(".partial_image") else None
+        note_picture(event["index"], number, job)
+    else:
+        return kind == "error"
+    return True
+
+
+def note_picture(index: Any, number: Any, job: Job) -> None:
+    """Note that a picture, or its preview of a number, has come.
+
+    Raises:
+        QueryError: nobody has asked for that, or it has come already.
+    """
+    name = f"picture {index!r:.50}" if number is None else f"preview {number!r:.50} of picture {index!r:.50}"
+    is_asked = type(index) is int and 0 <= index < len(job.paths)
+    if not is_asked or (number is not None and not (type(number) is int and 0 <= number < count_previews(job))):
+        raise QueryError(f"the server sends {name}, counted from 0, for which nobody has asked")
+    if not job.received.isdisjoint({(index, number), (index, None)}):
+        raise QueryError(f"the server sends {name}, counted from 0, again")
+    job.received.add((index, number))
 
 
 def make_pictures(jobs: Sequence[Job], options: argparse.Namespace) -> int:
@@ -575,21 +658,21 @@ def handle_event(job: Job, event: Any, *, overwrite: bool) -> None:
     if kind == "error":
         error = event.get("error")
         error = error if isinstance(error, dict) else {}
-        raise QueryError(f"the server says: {error.get('message')}", code=choose_code(error.get("code")))
+        raise QueryError(f"the server says: {str(error.get('message'))[:1000]}", code=choose_code(error.get("code")))
     if kind == "warning":
         show_line(f"query.py: {job.label}{event['message']}", file=sys.stderr)
     elif kind == "progress":
-        job.done, job.total = int(event["step"]), int(event["total"])
+        job.done, job.total = event["step"], event["total"]
     elif kind.endswith((".partial_image", ".completed")):
         picture = check_picture(event)
         path = job.paths[event["index"]]
-        number = event.get("partial_image_index")
+        number = event["partial_image_index"] if kind.endswith(".partial_image") else None
         if number is not None:
             path = path.with_stem(f"{path.stem}-preview-{number + 1}")
         path = save_picture(picture, path, overwrite=overwrite)
         show_line(str(path), file=sys.stdout if number is None else sys.stderr)
         if number is None:
-            show_line(f"{path}: seed {event.get('seed')}", file=sys.stderr)
+            show_line(f"{path}: seed {event.get('seed')!s:.100}", file=sys.stderr)
             job.saved += 1
             job.done = job.total if job.saved == len(job.paths) else job.done
 
@@ -678,6 +761,16 @@ def check_frame(data: bytes) -> None:
         raise ValueError("it is no JPEG, PNG or WebP")
 
 
+def check_pixels(width: int, height: int) -> None:
+    """Refuse a picture that whoever opens it would take gigabytes for.
+
+    Raises:
+        QueryError: it is larger than any that this server makes.
+    """
+    if width * height > MAX_PIXELS:
+        raise QueryError(f"the picture has {width} x {height} pixels; the most that is taken is {MAX_PIXELS}")
+
+
 def check_png(data: bytes) -> None:
     place, kinds = 8, [b""]
     while kinds[-1] != b"IEND":
@@ -689,6 +782,7 @@ def check_png(data: bytes) -> None:
         kinds.append(kind)
     if kinds[1] != b"IHDR" or b"IDAT" not in kinds:
         raise ValueError("it is a PNG without a picture")
+    check_pixels(*struct.unpack_from(">II", data, 16))
 
 
 def check_jpeg(data: bytes) -> None:
@@ -696,6 +790,9 @@ def check_jpeg(data: bytes) -> None:
     while (marker := JPEG_MARKER.match(data, place)) and marker[1] != b"\xd9":
         (length,) = struct.unpack_from(">H", data, marker.end())
         place = marker.end() + length
+        if marker[1] in JPEG_FRAMES:
+            height, width = struct.unpack_from(">HH", data, marker.end() + 3)
+            check_pixels(width, height)
         if marker[1] == b"\xda":
             has_scan = True
             end = JPEG_SCAN_END.search(data, place)
@@ -713,6 +810,8 @@ def check_webp(data: bytes) -> None:
     place, kinds = 12, set()
     while place < 8 + length:
         kind, part = struct.unpack_from("<4sI", data, place)
+        if kind in WEBP_SIZES:
+            check_pixels(*WEBP_SIZES[kind](data[place + 8 : place + 18].ljust(10, b"\0")))
         place += 8 + part + part % 2
         kinds.add(kind)
     if place != 8 + length or not kinds & {b"VP8 ", b"VP8L", b"ANMF"}:

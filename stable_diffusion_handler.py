@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ts.metrics.dimension import Dimension
 from ts.metrics.metric_type_enum import MetricTypes
+from ts.utils.util import PredictionException
 
 if TYPE_CHECKING:
     from pipeline_utils import Answer, Service, State
@@ -22,15 +23,17 @@ logger = logging.getLogger(__name__)
 
 MADE_FOR = "0.2.0"  # the version of sdxl_server that this file was written for
 DESCRIBE_HINT = "The answer is at /predictions/<model>/<version>/describe"
+GRPC_MESSAGE = "gRPC is not served, since TorchServe loses its streams under continuousBatching; ask over HTTP"
 
 
 class StableDiffusionHandler:
     """Answer each request with its pictures.
 
-    Under continuousBatching TorchServe calls `handle` over and over with the requests that are in flight, and each call
-    makes one denoising step of each. So requests join and leave between steps, and a client that has left is missing
-    from the next call. The first call's answer commits the status and the headers of a response, so the first step is
-    made before it. Without continuousBatching one call makes all steps.
+    Under continuousBatching TorchServe calls `handle` over and over with up to batchSize requests, and this is the
+    queue: a call makes one denoising step of the oldest, so that pictures are finished in the order in which they came,
+    and the first step of one that is new. The first step is made early since its reply begins the response, with its
+    status and its headers, and only from then on does TorchServe look whether the client is still there: who has left
+    is missing from the next call. Without continuousBatching one call makes all steps.
 
     It does not derive from ts.torch_handler.BaseHandler, whose import loads OpenVINO's stock torch.compile backend.
     """
@@ -73,7 +76,7 @@ class StableDiffusionHandler:
         logger.info("Ready: %s", json.dumps(self.service.describe()))
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[Any]:
-        """Go one step on with each request in flight; return what to send of each response now."""
+        """Go on with the requests in flight; return what to send of each response now."""
         start = time.monotonic()
         try:
             return self.make_replies(data, context)
@@ -96,6 +99,8 @@ class StableDiffusionHandler:
         from pipeline_utils import State
 
         self.context = context
+        if len(data) == 1 and self.is_grpc(0):
+            raise PredictionException(GRPC_MESSAGE, HTTPStatus.NOT_IMPLEMENTED)  # for all of a call
         in_flight = set(context.request_ids.values())
         if self.is_question(data) and in_flight.isdisjoint(self.running.keys() | self.answered):
             if not self.is_continuous:
@@ -108,7 +113,7 @@ class StableDiffusionHandler:
         for request_id in self.running.keys() - in_flight:
             self.running.pop(request_id).steps.close()
         self.answered &= in_flight
-        replies = [self.advance(index, row) for index, row in enumerate(data)]
+        replies = self.take_turns(data) if self.is_continuous else [self.advance(*each) for each in enumerate(data)]
         if self.is_continuous:
             context.stopping_criteria = [lambda _, state=state: state.value for _, state in replies]
             return [body for body, _ in replies]
@@ -121,10 +126,38 @@ class StableDiffusionHandler:
         self.answered.clear()
         return [b"".join(each) for each in pieces]
 
+    def take_turns(self, data: list[dict[str, Any]]) -> "list[tuple[bytes, State]]":
+        """Make a step of the oldest request, and the first step of one that is new; return a reply to each.
+
+        New requests up to that one are answered too where they are wrong.
+        """
+        from pipeline_utils import State
+
+        oldest, may_begin = next(iter(self.running), None), True
+        replies = []
+        for index, row in enumerate(data):
+            request_id = self.context.get_request_id(index)
+            is_new = request_id not in self.running and request_id not in self.answered
+            if is_new and not may_begin:
+                # What is not among these ids is left out of the message, and TorchServe keeps it for the next call. Any
+                # reply would begin the response. (ts/service.py hands over the dictionary that it encodes by, 0.12.0.)
+                del self.context.request_ids[index]
+            if request_id in self.running and request_id != oldest or is_new and not may_begin:
+                replies.append((b"", State.MORE))
+                continue
+            replies.append(self.advance(index, row))
+            may_begin &= not is_new or replies[-1][1] is State.WHOLE
+        return replies
+
     def is_question(self, data: list[dict[str, Any]]) -> bool:
         """Say whether the management API asks what runs; so seems a client with this header and an empty form."""
         headers = self.context.get_all_request_header(0)
         return headers.get("describe") == "True" and "explain" not in headers and data == [{}]
+
+    def is_grpc(self, index: int) -> bool:
+        """Say whether a call came by gRPC, which hands on no headers but those of its own sequences."""
+        headers = self.context.get_all_request_header(index)
+        return not any(isinstance(value, str) and not name.startswith("ts_") for name, value in headers.items())
 
     def advance(self, index: int, row: dict[str, Any]) -> "tuple[bytes, State]":
         """Make one step of a request; return what to send now, and what TorchServe is to make of it."""
@@ -133,6 +166,8 @@ class StableDiffusionHandler:
         request_id = self.context.get_request_id(index)
         if request_id in self.answered:
             return b"", State.LAST
+        if self.is_grpc(index):
+            return self.refuse_grpc(index), State.LAST
         is_new = request_id not in self.running
         try:
             if is_new:
@@ -148,6 +183,14 @@ class StableDiffusionHandler:
             self.running.pop(request_id, None)
             has_begun = self.is_continuous and not is_new
             return self.report(error, index, has_begun=has_begun), State.LAST if has_begun else State.WHOLE
+
+    def refuse_grpc(self, index: int) -> bytes:
+        """Return what a call by gRPC gets beside others: an error as JSON, since a status would be that of all."""
+        from pipeline_utils import RequestError
+
+        # An answer in one piece has no such header, and TorchServe ends the worker for it (GRPCJob.response, 0.12.0).
+        self.context.set_response_header(index, "ts_stream_next", "false")
+        return json.dumps(self.explain(RequestError(GRPC_MESSAGE, status=HTTPStatus.NOT_IMPLEMENTED))).encode()
 
     def begin(self, index: int, row: dict[str, Any]) -> "Answer":
         """Return the answer to a new request, whose headers are told to TorchServe.

@@ -7,7 +7,9 @@ of its own. `--quick` makes the same in minutes, with lower counts.
 import argparse
 import asyncio
 import contextlib
+import http.client
 import itertools
+import json
 import os
 import socket
 import statistics
@@ -65,6 +67,7 @@ class Scale:
     crowd: int = 200
     fuzzed: int = 10_000
     leavers: int = 50
+    bodies: int = 150
     cycles: int = 20
 
 
@@ -77,6 +80,7 @@ QUICK = Scale(
     crowd=200,
     fuzzed=600,
     leavers=10,
+    bodies=90,
     cycles=2,
 )
 
@@ -238,7 +242,7 @@ def check_crowd(site: Site, scale: Scale) -> list[Line]:
         after = ask(server)
     accepted = [seconds for status, seconds in answers if status == 200]
     refused = [seconds for status, seconds in answers if status == 503]
-    room = 8 + 2  # the queue, the picture under way, and one that took its place
+    room = 5 + 4 + 1  # the worker, the queue, and one that took a place
     passed = (
         len(accepted) + len(refused) == scale.crowd
         and 0 < len(accepted) <= room
@@ -445,6 +449,58 @@ def check_leavers(site: Site, scale: Scale) -> list[Line]:
     return [Line("leavers", passed, f"{told}; then {after.kind}")]
 
 
+def check_queue(site: Site, scale: Scale) -> list[Line]:
+    """Requests that are given up while a picture is under way, and one of another address."""
+    fields = {"prompt": "a red circle", "num_inference_steps": 150}
+    with site.serve() as server:
+        place = ("127.0.0.1", server.ports["inference_address"])
+        headers = {**server.get_headers(), "Content-Type": "application/json"}
+
+        def send(address: str, body: Mapping[str, Any]) -> http.client.HTTPConnection:
+            connection = http.client.HTTPConnection(*place, timeout=PATIENCE, source_address=(address, 0))
+            connection.request("POST", f"/predictions/{server.model}", json.dumps(body), headers)
+            return connection
+
+        with ThreadPoolExecutor(1) as pool:
+            under_way = pool.submit(ask, server, num_inference_steps=150, num_images_per_prompt=2)
+            time.sleep(0.5)
+            for _ in range(9):
+                left = send("127.0.0.2", fields)
+                time.sleep(0.05)  # TorchServe has read it
+                left.close()
+            start, status = time.monotonic(), 0
+            while status != 200 and time.monotonic() - start < PATIENCE:
+                answer = send("127.0.0.3", {**fields, "num_inference_steps": 1}).getresponse()
+                status = answer.status
+                answer.read()
+            seconds, has_waited = time.monotonic() - start, under_way.done()
+    passed = status == 200 and not has_waited
+    told = f"9 requests of one address were given up; another's was answered with {status} after {seconds:.2f} s"
+    return [Line("queue", passed, f"{told}, {'after' if has_waited else 'before'} the end of the picture under way")]
+
+
+def check_bodies(site: Site, scale: Scale) -> list[Line]:
+    """Bodies that are never finished, for which nobody needs a token: what Java takes for them."""
+    size, limit = 31 * 2**20, 2300
+    head = f"POST /predictions/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size + 1}\r\n\r\n".encode()
+    with site.serve() as server, contextlib.ExitStack() as held:
+        java, most, closed = server.find_processes()[0], 0.0, 0
+        before = java.memory_info().rss / 1e6
+        for _ in range(scale.bodies):
+            connection = held.enter_context(socket.create_connection(("127.0.0.1", server.ports["inference_address"])))
+            try:
+                connection.sendall(head + b"x" * size)
+            except OSError:
+                closed += 1
+            most = max(most, java.memory_info().rss / 1e6)
+        beside = ask(server)
+        held.close()
+        after = ask(server)
+    passed = most < limit and beside.kind == after.kind == "picture"
+    told = f"{scale.bodies} unfinished bodies of 31 MiB: {before:.0f} MB before, {most:.0f} MB at most"
+    return [Line("bodies", passed, f"{told}; {closed} cut off; {beside.kind} meanwhile, {after.kind} after")]
+
+
 def drain_once(site: Site) -> tuple[list[Outcome], int, list[str]]:
     """Start a server behind nginx, ask for pictures until nginx takes no more requests, stop.
 
@@ -595,6 +651,8 @@ LINES: dict[str, Callable[[Site, Scale], list[Line]]] = {
     "fuzz": check_fuzz,
     "attacks": check_attacks,
     "leavers": check_leavers,
+    "queue": check_queue,
+    "bodies": check_bodies,
     "cycles": check_cycles,
     "tokens": check_tokens,
     "disk": check_disk,

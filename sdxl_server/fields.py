@@ -248,7 +248,7 @@ class GenerationRequest:
     timeout: float = _declare(
         Role.DELIVERY,
         lambda bounds: real(1, bounds.max_timeout),
-        "seconds from when the worker takes the request up until its last step must have been made",
+        "seconds of work in which its last step must have been made",
         value=3600,
         default=lambda bounds: bounds.max_timeout,
         is_argument=False,

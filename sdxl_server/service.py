@@ -129,12 +129,12 @@ class Service:
         self, request: GenerationRequest, seconds: dict[str, float], *, face: NativeFace, kind: str, warnings: list[str]
     ) -> Generator[bytes, None, bytes]:
         """Yield after each step what to send then; return the rest, in a stream that has begun an error too."""
-        start, has_begun = time.monotonic(), False
-        steps = self._make_steps(request, seconds, start)
+        has_begun = False
+        steps = self._make_steps(request, seconds)
         try:
             while True:
                 progress = next(steps)
-                yield self._show_step(request, progress, face, time.monotonic() - start)
+                yield self._show_step(request, progress, face, seconds["inference"])
                 has_begun = True
         except StopIteration as end:
             resumed = time.perf_counter()
@@ -150,25 +150,25 @@ class Service:
             steps.close()
 
     def _make_steps(
-        self, request: GenerationRequest, seconds: dict[str, float], start: float
+        self, request: GenerationRequest, seconds: dict[str, float]
     ) -> Generator[Progress, None, list[Picture]]:
-        """Make the pictures; the time that is noted is the work on them, without that on other requests between."""
-        steps, worked, progress = generate(self.loaded, request), 0.0, None
+        """Make the pictures; the time that counts is the work on them, without that on other requests between."""
+        steps, progress = generate(self.loaded, request), None
+        seconds["inference"] = 0.0
         try:
             while True:
                 resumed = time.perf_counter()
                 try:
                     progress = next(steps)
                 finally:
-                    worked += time.perf_counter() - resumed
-                if time.monotonic() - start > request.timeout:
+                    seconds["inference"] += time.perf_counter() - resumed
+                if seconds["inference"] > request.timeout:
                     raise TimeoutError(
                         f"the timeout of {request.timeout:g} s has passed after {progress.done} of {progress.total} "
                         "steps; ask for fewer steps or smaller pictures, or give a longer timeout"
                     )
                 yield progress
         except StopIteration as end:
-            seconds["inference"] = worked
             pictures: list[Picture] = end.value
             return pictures
         except GeneratorExit:

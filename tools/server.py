@@ -21,7 +21,6 @@ from sdxl_server.ready import NotReadyError, check_workers, read_token
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = Path(sys.executable).parent
 ADDRESSES = ("inference_address", "management_address", "metrics_address")
-PORTS = ("grpc_inference_port", "grpc_management_port")
 
 
 class ServerError(RuntimeError):
@@ -59,9 +58,8 @@ def find_free_ports(count: int) -> list[int]:
 
 def write_properties(source: Path, target: Path, **others: str) -> dict[str, int]:
     """Copy a config.properties with free ports in the place of its own, and others; return the ports by their key."""
-    ports = dict(zip((*ADDRESSES, *PORTS), find_free_ports(len(ADDRESSES) + len(PORTS)), strict=True))
-    moved = {key: f"http://127.0.0.1:{ports[key]}" for key in ADDRESSES} | {key: str(ports[key]) for key in PORTS}
-    moved |= others
+    ports = dict(zip(ADDRESSES, find_free_ports(len(ADDRESSES)), strict=True))
+    moved = {key: f"http://127.0.0.1:{port}" for key, port in ports.items()} | others
     kept = [line for line in source.read_text().splitlines() if line.split("=")[0] not in moved]
     target.write_text("\n".join([*kept, *(f"{key}={value}" for key, value in moved.items()), ""]))
     return ports
@@ -86,7 +84,8 @@ class LocalServer:
         self.archive = archive
         self.timeout = timeout
         self.ports = write_properties(ROOT / "config.properties", folder / "config.properties", **(properties or {}))
-        # TorchServe keeps its process id and its workers' sockets here; a socket's path has 108 characters at most.
+        # TorchServe unpacks archives here, and keeps its process id and its workers' sockets, so that it must not be
+        # shared with other accounts; a socket's path has 108 characters at most.
         self.temporary = Path(tempfile.mkdtemp(prefix="ts-"))
 
     @property
@@ -145,7 +144,9 @@ class LocalServer:
 
     def __enter__(self) -> Self:
         try:
-            with (self.folder / "server.log").open("w") as log:
+            path = self.folder / "server.log"
+            path.touch(mode=0o600)  # prompts are in it
+            with path.open("w") as log:
                 self._torchserve(
                     *("--start", "--ncs", "--ts-config", "config.properties"),
                     *("--model-store", "model_store", "--models", f"{self.model}={self.archive}"),
@@ -165,7 +166,7 @@ class LocalServer:
 
     def _torchserve(self, *arguments: str, **options: Any) -> None:
         environment = {**make_environment(), "TMPDIR": str(self.temporary), "TEMP": str(self.temporary)}
-        subprocess.run(["torchserve", *arguments], cwd=self.folder, env=environment, check=True, **options)
+        subprocess.run(["torchserve", *arguments], cwd=self.folder, env=environment, check=True, umask=0o077, **options)
 
     def _wait(self) -> None:
         deadline = time.monotonic() + self.timeout

@@ -1,6 +1,7 @@
 """The request contract on a live server: the document, several requests in flight, work that stops."""
 
 import base64
+import http.client
 import io
 import json
 import re
@@ -187,6 +188,31 @@ def test_work_ends_when_the_client_leaves(server: LocalServer) -> None:
     ask_for_picture(server)
     (done,) = re.findall(r"has ended after step (\d+) of 150", server.log)
     assert int(done) <= 3
+
+
+def test_who_has_left_leaves_the_queue(server: LocalServer) -> None:
+    """Nine requests of one address are given up while a picture is under way; another address gets its own before."""
+    place = ("127.0.0.1", server.ports["inference_address"])
+    headers = {**server.get_headers(), "Content-Type": "application/json"}
+
+    def send(address: str, **fields: Any) -> http.client.HTTPConnection:
+        connection = http.client.HTTPConnection(*place, timeout=60, source_address=(address, 0))
+        connection.request(
+            "POST", f"/predictions/{server.model}", json.dumps({"prompt": "a red fox", **fields}), headers
+        )
+        return connection
+
+    long = {"num_inference_steps": 150, "num_images_per_prompt": 2, "width": 128, "height": 128}
+    under_way = send("127.0.0.1", **long, stream=True).getresponse()
+    for _ in range(9):
+        connection = send("127.0.0.2", **long)
+        time.sleep(0.05)  # TorchServe has read it
+        connection.close()
+    answer = send("127.0.0.3", num_inference_steps=1).getresponse()
+    assert (answer.status, len(answer.read()) > 100) == (200, True)
+    told = under_way.read1()
+    assert b"completed" not in told
+    assert b"image_generation.completed" in under_way.read()
 
 
 def test_work_ends_when_its_time_is_up(server: LocalServer) -> None:

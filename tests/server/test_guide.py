@@ -40,11 +40,10 @@ class Reader:
         self.folder = folder
         self.ports = write_properties(ROOT / "config.properties", folder / "config.properties")
         self.url = f"http://localhost:{self.ports['inference_address']}/predictions/diffusion_fast"
-        # TorchServe's process id and sockets in a folder of its own, beside any other server of this machine.
-        self.temporary = folder / "tmp"
-        self.temporary.mkdir()
-        own = {"TMPDIR": str(self.temporary), "TEMP": str(self.temporary), "HF_ENDPOINT": hub, "HF_HOME": str(folder)}
-        self.environment = {**make_environment(), **own, "NO_PROXY": "127.0.0.1"}
+        self.temporary = folder / "tmp"  # README's
+        own = {"TEMP": str(self.temporary), "HF_ENDPOINT": hub, "HF_HOME": str(folder), "NO_PROXY": "127.0.0.1"}
+        self.environment = {**make_environment(), **own}
+        self.environment.pop("TMPDIR", None)
 
     def run(self, command: str, *, status: int = 0) -> str:
         """Run a line and return what it printed."""
@@ -56,10 +55,9 @@ class Reader:
 
     def start_server(self, archive: str) -> None:
         """Start the server with its log in a file, as `… > server.log` does, and wait for the model."""
-        self.run(
-            "torchserve --start --ts-config config.properties --model-store model_store"
-            f" --models {archive} > server.log 2>&1"
-        )
+        text = (ROOT / "README.md").read_text().partition("### 3. Start the server")[2]
+        commands = text.split("```")[1].removeprefix("bash").replace("--models diffusion_fast", f"--models {archive}")
+        self.run(f"exec > server.log 2>&1\n{commands}")
         deadline = time.monotonic() + 180
         while "Ready: {" not in self.read_log():
             assert time.monotonic() < deadline, self.read_log()[-5000:]
@@ -84,6 +82,15 @@ def reader(tmp_path: Path, tiny_model: Path) -> Iterator[Reader]:
         yield reader
         for process in reader.find_server():
             process.kill()
+
+
+def check_private(folder: Path) -> None:
+    """Check that what the server has written, its keys and logs, is for this account only."""
+    for name in ("key_file.json", "logs/model_log.log", "logs/ts_log.log"):
+        assert (folder / name).stat().st_mode & 0o077 == 0, name
+    temporary = folder / "tmp"
+    assert (temporary.stat().st_mode & 0o077, temporary.stat().st_uid) == (0, os.getuid())
+    assert {path.name for path in temporary.iterdir()} >= {"models", ".model_server.pid", ".ts.sock.9000"}
 
 
 def find_servers() -> set[int]:
@@ -142,6 +149,7 @@ def test_every_step_of_the_guide(reader: Reader) -> None:
         times = re.findall(rf"\[METRICS\]ts_handler_{stage}\.Milliseconds:([\d.e-]+)\|", reader.read_log())
         assert len(times) == 2  # one for each request that was answered with a picture
 
+    check_private(reader.folder)
     running = reader.find_server()
     assert len(running) >= 2  # the server and its worker
     assert "TorchServe has stopped." in reader.run("torchserve --stop")
@@ -155,6 +163,9 @@ def test_archive_with_the_model_packed_in(reader: Reader, name: str, form: str) 
     files = "./pipeline_utils.py,./packed"
     reader.run(f'{ARCHIVER} --extra-files "{files}" --archive-format {form} --export-path model_store')
     reader.start_server(f"diffusion_fast={name}")
+    check_private(reader.folder)
+    (unpacked,) = (reader.temporary / "models").iterdir()
+    assert (unpacked / "stable_diffusion_handler.py").is_file()
     reader.run(f'python query.py --url "{reader.url}" {PROMPT} --filename picture.jpg')
     check_picture(reader.folder / "picture.jpg")
     reader.run("torchserve --stop")

@@ -165,6 +165,13 @@ def test_nobody_gets_in_without_a_token(server: LocalServer, headers: dict[str, 
         requests.get(f"http://127.0.0.1:{server.ports['metrics_address']}/metrics", headers=headers, timeout=60)
 
 
+def test_what_the_server_writes_is_for_this_account_only(server: LocalServer) -> None:
+    names = ("key_file.json", "server.log", "logs/model_log.log", "logs/ts_log.log", "logs/access_log.log")
+    for path in (server.temporary, *(server.folder / name for name in names)):
+        assert path.stat().st_mode & 0o077 == 0, path
+    assert (server.temporary / "models").is_dir()
+
+
 def test_models_cannot_be_registered(server: LocalServer) -> None:
     url = f"http://127.0.0.1:{server.ports['management_address']}/models?url=https://example.org/x.mar"
     answer = requests.post(url, headers=server.get_headers("management"), timeout=60)
@@ -178,7 +185,12 @@ def test_only_loopback_is_listened_on(server: LocalServer) -> None:
         for connection in process.net_connections("tcp")
         if connection.status == "LISTEN"
     }
-    assert {ip for ip, _ in listening} <= {"127.0.0.1", "::1"}
+    assert {ip for ip, _ in listening} == {"127.0.0.1", "255.255.255.255"}  # gRPC is where nobody can connect
+    for ip, port in listening:
+        if ip == "255.255.255.255":
+            for target in ("127.0.0.1", ip, socket.gethostname()):
+                with pytest.raises(OSError, match="refused|unreachable"):
+                    socket.create_connection((target, port), timeout=5)
     assert {server.ports[key] for key in ("inference_address", "management_address")} <= {port for _, port in listening}
 
 

@@ -17,7 +17,16 @@ from tools.proxy import LocalProxy, find_nginx
 from tools.server import LocalServer
 
 SMALL = Scale(
-    soak_time=5, soak_requests=8, kill_time=25, loads=2, requests_after=5, crowd=40, fuzzed=150, leavers=5, cycles=1
+    soak_time=5,
+    soak_requests=8,
+    kill_time=25,
+    loads=2,
+    requests_after=5,
+    crowd=40,
+    fuzzed=150,
+    leavers=5,
+    bodies=90,
+    cycles=1,
 )
 LINE_NAMES = {"stopped": "stopped worker", "disk": "disk and ports"}
 PLANTED = Path(planted_handler.__file__)
@@ -53,7 +62,7 @@ def check(name: str, site: Site, scale: Scale = SMALL) -> dict[str, bool]:
     return {line.name: line.passed for line in lines}
 
 
-@pytest.mark.parametrize("name", ["soak", "crowd", "fuzz", "leavers", "tokens"])
+@pytest.mark.parametrize("name", ["soak", "crowd", "fuzz", "leavers", "queue", "tokens"])
 def test_lines_of_one_server(running: Site, name: str) -> None:
     results = check(name, running)
     results.pop("memory", None)  # a few seconds tell nothing of it; the control below shows that it can fail
@@ -61,7 +70,7 @@ def test_lines_of_one_server(running: Site, name: str) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", ["stopped", "kills", "disk", "attacks"])
+@pytest.mark.parametrize("name", ["stopped", "kills", "disk", "attacks", "bodies"])
 def test_lines_that_break_their_server(site: Site, name: str) -> None:
     assert set(check(name, site).values()) == {True}
 
@@ -106,6 +115,7 @@ def test_soak_can_fail(faulty: Site, monkeypatch: pytest.MonkeyPatch, fault: str
         ("fuzz", ["server error"], {}),
         ("attacks", ["long echo"], {}),
         ("leavers", [], {"continuousBatching": False}),
+        ("queue", [], {"batchSize": 1, "jobQueueSize": 8}),
         ("disk", ["starts without a model"], {}),
     ],
 )
@@ -117,6 +127,11 @@ def test_other_lines_can_fail(faulty: Site, name: str, faults: list[str], keys: 
 def test_tokens_can_fail(faulty: Site) -> None:
     # TorchServe's metrics endpoint answers without a token.
     assert check("tokens", plant(faulty, properties={"enable_metrics_api": "true"})) == {"tokens": False}
+
+
+@pytest.mark.soak
+def test_bodies_can_fail(faulty: Site) -> None:
+    assert check("bodies", plant(faulty, properties={"vmargs": "-Xmx8g"})) == {"bodies": False}
 
 
 def test_growth_is_told() -> None:

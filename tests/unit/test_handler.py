@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ts.utils.util import PredictionException
 
 from sdxl_server import __version__
 from sdxl_server.errors import RequestError, VersionError
@@ -20,8 +21,9 @@ class Context:
 
     model_name = "diffusion_fast"
 
-    def __init__(self, *ids: str) -> None:
+    def __init__(self, *ids: str, grpc: str = "") -> None:
         self.request_ids = dict(enumerate(ids))
+        self.grpc = grpc
         self.statuses: dict[int, int] = {}
         self.headers: dict[int, dict[str, str]] = {index: {} for index in self.request_ids}
         self.stopping_criteria: list[Any] = []
@@ -29,8 +31,9 @@ class Context:
     def get_request_id(self, index: int) -> str:
         return self.request_ids[index]
 
-    def get_all_request_header(self, index: int) -> dict[str, str]:
-        return {"Content-Type": "application/json"}
+    def get_all_request_header(self, index: int) -> dict[str, Any]:
+        given = {} if self.request_ids[index] == self.grpc else {"Content-Type": "application/json"}
+        return {"body": {"content-type": ""}, **given}
 
     def set_response_status(self, code: int, phrase: str, index: int) -> None:
         self.statuses[index] = code
@@ -77,11 +80,16 @@ def make_handler(*, is_continuous: bool = True) -> StableDiffusionHandler:
     return handler
 
 
-def call(handler: StableDiffusionHandler, **bodies: str) -> tuple[list[bytes], list[Any], Context]:
+LEFT_OUT = b"left out: TorchServe sends it again"
+
+
+def call(handler: StableDiffusionHandler, *, grpc: str = "", **bodies: str) -> tuple[list[bytes], list[Any], Context]:
     """Make one call for requests by their id; return the bodies, what TorchServe makes of them, and the context."""
-    context = Context(*bodies)
+    context = Context(*bodies, grpc=grpc)
     replies = handler.handle([{"body": body.encode()} for body in bodies.values()], context)
-    return replies, [criterion(None) for criterion in context.stopping_criteria], context
+    assert len(replies) == len(bodies)  # TorchServe takes nothing else
+    sent = [body if index in context.request_ids else LEFT_OUT for index, body in enumerate(replies)]
+    return sent, [criterion(None) for criterion in context.stopping_criteria], context
 
 
 def test_a_request_goes_one_step_a_call() -> None:
@@ -94,20 +102,71 @@ def test_a_request_goes_one_step_a_call() -> None:
     assert handler.running == {}
 
 
-def test_another_joins_and_one_leaves() -> None:
+def test_the_oldest_is_finished_first_and_a_new_one_makes_its_first_step() -> None:
+    handler = make_handler()
+    assert call(handler, a="3")[:2] == ([b"step 1 "], [False])
+    assert call(handler, a="3", b="2", c="9")[:2] == ([b"step 2 ", b"step 1 ", LEFT_OUT], [False, False, False])
+    assert call(handler, a="3", b="2", c="9")[:2] == ([b"end", b"", b"step 1 "], [True, False, False])
+    assert call(handler, b="2", c="9")[:2] == ([b"end", b""], [True, False])
+    assert call(handler, c="9")[:2] == ([b"step 2 "], [False])
+
+
+def test_who_has_left_leaves_the_queue() -> None:
+    """TorchServe looks after each reply whether a client is there, and leaves out of the next call who is not."""
+    handler = make_handler()
+    call(handler, a="99")
+    waiting = {f"left-{i}": "9" for i in range(8)}
+    for done in range(8):
+        replies, told, _ = call(handler, a="99", **waiting)
+        assert replies == [f"step {done + 2} ".encode(), b"step 1 ", *[LEFT_OUT] * (7 - done)]
+        assert told == [False, False, *[False] * (7 - done)]
+        del waiting[f"left-{done}"]
+    assert call(handler, a="99", other="2")[:2] == ([b"step 10 ", b"step 1 "], [False, False])
+    assert handler.service.closed == ["9"] * 8  # type: ignore[attr-defined]
+    assert list(handler.running) == ["a", "other"]
+
+
+def test_the_oldest_leaves() -> None:
     handler = make_handler()
     call(handler, a="5")
-    assert call(handler, a="5", b="3")[:2] == ([b"step 2 ", b"step 1 "], [False, False])
-    assert call(handler, b="3")[:2] == ([b"step 2 "], [False])
+    call(handler, a="5", b="3")
+    assert call(handler, b="3", c="2")[:2] == ([b"step 2 ", b"step 1 "], [False, False])
     assert handler.service.closed == ["5"]  # type: ignore[attr-defined]
-    assert call(handler, c="2", b="3")[:2] == ([b"step 1 ", b"end"], [False, True])
+
+
+def test_mistakes_do_not_wait() -> None:
+    handler = make_handler()
+    call(handler, a="5")
+    replies, told, context = call(handler, a="5", b="wrong", c="wrong", d="3", e="wrong")
+    assert told == [False, None, None, False, False]
+    assert context.statuses == {1: 400, 2: 400}
+    assert replies[3:] == [b"step 1 ", LEFT_OUT]
 
 
 def test_an_end_in_the_first_call_is_sent_before_the_end_of_the_response() -> None:
     handler = make_handler()
-    assert call(handler, a="1", b="2")[:2] == ([b"end", b"step 1 "], [False, False])
-    assert call(handler, a="1", b="2")[:2] == ([b"", b"end"], [True, True])
+    assert call(handler, a="1", b="2")[:2] == ([b"end", LEFT_OUT], [False, False])
+    assert call(handler, a="1", b="2")[:2] == ([b"", b"step 1 "], [True, False])
+    assert call(handler, b="2")[:2] == ([b"end"], [True])
     assert call(handler, b="2")[:2] == ([b"step 1 "], [False])  # an id may come again
+
+
+def test_a_call_by_grpc_alone_gets_a_status() -> None:
+    with pytest.raises(PredictionException) as caught:
+        call(make_handler(), grpc="a", a="3")
+    assert (caught.value.error_code, "ask over HTTP" in caught.value.message) == (501, True)
+
+
+@pytest.mark.parametrize("is_continuous", [True, False])
+def test_a_call_by_grpc_beside_others_gets_an_error(is_continuous: bool) -> None:
+    """With the header for the last piece of a stream: TorchServe ends a worker that leaves it out."""
+    handler = make_handler(is_continuous=is_continuous)
+    if is_continuous:
+        call(handler, a="2")
+    replies, states, context = call(handler, a="2", b="wrong", grpc="b")
+    assert replies[0] == (b"end" if is_continuous else b"step 1 end")
+    assert json.loads(replies[1])["error"]["code"] == 501
+    assert (context.headers[1]["ts_stream_next"], states) == ("false", [True, True] if is_continuous else [])
 
 
 @pytest.mark.parametrize(("body", "code"), [("wrong", 400), ("fails at once", 504)])
@@ -122,10 +181,10 @@ def test_an_error_before_the_beginning_is_an_answer_of_its_own(body: str, code: 
 
 def test_an_error_after_the_beginning_ends_the_response() -> None:
     handler = make_handler()
-    call(handler, a="fails later", b="4")
+    call(handler, a="fails later")
     replies, states, context = call(handler, a="fails later", b="4")
     assert json.loads(replies[0])["error"]["code"] == 500
-    assert (replies[1], states, context.statuses) == (b"step 2 ", [True, False], {})
+    assert (replies[1], states, context.statuses) == (b"step 1 ", [True, False], {})
     assert call(handler, b="4")[1] == [False]
 
 

@@ -17,6 +17,7 @@ import sys
 import termios
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -357,7 +358,7 @@ def test_error_answer_is_shown(client: Client, server: Server, status: int, body
         (DONE[:-1], STREAM, "the answer ended before the last picture"),
         (b"data: hello\n\n", STREAM, "the answer ended before the last picture"),
         (make_event("progress", step=1), STREAM, "the answer holds a damaged event: KeyError('total')"),
-        (complete(index=3), STREAM, "the answer holds a damaged event: IndexError("),
+        (complete(index=3), STREAM, "the server sends picture 3, counted from 0, for which nobody has asked"),
         (make_event("image_generation.completed", b64_json="?", index=0), STREAM, "the picture is damaged: "),
         (make_event("image_generation.completed", index=0), STREAM, "the picture is damaged: 'b64_json'"),
         (complete(b"hello"), STREAM, "the picture is damaged: it is no JPEG, PNG or WebP"),
@@ -373,6 +374,110 @@ def test_answer_without_a_picture(client: Client, server: Server, body: bytes, k
     server.steps = [answer(body, 200, kind)]
     assert line in (shown := client.fail())
     assert len(shown) < 1000
+
+
+# A server that is hostile or broken
+
+AGAIN = ", counted from 0, again"
+UNASKED = ", counted from 0, for which nobody has asked"
+
+
+def preview(index: object = 0, number: object = 0) -> bytes:
+    kind = "image_generation.partial_image"
+    return make_event(kind, b64_json=base64.b64encode(PICTURE).decode(), index=index, partial_image_index=number)
+
+
+@pytest.mark.parametrize(
+    ("events", "line"),
+    [
+        ([preview()], f"preview 0 of picture 0{UNASKED}"),
+        ([complete(index=-1)], f"picture -1{UNASKED}"),
+        ([DONE.replace(b'"index": 0', b'"index": false')], f"picture False{UNASKED}"),
+        ([DONE.replace(b'"index": 0', b'"index": 0.0')], f"picture 0.0{UNASKED}"),
+        ([DONE.replace(b'"index": 0', b'"index": [' + b"0," * 999 + b"0]")], "picture [0, 0, 0"),
+        ([DONE.replace(b"completed", b"partial_image")], "a damaged event: KeyError('partial_image_index')"),
+        *[
+            ([make_event("progress", step=5, total=9), make_event("progress", step=step, total=9)], "after step 5")
+            for step in (5, 4, -1, 10, 5.5, "6", None, True, float("nan"), float("inf"))
+        ],
+        ([make_event("progress", step=1, total=float("inf"))], "the server sends step 1 of inf after step 0"),
+        ([b'data: {"type": "progress", "step": 1e999, "total": 9}\n\n'], "the server sends step inf of 9"),
+        ([make_event("progress", step=1, total=10**9)], "the server sends step 1 of 1000000000"),
+        ([b'data: {"type": "x", "a": [' + b"{}," * 99_999 + b"{}]}\n\n"], "an event of more than 50000 parts"),
+        ([make_event("warning", message="x")] * 1000, "the answer ended before the last picture"),
+        ([make_event("error", error={"message": "x" * 9999})], f"the server says: {'x' * 1000}\n"),
+    ],
+)
+def test_what_nobody_has_asked_for(client: Client, server: Server, events: list[bytes], line: str) -> None:
+    server.steps = [answer(b"".join(events))]
+    assert line in client.fail()
+
+
+@pytest.mark.parametrize(
+    ("events", "line", "files"),
+    [
+        ([complete(), complete()], f"picture 0{AGAIN}", 1),
+        ([complete(index=1), complete(index=1)], f"picture 1{AGAIN}", 1),
+        ([complete(index=1)], "the answer ended before the last picture", 1),
+        ([preview(), preview(number=1), preview()], f"preview 0 of picture 0{AGAIN}", 2),
+        ([complete(), preview()], f"preview 0 of picture 0{AGAIN}", 1),
+        ([preview(number=2)], f"preview 2 of picture 0{UNASKED}", 0),
+        ([preview(number=float("nan"))], f"preview nan of picture 0{UNASKED}", 0),
+    ],
+)
+def test_more_than_was_asked_for(client: Client, server: Server, events: list[bytes], line: str, files: int) -> None:
+    """What has come before it is kept; the exit code says that it is not all."""
+    server.steps = [answer(b"".join(events))]
+    status, _, err = client.run("-n", "2", "--preview", "2")
+    assert (status, line in err, len(read_folder())) == (1, True, files)
+
+
+def test_endless_previews_fill_no_disk(client: Client, server: Server) -> None:
+    server.steps = [drip(head=b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n", part=preview() * 9)]
+    assert f"preview 0 of picture 0{UNASKED}" in client.fail()
+
+
+def test_endless_events_end(client: Client, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(query, "MAX_EVENT_BYTES", 100_000)
+    server.steps = [drip(head=b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n", part=b": x\n\n" * 9999)]
+    assert "the answer is longer than all pictures that were asked for" in client.fail("--timeout", "5")
+
+
+def test_endless_chunk_heads_end(client: Client, server: Server) -> None:
+    head = b"HTTP/1.1 500 X\r\nContent-Type: text/plain\r\nTransfer-Encoding: chunked\r\n\r\n"
+    server.steps = [drip(head=head, part=b"0" * 50_000)]
+    assert "no answer from" in client.fail("--timeout", "5", code=3)
+
+
+def widen(picture: bytes, width: int, height: int) -> bytes:
+    """Return a picture of 64 x 64 pixels whose head tells of others."""
+    if picture.startswith(b"RIFF"):
+        lossy, lossless = picture.find(b"VP8 "), picture.find(b"VP8L")
+        bits = (width - 1) | (height - 1) << 14
+        if lossless > 0:
+            return picture[: lossless + 9] + struct.pack("<I", bits) + picture[lossless + 13 :]
+        return picture[: lossy + 14] + struct.pack("<HH", width, height) + picture[lossy + 18 :]
+    if picture.startswith(b"\x89PNG"):
+        part = b"IHDR" + struct.pack(">II", width, height) + picture[24:29]
+        return picture[:12] + part + struct.pack(">I", zlib.crc32(part)) + picture[33:]
+    return picture.replace(struct.pack(">HH", 64, 64), struct.pack(">HH", height, width), 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("PNG", {}), ("JPEG", {}), ("JPEG", {"progressive": True}), ("WEBP", {}), ("WEBP", {"lossless": True})],
+)
+def test_picture_that_is_too_large(client: Client, server: Server, kind: str, options: dict[str, Any]) -> None:
+    """Nothing decodes it: it has no more bytes than a small one."""
+    server.steps = [answer(complete(widen(make_picture(kind, **options), 13_000, 13_000)))]
+    assert "the picture has 13000 x 13000 pixels; the most that is taken is 16777216" in client.fail()
+    query.check_frame(widen(make_picture(kind, **options), 4096, 4096))
+
+
+def test_like_does_not_decode_a_picture_that_is_too_large(client: Client, server: Server) -> None:
+    Path("large.png").write_bytes(widen(make_picture("PNG"), 13_000, 13_000))
+    client.options.clear()
+    assert "the picture has 13000 x 13000 pixels" in client.fail("--like", "large.png", code=2)
 
 
 def is_whole(picture: bytes) -> bool:
