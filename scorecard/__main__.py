@@ -242,7 +242,8 @@ def check_crowd(site: Site, scale: Scale) -> list[Line]:
         after = ask(server)
     accepted = [seconds for status, seconds in answers if status == 200]
     refused = [seconds for status, seconds in answers if status == 503]
-    room = 5 + 4 + 1  # the worker, the queue, and one that took a place
+    shipped = yaml.safe_load((ROOT / "model-config.yaml").read_text())
+    room = shipped["batchSize"] + shipped["jobQueueSize"] + 1  # the worker, the queue, and one that took a place
     passed = (
         len(accepted) + len(refused) == scale.crowd
         and 0 < len(accepted) <= room
