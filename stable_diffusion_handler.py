@@ -63,11 +63,11 @@ class StableDiffusionHandler:
         self.answered: set[str] = set()
         self.questioned: set[str] = set()
         settings = context.model_yaml_config or {}
-        self.is_continuous = settings.get("continuousBatching") is True
-        self.response_timeout, self.longest = float(settings.get("responseTimeout", 120)), 0.0
         properties = context.system_properties
         model_dir, gpu_id = Path(properties["model_dir"]), properties.get("gpu_id")
         self.service = load_service(settings, model_dir=model_dir, gpu_id=gpu_id, archive=MADE_FOR)
+        self.is_continuous = settings.get("continuousBatching") is True
+        self.response_timeout, self.longest = float(settings.get("responseTimeout", 120)), 0.0
         for part, figures in self.service.loaded.measure_parts().items():
             for name, (value, unit) in figures.items():
                 context.metrics.add_metric(
@@ -205,7 +205,7 @@ class StableDiffusionHandler:
 
         call = Call(
             values=row,
-            path=self.context.get_request_header(index, "url_path") or "",
+            path=self.read_header(index, "url_path"),
             content_type=self.read_header(index, "content-type"),
             accept=self.read_header(index, "accept"),
             model=self.context.model_name,
@@ -226,9 +226,12 @@ class StableDiffusionHandler:
         return json.dumps(explained).encode()
 
     def read_header(self, index: int, wanted: str) -> str:
-        """Return a request's header, whose name may be in any case, empty where there is none."""
-        headers = self.context.get_all_request_header(index)
-        return next((str(value) for name, value in headers.items() if name.lower() == wanted), "")
+        """Return a request's header, whose name may be in any case, empty where there is none.
+
+        A form's field or a query's parameter of that name stands among the headers too, as a mapping.
+        """
+        headers = self.context.get_all_request_header(index).items()
+        return next((value for name, value in headers if name.lower() == wanted and isinstance(value, str)), "")
 
     def add_times(self, answer: "Answer") -> None:
         """Log the time of each stage of a request that is over, in milliseconds."""

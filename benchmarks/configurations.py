@@ -72,10 +72,14 @@ class Configuration:
         """The form that weights are compressed to, or None."""
         if self.peer is not None:
             return "int8" if self.peer["weight_format"] == "int8" else None
-        options = self.native
+        options = dict(self.native or {})
         if isinstance(self.pt2, Mapping):
-            options = self.pt2.get("options")
-        return (options or {}).get("weight_compression")
+            options = dict(self.pt2.get("options") or {})
+        if precision := options.get("precision"):
+            from openvino_backend import Options
+
+            return Options.parse({"precision": precision}).weight_compression
+        return options.get("weight_compression")
 
 
 def read_configurations(path: Path) -> list[Configuration]:

@@ -100,7 +100,7 @@ def settle_compilation(configuration: Configuration, cache: Path) -> CompileConf
     compilation = CompileConfig.parse(configuration.pt2)
     options = dict(compilation.options or {})
     backend = compilation.backend or "eager"
-    if backend.startswith("openvino"):
+    if backend.startswith("openvino") and "precision" not in options:
         options["config"] = {"INFERENCE_PRECISION_HINT": configuration.arithmetic, **options.get("config", {})}
     if backend == "openvino":
         options |= {"model_caching": True, "cache_dir": str(cache)}
@@ -124,10 +124,14 @@ def describe(compilation: CompileConfig, weights: str, backends: Sequence[Any]) 
 def _describe_ours(graphs: Sequence[Any]) -> dict[str, Any]:
     models = [model for graph in graphs for model in graph.models]
     precisions = "+".join(sorted({each.precision for each in models}))
-    quantized = sum(each.quantized_convolutions for each in models)
+    quantized = {
+        "convolutions": sum(each.quantized_convolutions for each in models),
+        "linear layers": sum(each.quantized_linear_layers for each in models),
+    }
+    in_8_bits = [f"{count} {kind}" for kind, count in quantized.items() if count]
     return {
         "ran": f"OpenVINO in {precisions}, {len(models)} models"
-        + (f", {quantized} convolutions in 8 bits" if quantized else ""),
+        + (f", {' and '.join(in_8_bits)} in 8 bits" if in_8_bits else ""),
         "from_cache": all(each.loaded_from_cache for each in models) and not any(each.traced for each in graphs),
     }
 

@@ -14,7 +14,7 @@ import openvino
 import torch
 from torch.fx.passes.split_module import split_module
 
-from openvino_backend.compression import compress_weights, quantize_convolutions
+from openvino_backend.compression import compress_weights
 from openvino_backend.errors import GraphLimitError, OpenVINOBackendError, UnsupportedOperatorsError
 from openvino_backend.graph import (
     bind_constants,
@@ -26,8 +26,9 @@ from openvino_backend.graph import (
     widen,
 )
 from openvino_backend.memory import release_memory
-from openvino_backend.model import PRECISION, ModelReport, Part, convert_graph
+from openvino_backend.model import ModelReport, Part, convert_graph
 from openvino_backend.options import Options
+from openvino_backend.precision import PRECISION
 from openvino_backend.torch_private import (
     SerializableCallable,
     find_changed_inputs,
@@ -38,8 +39,16 @@ from openvino_backend.torch_private import (
 
 logger = logging.getLogger(__name__)
 
-# Options that change nothing in what is compiled.
-_WITHOUT_EFFECT = ("aot_autograd", "cache_bytes", "cache_dir", "max_graphs", "model_caching", "release_weights")
+# Options that change nothing in what is compiled; `precision` does so through those that it sets.
+_WITHOUT_EFFECT = (
+    "aot_autograd",
+    "cache_bytes",
+    "cache_dir",
+    "max_graphs",
+    "model_caching",
+    "precision",
+    "release_weights",
+)
 
 
 @dataclass(frozen=True)
@@ -272,8 +281,6 @@ class OpenVINOBackend:
         model = convert_graph(module)
         if self.options.weight_compression and not in_float32:
             model = compress_weights(model, self.options.weight_compression)
-            if self.options.quantize_convolutions:
-                quantize_convolutions(model)
         return model
 
 

@@ -1,8 +1,12 @@
-"""Lossy changes of an OpenVINO model: weights in 8 bits, and convolutions that compute in 8 bits."""
+"""Lossy changes of an OpenVINO model: weights in 8 bits, and convolutions and linear layers that compute in 8 bits."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import openvino
 from openvino import opset13
+
+from openvino_backend.options import Options
 
 _LEVELS = 256
 _MIDDLE = 128
@@ -19,34 +23,66 @@ def compress_weights(model: openvino.Model, mode: str) -> openvino.Model:
     return nncf.compress_weights(model, mode=nncf.CompressWeightsMode(mode))
 
 
-def quantize_convolutions(model: openvino.Model) -> None:
-    """Let convolutions take their input in 8 bits, scaled at each call to each picture's largest value.
+def quantize_products(model: openvino.Model, options: Options) -> None:
+    """Let convolutions and linear layers whose weights are in 8 bits take their input in 8 bits too, as configured.
 
-    Nothing is calibrated: convolution is linear, so dividing its input by a number and multiplying its result with it
-    leaves a fixed range to quantise. OpenVINO computes those in integers whose weights are in 8 bits too. Those of few
-    channels or of one pixel stay: they take little time, and in SDXL their inputs are the ones that lose most.
+    Nothing is calibrated: both are linear, so dividing the input by a number and multiplying the result with it leaves
+    a fixed range to quantise. OpenVINO computes them in integers then. What has the same input shares its quantiser.
     """
+    quantized: dict[tuple[str, int], tuple[openvino.Output, openvino.Node]] = {}
     for node in model.get_ops():
-        if node.get_type_name() == "Convolution":
-            outputs, inputs, *kernel = node.input(1).get_shape()
-            if min(outputs, inputs) >= _FEWEST_CHANNELS and max(kernel) > 1:
-                _quantize_input(node)
+        axes = _choose_axes(node, options)
+        if axes:
+            source = node.input_value(0)
+            place = source.get_node().get_name(), source.get_index()
+            if place not in quantized:
+                quantized[place] = _quantize(source, axes)
+            _replace_input(node, *quantized[place])
     model.validate_nodes_and_infer_types()
 
 
-def _quantize_input(convolution: openvino.Node) -> None:
-    source, results = convolution.input_value(0), list(convolution.output(0).get_target_inputs())
+def _choose_axes(node: openvino.Node, options: Options) -> list[int]:
+    """Return the axes along which an operator's input has one scale, or none where it stays as it is.
+
+    A convolution has one for each picture, a linear layer one for each token. Convolutions of few channels or of one
+    pixel stay: they take little time, and in SDXL their inputs are the ones that lose most. Linear layers of vectors,
+    such as those of the time embedding, take no time.
+    """
+    kind = node.get_type_name()
+    if kind == "Convolution" and options.quantize_convolutions and _has_short_weights(node):
+        outputs, inputs, *kernel = node.input(1).get_shape()
+        if min(outputs, inputs) >= _FEWEST_CHANNELS and max(kernel) > 1:
+            return list(range(1, len(node.get_output_shape(0))))
+    if kind == "MatMul" and options.quantize_linear_layers and _has_short_weights(node):
+        dimensions = len(node.get_output_shape(0))
+        return [dimensions - 1] if dimensions > 2 else []
+    return []
+
+
+def _has_short_weights(product: openvino.Node) -> bool:
+    node = product.input_value(1).get_node()
+    while node.get_type_name() in ("Convert", "Multiply", "Reshape"):
+        node = node.input_value(0).get_node()
+    return node.get_type_name() == "Constant" and node.get_element_type() == openvino.Type.i8
+
+
+def _quantize(source: openvino.Output, axes: Sequence[int]) -> tuple[openvino.Output, openvino.Node]:
+    """Return a tensor divided by its largest value along the axes, in 8 bits, and that value."""
     is_silu = source.get_node().get_type_name() == "Swish"
     zero = _SILU_ZERO if is_silu else _MIDDLE  # the level that stands for 0, which padding is made of: exactly
     lowest, highest = -zero / (_LEVELS - 1 - zero), 1.0
     floor = _SILU_MINIMUM / -lowest if is_silu else _SMALLEST_SCALE
-    axes = np.arange(1, len(source.get_partial_shape()), dtype=np.int64)
-    largest = opset13.reduce_max(source if is_silu else opset13.abs(source), axes, keep_dims=True)
+    largest = opset13.reduce_max(source if is_silu else opset13.abs(source), np.array(axes), keep_dims=True)
     scale = opset13.maximum(largest, np.float32(floor))
-    bounds = [np.full([1] * (len(axes) + 1), value, np.float32) for value in (lowest, highest)]
+    bounds = [np.full([1] * len(source.get_partial_shape()), value, np.float32) for value in (lowest, highest)]
     scaled = opset13.multiply(source, opset13.divide(np.float32(1), scale))
-    quantized = opset13.fake_quantize(scaled, *bounds, *bounds, levels=_LEVELS)
-    convolution.input(0).replace_source_output(quantized.output(0))
-    restored = opset13.multiply(convolution.output(0), scale)
+    return opset13.fake_quantize(scaled, *bounds, *bounds, levels=_LEVELS).output(0), scale
+
+
+def _replace_input(node: openvino.Node, quantized: openvino.Output, scale: openvino.Node) -> None:
+    """Give a linear operator its input in 8 bits, and multiply its result with the input's scale."""
+    results = list(node.output(0).get_target_inputs())
+    node.input(0).replace_source_output(quantized)
+    restored = opset13.multiply(node.output(0), scale)
     for each in results:
         each.replace_source_output(restored.output(0))

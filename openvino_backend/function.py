@@ -114,17 +114,15 @@ class CompiledFunction:
         """Return the trace for this kind of call, from the cache or else made now."""
         self.backend.check_bound()
         check_on_cpu([*self._list_weights(), *flatten_arguments(args, kwargs)[0]])
-        weights = KnownWeights(self._module)
-        key = name_entry(self.backend.options, "function", self._name, call, weights.sha256)
-        with (
-            open_entry(self.backend.options, key) as folder,
-            release_memory(self.backend.options, weights.tensors.values()),
-        ):
-            trace = self._load(folder, weights, args, kwargs)
-            if trace is None:
-                trace = self._trace(weights, args, kwargs)
-                self._save(folder, trace, weights)
-            return trace
+        with release_memory(self.backend.options, self._list_weights()):  # digesting them reads them all
+            weights = KnownWeights(self._module)
+            key = name_entry(self.backend.options, "function", self._name, call, weights.sha256)
+            with open_entry(self.backend.options, key) as folder:
+                trace = self._load(folder, weights, args, kwargs)
+                if trace is None:
+                    trace = self._trace(weights, args, kwargs)
+                    self._save(folder, trace, weights)
+                return trace
 
     def _trace(self, weights: KnownWeights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
         def compile_graph(graph: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> CompiledGraph:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 
 from openvino_backend.cache import open_entry, write_entry
+from openvino_backend.compression import quantize_products
 from openvino_backend.errors import CacheMissError, OpenVINOBackendError, UnsupportedOperatorsError
 from openvino_backend.options import Options, split_device
+from openvino_backend.precision import PRECISION
 from openvino_backend.runtime import TYPES, CompiledModel, share_memory
+from openvino_backend.tuning import tune_for_cpu
 
-PRECISION = "INFERENCE_PRECISION_HINT"
 _FILE = "model.xml"
 _WEIGHT = "weight:"
 
@@ -32,7 +34,7 @@ class ModelReport:
         precision: the floating-point type of its arithmetic, as OpenVINO names it: f32, bf16, f16.
         operators: the number of operators it executes.
         inputs: the number of tensors passed at each call.
-        quantized_convolutions: the number of convolutions that it computes in 8 bits.
+        quantized_convolutions, quantized_linear_layers: the number of those that it computes in 8 bits.
         constants: the number of weights and other tensors compiled in, by their type.
         loaded_from_cache: true when it came from the cache: nothing was converted.
         seconds: the time of conversion, if any, and compilation.
@@ -43,6 +45,7 @@ class ModelReport:
     operators: int
     inputs: int
     quantized_convolutions: int
+    quantized_linear_layers: int
     constants: Mapping[str, int]
     loaded_from_cache: bool
     seconds: float
@@ -90,8 +93,12 @@ class Part(torch.nn.Module):
                 if folder is not None:
                     with write_entry(folder):
                         save_model(model, folder, self.weights)
+            devices = split_device(options.device)[1]
+            if devices == ["CPU"]:
+                tune_for_cpu(model)
+            quantize_products(model, options)
             # OpenVINO's own cache holds what a GPU compiles. For a CPU it holds the weights again, and saves no time.
-            blob = {} if folder is None or split_device(options.device)[1] == ["CPU"] else {"CACHE_DIR": str(folder)}
+            blob = {} if folder is None or devices == ["CPU"] else {"CACHE_DIR": str(folder)}
             compiled = openvino.Core().compile_model(model, options.device, {**self.properties, **blob})
         precision = _read_precision(compiled, options.device)
         if precision != str(self.properties[PRECISION]):
@@ -106,7 +113,8 @@ class Part(torch.nn.Module):
             precision=precision,
             operators=len(executed),
             inputs=len(compiled.inputs),
-            quantized_convolutions=sum(_is_quantized_convolution(node) for node in executed),
+            quantized_convolutions=_count_quantized(executed, "Convolution", "runtimePrecision"),
+            quantized_linear_layers=_count_quantized(executed, "FullyConnected", "primitiveType"),
             constants=_count_constants(model),
             loaded_from_cache=is_cached and (not blob or bool(compiled.get_property("LOADED_FROM_CACHE"))),
             seconds=round(time.perf_counter() - started, 3),
@@ -124,9 +132,18 @@ def _read_precision(compiled: openvino.CompiledModel, device: str) -> str:
     return "+".join(sorted({each.get_type_name() for each in several}))
 
 
-def _is_quantized_convolution(node: openvino.Node) -> bool:
-    about = node.get_rt_info()
-    return about["layerType"].astype(str) == "Convolution" and about["runtimePrecision"].astype(str) in ("i8", "u8")
+def _count_quantized(executed: Iterable[openvino.Node], kind: str, told_by: str) -> int:
+    """Return the number of operators of a kind whose arithmetic is in 8 bits.
+
+    Args:
+        told_by: the entry of OpenVINO's that ends with its type: of linear layers `runtimePrecision` is that of the
+            weights, whatever they are computed in, and `primitiveType` names the kernel.
+    """
+    abouts = (node.get_rt_info() for node in executed)
+    return sum(
+        about["layerType"].astype(str) == kind and about[told_by].astype(str).lower().endswith(("i8", "u8"))
+        for about in abouts
+    )
 
 
 def _count_constants(model: openvino.Model) -> dict[str, int]:

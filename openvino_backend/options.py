@@ -1,8 +1,12 @@
 """The options of one torch.compile call, checked once."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
+
+from openvino_backend.precision import GROUP_SIZE, PRECISION, PRECISIONS, choose_arithmetic
+
+_LOSSY = ("weight_compression", "quantize_convolutions", "quantize_linear_layers")
 
 
 class OptionsError(ValueError):
@@ -59,6 +63,16 @@ class Options:
         default=20_000_000_000,
         accepts=_is_from_1,
     )
+    precision: str | None = _declare(
+        str,
+        "f32, f16, bf16, int8 or fastest",
+        "The arithmetic: a floating-point type that the device computes in; `int8`, its best 8-bit arithmetic (lossy); "
+        "`fastest`, what was measured as fastest on such a device (lossy where that is int8). Without it, the type of "
+        "the weights. It sets `weight_compression`, the two options `quantize_…`, and in `config` "
+        "INFERENCE_PRECISION_HINT and DYNAMIC_QUANTIZATION_GROUP_SIZE; none of these may stand beside it.",
+        default=None,
+        accepts=PRECISIONS.__contains__,
+    )
     config: Mapping[str, Any] = _declare(
         Mapping,
         "OpenVINO properties by name",
@@ -107,6 +121,13 @@ class Options:
         "scale of its own, found at each call.",
         default=False,
     )
+    quantize_linear_layers: bool = _declare(
+        bool,
+        "true or false",
+        "Let linear layers compute in 8 bits, which needs their weights as int8_sym; lossy. Each token's input has a "
+        "scale of its own, found at each call.",
+        default=False,
+    )
     strict: bool = _declare(
         bool,
         "true or false",
@@ -136,17 +157,35 @@ class Options:
             if not isinstance(value, about["kind"]) or not about["accepts"](value):
                 raise OptionsError(f"OpenVINO option {name!r} takes {about['accepted']}, not {value!r}")
         options = cls(**raw)
-        if options.quantize_convolutions and options.weight_compression != "int8_sym":
-            raise OptionsError(
-                "OpenVINO option 'quantize_convolutions' takes true only beside weight_compression: int8_sym, "
-                f"not {options.weight_compression!r}"
-            )
+        if options.precision is not None:
+            options = _expand(options, raw)
+        for name in _LOSSY[1:]:
+            if getattr(options, name) and options.weight_compression != "int8_sym":
+                raise OptionsError(
+                    f"OpenVINO option {name!r} takes true only beside weight_compression: int8_sym, "
+                    f"not {options.weight_compression!r}"
+                )
         if options.disabled_ops and options.strict:
             raise OptionsError("OpenVINO option 'disabled_ops' lets operators run in PyTorch and needs strict: false")
         _find_operators("disabled_ops", options.disabled_ops)
         options.find_decompositions()
         _check_device(options)
         return options
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether results lose more than the rounding of a floating-point type."""
+        return self.weight_compression is not None
+
+    def describe_arithmetic(self) -> dict[str, Any]:
+        """Return what the arithmetic was set to, by `precision` with the reason or by the options themselves."""
+        described: dict[str, Any] = {"precision": self.precision} if self.precision is not None else {}
+        described |= {name: getattr(self, name) for name in _LOSSY if getattr(self, name)}
+        described |= {name: self.config[name] for name in (PRECISION, GROUP_SIZE) if name in self.config}
+        described["lossy"] = self.is_lossy
+        if self.precision is not None:
+            described["reason"] = choose_arithmetic(self.precision, self.device).reason
+        return described
 
     def find_decompositions(self) -> dict[Any, Any]:
         """Return for each operator to take apart torch's function that does so.
@@ -162,6 +201,29 @@ class Options:
             if each not in table:
                 raise OptionsError(f"OpenVINO option 'decompositions': torch cannot take {each} apart")
         return table
+
+
+def _expand(options: Options, raw: Mapping[str, Any]) -> Options:
+    """Return the options with those that `precision` stands for.
+
+    Raises:
+        OptionsError: some of these stand beside it, or the device does not compute in it.
+    """
+    beside = [name for name in _LOSSY if name in raw]
+    beside += [f"config's {name}" for name in (PRECISION, GROUP_SIZE) if name in options.config]
+    if beside:
+        raise OptionsError(
+            f"OpenVINO option 'precision' sets {', '.join(beside)} itself; leave that out, or 'precision'"
+        )
+    _check_device(options)
+    kind, _ = split_device(options.device)
+    if kind is not None:
+        raise OptionsError(f"OpenVINO option 'precision' is for one device, such as CPU or GPU, not {options.device!r}")
+    try:
+        chosen = choose_arithmetic(str(options.precision), options.device).options
+    except ValueError as error:
+        raise OptionsError(f"OpenVINO option 'precision' takes {error}") from None
+    return replace(options, **{**chosen, "config": {**options.config, **chosen["config"]}})
 
 
 def split_device(device: str) -> tuple[str | None, list[str]]:

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,11 +43,12 @@ from scorecard.clients import (
     keep_asking,
     read_body,
 )
-from scorecard.fuzz import make_bytes, make_request
+from scorecard.fuzz import PAIRS, Hostile, make_attacks, make_bytes, make_jpeg, make_request, make_upload
 from tools.proxy import LocalProxy, find_nginx
 from tools.server import ROOT, LocalServer, ServerError, make_archive, make_environment
 
 STEPS = 5
+MOST_SECONDS, MOST_CHARACTERS = 5, 10_000  # of a refusal of an attack
 # TorchServe decodes forms before the handler sees them, and calls one that it cannot read its own error.
 FORM_ERROR = "500 of TorchServe's to forms that cannot be read"
 FORM_EXCEPTIONS = ("ErrorDataDecoderException", "StringIndexOutOfBoundsException")
@@ -240,7 +242,8 @@ def check_crowd(site: Site, scale: Scale) -> list[Line]:
         after = ask(server)
     accepted = [seconds for status, seconds in answers if status == 200]
     refused = [seconds for status, seconds in answers if status == 503]
-    room = 5 + 4 + 1  # the worker, the queue, and one that took a place
+    shipped = yaml.safe_load((ROOT / "model-config.yaml").read_text())
+    room = shipped["batchSize"] + shipped["jobQueueSize"] + 1  # the worker, the queue, and one that took a place
     passed = (
         len(accepted) + len(refused) == scale.crowd
         and 0 < len(accepted) <= room
@@ -250,6 +253,24 @@ def check_crowd(site: Site, scale: Scale) -> list[Line]:
     told = f"{scale.crowd} clients: {len(accepted)} accepted, {len(refused)} refused"
     told += f" within {max(refused):.2f} s" if refused else ""
     return [Line("crowd", passed, f"{told}; then {after.kind}")]
+
+
+def send(server: LocalServer, hostile: Hostile, *, proxy: LocalProxy | None = None) -> tuple[requests.Response, str]:
+    """Send a request as it is; return the answer and its body.
+
+    Raises:
+        requests.RequestException: there is none, or not all of it in time.
+    """
+    address = (proxy.url if proxy else server.url).rpartition("/predictions")[0]
+    with requests.Session() as session:
+        session.trust_env = False
+        prepared = session.prepare_request(requests.Request(hostile.method, address, data=hostile.body))
+        prepared.url = address + hostile.path  # as it is: requests would tidy it
+        prepared.headers.update({**hostile.headers, **server.get_headers()})
+        verify = str(proxy.certificate) if proxy else True
+        start = time.monotonic()
+        answer = session.send(prepared, timeout=PATIENCE, allow_redirects=False, stream=True, verify=verify)
+        return answer, read_body(answer, start + PATIENCE).decode(errors="replace")
 
 
 def send_hostile(server: LocalServer, random: Random) -> str:
@@ -264,17 +285,8 @@ def send_hostile(server: LocalServer, random: Random) -> str:
         except OSError:
             return "closed"
     hostile = make_request(random)
-    address = server.url.rpartition("/predictions")[0]
     try:
-        with requests.Session() as session:
-            session.trust_env = False
-            request = requests.Request(hostile.method, address, data=hostile.body)
-            prepared = session.prepare_request(request)
-            prepared.url = address + hostile.path  # as it is: requests would tidy it
-            prepared.headers.update({**hostile.headers, **server.get_headers()})
-            start = time.monotonic()
-            answer = session.send(prepared, timeout=PATIENCE, allow_redirects=False, stream=True)
-            text = read_body(answer, start + PATIENCE).decode(errors="replace")
+        answer, text = send(server, hostile)
     except requests.Timeout:
         return f"hung: {hostile.method} {hostile.path[:60]} {hostile.headers} {hostile.body[:200]!r}"
     except requests.ConnectionError:
@@ -306,6 +318,110 @@ def check_fuzz(site: Site, scale: Scale) -> list[Line]:
     told += f", {kinds[FORM_ERROR]} {FORM_ERROR}"
     told += f", {len(bad)} others, such as {bad[0]}" if bad else ""
     return [Line("fuzz", passed, f"{told}; worker {'the same' if survived else 'another'}; then {after.kind}")]
+
+
+@dataclass(frozen=True)
+class Blow:
+    """What one attack did.
+
+    Attributes:
+        told: the status of the answer, or why there is none.
+        size: of the answer, in characters.
+        seconds: until the answer.
+        peak, growth: of the worker's and of Java's resident memory in MB, meanwhile and afterwards.
+        survived: the worker is the same.
+    """
+
+    name: str
+    told: str
+    size: int
+    seconds: float
+    peak: tuple[float, float]
+    growth: tuple[float, float]
+    survived: bool
+
+    @property
+    def is_bad(self) -> bool:
+        is_refused = self.told[0] in "24" or self.told == FORM_ERROR
+        return not (
+            self.survived
+            and is_refused
+            and (self.told[0] == "2" or self.size < MOST_CHARACTERS)
+            and self.seconds < MOST_SECONDS
+        )
+
+    def __str__(self) -> str:
+        memory = ", ".join(
+            f"{name} {peak:+.0f} MB, then {growth:+.0f}"
+            for name, peak, growth in zip(("worker", "Java"), self.peak, self.growth, strict=True)
+        )
+        worker = "" if self.survived else "; another worker"
+        return f"{self.name}: {self.told} of {self.size} characters after {self.seconds:.1f} s; {memory}{worker}"
+
+
+class MemoryWatch(threading.Thread):
+    """Keep the highest resident memory of some processes, in MB."""
+
+    def __init__(self, processes: Sequence[psutil.Process]) -> None:
+        super().__init__(daemon=True)
+        self.processes, self.ended = processes, threading.Event()
+        self.peaks = self.first = self.measure()
+
+    def measure(self) -> tuple[float, ...]:
+        return tuple(each.memory_info().rss / 1e6 if each.is_running() else 0.0 for each in self.processes)
+
+    def run(self) -> None:
+        while not self.ended.wait(0.02):
+            with contextlib.suppress(psutil.Error):
+                self.peaks = tuple(map(max, self.peaks, self.measure()))
+
+
+def strike(server: LocalServer, name: str, hostile: Hostile, *, proxy: LocalProxy | None = None) -> Blow:
+    """Send an attack, and wait until the server answers again; return what it did."""
+    workers, java = find_workers(server), server.find_processes()[:1]
+    watch = MemoryWatch([*workers, *java])
+    watch.start()
+    start = time.monotonic()
+    try:
+        answer, text = send(server, hostile, proxy=proxy)
+        is_form_error = answer.status_code == 500 and any(each in text for each in FORM_EXCEPTIONS)
+        told, size = FORM_ERROR if is_form_error else str(answer.status_code), len(text)
+    except requests.RequestException as error:
+        told, size = f"{type(error).__name__}", 0
+    seconds = time.monotonic() - start
+    while ask(server, num_inference_steps=1).kind != "picture" and time.monotonic() - start < 2 * PATIENCE:
+        time.sleep(0.2)
+    watch.ended.set()
+    survived = [each.pid for each in workers] == [each.pid for each in find_workers(server)]
+    peak, growth = (
+        tuple(now - first for now, first in zip(each, watch.first, strict=True))
+        for each in (watch.peaks, watch.measure())
+    )
+    return Blow(name, told, size, seconds, (peak[0], peak[-1]), (growth[0], growth[-1]), survived)
+
+
+def check_attacks(site: Site, _scale: Scale) -> list[Line]:
+    """Requests that cost far more than their bytes, if they may; then the same through nginx."""
+    lines = []
+    with site.serve() as server, contextlib.ExitStack() as stack:
+        ways: dict[str, LocalProxy | None] = {"attacks": None}
+        if find_nginx() is not None:
+            ways["attacks through nginx"] = stack.enter_context(LocalProxy(server.ports["inference_address"]))
+        for way, proxy in ways.items():
+            send(server, make_upload("image", make_jpeg()))  # compiles the VAE's encoder
+            blows = []
+            for name, make in make_attacks().items():
+                if name == PAIRS and proxy is None:
+                    continue
+                blows.append(strike(server, name, make(), proxy=proxy))
+                print(f"      {blows[-1]}", flush=True)
+            bad = [str(blow) for blow in blows if blow.is_bad]
+            slowest = max(blows, key=lambda blow: blow.seconds)
+            most = max(blow.peak[0] for blow in blows)
+            told = f"{len(blows)} kinds: all answered by the same worker within {slowest.seconds:.1f} s, which took "
+            told += f"{most:.0f} MB more"
+            lines.append(Line(way, not bad, "; ".join(bad) or told))
+    return lines
 
 
 def check_leavers(site: Site, scale: Scale) -> list[Line]:
@@ -536,6 +652,7 @@ LINES: dict[str, Callable[[Site, Scale], list[Line]]] = {
     "stopped": check_stopped_worker,
     "crowd": check_crowd,
     "fuzz": check_fuzz,
+    "attacks": check_attacks,
     "leavers": check_leavers,
     "queue": check_queue,
     "bodies": check_bodies,

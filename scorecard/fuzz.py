@@ -213,13 +213,132 @@ def _make_bombs() -> tuple[bytes, ...]:
 
 def make_png(width: int, height: int, pixels: bytes, *, text: bytes = b"") -> bytes:
     """Return a PNG that claims a size, with these bytes as its pixels; both may be far too large."""
+    header = _make_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    comment = _make_chunk(b"zTXt", b"a\0\0" + zlib.compress(text, 1)) if text else b""
+    content = _make_chunk(b"IDAT", zlib.compress(pixels, 1))
+    return b"\x89PNG\r\n\x1a\n" + header + comment + content + _make_chunk(b"IEND", b"")
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    comment = chunk(b"zTXt", b"a\0\0" + zlib.compress(text, 1)) if text else b""
-    return b"\x89PNG\r\n\x1a\n" + header + comment + chunk(b"IDAT", zlib.compress(pixels, 1)) + chunk(b"IEND", b"")
+PAIRS = "pairs of a form"  # nginx bounds them; TorchServe reads them all before its worker sees a request
+
+
+def make_attacks() -> dict[str, Callable[[], Hostile]]:
+    """Return by their names requests whose cost would be out of all proportion to their bytes, were it not bounded."""
+    picture = functools.partial(make_upload, "image")
+    return {
+        "emoji in a name": lambda: _post(b'{"' + "🦊".encode() * 8_388_600 + b'": 1}'),
+        "control characters in a form's name": lambda: _post(b"\1" * 16_800_000 + b"=1", _PAIRS),
+        "the same, of a part": lambda: _post(_make_part(b"\1" * 16_800_000, b"1"), _FORM),
+        "lone surrogates in a value": lambda: _post(b'{"prompt": "' + rb"\ud800" * 5_000_000 + b'"}'),
+        "escapes in OpenAI's value": lambda: _post(
+            b'{"prompt": "a", "quality": "' + rb"\u0001" * 5_000_000 + b'"}', path=f"{MODEL}/1.0/v1/images/generations"
+        ),
+        "a body that is a list": lambda: _post(b"[" + b'"\xf0\x9f\xa6\x8a",' * 4_000_000 + b"1]"),
+        "numbers in a pair": lambda: _post(b'{"prompt": "a", "original_size": [' + b"1," * 1_500_000 + b"1]}"),
+        "objects in a pair": lambda: _post(b'{"prompt": "a", "target_size": [' + b"{}," * 11_000_000 + b"1]}"),
+        "names": lambda: _post(b"{" + b",".join(b'"%x":1' % i for i in range(2_500_000)) + b"}"),
+        "nesting": lambda: _post(b'{"prompt": ' + b'{"a":[' * 5_000_000),
+        "long numbers": lambda: _post(b"[" + (b"9" * 4300 + b",") * 7_800 + b"1]"),
+        PAIRS: lambda: _post(b"&".join(b"%x" % i for i in range(1_000_000)), _PAIRS),
+        "parts of a form": lambda: _post(b"".join(_make_part(b"%x" % i, b"") for i in range(200_000)), _FORM),
+        "parts of one name": lambda: _post(_make_part(b"prompt", b"") * 100_000, _FORM),
+        "a field called url_path": lambda: _post(b"", path="/invocations?url_path=x&prompt=a"),
+        "a part called content-type": lambda: _post(_make_part(b"content-type", b"x"), _FORM),
+        "scans of a JPEG": lambda: picture(make_progressive(2048, 8_000)),
+        "segments of a JPEG": lambda: picture(_insert(make_jpeg(), b"\xff\xfe\0\2" * 6_000_000)),
+        "bytes between a JPEG's segments": lambda: picture(_insert(make_jpeg(), b"\0" * 24_000_000)),
+        "chunks of a PNG": lambda: picture(_repeat_chunk(b"IDAT", b"", 2_000_000)),
+        "tags of a PNG": lambda: picture(_repeat_chunk(b"eXIf", _make_exif(65_535), 1)),
+        "frames of a WebP": lambda: picture(make_animation(200_000)),
+        "a mask of 64 megapixels": lambda: _post(
+            json.dumps({"prompt": "a", "image": _encode(make_jpeg()), "mask": _encode(make_mask(8_000))}).encode(),
+            path=f"{MODEL}/1.0/v1/images/edits",
+        ),
+        "base64 of no picture": lambda: _post(b'{"prompt": "a", "image": "' + b"/" * 33_000_000 + b'"}'),
+        "a prompt of white space": lambda: _post(json.dumps({"prompt": " " * 1_999 + "\0"}).encode()),
+        "a prompt of one word": lambda: _post(json.dumps(dict.fromkeys(_PROMPTS, "\U000103c0" * 2_000)).encode()),
+    }
+
+
+_PAIRS, _FORM = "application/x-www-form-urlencoded", "multipart/form-data; boundary=b"
+_PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
+
+
+def _post(body: bytes, kind: str = "application/json", *, path: str = MODEL) -> Hostile:
+    return Hostile("POST", path, body, {"Content-Type": kind})
+
+
+def _encode(file: bytes) -> str:
+    return base64.b64encode(file).decode()
+
+
+def make_upload(name: str, file: bytes) -> Hostile:
+    """Return a request for one small step from a picture."""
+    small = {"width": 64, "height": 64, "num_inference_steps": 1, "strength": 1}
+    return _post(json.dumps({"prompt": "a", **small, name: _encode(file)}).encode())
+
+
+def _make_part(name: bytes, content: bytes) -> bytes:
+    return b'--b\r\nContent-Disposition: form-data; name="' + name + b'"\r\n\r\n' + content + b"\r\n"
+
+
+def make_jpeg(**options: Any) -> bytes:
+    """Return a JPEG of one colour."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", options.pop("size", (64, 64)), "red").save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+def make_progressive(side: int, scans: int) -> bytes:
+    """Return a progressive JPEG whose last scan comes so many times."""
+    whole = make_jpeg(size=(side, side), progressive=True)
+    last = whole[whole.rindex(b"\xff\xda") : -2]
+    return whole[:-2] + last * scans + whole[-2:]
+
+
+def _insert(jpeg: bytes, segments: bytes) -> bytes:
+    return jpeg[:20] + segments + jpeg[20:]  # past JFIF
+
+
+def _make_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _repeat_chunk(kind: bytes, data: bytes, count: int) -> bytes:
+    """Return a PNG with so many of a chunk before its pixels."""
+    valid = make_png(64, 64, b"\0" * 64 * 193)
+    return valid[:33] + _make_chunk(kind, data) * count + valid[33:]
+
+
+def _make_exif(tags: int) -> bytes:
+    """Return EXIF whose tags all point to the same bytes."""
+    size = 8 + 2 + 12 * tags + 4
+    entries = b"".join(struct.pack(">HHII", tag, 7, size - 8, 8) for tag in range(tags))
+    return b"MM\0*" + struct.pack(">IH", 8, tags) + entries + bytes(4)
+
+
+def make_animation(frames: int) -> bytes:
+    """Return a WebP of so many frames."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(buffer, "WEBP")
+    frame = bytes(6) + b"\x3f\0\0\x3f\0\0" + bytes(4) + buffer.getvalue()[12:]
+    chunk = b"ANMF" + struct.pack("<I", len(frame)) + frame + b"\0" * (len(frame) % 2)
+    head = b"VP8X" + struct.pack("<I", 10) + b"\2\0\0\0\x3f\0\0\x3f\0\0" + b"ANIM" + struct.pack("<I", 6) + bytes(6)
+    content = b"WEBP" + head + chunk * frames
+    return b"RIFF" + struct.pack("<I", len(content)) + content
+
+
+def make_mask(side: int) -> bytes:
+    """Return a transparent PNG."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGBA", (side, side)).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 _BODIES: tuple[tuple[Callable[[Random], bytes], str], ...] = (

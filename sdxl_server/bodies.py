@@ -5,6 +5,7 @@ from typing import Any
 
 from sdxl_server.errors import RequestError
 from sdxl_server.fields import DECLARATIONS
+from sdxl_server.limits import MAX_FIELDS
 from sdxl_server.schemas import load_json, shorten
 
 BODY = ("body", "data")  # TorchServe's names for what is no form
@@ -25,6 +26,8 @@ def read_fields(
     Raises:
         RequestError: the body is none of these.
     """
+    if len(values) > MAX_FIELDS:
+        raise RequestError(f"a form takes at most {MAX_FIELDS} fields, not {len(values)}")
     fields = {
         name: _read_part(name, value, properties.get(aliases.get(name, name), {}))
         if not _is_upload(aliases.get(name, name))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdxl_server.errors import ConfigError
+from sdxl_server.schemas import shorten
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def find_family(folder: Path, *, is_xl: bool | None) -> Family:
     """
     try:
         index = json.loads((folder / "model_index.json").read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"handler.model_path takes the folder of a diffusers pipeline, but {folder} has no readable "
             f"model_index.json; python Download_model.py makes one ({error})"
@@ -65,10 +66,10 @@ def find_family(folder: Path, *, is_xl: bool | None) -> Family:
     if is_xl is not None and held != FAMILIES[XL[is_xl]].text_to_image:
         raise ConfigError(
             f"handler.is_xl: {str(is_xl).lower()} takes a {FAMILIES[XL[is_xl]].text_to_image}, "
-            f"but {folder} holds a {held}"
+            f"but {folder} holds a {shorten(held)}"
         )
     for family in FAMILIES.values():
         if family.text_to_image == held:
             return family
     names = ", ".join(family.text_to_image for family in FAMILIES.values())
-    raise ConfigError(f"handler.model_path takes the folder of one of {names}, but {folder} holds a {held}")
+    raise ConfigError(f"handler.model_path takes the folder of one of {names}, but {folder} holds a {shorten(held)}")

@@ -50,13 +50,13 @@ class OpenAIFace(NativeFace):
         given = read_fields(
             values, content_type=content_type or "application/json", properties=contract.properties, aliases=ALIASES
         )
-        fields = {"output_format": "png", **self._translate(given)}
+        fields = {"output_format": "png", **self._translate(given, max_side=contract.bounds.max_side)}
         if self.is_edit and "image" not in fields:
             raise RequestError("image is missing; an edit starts from one", param="image")
         try:
             return contract.check(fields)
         except RequestError as error:
-            native = str(error.param)
+            native = error.param or "body"
             theirs = {own: name for name, own in ALIASES.items() if name in given}
             if "size" in given:
                 theirs |= {"width": "size", "height": "size"}
@@ -64,7 +64,7 @@ class OpenAIFace(NativeFace):
             message = str(error) if name == "size" else str(error).replace(native, name, 1)
             raise RequestError(message, param=name) from error
 
-    def _translate(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def _translate(self, given: Mapping[str, Any], *, max_side: int) -> dict[str, Any]:
         """Return the fields of the contract that these of OpenAI's stand for."""
         kept: dict[str, Any] = {}
         for name, value in given.items():
@@ -79,7 +79,7 @@ class OpenAIFace(NativeFace):
                         raise RequestError(f"size and {side} are one field; give one of them", param="size")
                     kept[side] = pixels
             elif name == "mask":
-                kept[name] = read_alpha_mask(name, value) if self.is_edit else value
+                kept[name] = read_alpha_mask(name, value, max_side=max_side) if self.is_edit else value
             else:
                 kept[name] = max(value, 1) if name == "output_compression" and value == 0 else value
         return rename_fields(kept, ALIASES)

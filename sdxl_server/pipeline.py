@@ -15,10 +15,9 @@ from sdxl_server.errors import ConfigError, RequestError
 from sdxl_server.families import Family, find_family
 from sdxl_server.fields import Bounds, GenerationRequest, build_properties
 from sdxl_server.files import can_hold, encode_picture
-from sdxl_server.loading import check_device, check_files, choose_dtype, read_pipeline
+from sdxl_server.loading import blame, check_device, check_files, choose_dtype, read_pipeline
 from sdxl_server.request import Contract
 from sdxl_server.schedulers import count_calls, list_schedulers, set_scheduler
-from sdxl_server.schemas import shorten
 from sdxl_server.settings import CompileConfig, HandlerConfig
 
 WARM_UP_STEPS = 2  # Inductor may compile again at the second
@@ -66,11 +65,19 @@ class LoadedPipeline:
             "graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
         }
         if self.compilation.backend == "openvino":
+            report["arithmetic"] = self.arithmetic
             report["openvino"] = {
                 name: [dataclasses.asdict(graph) for graph in backend.reports] for name, backend in self.parts.items()
             }
             report["graphs"] = sum(len(graphs) for graphs in report["openvino"].values())
         return report
+
+    @functools.cached_property
+    def arithmetic(self) -> Mapping[str, Any] | None:
+        """What OpenVINO's arithmetic was set to, with whether it is lossy; None where another backend computes."""
+        backends = [backend for backend in self.parts.values() if backend is not None]
+        described: Mapping[str, Any] | None = backends[0].options.describe_arithmetic() if backends else None
+        return described
 
     @functools.cached_property
     def weights_sha256(self) -> str:
@@ -119,21 +126,17 @@ def load_pipeline(
     check_files(folder)
     check_device(compilation, device=device)
     dtype, compilation = choose_dtype(config, compilation, device=device)
-    pipeline = read_pipeline(folder, dtype, family)
-    if device != "cpu":
-        pipeline.to(device)
-    set_scheduler(pipeline, config.scheduler)
-    contract = build_contract(pipeline, family, config)
-    try:
+    with blame(f"cannot read the pipeline in {folder}"):
+        pipeline = read_pipeline(folder, dtype, family)
+        if device != "cpu":
+            pipeline.to(device)
+        set_scheduler(pipeline, config.scheduler)
+        contract = build_contract(pipeline, family, config)
+    with blame(f"pt2.backend: {compilation.backend} cannot run this model"):
         functions, parts = compile_parts(pipeline, family, config, compilation)
         loaded = LoadedPipeline(pipeline, config, compilation, dtype, family, functions, parts, contract)
         if config.warm_up:
             warm_up(loaded)
-    except ConfigError:
-        raise
-    except Exception as error:  # each backend has errors of its own
-        reason = shorten(" ".join(str(error).split()), length=600)
-        raise ConfigError(f"pt2.backend: {compilation.backend} cannot run this model: {reason}") from error
     if config.weights_sha256 is not None and config.weights_sha256 != loaded.weights_sha256:
         raise ConfigError(
             f"handler.weights_sha256 takes the digest of the weights in {folder} as {dtype}, "
@@ -246,6 +249,7 @@ def describe_picture(
             "dtype": loaded.dtype,
             "unet_calls": unet_calls,
             "backend": loaded.compilation.backend or "eager",
+            **({} if loaded.arithmetic is None else {"arithmetic": loaded.arithmetic}),
             "versions": {
                 "sdxl_server": __version__,
                 "diffusers": diffusers.__version__,

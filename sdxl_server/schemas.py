@@ -1,11 +1,16 @@
 """JSON Schemas (draft 2020-12) that settings and fields are declared with, and what their mistakes are told."""
 
+import itertools
 import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from sdxl_server.errors import cut
+from sdxl_server.limits import MAX_VALUES
+
 Schema = dict[str, Any]
+DEAR = ("items", "pattern")  # keywords that look at all of a value: checked when the others have passed
 
 
 def whole(minimum: int, maximum: int, *, multiple_of: int = 1) -> Schema:
@@ -52,9 +57,13 @@ def is_valid(value: Any, schema: Schema) -> bool:
     """Say whether a value is what a schema accepts."""
     from jsonschema import Draft202012Validator
 
-    validator = Draft202012Validator({name: each for name, each in schema.items() if name != "description"})
+    ordered = sorted(schema.items(), key=lambda each: each[0] in DEAR)  # jsonschema keeps the order
+    validator = Draft202012Validator({name: each for name, each in ordered if name != "description"})
     is_number = not isinstance(value, float) or math.isfinite(value)  # JSON has no others, and a schema lets NaN pass
-    return is_number and bool(validator.is_valid(value))
+    try:
+        return is_number and bool(validator.is_valid(value))
+    except ValueError:  # jsonschema writes the value into a message, and Python does not write thousands of digits
+        return False
 
 
 def describe_schema(schema: Mapping[str, Any]) -> str:
@@ -77,17 +86,39 @@ def describe_schema(schema: Mapping[str, Any]) -> str:
 
 
 def shorten(value: Any, *, length: int = 60) -> str:
-    """Return the value in plain ASCII and at most so many characters, fit for a message or a log line."""
-    shown = ascii(value)
-    return shown if len(shown) <= length else shown[: length - 3] + "..."
+    """Return the value in plain ASCII and at most so many characters, fit for a message or a log line.
+
+    Of a large value no more is looked at than can be shown.
+    """
+    return cut(ascii(_clip(value, length, depth=3)), length)
+
+
+def _clip(value: Any, length: int, *, depth: int) -> Any:
+    """Return a value without what cannot be shown of it in so many characters, nor what is nested more deeply."""
+    if isinstance(value, (str, bytes, bytearray)):
+        return value[:length]
+    if isinstance(value, int) and value.bit_length() > 4 * length:  # Python refuses to write thousands of digits
+        return f"a number of {value.bit_length()} bits"
+    if isinstance(value, (list, tuple)):
+        return [_clip(each, length, depth=depth - 1) for each in value[:length]] if depth else "..."
+    if isinstance(value, Mapping):
+        first = itertools.islice(value.items(), length)
+        return (
+            {_clip(key, length, depth=0): _clip(each, length, depth=depth - 1) for key, each in first}
+            if depth
+            else "..."
+        )
+    return value
 
 
 def load_json(source: str) -> Any:
     """Return the JSON value of a text.
 
     Raises:
-        ValueError: it is none; NaN and Infinity are none.
+        ValueError: it is none; NaN and Infinity are none, and one of more values than a request has is not read.
     """
+    if sum(map(source.count, ",[{")) > MAX_VALUES:
+        raise ValueError(f"it has more than {MAX_VALUES} commas and brackets")
 
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is not a number of JSON")

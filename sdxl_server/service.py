@@ -12,13 +12,15 @@ from typing import Any
 from sdxl_server import __version__
 from sdxl_server.answers import JSON, MadePicture, NativeFace
 from sdxl_server.drawing import Picture, Progress, draw_preview, generate
-from sdxl_server.errors import RequestError, VersionError
+from sdxl_server.errors import RequestError, VersionError, format_error
 from sdxl_server.fields import GenerationRequest
 from sdxl_server.files import encode_picture
+from sdxl_server.limits import READ_SECONDS, limit_time
 from sdxl_server.openai import OpenAIEditFace, OpenAIFace, list_models
 from sdxl_server.openapi import build_openapi
 from sdxl_server.pipeline import LoadedPipeline, describe_picture, find_warnings, load_pipeline
-from sdxl_server.settings import CompileConfig, HandlerConfig
+from sdxl_server.schemas import shorten
+from sdxl_server.settings import CompileConfig, HandlerConfig, check_server_keys
 
 logger = logging.getLogger(__name__)
 
@@ -98,10 +100,11 @@ class Service:
             document = self.read_document(call)
             return Answer(JSON, {}, _send_whole(document))
         start = time.perf_counter()
-        request = face.read(call.values, content_type=call.content_type, contract=self.loaded.contract)
+        with limit_time(READ_SECONDS):
+            request = face.read(call.values, content_type=call.content_type, contract=self.loaded.contract)
+            warnings = find_warnings(self.loaded, request)
         # As JSON a prompt has no line breaks, so that it cannot forge a line of the log.
         logger.info("Request: %s", json.dumps(request.describe()))
-        warnings = find_warnings(self.loaded, request)
         kind = face.choose_type(request, call.accept)
         headers = {"X-Seed": str(request.seed)} | ({"X-Warning": "; ".join(warnings)} if warnings else {})
         seconds = {"preprocess": time.perf_counter() - start}
@@ -120,7 +123,7 @@ class Service:
         if call.path == "v1/models":
             return list_models(call.model)
         names = ", ".join(("describe", "openapi.json", "v1/models", *filter(None, FACES)))
-        raise RequestError(f"there is no {ascii(call.path)} here; there are {names}", status=404)
+        raise RequestError(f"there is no {shorten(call.path)} here; there are {names}", status=404)
 
     def _draw(
         self, request: GenerationRequest, seconds: dict[str, float], *, face: NativeFace, kind: str, warnings: list[str]
@@ -216,6 +219,7 @@ def load_service(settings: Mapping[str, Any], *, model_dir: Path, gpu_id: int | 
             f"this archive was made for sdxl_server {archive}, and {__version__} is installed: make the archive again "
             "(torch-model-archiver, README's step 2)"
         )
+    check_server_keys(settings)
     device = f"cuda:{gpu_id}" if gpu_id is not None and torch.cuda.is_available() else "cpu"
     loaded = load_pipeline(
         HandlerConfig.parse(settings.get("handler")),
@@ -240,7 +244,7 @@ def explain(error: Exception) -> dict[str, Any]:
     elif isinstance(error, TimeoutError):
         status, kind, message = 504, "timeout_error", str(error)
     else:
-        logger.error("The picture failed", exc_info=error)
+        logger.error("The picture failed: %s", format_error(error))
         status, kind, message = 500, "server_error", "the picture failed; the server's log says why"
     return {"error": {"message": message, "type": kind, "param": getattr(error, "param", None), "code": status}}
 

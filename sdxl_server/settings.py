@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from sdxl_server.errors import ConfigError
+from sdxl_server.errors import ConfigError, cut
 from sdxl_server.fields import MIN_SIDE
-from sdxl_server.schemas import Schema, choice, describe_schema, is_valid, nullable, real, switch, whole
+from sdxl_server.schemas import Schema, choice, describe_schema, is_valid, nullable, real, shorten, switch, whole
 
 logger = logging.getLogger(__name__)
 
 MAX_SIDE = 4096
+COUNT = whole(1, 2**31 - 1)  # what TorchServe counts with
 PUBLISHED_KEYS_WITHOUT_EFFECT = {
     "change_comp_config": "Inductor's settings go in pt2: {options: ...}",
     "compile_mode": "use pt2: {mode: ...}",
@@ -66,8 +67,9 @@ class HandlerConfig:
     dtype: str = _setting(
         "auto",
         choice("auto", "float32", "bfloat16", "float16"),
-        "type of the weights and of the arithmetic; `auto`: on a CPU with bfloat16 arithmetic that type, with OpenVINO "
-        "from weights in float16, on a GPU float16, else float32",
+        "type of the weights, and of the arithmetic where `pt2` says no other; `auto`: float16 on a GPU and for "
+        "OpenVINO on a CPU, which computes in bfloat16 or 8 bits from it, bfloat16 for other backends, and float32 "
+        "where the arithmetic is float32",
     )
     scheduler: str | None = _setting(
         None,
@@ -183,11 +185,11 @@ class CompileConfig:
             raw = {"backend": raw}
         if isinstance(raw, Mapping) and "compile" in raw:
             if len(raw) > 1 or not isinstance(raw["compile"], Mapping):
-                raise ConfigError(f"pt2 with a compile section takes nothing else, not {raw!r}")
+                raise ConfigError(f"pt2 with a compile section takes nothing else, not {shorten(raw)}")
             section, raw = "pt2.compile", dict(raw["compile"])
             enable = raw.pop("enable", False)
             if not isinstance(enable, bool):
-                raise ConfigError(f"pt2.compile.enable takes true or false, not {enable!r}")
+                raise ConfigError(f"pt2.compile.enable takes true or false, not {shorten(enable)}")
             if not enable:
                 return cls()
         if isinstance(raw, Mapping):
@@ -201,37 +203,54 @@ class CompileConfig:
 
         names = sorted({*torch._dynamo.list_backends(), *BACKEND_NAMES})
         if self.backend not in names:
-            raise ConfigError(f"{section}.backend takes one of {', '.join(names)}, not {self.backend!r}")
+            raise ConfigError(f"{section}.backend takes one of {', '.join(names)}, not {shorten(self.backend)}")
         if self.backend == "openvino":
-            from openvino_backend import Options, OptionsError
+            from openvino_backend import Options
 
             try:
                 Options.parse(self.options)
-            except OptionsError as error:
+            except ValueError as error:  # OptionsError, or a number that Python refuses to write
                 raise ConfigError(f"{section}.options: {error}") from error
             # What dynamo cannot trace would run in eager PyTorch, and OpenVINO is told each shape.
             if self.dynamic or self.fullgraph is False:
                 raise ConfigError(f"{section}: openvino compiles each part whole, with dynamic: false, fullgraph: true")
         if self.mode is not None and self.backend != "inductor":
-            raise ConfigError(f"{section}.mode belongs to the inductor backend, not to {self.backend!r}")
+            raise ConfigError(f"{section}.mode belongs to the inductor backend, not to {shorten(self.backend)}")
         if self.mode is not None and self.options is not None:
             raise ConfigError(f"{section} takes mode or options, not both: torch.compile derives one from the other")
         if self.mode is not None and self.mode not in (modes := torch._inductor.list_mode_options()):
-            raise ConfigError(f"{section}.mode takes one of {', '.join(modes)}, not {self.mode!r}")
+            raise ConfigError(f"{section}.mode takes one of {', '.join(modes)}, not {shorten(self.mode)}")
+
+
+def check_server_keys(settings: Any) -> None:
+    """Refuse keys of TorchServe's that it reads as something else.
+
+    Raises:
+        ConfigError: names the key, what is accepted and what was given.
+    """
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"model-config.yaml takes keys and values, not {shorten(settings)}")
+    for key in ("jobQueueSize", "responseTimeout"):
+        if key in settings and not is_valid(settings[key], COUNT):
+            raise ConfigError(
+                f"{key} takes {describe_schema(COUNT)}, not {shorten(settings[key])}, in whose place TorchServe would "
+                "take a number of its own"
+            )
 
 
 def _read_section(cls: type[Any], raw: Any, section: str) -> Any:
     """Return the dataclass made from one section of model-config.yaml, every key checked."""
     if not isinstance(raw, Mapping):
-        raise ConfigError(f"{section} takes keys and values, not {raw!r}")
+        raise ConfigError(f"{section} takes keys and values, not {shorten(raw)}")
     settings = {setting.name: setting.metadata for setting in dataclasses.fields(cls)}
     read = {}
     for name, value in raw.items():
         if name not in settings:
-            raise ConfigError(f"{section}.{name} is not a key; the keys are {', '.join(settings)}")
+            shown = cut(name, 100) if isinstance(name, str) else shorten(name)
+            raise ConfigError(f"{section}.{shown} is not a key; the keys are {', '.join(settings)}")
         schema = settings[name]["schema"]
         if not is_valid(value, schema):
-            raise ConfigError(f"{section}.{name} takes {describe_setting(settings[name])}, not {value!r}")
+            raise ConfigError(f"{section}.{name} takes {describe_setting(settings[name])}, not {shorten(value)}")
         read[name] = int(value) if "integer" in schema["type"] and value is not None else value
     return cls(**read)
 

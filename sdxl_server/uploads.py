@@ -2,12 +2,15 @@
 
 import base64
 import binascii
+import contextlib
 import io
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sdxl_server.errors import RequestError
 from sdxl_server.fields import MIN_SIDE, Bounds
+from sdxl_server.limits import check_pieces
 from sdxl_server.schemas import shorten
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -31,50 +34,60 @@ def read_bytes(name: str, value: Any) -> bytes:
 
 
 def read_image(name: str, value: Any, *, max_side: int) -> Any:
-    """Return the Pillow image in a field, upright, in RGB, a mask in grey; its size is checked before its pixels.
+    """Return the Pillow image in a field, upright, in RGB, a mask in grey; one that a face has read already as it is.
 
     Raises:
         RequestError: it is no whole picture, or one of other sides than 8 to twice `max_side` pixels.
     """
     from PIL import Image, ImageOps
 
-    raw = read_bytes(name, value)
-    try:
-        image = Image.open(io.BytesIO(raw), formats=FORMATS)
-        if max(image.size) <= 2 * max_side and min(image.size) >= 8:
-            return ImageOps.exif_transpose(image).convert("L" if name == MASK else "RGB")
-    except Exception as error:  # Pillow's decoders raise many kinds
-        raise RequestError(
-            f"{name} takes a whole JPEG, PNG or WebP picture; this one cannot be read: {shorten(str(error))}",
-            param=name,
-        ) from error
-    width, height = image.size
-    raise RequestError(f"{name} takes sides of 8 to {2 * max_side} pixels, not {width}x{height}", param=name)
+    if isinstance(value, Image.Image):
+        return value
+    with _decode(name, value, "a whole JPEG, PNG or WebP picture", max_side=max_side) as image:
+        return ImageOps.exif_transpose(image).convert("L" if name == MASK else "RGB")
 
 
-def read_alpha_mask(name: str, value: Any) -> bytes:
-    """Return a mask whose transparent parts are to be painted anew, as OpenAI has it, as a PNG that is white there.
+def read_alpha_mask(name: str, value: Any, *, max_side: int) -> Any:
+    """Return a mask whose transparent parts are to be painted anew, as OpenAI has it, as one that is white there.
 
     Raises:
-        RequestError: it is no PNG or WebP with an alpha channel.
+        RequestError: it is no PNG or WebP with an alpha channel, or one of other sides than `read_image` takes.
     """
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
+
+    accepted = "a PNG or WebP that is transparent where the image is to be painted anew"
+    with _decode(name, value, accepted, max_side=max_side) as mask:
+        if mask.format == "JPEG" or "A" not in mask.getbands():
+            raise ValueError("it has no alpha channel")
+        return ImageOps.invert(mask.getchannel("A"))
+
+
+@contextlib.contextmanager
+def _decode(name: str, value: Any, accepted: str, *, max_side: int) -> Iterator[Any]:
+    """Open a picture for a block that decodes it; its pieces and its size are checked before.
+
+    Raises:
+        RequestError: it has too many pieces or other sides, or the block fails.
+    """
+    from PIL import Image
 
     raw = read_bytes(name, value)
     try:
-        with Image.open(io.BytesIO(raw), formats=["PNG", "WEBP"]) as mask:
-            if mask.width * mask.height > 64_000_000 or "A" not in mask.getbands():
-                raise ValueError("it has no alpha channel" if "A" not in mask.getbands() else "it is too large")
-            painted = ImageOps.invert(mask.getchannel("A"))
+        check_pieces(raw)
+        with warnings.catch_warnings(action="ignore"):  # Pillow has one for each tag of EXIF that it cannot read
+            image = Image.open(io.BytesIO(raw), formats=FORMATS)
+            if max(image.size) > 2 * max_side or min(image.size) < 8:
+                width, height = image.size
+                raise RequestError(
+                    f"{name} takes sides of 8 to {2 * max_side} pixels, not {width}x{height}", param=name
+                )
+            yield image
+    except RequestError:
+        raise
     except Exception as error:  # Pillow's decoders raise many kinds
         raise RequestError(
-            f"{name} takes a PNG or WebP that is transparent where the image is to be painted anew; this one cannot be "
-            f"used: {shorten(str(error))}",
-            param=name,
+            f"{name} takes {accepted}; this one cannot be read: {shorten(str(error))}", param=name
         ) from error
-    file = io.BytesIO()
-    painted.save(file, "PNG")
-    return file.getvalue()
 
 
 def fit_images(used: dict[str, Any], given: Mapping[str, Any], bounds: Bounds) -> None:

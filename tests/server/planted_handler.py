@@ -34,6 +34,10 @@ class PlantedHandler(StableDiffusionHandler):
         answer = super().begin(index, row)
         return replace(answer, steps=self.spoil(answer.steps))
 
+    def report(self, error: Exception, index: int, *, has_begun: bool) -> bytes:
+        told = super().report(error, index, has_begun=has_begun)
+        return told.replace(b'"param": "', b'"param": "' + b"x" * 20_000) if "long echo" in self.planted else told
+
     def spoil(self, steps: Generator[bytes, None, bytes]) -> Generator[bytes, None, bytes]:
         self.served += 1
         if "leak" in self.planted:

@@ -188,6 +188,8 @@ CLOSED = [
     ("POST", f"{PREDICTIONS}/%2e%2e/%2E%2e/workflows"),
     ("POST", f"{PREDICTIONS}/..%2f..%2fworkflows"),
     ("POST", f"//{PREDICTIONS}/1.0%00"),
+    ("POST", f"{PREDICTIONS}%0a"),
+    ("GET", f"{PREDICTIONS}/1.0/describe%0A"),
 ]
 
 
@@ -244,6 +246,20 @@ def test_body_that_is_too_large_is_refused(server: LocalServer, nginx: Nginx, ad
     assert all(line.endswith("upstream=-") for line in nginx.read_log(address))
     largest = make_body(2).ljust(33_554_432)
     assert nginx.ask("POST", PREDICTIONS, address=address, body=largest, **json_headers(server)).status == 200
+
+
+@needs_nginx
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_urlencoded_form_that_is_large_is_refused(nginx: Nginx, address: str, is_chunked: bool) -> None:
+    body = b"&".join([b"a"] * 60_000)
+    sent = (body[i : i + 2**14] for i in range(0, len(body), 2**14)) if is_chunked else body
+    kind = "application/x-www-form-URLENCODED; charset=utf-8"
+    answer = nginx.ask("POST", PREDICTIONS, address=address, body=sent, Content_Type=kind, Authorization="Bearer x")
+    assert answer.status == 413
+    assert "an urlencoded form 99999" in answer.error["message"]
+    small = nginx.ask("POST", PREDICTIONS, address=address, body="a=b", Content_Type=kind, Authorization="Bearer x")
+    assert small.status == 400  # TorchServe's: the token is wrong
+    wait_for(lambda: [line.endswith("upstream=-") for line in nginx.read_log(address)] == [True, False])
 
 
 @needs_nginx

@@ -5,22 +5,28 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import requests
 
 from tests.server.test_backends import ask_for_picture, make_settings
 from tools.server import LocalServer, make_archive
 
+PASSED_ON, KEPT = ("OMP_NUM_THREADS", "LC_TIME"), ("MYSQL_PWD", "GH_PAT", "DATABASE_URL", "HF_TOKEN")
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[LocalServer]:
     folder = tmp_path_factory.mktemp("server")
     make_archive(folder, tiny_model, make_settings(None))
-    with LocalServer(folder) as running:
-        worker = running.find_worker()
-        yield running
-        ask_for_picture(running)
-        assert running.find_worker() == worker  # it outlived every request
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (*PASSED_ON, *KEPT):
+            patch.setenv(name, "1")
+        with LocalServer(folder) as running:
+            worker = running.find_worker()
+            yield running
+            ask_for_picture(running)
+            assert running.find_worker() == worker  # it outlived every request
 
 
 def post(server: LocalServer, body: bytes, content_type: str | None) -> requests.Response:
@@ -98,6 +104,47 @@ def test_prompt_cannot_forge_a_log_line(server: LocalServer) -> None:
     lines = [line for line in server.log.splitlines() if "forged" in line]
     assert lines
     assert all(json.dumps(prompt) in line for line in lines)
+
+
+def test_prompt_that_is_cut_is_logged_once(server: LocalServer) -> None:
+    prompt = "a prompt that is cut " * 50
+    answer = post(server, json.dumps({"prompt": prompt}).encode(), "application/json")
+    assert "the text encoder reads the first" in answer.headers["X-Warning"]
+    assert len([line for line in server.log.splitlines() if "a prompt that is cut" in line]) == 1
+
+
+def test_worker_gets_listed_variables(server: LocalServer) -> None:
+    environment = psutil.Process(server.find_worker()).environ()
+    assert {*PASSED_ON, *KEPT, "PATH", "TMPDIR", "PYTHONPATH"} & environment.keys() == {
+        *PASSED_ON,
+        *("PATH", "TMPDIR", "PYTHONPATH"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "content_type", "message"),
+    [
+        ("/invocations?url_path=x&prompt=a", b"", None, "'url_path' is not a field"),
+        ("/invocations?accept=x&content-type=y", b'{"promt": 1}', None, "'accept' is not a field"),
+        ("/predictions/diffusion_fast", b"url_path=x&prompt=a", "application/x-www-form-urlencoded", "'url_path'"),
+        (
+            "/predictions/diffusion_fast",
+            '{"🦊": 1}'.replace("🦊", "🦊" * 10**6).encode(),
+            "application/json",
+            "not a field",
+        ),
+        ("/predictions/diffusion_fast", b"\1" * 10**6 + b"=1", "application/x-www-form-urlencoded", "not a field"),
+    ],
+)
+def test_what_is_no_field_is_told_in_few_words(
+    server: LocalServer, path: str, body: bytes, content_type: str | None, message: str
+) -> None:
+    headers = {**server.get_headers(), **({"Content-Type": content_type} if content_type else {})}
+    address = server.url.rpartition("/predictions")[0]
+    answer = requests.post(address + path, data=body, headers=headers, timeout=60)
+    assert answer.status_code in (400, 404), answer.text[:1000]
+    assert message in answer.json()["error"]["message"]
+    assert len(answer.content) < 5000
 
 
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}])

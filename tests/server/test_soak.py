@@ -70,7 +70,7 @@ def test_lines_of_one_server(running: Site, name: str) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", ["stopped", "kills", "disk", "bodies"])
+@pytest.mark.parametrize("name", ["stopped", "kills", "disk", "attacks", "bodies"])
 def test_lines_that_break_their_server(site: Site, name: str) -> None:
     assert set(check(name, site).values()) == {True}
 
@@ -113,13 +113,14 @@ def test_soak_can_fail(faulty: Site, monkeypatch: pytest.MonkeyPatch, fault: str
         ("stopped", [], {"responseTimeout": 10}),
         ("crowd", [], {"jobQueueSize": 100}),
         ("fuzz", ["server error"], {}),
+        ("attacks", ["long echo"], {}),
         ("leavers", [], {"continuousBatching": False}),
         ("queue", [], {"batchSize": 1, "jobQueueSize": 8}),
         ("disk", ["starts without a model"], {}),
     ],
 )
 def test_other_lines_can_fail(faulty: Site, name: str, faults: list[str], keys: dict[str, Any]) -> None:
-    assert check(name, plant(faulty, *faults, **keys)) == {LINE_NAMES.get(name, name): False}
+    assert check(name, plant(faulty, *faults, **keys))[LINE_NAMES.get(name, name)] is False
 
 
 @pytest.mark.soak

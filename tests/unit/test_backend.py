@@ -133,6 +133,15 @@ def test_disabled_operators_run_in_pytorch() -> None:
         ({"aot_autograd": False}, "'aot_autograd' takes true, not False"),
         ({"weight_compression": "int4"}, "int8_sym or int8_asym, not 'int4'"),
         ({"quantize_convolutions": True}, "only beside weight_compression: int8_sym, not None"),
+        ({"quantize_linear_layers": True, "weight_compression": "int8_asym"}, "int8_sym, not 'int8_asym'"),
+        ({"precision": "int4"}, "takes f32, f16, bf16, int8 or fastest, not 'int4'"),
+        ({"precision": "int8", "weight_compression": "int8_sym"}, "'precision' sets weight_compression itself"),
+        ({"precision": "f32", "quantize_convolutions": False}, "'precision' sets quantize_convolutions itself"),
+        (
+            {"precision": "fastest", "config": {"INFERENCE_PRECISION_HINT": "f32"}},
+            "'precision' sets config's INFERENCE_PRECISION_HINT itself; leave that out, or 'precision'",
+        ),
+        ({"precision": "fastest", "device": "AUTO:CPU"}, "'precision' is for one device.*not 'AUTO:CPU'"),
         ({"device": "AUTO:GPU.7,CPU"}, "takes CPU.*not 'AUTO:GPU.7,CPU'"),
     ],
 )
@@ -404,6 +413,57 @@ def test_quantized_convolutions(activation: torch.nn.Module) -> None:
     assert measure_error(compiled(pictures), plain(pictures)) > 1e-4
     # Those with few channels and those of one pixel are left as they are.
     assert backend.reports[0].models[0].quantized_convolutions == 1
+
+
+class Attention(torch.nn.Module):
+    """Three layers of one input, attention, a layer of the result, and a gated activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.end = (torch.nn.Linear(64, 64) for _ in range(4))
+        self.gate, self.down = torch.nn.Linear(64, 512), torch.nn.Linear(256, 64)
+        self.time = torch.nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        x = x + self.time(time)[:, None]
+        heads = (layer(x).unflatten(-1, (4, 16)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        attended = torch.nn.functional.scaled_dot_product_attention(*heads)
+        x = x + self.end(attended.transpose(1, 2).flatten(2))
+        value, gate = self.gate(x).chunk(2, dim=-1)
+        return x + self.down(value * torch.nn.functional.gelu(gate))
+
+
+def test_quantized_linear_layers() -> None:
+    torch.manual_seed(0)
+    module = Attention().requires_grad_(False)
+    options = {"weight_compression": "int8_sym", "config": {"INFERENCE_PRECISION_HINT": "f32"}}
+    plain = compile_module(module, OpenVINOBackend(options))
+    backend = OpenVINOBackend({**options, "quantize_linear_layers": True})
+    compiled = compile_module(module, backend)
+    # Each token has its own scale: neither a large neighbour nor a large input takes its levels.
+    tokens = torch.randn(2, 4, 64) * torch.tensor([0.0, 1, 30, 1000]).view(1, -1, 1)
+    time = torch.randn(2, 64) / 100
+    for ours, expected in zip(compiled(tokens, time).unbind(1), plain(tokens, time).unbind(1), strict=True):
+        assert measure_error(ours, expected) < 0.03  # of four layers one after the other
+    assert measure_error(compiled(tokens, time), plain(tokens, time)) > 1e-4
+    # The gate's layer is two; a layer of vectors stays as it is.
+    assert backend.reports[0].models[0].quantized_linear_layers == 7
+
+
+def test_a_convolution_and_a_linear_layer_are_quantized_each_by_its_own_option() -> None:
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(32, 32, 3, padding=1), torch.nn.Flatten(2), torch.nn.Linear(64, 64)]
+    module, picture = torch.nn.Sequential(*layers).requires_grad_(False), torch.randn(1, 32, 8, 8)
+    names, counts = ("quantize_convolutions", "quantize_linear_layers"), []
+    for chosen in ((), names[:1], names[1:], names):
+        backend = OpenVINOBackend(
+            {"weight_compression": "int8_sym", "config": {"INFERENCE_PRECISION_HINT": "f32"}}
+            | dict.fromkeys(chosen, True)
+        )
+        compile_module(module, backend)(picture)
+        model = backend.reports[0].models[0]
+        counts.append((model.quantized_convolutions, model.quantized_linear_layers))
+    assert counts == [(0, 0), (1, 0), (0, 1), (1, 1)]
 
 
 def test_short_weights_stay_short() -> None:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from sdxl_server.errors import ConfigError
-from sdxl_server.settings import PUBLISHED_KEYS_WITHOUT_EFFECT, CompileConfig, HandlerConfig
+from sdxl_server.settings import PUBLISHED_KEYS_WITHOUT_EFFECT, CompileConfig, HandlerConfig, check_server_keys
 from tools.server import ROOT
 
 SHIPPED = (ROOT / "model-config.yaml").read_text()
@@ -99,6 +99,52 @@ def test_wrong_handler_settings_are_told(handler: Any, key: str, accepted: str, 
         HandlerConfig.parse(handler)
     for part in ("handler", key, accepted, given):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["max_side", "allowed_sizes", "profile", None])
+def test_odd_settings_are_told_in_few_words(key: Any) -> None:
+    values: tuple[Any, ...] = (10**5000, "x" * 10**6, [["64x64"]] * 10**5, {1: {2: {3: {4: 5}}}}, b"\xff")
+    for value in values:
+        for parse, raw in ((HandlerConfig.parse, {key: value}), (CompileConfig.parse, {"backend": value})):
+            with pytest.raises(ConfigError) as caught:
+                parse(raw)
+            assert len(str(caught.value)) < 1000
+    with pytest.raises(ConfigError, match="handler.'a number of 16610 bits' is not a key"):
+        HandlerConfig.parse({10**5000: 1})
+
+
+def test_odd_options_of_a_backend_are_told() -> None:
+    with pytest.raises(ConfigError, match=r"pt2.options"):
+        CompileConfig.parse({"backend": "openvino", "options": {"device": 10**5000}})
+
+
+@pytest.mark.parametrize("key", ["jobQueueSize", "responseTimeout"])
+@pytest.mark.parametrize("value", [0, -1, 2**31, 1.5, True, "8", None, []])
+def test_numbers_that_torchserve_would_replace_are_refused(key: str, value: Any) -> None:
+    check_server_keys(yaml.safe_load(SHIPPED))
+    with pytest.raises(ConfigError, match=rf"{key} takes a whole number from 1"):
+        check_server_keys({key: value})
+
+
+@pytest.mark.parametrize("settings", [[], "x", 5])
+def test_a_file_without_keys_is_told(settings: Any) -> None:
+    with pytest.raises(ConfigError, match="keys and values"):
+        check_server_keys(settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_passed_on"),
+    [
+        *((name, True) for name in ("PATH", "HOME", "LC_ALL", "TMPDIR", "PYTHONPATH", "OMP_NUM_THREADS", "TS_X")),
+        *((name, True) for name in ("OPENVINO_LOG_LEVEL", "ONEDNN_VERBOSE", "HF_HOME", "TORCHINDUCTOR_CACHE_DIR")),
+        *((name, False) for name in ("MYSQL_PWD", "GH_PAT", "DATABASE_URL", "AWS_PROFILE", "PATHX", "MY_HOME")),
+        *((name, False) for name in ("HF_TOKEN", "TORCHSERVE_TOKEN", "PYTHON_KEYRING", "https_proxy", "SSH_AUTH_SOCK")),
+    ],
+)
+def test_workers_get_listed_variables(name: str, is_passed_on: bool) -> None:
+    lines = (ROOT / "config.properties").read_text().splitlines()
+    (pattern,) = (line.partition("=")[2] for line in lines if line.startswith("blacklist_env_vars="))
+    assert (re.fullmatch(pattern, name) is None) is is_passed_on
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 import openvino
 import pytest
 import torch
+from diffusers.models.activations import GEGLU
 
 from openvino_backend import OpenVINOBackend
 from sdxl_server.families import FAMILIES
@@ -82,8 +83,11 @@ def test_graph_is_no_longer_than_openvinos_own(
     monkeypatch.setattr(openvino.Core, "compile_model", spy)
     torch.compile(module, backend=OpenVINOBackend({"config": properties}), fullgraph=True, dynamic=False)(*inputs)
     ours = count_operators(compiled)
-    assert ours.total() <= theirs.total(), (ours - theirs, theirs - ours)
-    for kind in ("MVN", "ScaledDotProductAttention", "Interpolate", "FullyConnected", "Convolution"):
+    # A layer whose result is split is a layer more and a split less here; each has the reorder of its own bias.
+    gates = theirs["Split"] - ours["Split"]
+    assert ours["FullyConnected"] == theirs["FullyConnected"] + gates
+    assert ours.total() <= theirs.total() + 2 * gates, (ours - theirs, theirs - ours)
+    for kind in ("MVN", "ScaledDotProductAttention", "Interpolate", "Convolution"):
         assert ours[kind] == theirs[kind]
 
 
@@ -99,7 +103,8 @@ def test_the_weights_of_every_layer_are_compressed(pipeline: Any, name: str) -> 
         hook.remove()
     backend = OpenVINOBackend({"weight_compression": "int8_sym", "config": {"INFERENCE_PRECISION_HINT": "f32"}})
     torch.compile(module, backend=backend, fullgraph=True, dynamic=False)(*inputs)
-    assert sum(model.constants.get("i8", 0) for model in backend.reports[0].models) == len(called)
+    gates = sum(isinstance(each, GEGLU) for each in module.modules())  # whose layer is two here
+    assert sum(model.constants.get("i8", 0) for model in backend.reports[0].models) == len(called) + gates
 
 
 def run_on_openvino(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], precision: str) -> torch.Tensor:

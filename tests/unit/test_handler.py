@@ -35,9 +35,6 @@ class Context:
         given = {} if self.request_ids[index] == self.grpc else {"Content-Type": "application/json"}
         return {"body": {"content-type": ""}, **given}
 
-    def get_request_header(self, index: int, name: str) -> str | None:
-        return None
-
     def set_response_status(self, code: int, phrase: str, index: int) -> None:
         self.statuses[index] = code
 
@@ -206,6 +203,15 @@ def test_without_continuous_batching_an_answer_is_all_in_one_piece(
         assert replies[0] == reply
     else:
         assert json.loads(replies[0])["error"]["code"] == statuses[0]
+
+
+def test_fields_that_are_called_as_headers_are_none() -> None:
+    """TorchServe puts the content type of each part of a form, and of each parameter of a query, among the headers."""
+    handler, context = make_handler(), Context("a")
+    told = {"content-type": {"content-type": "text/plain"}, "url_path": {"content-type": ""}, "Content-Type": "x/y"}
+    context.get_all_request_header = lambda index: told  # type: ignore[method-assign]
+    handler.context = context
+    assert [handler.read_header(0, name) for name in ("content-type", "url_path", "accept")] == ["x/y", "", ""]
 
 
 def test_steps_that_come_near_to_the_limit_are_told_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -78,7 +78,7 @@ def test_mistake_is_told_in_openais_names(fields: dict[str, Any], param: str, me
     [
         ({}, "image", "image is missing"),
         ({"image": RED, "mask": RED}, "mask", "it has no alpha channel"),
-        ({"image": RED, "mask": "AAAA"}, "mask", "cannot be used"),
+        ({"image": RED, "mask": "AAAA"}, "mask", "cannot be read"),
         ({"image": RED, "mask": 3}, "mask", "mask takes a picture in base64"),
     ],
 )
@@ -92,5 +92,5 @@ def test_edit_without_what_it_needs(fields: dict[str, Any], param: str, message:
 def test_huge_mask_is_refused_before_its_pixels_are_read() -> None:
     file = io.BytesIO()
     Image.new("LA", (9_000, 8_000)).save(file, "PNG")
-    with pytest.raises(RequestError, match="too large"):
+    with pytest.raises(RequestError, match="mask takes sides of 8 to 512 pixels, not 9000x8000"):
         parse(EDITS, image=RED, mask=base64.b64encode(file.getvalue()).decode())

@@ -21,7 +21,7 @@ from sdxl_server.compiling import VAE_ENCODER
 from sdxl_server.drawing import draw_preview, finish, fork_pipeline, generate
 from sdxl_server.errors import ConfigError, RequestError
 from sdxl_server.files import encode_picture
-from sdxl_server.loading import choose_dtype
+from sdxl_server.loading import check_files, choose_dtype
 from sdxl_server.pipeline import LoadedPipeline, describe_picture, find_warnings, load_pipeline
 from sdxl_server.settings import CompileConfig, HandlerConfig
 from tests.unit.modules import HAS_BF16
@@ -113,6 +113,25 @@ def test_auto_takes_the_devices_type(device: str) -> None:
     assert choose_dtype(HandlerConfig(), mine, device="cpu")[1] == mine
     assert choose_dtype(HandlerConfig(dtype="float32"), compilation, device="cpu") == ("float32", compilation)
     assert choose_dtype(HandlerConfig(), CompileConfig(), device="cuda:0") == ("float16", CompileConfig())
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("f32", "float32"), ("int8", "float16"), ("fastest", "float16")])
+def test_auto_leaves_the_arithmetic_to_precision(precision: str, dtype: str) -> None:
+    compilation = CompileConfig.parse({"backend": "openvino", "options": {"precision": precision}})
+    assert choose_dtype(HandlerConfig(), compilation, device="cpu") == (dtype, compilation)
+    assert choose_dtype(HandlerConfig(dtype="bfloat16"), compilation, device="cpu") == ("bfloat16", compilation)
+
+
+def test_a_picture_tells_the_arithmetic_that_made_it(tiny_model: Path, cached: dict[str, Any]) -> None:
+    pt2 = {**cached, "options": {**cached["options"], "precision": "int8"}}
+    loaded = load(tiny_model, pt2, dtype="auto", warm_up=True)
+    request = loaded.contract.check({"prompt": "a fox"})
+    told = describe_picture(loaded, request, 0, unet_calls=1)["made_with"]["arithmetic"]
+    assert told == loaded.describe()["arithmetic"]
+    assert told["precision"] == "int8"
+    assert told["lossy"]
+    (unet,) = loaded.describe()["openvino"]["unet"]
+    assert sum(model["constants"].get("i8", 0) for model in unet["models"]) > 0
 
 
 def test_float16_keeps_the_vae_in_float32(tiny_model: Path) -> None:
@@ -515,11 +534,51 @@ def test_missing_model_says_how_to_get_one(tmp_path: Path) -> None:
         load(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.bin", "weights.ckpt", "unet/model.py", "x.pt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("unet/diffusion_pytorch_model.bin", "weights.ckpt", "unet/model.py", "x.pt", "unet/x.PT", "unet/weights"),
+        *("x.pt2", ".pt", "unet/model.safetensors.pkl", "model.SAFETENSORS", "vae/a.so"),
+    ],
+)
 def test_files_that_could_run_code_are_refused(tiny_model: Path, tmp_path: Path, name: str) -> None:
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     (folder / name).write_bytes(b"")
     with pytest.raises(ConfigError, match=rf"{name} could run code"):
+        load(folder)
+
+
+def test_subfolders_that_are_links_are_looked_into(tiny_model: Path, tmp_path: Path) -> None:
+    folder, elsewhere = shutil.copytree(tiny_model, tmp_path / "model"), tmp_path / "elsewhere"
+    shutil.move(folder / "unet", elsewhere)
+    (folder / "unet").symlink_to(elsewhere)
+    (elsewhere / "round").symlink_to(folder)
+    check_files(folder)
+    (elsewhere / "x.bin").touch()
+    with pytest.raises(ConfigError, match=r"unet/x.bin could run code"):
+        check_files(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model_index.json", "[" * 100_000),
+        ("model_index.json", json.dumps({"_class_name": ["StableDiffusionXLPipeline"]})),
+        ("model_index.json", json.dumps({"_class_name": "StableDiffusionXLPipeline"})),
+        ("model_index.json", json.dumps({"_class_name": "StableDiffusionXLPipeline", "unet": 5})),
+        ("scheduler/scheduler_config.json", "[]"),
+        ("unet/config.json", "{}"),
+        ("unet/config.json", json.dumps({"sample_size": None})),
+        ("unet/config.json", "\0"),
+        ("vae/config.json", json.dumps({"block_out_channels": "x"})),
+        ("text_encoder/config.json", json.dumps({"num_hidden_layers": -1})),
+        ("tokenizer/tokenizer.json", "{}"),
+    ],
+)
+def test_odd_files_of_a_pipeline_are_told(tiny_model: Path, tmp_path: Path, name: str, content: str) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / name).write_text(content)
+    with pytest.raises(ConfigError, match=r"^(cannot read the pipeline in|handler.model_path takes)"):
         load(folder)
 
 

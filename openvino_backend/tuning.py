@@ -1,0 +1,123 @@
+"""Lossless changes of an OpenVINO model: the same products and sums in a form that its CPU plug-in runs faster.
+
+Timings are in docs/benchmarks.md.
+"""
+
+import ctypes
+import math
+from collections.abc import Callable
+
+import numpy as np
+import openvino
+from openvino import opset13
+
+
+def tune_for_cpu(model: openvino.Model) -> None:
+    """Write attention as products, and each linear layer whose result is split as one layer for each piece."""
+    split_linear_layers(model)
+    write_out_attention(model)
+    model.validate_nodes_and_infer_types()
+
+
+def write_out_attention(model: openvino.Model) -> None:
+    """Write attention as the products and the softmax that it is.
+
+    The plug-in does so by itself, but transposes the keys first, in an operator of its own; a product takes them as
+    they are.
+    """
+    for node in model.get_ops():
+        if node.get_type_name() == "ScaledDotProductAttention" and _is_plain_attention(node):
+            query, key, value = (node.input_value(index) for index in range(3))
+            scaled = opset13.multiply(query, np.float32(query.get_shape()[-1] ** -0.5))
+            shares = opset13.softmax(opset13.matmul(scaled, key, transpose_a=False, transpose_b=True), axis=-1)
+            _replace(node.output(0), opset13.matmul(shares, value, transpose_a=False, transpose_b=False))
+
+
+def _is_plain_attention(node: openvino.Node) -> bool:
+    """Say whether there is no mask, no scale but the usual one, and float32 between the operators."""
+    return (
+        node.get_input_size() == 3
+        and not node.get_attributes().get("causal")
+        and node.get_element_type() == openvino.Type.f32
+    )
+
+
+def split_linear_layers(model: openvino.Model) -> None:
+    """Write a linear layer whose result is split as one layer for each piece, with its share of the weights.
+
+    In a gated activation all that comes after the two products is one operator then. The weights are not copied.
+    """
+    for node in model.get_ops():
+        if node.get_type_name() == "Split" and _is_along_features(node):
+            pieces = _split_layer(node.input_value(0).get_node(), count=node.get_output_size())
+            for index, piece in enumerate(pieces):
+                _replace(node.output(index), piece)
+
+
+def _is_along_features(split: openvino.Node) -> bool:
+    axis = split.input_value(1).get_node()
+    dimensions = len(split.get_output_shape(0))
+    return axis.get_type_name() == "Constant" and int(axis.data) in (-1, dimensions - 1)
+
+
+def _split_layer(layer: openvino.Node, *, count: int) -> list[openvino.Node]:
+    """Return a linear layer for each of so many equal pieces of a layer's result, or none for what is no such layer."""
+    product = layer.input_value(0).get_node() if layer.get_type_name() == "Add" else layer
+    if product.get_type_name() != "MatMul" or not product.get_attributes()["transpose_b"]:
+        return []
+    pieces = []
+    for index in range(count):
+        weights = _take_piece(product.input_value(1), index, count, axis=0)
+        bias = None if layer is product else _take_piece(layer.input_value(1), index, count, axis=-1)
+        if weights is None or (layer is not product and bias is None):
+            return []
+        piece = opset13.matmul(product.input_value(0), weights, transpose_a=False, transpose_b=True)
+        pieces.append(piece if bias is None else opset13.add(piece, bias))
+    return pieces
+
+
+def _take_piece(source: openvino.Output, index: int, count: int, *, axis: int) -> openvino.Node | None:
+    """Return one of equal pieces of weights, compressed or not, or None where they are computed at each call."""
+    node = source.get_node()
+    if node.get_type_name() == "Constant":
+        return _share_piece(node, index, count, axis=axis)
+    rules = {"Convert": _convert_alike(node), "Multiply": opset13.multiply, "Subtract": opset13.subtract}
+    if node.get_type_name() not in rules:
+        return None
+    inputs = [_take_piece(each, index, count, axis=axis) for each in node.input_values()]
+    return None if None in inputs else rules[node.get_type_name()](*inputs)
+
+
+def _convert_alike(node: openvino.Node) -> Callable[[openvino.Node], openvino.Node]:
+    """Return what converts as this operator does, with its marks: widened weights are not stored as what they become.
+
+    Of a mark only its name counts.
+    """
+
+    def convert(value: openvino.Node) -> openvino.Node:
+        converted = opset13.convert(value, node.get_element_type().get_type_name())
+        for mark in node.get_rt_info():
+            converted.get_rt_info()[mark] = ""
+        return converted
+
+    return convert
+
+
+def _share_piece(constant: openvino.Node, index: int, count: int, *, axis: int) -> openvino.Node | None:
+    """Return one of equal pieces of a constant, in its memory; one that is the same for all features stays whole."""
+    shape = list(constant.shape)
+    if not shape or shape[axis] == 1:
+        return constant
+    if math.prod(shape[: axis % len(shape)]) > 1 or constant.get_element_type() == openvino.Type.bf16:
+        return None  # the pieces are not in one place, or are of a type that numpy lacks
+    shape[axis] //= count
+    size = constant.get_byte_size() // count
+    memory = (ctypes.c_byte * size).from_address(constant.data.ctypes.data + index * size)
+    memory.owner = constant  # so that what shares the memory keeps it
+    piece = np.frombuffer(memory, constant.data.dtype).reshape(shape)
+    return openvino.op.Constant(piece, shared_memory=True)
+
+
+def _replace(output: openvino.Output, node: openvino.Node) -> None:
+    for each in list(output.get_target_inputs()):
+        each.replace_source_output(node.output(0))

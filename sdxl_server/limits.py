@@ -1,0 +1,105 @@
+"""What bounds the work on a request before it is done, whatever the request holds.
+
+Numbers of things are counted before they are read, at the speed of a search; what is read after that is at most some
+times the bytes that it came in. A bound on time stands behind it.
+"""
+
+import contextlib
+import re
+import signal
+import threading
+from collections.abc import Iterator
+
+from sdxl_server.errors import RequestError
+
+MAX_VALUES = 50_000  # of a JSON text: its commas and brackets, those in prompts included
+MAX_FIELDS = 100  # of a form
+MAX_PIECES = 10_000  # segments of a JPEG, chunks of a PNG or WebP; 24 MB in chunks of 4 KB are 6,000
+MAX_SCANS = 100  # of a progressive JPEG, each of which goes over the whole picture; encoders make 10
+READ_SECONDS = 20.0  # for one request; a picture of 4096 x 4096 pixels takes 0.7 s
+
+JPEG_MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")  # past what stands for itself within a scan
+SCAN, END = 0xDA, 0xD9
+WITH_LENGTH = frozenset((*range(0xC0, 0xD0), *range(0xDA, 0xE0), *range(0xE0, 0xF0), 0xFE)) - {0xC8}
+
+
+def check_pieces(raw: bytes) -> None:
+    """Refuse a picture's file of more pieces than pictures have.
+
+    Raises:
+        ValueError: says of what there are too many.
+    """
+    if raw.startswith(b"\xff\xd8"):
+        _check_jpeg(raw)
+    elif raw.startswith(b"\x89PNG"):
+        _check_png(raw)
+    elif raw.startswith(b"RIFF"):
+        _check_webp(raw)
+
+
+def _check_jpeg(raw: bytes) -> None:
+    """Walk from marker to marker; before the first scan Pillow reads byte by byte what belongs to none."""
+    position, pieces, scans = 2, 0, 0
+    while found := JPEG_MARKER.search(raw, position):
+        code = raw[found.end() - 1]
+        pieces += 1 if scans else found.end() - position - 1
+        scans += code == SCAN
+        if scans > MAX_SCANS:
+            raise ValueError(f"it has more than {MAX_SCANS} scans")
+        if pieces > MAX_PIECES:
+            raise ValueError(f"it has more than {MAX_PIECES} segments, or as many bytes between them")
+        if code == END and scans:
+            return
+        position = found.end()
+        if code in WITH_LENGTH:
+            position += max(int.from_bytes(raw[position : position + 2]), 2)
+    if not scans and len(raw) - position > MAX_PIECES:
+        raise ValueError("it has no scan")
+
+
+def _check_png(raw: bytes) -> None:
+    """Walk from chunk to chunk; nobody reads what stands behind the last."""
+    position = 8
+    for _ in range(MAX_PIECES):
+        if position >= len(raw) or raw[position + 4 : position + 8] == b"IEND":
+            return
+        position += 12 + int.from_bytes(raw[position : position + 4], "big")
+    raise ValueError(f"it has more than {MAX_PIECES} chunks")
+
+
+def _check_webp(raw: bytes) -> None:
+    """Walk from chunk to chunk, of which each frame is one; nobody reads past the length that stands first."""
+    position, end = 12, min(len(raw), 8 + int.from_bytes(raw[4:8], "little"))
+    for _ in range(MAX_PIECES):
+        if position >= end:
+            return
+        length = int.from_bytes(raw[position + 4 : position + 8], "little")
+        position += 8 + length + length % 2
+    raise ValueError(f"it has more than {MAX_PIECES} chunks")
+
+
+@contextlib.contextmanager
+def limit_time(seconds: float) -> Iterator[None]:
+    """Raise RequestError in a block that takes longer.
+
+    It ends Python's code, and Pillow's decoders between two pieces of a file; one call into C goes on to its end. Only
+    the main thread, in which TorchServe's workers run, gets signals: in others there is no limit.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise RequestError(f"reading the request has taken more than {seconds:g} s; send smaller or simpler pictures")
+
+    previous = signal.signal(signal.SIGALRM, end)
+    try:
+        # Once more each second, since a library may take it for an error of its own and go on.
+        signal.setitimer(signal.ITIMER_REAL, seconds, 1)
+        yield
+    finally:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        finally:  # it may have come just before the line above
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
