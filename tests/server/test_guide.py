@@ -94,9 +94,10 @@ def check_private(folder: Path) -> None:
 
 
 def find_servers() -> set[int]:
-    """Return the process ids of all TorchServe servers and workers of this machine."""
-    marks = {"org.pytorch.serve.ModelServer", "--sock-type"}
-    return {p.pid for p in psutil.process_iter(["cmdline"]) if marks & set(p.info["cmdline"] or [])}
+    """Return the process ids of the TorchServe servers and workers that run from this environment."""
+    marks, lines = {"org.pytorch.serve.ModelServer", "--sock-type"}, psutil.process_iter(["cmdline"])
+    running = {process.pid: process.info["cmdline"] or [] for process in lines}
+    return {pid for pid, line in running.items() if marks & set(line) and any(sys.prefix in each for each in line)}
 
 
 def check_picture(path: Path) -> None:
