@@ -157,6 +157,7 @@ class Options:
             if not isinstance(value, about["kind"]) or not about["accepts"](value):
                 raise OptionsError(f"OpenVINO option {name!r} takes {about['accepted']}, not {value!r}")
         options = cls(**raw)
+        _check_device(options)
         if options.precision is not None:
             options = _expand(options, raw)
         for name in _LOSSY[1:]:
@@ -169,7 +170,6 @@ class Options:
             raise OptionsError("OpenVINO option 'disabled_ops' lets operators run in PyTorch and needs strict: false")
         _find_operators("disabled_ops", options.disabled_ops)
         options.find_decompositions()
-        _check_device(options)
         return options
 
     @property
@@ -215,7 +215,6 @@ def _expand(options: Options, raw: Mapping[str, Any]) -> Options:
         raise OptionsError(
             f"OpenVINO option 'precision' sets {', '.join(beside)} itself; leave that out, or 'precision'"
         )
-    _check_device(options)
     kind, _ = split_device(options.device)
     if kind is not None:
         raise OptionsError(f"OpenVINO option 'precision' is for one device, such as CPU or GPU, not {options.device!r}")

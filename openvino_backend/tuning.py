@@ -30,7 +30,8 @@ def write_out_attention(model: openvino.Model) -> None:
             query, key, value = (node.input_value(index) for index in range(3))
             scaled = opset13.multiply(query, np.float32(query.get_shape()[-1] ** -0.5))
             shares = opset13.softmax(opset13.matmul(scaled, key, transpose_a=False, transpose_b=True), axis=-1)
-            _replace(node.output(0), opset13.matmul(shares, value, transpose_a=False, transpose_b=False))
+            attended = opset13.matmul(shares, value, transpose_a=False, transpose_b=False)
+            node.output(0).replace(attended.output(0))
 
 
 def _is_plain_attention(node: openvino.Node) -> bool:
@@ -51,7 +52,7 @@ def split_linear_layers(model: openvino.Model) -> None:
         if node.get_type_name() == "Split" and _is_along_features(node):
             pieces = _split_layer(node.input_value(0).get_node(), count=node.get_output_size())
             for index, piece in enumerate(pieces):
-                _replace(node.output(index), piece)
+                node.output(index).replace(piece.output(0))
 
 
 def _is_along_features(split: openvino.Node) -> bool:
@@ -116,8 +117,3 @@ def _share_piece(constant: openvino.Node, index: int, count: int, *, axis: int) 
     memory.owner = constant  # so that what shares the memory keeps it
     piece = np.frombuffer(memory, constant.data.dtype).reshape(shape)
     return openvino.op.Constant(piece, shared_memory=True)
-
-
-def _replace(output: openvino.Output, node: openvino.Node) -> None:
-    for each in list(output.get_target_inputs()):
-        each.replace_source_output(node.output(0))
