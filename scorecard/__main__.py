@@ -75,7 +75,7 @@ QUICK = Scale(
     soak_time=30,
     soak_requests=50,
     kill_time=40,
-    loads=1,
+    loads=2,
     requests_after=20,
     crowd=200,
     fuzzed=600,
@@ -195,12 +195,17 @@ def kill_workers(server: LocalServer, *, seconds: float, interval: float) -> tup
 
 
 def check_kills(site: Site, scale: Scale) -> list[Line]:
-    """A worker that is killed again and again, whatever it does."""
+    """A worker that is killed again and again, whatever it does.
+
+    It loses the requests that it holds: their answers have begun, or TorchServe would not tell it who has left. What
+    waits in TorchServe's own queue is not lost, so two more ask than it holds.
+    """
+    held = yaml.safe_load((ROOT / "model-config.yaml").read_text())["batchSize"]
     with site.serve() as server:
         loads = [measure_recovery(server) for _ in range(scale.loads)]  # nobody asks meanwhile
         with ThreadPoolExecutor(1) as pool:
             killer = pool.submit(kill_workers, server, seconds=scale.kill_time, interval=scale.kill_interval)
-            outcomes, _ = keep_asking(server, lambda _: killer.done(), clients=3)
+            outcomes, _ = keep_asking(server, lambda _: killer.done(), clients=held + 2)
         kills, recoveries = killer.result()
         wait_for_another(server, [], seconds=600)
         after = [ask(server) for _ in range(scale.requests_after)]
@@ -208,7 +213,7 @@ def check_kills(site: Site, scale: Scale) -> list[Line]:
     slowest = max(recoveries, default=float("inf"))
     passed = (
         {outcome.kind for outcome in lost} <= {"failed", "cut"}
-        and len(lost) <= kills  # one request is under way at a time
+        and len(lost) <= held * kills
         and len(recoveries) >= kills
         and slowest <= max(loads) + 3  # of each the slowest, for the same load takes a third longer at times
         and {outcome.kind for outcome in after} == {"picture"}
