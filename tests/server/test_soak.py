@@ -10,8 +10,9 @@ import pytest
 
 from scorecard import __main__ as soak
 from scorecard import clients
-from scorecard.__main__ import LINES, Line, Scale, Site
+from scorecard.__main__ import LINES
 from scorecard.clients import judge_growth
+from scorecard.site import Line, Scale, Site
 from tests.server import planted_handler
 from tools.proxy import LocalProxy, find_nginx
 from tools.server import LocalServer

@@ -1,0 +1,113 @@
+"""The lines of clients who ask for what they may ask for: for long, many at once, and those who leave."""
+
+import asyncio
+import http.client
+import json
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import requests
+
+from scorecard.clients import PATIENCE, SIZES, Watch, ask, ask_at_once, count, judge_growth, keep_asking
+from scorecard.site import Line, Scale, Site
+from tools.server import read_shipped
+
+
+def check_soak(site: Site, scale: Scale) -> list[Line]:
+    """Pictures for a long time, from as many clients as query.py has at a time."""
+    with site.serve() as server:
+        for width, height in SIZES:  # compile what will be asked for
+            ask(server, width=width, height=height)
+        start = time.monotonic()
+
+        def is_enough(done: int) -> bool:
+            passed = time.monotonic() - start
+            return passed > scale.soak_time and (done >= scale.soak_requests or passed > 2 * scale.soak_time)
+
+        with Watch(server) as watch:
+            outcomes, seconds = keep_asking(server, is_enough, clients=4)
+    times = sorted(outcome.seconds for outcome in outcomes)
+    p50, p99 = (times[min(int(len(times) * share), len(times) - 1)] for share in (0.5, 0.99))
+    passed = len(outcomes) >= scale.soak_requests and {outcome.kind for outcome in outcomes} == {"picture"}
+    told = f"{len(outcomes)} requests in {seconds:.0f} s: {count(outcomes)}; "
+    told += f"p50 {p50:.2f} s, p99 {p99:.2f} s, p99/p50 {p99 / p50:.1f}"
+    is_flat, growth = judge_growth(watch.samples)
+    return [Line("soak", passed, told), Line("memory", is_flat, growth)]
+
+
+def check_crowd(site: Site, scale: Scale) -> list[Line]:
+    """More clients at once than the queue has room for."""
+    with site.serve() as server:
+        answers = asyncio.run(ask_at_once(server, scale.crowd))
+        after = ask(server)
+    accepted = [seconds for status, seconds in answers if status == 200]
+    refused = [seconds for status, seconds in answers if status == 503]
+    shipped = read_shipped()
+    room = shipped["batchSize"] + shipped["jobQueueSize"] + 1  # the worker, the queue, and one that took a place
+    passed = (
+        len(accepted) + len(refused) == scale.crowd
+        and 0 < len(accepted) <= room
+        and max(refused, default=float("inf")) < 1
+        and after.kind == "picture"
+    )
+    told = f"{scale.crowd} clients: {len(accepted)} accepted, {len(refused)} refused"
+    told += f" within {max(refused):.2f} s" if refused else ""
+    return [Line("crowd", passed, f"{told}; then {after.kind}")]
+
+
+def check_leavers(site: Site, scale: Scale) -> list[Line]:
+    """Clients that leave in mid-picture."""
+    steps = 150
+    with site.serve() as server:
+
+        def leave(seed: int) -> None:
+            fields = {"prompt": "a red circle", "num_inference_steps": steps, "seed": seed}
+            with requests.post(
+                server.url, json=fields, headers=server.get_headers(), stream=True, timeout=PATIENCE
+            ) as answer:
+                answer.raise_for_status()  # the headers come after the first step
+
+        alone = ask(server, num_inference_steps=steps)
+        start = time.monotonic()
+        with ThreadPoolExecutor(5) as pool:
+            list(pool.map(leave, range(scale.leavers)))
+        after = ask(server)
+        seconds = time.monotonic() - start
+        ended = server.log.count("its work has ended after step")
+    passed = ended >= scale.leavers and after.kind == "picture" and seconds < scale.leavers * alone.seconds / 4
+    told = (
+        f"{scale.leavers} clients left pictures of {alone.seconds:.1f} s: {ended} ended early, {seconds:.1f} s in all"
+    )
+    return [Line("leavers", passed, f"{told}; then {after.kind}")]
+
+
+def check_queue(site: Site, scale: Scale) -> list[Line]:
+    """Requests that are given up while a picture is under way, and one of another address."""
+    fields = {"prompt": "a red circle", "num_inference_steps": 150}
+    with site.serve() as server:
+        place = ("127.0.0.1", server.ports["inference_address"])
+        headers = {**server.get_headers(), "Content-Type": "application/json"}
+
+        def send(address: str, body: Mapping[str, Any]) -> http.client.HTTPConnection:
+            connection = http.client.HTTPConnection(*place, timeout=PATIENCE, source_address=(address, 0))
+            connection.request("POST", f"/predictions/{server.model}", json.dumps(body), headers)
+            return connection
+
+        with ThreadPoolExecutor(1) as pool:
+            under_way = pool.submit(ask, server, num_inference_steps=150, num_images_per_prompt=2)
+            time.sleep(0.5)
+            for _ in range(9):
+                left = send("127.0.0.2", fields)
+                time.sleep(0.05)  # TorchServe has read it
+                left.close()
+            start, status = time.monotonic(), 0
+            while status != 200 and time.monotonic() - start < PATIENCE:
+                answer = send("127.0.0.3", {**fields, "num_inference_steps": 1}).getresponse()
+                status = answer.status
+                answer.read()
+            seconds, has_waited = time.monotonic() - start, under_way.done()
+    passed = status == 200 and not has_waited
+    told = f"9 requests of one address were given up; another's was answered with {status} after {seconds:.2f} s"
+    return [Line("queue", passed, f"{told}, {'after' if has_waited else 'before'} the end of the picture under way")]

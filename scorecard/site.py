@@ -1,0 +1,125 @@
+"""What the scorecard serves, how much it asks of it, and how it finds a worker and waits for another."""
+
+import contextlib
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from demo.measure import GUIDANCE
+from tools.server import ROOT, LocalServer, ServerError, make_archive, read_shipped
+
+STEPS = 5
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much each line asks for; times in seconds."""
+
+    soak_time: float = 30 * 60
+    soak_requests: int = 3000
+    kill_time: float = 15 * 60
+    kill_interval: float = 20
+    loads: int = 8  # before the kills, with nobody asking
+    requests_after: int = 100
+    crowd: int = 200
+    fuzzed: int = 10_000
+    leavers: int = 50
+    bodies: int = 90
+    cycles: int = 20
+
+
+QUICK = Scale(
+    soak_time=30,
+    soak_requests=50,
+    kill_time=40,
+    loads=2,
+    requests_after=20,
+    crowd=200,
+    fuzzed=600,
+    leavers=10,
+    bodies=60,
+    cycles=2,
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the scorecard."""
+
+    name: str
+    passed: bool
+    told: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """What is served; the tests plant their faults here.
+
+    Attributes:
+        keys: TorchServe's keys of model-config.yaml that differ from the shipped ones.
+        settings: those of its handler section.
+        properties: those of config.properties.
+        cache: the folder of the compiled models.
+    """
+
+    cache: Path
+    model: Path = ROOT / "demo/model"
+    handler: Path = ROOT / "stable_diffusion_handler.py"
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    properties: Mapping[str, str] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def serve(self, **keys: Any) -> Iterator[LocalServer]:
+        """Run a server until the block ends."""
+        shipped = read_shipped()
+        shipped["handler"] |= {"guidance_scale": GUIDANCE, "num_inference_steps": STEPS, **self.settings}
+        pt2 = {"backend": "openvino", "options": {"model_caching": True, "cache_dir": str(self.cache)}}
+        with tempfile.TemporaryDirectory(prefix="soak-") as name:
+            folder = Path(name)
+            settings = yaml.safe_dump({**shipped, "pt2": pt2, **keys, **self.keys}, sort_keys=False)
+            make_archive(folder, self.model, settings, handler=self.handler)
+            with LocalServer(folder, properties=self.properties) as server:
+                yield server
+
+
+def find_workers(server: LocalServer) -> list[psutil.Process]:
+    """Return the processes that hold the model, ready or not."""
+    found = []
+    for process in server.find_processes():
+        with contextlib.suppress(psutil.Error):
+            if "--sock-type" in process.cmdline():
+                found.append(process)
+    return found
+
+
+def wait_for_another(server: LocalServer, old: Sequence[psutil.Process], *, seconds: float) -> float:
+    """Return the seconds until the model is ready in other workers than the old ones.
+
+    Raises:
+        ServerError: it is not in that time.
+    """
+    start = time.monotonic()
+    while not ({each.pid for each in find_workers(server)} - {each.pid for each in old} and server.is_ready()):
+        if time.monotonic() - start > seconds:
+            raise ServerError(f"no worker is ready within {seconds:.0f} s")
+        time.sleep(0.1)
+    return time.monotonic() - start
+
+
+def connect(server: LocalServer, *, timeout: float | None = None) -> socket.socket:
+    """Return a connection to the inference API."""
+    return socket.create_connection(("127.0.0.1", server.ports["inference_address"]), timeout=timeout)
+
+
+def is_open(port: int) -> bool:
+    """Say whether somebody listens on a port of this machine."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
