@@ -86,7 +86,7 @@ class Run:
         if configuration.native is not None and part == PICTURE:
             return "openvino.convert_model converts parts, not the whole"
         if configuration.peer is not None and part != PICTURE:
-            return f"{LIBRARIES[configuration.peer['library']]} makes whole pictures only (--parts {PICTURE})"
+            return f"{LIBRARIES[configuration.peer['library']].name} makes whole pictures only (--parts {PICTURE})"
         if configuration.peer is not None and not PEERS.exists():
             return "its environment is missing; make peers makes it"
         return None

@@ -16,7 +16,26 @@ PARTS = {
     "text_encoder_2": ("transformers", "CLIPTextModelWithProjection", "forward"),
 }
 WEIGHTS = {"f32": "float32", "bf16": "bfloat16"}
-LIBRARIES = {"optimum": "optimum-intel", "genai": "openvino-genai"}
+
+
+@dataclass(frozen=True)
+class Library:
+    """One that whole pictures are compared with.
+
+    Attributes:
+        formats: those that it keeps weights in.
+    """
+
+    name: str
+    formats: Sequence[str]
+
+
+_OPENVINO_FORMATS = ("fp32", "fp16", "int8")
+LIBRARIES = {
+    "optimum": Library("optimum-intel", _OPENVINO_FORMATS),
+    "genai": Library("openvino-genai", _OPENVINO_FORMATS),
+    "sdcpp": Library("stable-diffusion.cpp", ("f32", "f16", "bf16", "q8_0")),
+}
 
 
 class ConfigurationError(ValueError):
@@ -54,10 +73,9 @@ class Configuration:
         if len(engines) > 1:
             raise ConfigurationError(f"{name} takes {' or '.join(engines)}, not both")
         if engines == ["native"]:
-            _check_section(name, "native", raw["native"], weight_compression=("int8_sym", "int8_asym"))
+            _check_native(f"{name}.native", raw["native"])
         elif engines == ["peer"]:
-            accepted = {"library": tuple(LIBRARIES), "weight_format": ("fp32", "fp16", "int8")}
-            _check_section(name, "peer", raw["peer"], needed=("library", "weight_format"), **accepted)
+            _check_peer(f"{name}.peer", raw["peer"])
         else:
             _check_pt2(name, raw.get("pt2"))
         return cls(**raw)
@@ -71,7 +89,7 @@ class Configuration:
     def compression(self) -> str | None:
         """The form that weights are compressed to, or None."""
         if self.peer is not None:
-            return "int8" if self.peer["weight_format"] == "int8" else None
+            return "int8" if self.peer["weight_format"] in ("int8", "q8_0") else None
         options = dict(self.native or {})
         if isinstance(self.pt2, Mapping):
             options = dict(self.pt2.get("options") or {})
@@ -104,19 +122,26 @@ def _choose(key: str, value: Any, *accepted: str) -> None:
         raise ConfigurationError(f"{key} takes {' | '.join(accepted)}, not {value!r}")
 
 
-def _check_section(name: str, key: str, section: Any, *, needed: Sequence[str] = (), **accepted: Sequence[str]) -> None:
-    """Check what stands under `native` or `peer`: the keys with the values that they accept, and `config`."""
+def _check_native(key: str, section: Any) -> None:
+    _check_keys(key, section, "weight_compression", "config")
+    if "weight_compression" in section:
+        _choose(f"{key}.weight_compression", section["weight_compression"], "int8_sym", "int8_asym")
+
+
+def _check_peer(key: str, section: Any) -> None:
+    _check_keys(key, section, "library", "weight_format", "config")
+    _choose(f"{key}.library", section.get("library"), *LIBRARIES)
+    _choose(f"{key}.weight_format", section.get("weight_format"), *LIBRARIES[section["library"]].formats)
+
+
+def _check_keys(key: str, section: Any, *keys: str) -> None:
     if not isinstance(section, Mapping):
-        raise ConfigurationError(f"{name}.{key} takes keys and values, not {section!r}")
-    keys = [*accepted, "config"]
+        raise ConfigurationError(f"{key} takes keys and values, not {section!r}")
     for each in section:
         if each not in keys:
-            raise ConfigurationError(f"{name}.{key}.{each} is not a key; the keys are {', '.join(keys)}")
-    for each, values in accepted.items():
-        if each in section or each in needed:
-            _choose(f"{name}.{key}.{each}", section.get(each), *values)
+            raise ConfigurationError(f"{key}.{each} is not a key; the keys are {', '.join(keys)}")
     if not isinstance(section.get("config", {}), Mapping):
-        raise ConfigurationError(f"{name}.{key}.config takes OpenVINO properties by name, not {section['config']!r}")
+        raise ConfigurationError(f"{key}.config takes the library's options by name, not {section['config']!r}")
 
 
 def _check_pt2(name: str, pt2: Any) -> None:

@@ -3,10 +3,11 @@
 import json
 import os
 import platform
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from benchmarks.peak import measure_peak
 
 _FLAGS = (
     "avx2",
@@ -20,7 +21,6 @@ _FLAGS = (
     "amx_int8",
 )
 _PACKAGES = ("torch", "openvino", "nncf", "diffusers", "transformers")
-_SIDE = 2048  # of the square matrices
 
 
 def describe_machine() -> dict[str, Any]:
@@ -44,27 +44,6 @@ def describe_machine() -> dict[str, Any]:
         "versions": {name: version(name) for name in _PACKAGES},
         "peak_gigaflops": measure_peak("BF16" in capabilities),
     }
-
-
-def measure_peak(has_bf16: bool) -> dict[str, float]:
-    """Return the best of some products of two square matrices by torch, for each type, in GFLOP/s."""
-    import torch
-
-    a, b = torch.randn(2, _SIDE, _SIDE).unbind()
-    products: dict[str, tuple[Any, torch.dtype]] = {
-        "f32": (torch.mm, torch.float32),
-        "int8": (torch._int_mm, torch.int8),
-        **({"bf16": (torch.mm, torch.bfloat16)} if has_bf16 else {}),
-    }
-    peaks = {}
-    for name, (multiply, dtype) in products.items():
-        left, right, best = a.to(dtype), b.to(dtype), float("inf")
-        for _ in range(8):
-            started = time.perf_counter()
-            multiply(left, right)
-            best = min(best, time.perf_counter() - started)
-        peaks[name] = round(2 * _SIDE**3 / best / 1e9, 1)
-    return peaks
 
 
 def _read_info(path: str, key: str) -> str | None:

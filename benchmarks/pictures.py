@@ -46,6 +46,8 @@ def measure(job: Job) -> dict[str, Any]:
     record["ran"] += f"; JPEG {1000 * statistics.median(encoding):.1f} ms"
     if Path(job.model) == ROOT / "demo/model":
         record["score"] = score_pictures(prompts, pictures)["all"]
+    if "error" in record:  # told already
+        return record
     return record | compare([torch.from_numpy(np.array(each)) for each in pictures], Path(job.reference))
 
 

@@ -38,8 +38,8 @@ _NOTES = (
     "Error: relative L2 distance of the results to those of the first configuration, from the same inputs.",
     "Compile: from loaded weights to the first result, less the median call; cold: no cache; warm: a second process.",
     "Peak GB: the most that the process had resident, files that are mapped included.",
-    "Share of the peak: of the rate of matrix products by PyTorch in the configuration's arithmetic, int8 where the "
-    "weights are compressed, with the operations of the call as PyTorch counts them.",
+    "Share of the peak: of the highest rate of matrix products, by PyTorch or OpenVINO, in the configuration's "
+    "arithmetic, int8 where the weights are compressed, with the operations of the call as PyTorch counts them.",
 )
 
 

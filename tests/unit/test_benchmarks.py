@@ -9,6 +9,7 @@ from PIL import Image
 
 from benchmarks import __main__ as benchmarks
 from benchmarks.configurations import GUIDE, Configuration, ConfigurationError, read_configurations
+from benchmarks.peak import prepare_openvino
 from benchmarks.report import make_rows, write_report
 from sdxl_server.settings import CompileConfig
 
@@ -64,10 +65,12 @@ def test_shipped_configurations() -> None:
         ({**EAGER, "pt2": {"backend": "openvino", "options": {"a": 1}}}, "eager: pt2.options: unknown OpenVINO option"),
         ({**EAGER, "native": {"mode": 1}}, "eager.native.mode is not a key; the keys are weight_compression, config"),
         ({**EAGER, "native": {"weight_compression": "nf4"}}, "takes int8_sym | int8_asym, not 'nf4'"),
-        ({**EAGER, "native": {"config": 1}}, "eager.native.config takes OpenVINO properties by name, not 1"),
+        ({**EAGER, "native": {"config": 1}}, "eager.native.config takes the library's options by name, not 1"),
         ({**OURS, "native": {}}, "ours takes pt2 or native, not both"),
         ({**EAGER, "peer": {"library": "optimum"}}, "eager.peer.weight_format takes fp32 | fp16 | int8, not None"),
-        ({**EAGER, "peer": {"library": "diffusers"}}, "eager.peer.library takes optimum | genai, not 'diffusers'"),
+        ({**EAGER, "peer": {"library": "diffusers"}}, "peer.library takes optimum | genai | sdcpp, not 'diffusers'"),
+        ({**EAGER, "peer": {"library": "sdcpp", "weight_format": "int8"}}, "takes f32 | f16 | bf16 | q8_0, not 'int8'"),
+        ({**EAGER, "peer": {"library": "genai", "weight_format": "q8_0"}}, "takes fp32 | fp16 | int8, not 'q8_0'"),
     ],
 )
 def test_wrong_configuration(raw: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -178,6 +181,15 @@ def test_whole_pictures(tmp_path: Path) -> None:
     report = (tmp_path / "report.html").read_text()
     assert report.count('<img src="data:image/jpeg;base64,') == 2
     assert f"<td>{eager['score']:.0%}</td>" in report
+
+
+def test_peak_in_8_bits_is_of_8_bit_products() -> None:
+    request: Any = prepare_openvino("int8", 512, 2).__self__  # type: ignore[attr-defined]
+    executed = [node.get_rt_info() for node in request.get_compiled_model().get_runtime_model().get_ops()]
+    kernels = [
+        about["primitiveType"].astype(str) for about in executed if about["layerType"].astype(str) == "FullyConnected"
+    ]
+    assert [kernel.lower()[-2:] for kernel in kernels] == ["i8", "i8"]
 
 
 def test_report_is_computed_from_records(tmp_path: Path) -> None:
