@@ -5,6 +5,7 @@ from openvino_backend.errors import GraphLimitError, OpenVINOBackendError, Unsup
 from openvino_backend.function import CompiledFunction
 from openvino_backend.model import ModelReport
 from openvino_backend.options import Options, OptionsError, split_device
+from openvino_backend.processors import find_processors, limit_torch
 
 __version__ = "0.2.0"
 
@@ -20,5 +21,7 @@ __all__ = [
     "UnsupportedOperatorsError",
     "compile_graph",
     "digest_weights",
+    "find_processors",
+    "limit_torch",
     "split_device",
 ]

@@ -18,6 +18,7 @@ from openvino_backend.compression import quantize_products
 from openvino_backend.errors import CacheMissError, OpenVINOBackendError, UnsupportedOperatorsError
 from openvino_backend.options import Options, split_device
 from openvino_backend.precision import PRECISION
+from openvino_backend.processors import find_processors, limit_openvino
 from openvino_backend.runtime import TYPES, CompiledModel, share_memory
 from openvino_backend.tuning import tune_for_cpu
 
@@ -32,6 +33,7 @@ class ModelReport:
     Attributes:
         devices: where it runs.
         precision: the floating-point type of its arithmetic, as OpenVINO names it: f32, bf16, f16.
+        threads: how many a call computes with on a CPU; None on other devices.
         operators: the number of operators it executes.
         inputs: the number of tensors passed at each call.
         quantized_convolutions, quantized_linear_layers: the number of those that it computes in 8 bits.
@@ -42,6 +44,7 @@ class ModelReport:
 
     devices: tuple[str, ...]
     precision: str
+    threads: int | None
     operators: int
     inputs: int
     quantized_convolutions: int
@@ -99,7 +102,8 @@ class Part(torch.nn.Module):
             quantize_products(model, options)
             # OpenVINO's own cache holds what a GPU compiles. For a CPU it holds the weights again, and saves no time.
             blob = {} if folder is None or devices == ["CPU"] else {"CACHE_DIR": str(folder)}
-            compiled = openvino.Core().compile_model(model, options.device, {**self.properties, **blob})
+            threads = limit_openvino(find_processors(), devices)
+            compiled = openvino.Core().compile_model(model, options.device, {**threads, **self.properties, **blob})
         precision = _read_precision(compiled, options.device)
         if precision != str(self.properties[PRECISION]):
             raise OpenVINOBackendError(
@@ -111,6 +115,7 @@ class Part(torch.nn.Module):
         return ModelReport(
             devices=tuple(compiled.get_property("EXECUTION_DEVICES")),
             precision=precision,
+            threads=compiled.get_property("INFERENCE_NUM_THREADS") if devices == ["CPU"] else None,
             operators=len(executed),
             inputs=len(compiled.inputs),
             quantized_convolutions=_count_quantized(executed, "Convolution", "runtimePrecision"),

@@ -1,5 +1,6 @@
 """One call's way: its request is read, drawn, and answered in the words of the API that it came by."""
 
+import dataclasses
 import enum
 import json
 import logging
@@ -85,9 +86,14 @@ class Service:
         self.loaded, self.archive = loaded, archive
 
     def describe(self) -> dict[str, Any]:
-        """Return what runs."""
+        """Return what runs, and what it runs on."""
+        import torch
+
+        from openvino_backend import find_processors
+
         report = self.loaded.describe()
-        return {**report, "versions": {**report["versions"], "archive": self.archive}}
+        processors = {**dataclasses.asdict(find_processors()), "torch_threads": torch.get_num_threads()}
+        return {**report, "processors": processors, "versions": {**report["versions"], "archive": self.archive}}
 
     def answer(self, call: Call) -> Answer:
         """Return the answer to a call, of which no step has been made.
@@ -214,12 +220,15 @@ def load_service(settings: Mapping[str, Any], *, model_dir: Path, gpu_id: int | 
     """
     import torch
 
+    from openvino_backend import find_processors, limit_torch
+
     if archive != __version__:
         raise VersionError(
             f"this archive was made for sdxl_server {archive}, and {__version__} is installed: make the archive again "
             "(torch-model-archiver, README's step 2)"
         )
     check_server_keys(settings)
+    limit_torch(find_processors())
     device = f"cuda:{gpu_id}" if gpu_id is not None and torch.cuda.is_available() else "cpu"
     loaded = load_pipeline(
         HandlerConfig.parse(settings.get("handler")),

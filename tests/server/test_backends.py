@@ -101,6 +101,7 @@ def test_backend_makes_pictures(tmp_path: Path, tiny_model: Path, pt2: Any, back
     left_out = dict.fromkeys(("compile_vae", "compile_text_encoders"), False) if backend == "inductor" else {}
     report = serve_pictures(tmp_path, tiny_model, make_settings(pt2, **left_out))
     assert (report["backend"], report["graphs"], report["graph_breaks"]) == (backend, graphs, 0)
+    assert report["processors"]["torch_threads"] <= report["processors"]["logical"]
     assert report["compiled_parts"] == {"eager": [], "openvino": PARTS, "inductor": ["unet"]}[backend]
     assert list(report.get("openvino", {})) == (PARTS if backend == "openvino" else [])
 
