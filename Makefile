@@ -46,7 +46,7 @@ peers: .venv-peers/made
 
 .venv-peers/made: benchmarks/requirements-peers.txt
 	$(PYTHON) -m venv .venv-peers
-	# stable-diffusion.cpp is compiled here; with these kernels, which llama.cpp takes by default, it needs a fifth less time
+	# stable-diffusion.cpp is compiled here; with these kernels, which llama.cpp takes by default, it needs a fifth to a third less time
 	CMAKE_ARGS="-DGGML_LLAMAFILE=ON" .venv-peers/bin/python -m pip install --quiet -r benchmarks/requirements-peers.txt
 	# optimum-intel asks for it, SDXL does not; built for a GPU beside a torch that is not, it breaks every import
 	.venv-peers/bin/python -m pip uninstall --quiet --yes torchvision

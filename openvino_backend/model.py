@@ -33,7 +33,7 @@ class ModelReport:
     Attributes:
         devices: where it runs.
         precision: the floating-point type of its arithmetic, as OpenVINO names it: f32, bf16, f16.
-        threads: how many a call computes with on a CPU; None on other devices.
+        threads: how many a call computes with on a CPU; None on other devices, and where several are named.
         operators: the number of operators it executes.
         inputs: the number of tensors passed at each call.
         quantized_convolutions, quantized_linear_layers: the number of those that it computes in 8 bits.
@@ -102,7 +102,7 @@ class Part(torch.nn.Module):
             quantize_products(model, options)
             # OpenVINO's own cache holds what a GPU compiles. For a CPU it holds the weights again, and saves no time.
             blob = {} if folder is None or devices == ["CPU"] else {"CACHE_DIR": str(folder)}
-            threads = limit_openvino(find_processors(), devices)
+            threads = limit_openvino(find_processors(), options.device)
             compiled = openvino.Core().compile_model(model, options.device, {**threads, **self.properties, **blob})
         precision = _read_precision(compiled, options.device)
         if precision != str(self.properties[PRECISION]):
@@ -115,7 +115,7 @@ class Part(torch.nn.Module):
         return ModelReport(
             devices=tuple(compiled.get_property("EXECUTION_DEVICES")),
             precision=precision,
-            threads=compiled.get_property("INFERENCE_NUM_THREADS") if devices == ["CPU"] else None,
+            threads=compiled.get_property("INFERENCE_NUM_THREADS") if options.device == "CPU" else None,
             operators=len(executed),
             inputs=len(compiled.inputs),
             quantized_convolutions=_count_quantized(executed, "Convolution", "runtimePrecision"),

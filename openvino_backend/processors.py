@@ -6,7 +6,7 @@ below it, such as a systemd unit's; torch, OpenVINO and os.process_cpu_count rea
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,10 +67,10 @@ def limit_torch(processors: Processors) -> None:
         torch.set_num_threads(limit)
 
 
-def limit_openvino(processors: Processors, devices: Iterable[str]) -> dict[str, Any]:
+def limit_openvino(processors: Processors, device: str) -> dict[str, Any]:
     """Return the properties that let OpenVINO compute with as many threads as the quota is for."""
     limit = processors.threads
-    return {"INFERENCE_NUM_THREADS": limit} if limit is not None and list(devices) == ["CPU"] else {}
+    return {"INFERENCE_NUM_THREADS": limit} if limit is not None and device == "CPU" else {}
 
 
 def _read_quotas(root: Path) -> Iterator[float]:
