@@ -66,7 +66,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "seed": {
         "type": int,
         "metavar": "N",
-        "help": "of the first picture, each further one has the next (after 4294967295 0); random unless given",
+        "help": "of the first picture, each further one has the next (after 4294967295 0); none or -1: random",
     },
     "prompt_2": {"help": "for the second text encoder; without it, prompt"},
     "negative_prompt": {"help": "what the picture should not show; without effect at a guidance of 1 or below"},

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from ts.utils.util import PredictionException
 
-from sdxl_server import __version__
+from sdxl_server import __version__, answers
 from sdxl_server.errors import RequestError, VersionError
 from sdxl_server.service import Answer, Call, choose_preview_steps, explain, load_service
 from stable_diffusion_handler import MADE_FOR, StableDiffusionHandler
@@ -50,6 +50,7 @@ class Service:
 
     def __init__(self) -> None:
         self.closed: list[str] = []
+        self.pieces = [b"end"]
 
     def answer(self, call: Call) -> Answer:
         body = call.values["body"].decode()
@@ -65,7 +66,8 @@ class Service:
                 yield f"step {step} ".encode()
             if body == "fails later":
                 raise ZeroDivisionError("planted")
-            return b"end"
+            yield from self.pieces[:-1]
+            return self.pieces[-1]
         finally:
             self.closed.append(body)
 
@@ -225,6 +227,31 @@ def test_steps_that_come_near_to_the_limit_are_told_once(caplog: pytest.LogCaptu
     assert told == [0, 1, 1, 2]
     assert "A call took 5 s. After 9 s TorchServe would have killed" in caplog.text
     assert "raise responseTimeout" in caplog.text
+
+
+def test_what_is_written_leaves_in_pieces_that_torchserve_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "MAX_PIECE", 4)
+    assert list(answers.split_pieces([b""])) == [b""]
+    assert list(answers.split_pieces([])) == [b""]
+    assert list(answers.split_pieces([b"ab", b"cd"])) == [b"abcd"]
+    assert list(answers.split_pieces([b"ab", b"cde", b"f"])) == [b"ab", b"cdef"]
+    assert list(answers.split_pieces([b"a", b"0123456789"])) == [b"a", b"0123", b"4567", b"89"]
+    assert list(answers.split_pieces([b"01234567"])) == [b"0123", b"4567"]
+
+
+def test_a_long_answer_goes_one_piece_a_call() -> None:
+    """And in its turn: what waits behind it has its first step meanwhile."""
+    handler = make_handler()
+    handler.service.pieces = [b"one", b"two", b"three"]  # type: ignore[attr-defined]
+    assert call(handler, a="1", b="2")[:2] == ([b"one", LEFT_OUT], [False, False])
+    assert call(handler, a="1", b="2")[:2] == ([b"two", b"step 1 "], [False, False])
+    assert call(handler, a="1", b="2")[:2] == ([b"three", b""], [True, False])
+    assert call(handler, b="2")[:2] == ([b"one"], [False])
+    call(handler, c="1")  # b has left
+    assert handler.service.closed[:2] == ["1", "2"]  # type: ignore[attr-defined]
+    whole = make_handler(is_continuous=False)
+    whole.service.pieces = [b"one", b"two", b"three"]  # type: ignore[attr-defined]
+    assert call(whole, a="2", b="1")[0] == [b"step 1 onetwothree", b"onetwothree"]
 
 
 def test_handler_is_made_for_the_package_beside_it() -> None:
