@@ -271,7 +271,7 @@ def send(server: LocalServer, hostile: Hostile, *, proxy: LocalProxy | None = No
         session.trust_env = False
         prepared = session.prepare_request(requests.Request(hostile.method, address, data=hostile.body))
         prepared.url = address + hostile.path  # as it is: requests would tidy it
-        prepared.headers.update({**hostile.headers, **server.get_headers()})
+        prepared.headers.update({**hostile.headers, **(proxy or server).get_headers()})
         verify = str(proxy.certificate) if proxy else True
         start = time.monotonic()
         answer = session.send(prepared, timeout=PATIENCE, allow_redirects=False, stream=True, verify=verify)
@@ -411,7 +411,9 @@ def check_attacks(site: Site, _scale: Scale) -> list[Line]:
     with site.serve() as server, contextlib.ExitStack() as stack:
         ways: dict[str, LocalProxy | None] = {"attacks": None}
         if find_nginx() is not None:
-            ways["attacks through nginx"] = stack.enter_context(LocalProxy(server.ports["inference_address"]))
+            ways["attacks through nginx"] = stack.enter_context(
+                LocalProxy(server.ports["inference_address"], key_file=server.key_file)
+            )
         for way, proxy in ways.items():
             send(server, make_upload("image", make_jpeg()))  # compiles the VAE's encoder
             blows = []
@@ -519,13 +521,14 @@ def drain_once(site: Site) -> tuple[list[Outcome], int, list[str]]:
 
     def keep_on(proxy: LocalProxy) -> None:
         while True:
-            outcome = ask(server, url=proxy.url, verify=str(proxy.certificate), num_inference_steps=20)
+            outcome = ask(server, proxy=proxy, num_inference_steps=20)
             if outcome.kind == "cut" and outcome.seconds < 0.2:
                 return  # nginx takes no more
             outcomes.append(outcome)
 
     with site.serve() as server:
-        with LocalProxy(server.ports["inference_address"]) as proxy, ThreadPoolExecutor(3) as pool:
+        port, key_file = server.ports["inference_address"], server.key_file
+        with LocalProxy(port, key_file=key_file) as proxy, ThreadPoolExecutor(3) as pool:
             clients = [pool.submit(keep_on, proxy) for _ in range(3)]
             time.sleep(3)
             proxy.drain()
