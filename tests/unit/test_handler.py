@@ -1,7 +1,10 @@
 """TorchServe's protocol: `handle` called with made contexts, on a service whose steps each test writes."""
 
+import codecs
 import json
 import logging
+import runpy
+import shutil
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -11,9 +14,10 @@ import pytest
 from ts.utils.util import PredictionException
 
 from sdxl_server import __version__, answers
-from sdxl_server.errors import RequestError, VersionError
+from sdxl_server.errors import ConfigError, RequestError, VersionError
 from sdxl_server.service import Answer, Call, choose_preview_steps, explain, load_service
 from stable_diffusion_handler import MADE_FOR, StableDiffusionHandler
+from tools.server import ROOT
 
 
 class Context:
@@ -264,6 +268,27 @@ def test_handler_is_made_for_the_package_beside_it() -> None:
 )
 def test_previews_are_as_many_as_asked_for(count: int, steps: int, due: list[int]) -> None:
     assert choose_preview_steps(count, steps=steps) == due
+
+
+@pytest.mark.parametrize(
+    ("text", "is_read"),
+    [
+        (codecs.BOM_UTF8 + "# Größe".encode(), True),
+        ("# Größe".encode("utf-16"), False),
+        ("minWorkers: 1".encode("utf-16-le"), False),
+        ("# Größe".encode("latin-1"), False),
+    ],
+)
+def test_configuration_that_torchserve_cannot_read_is_told(tmp_path: Path, text: bytes, is_read: bool) -> None:
+    """In one line; TorchServe makes the object before it reads the file, which stands beside the handler."""
+    shutil.copy(ROOT / "stable_diffusion_handler.py", tmp_path)
+    (tmp_path / "model-config.yaml").write_bytes(text)
+    handler = runpy.run_path(str(tmp_path / "stable_diffusion_handler.py"))["StableDiffusionHandler"]
+    if is_read:
+        handler()
+    else:
+        with pytest.raises(ConfigError, match="model-config.yaml is not UTF-8 .* save it as UTF-8"):
+            handler()
 
 
 def test_an_archive_of_another_version_is_told_in_one_line(tmp_path: Path) -> None:
