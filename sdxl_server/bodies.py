@@ -112,11 +112,17 @@ def _read_part(name: str, value: Any, schema: Mapping[str, Any]) -> Any:
 
 
 def _check_names(values: Mapping[str, Any]) -> None:
-    """Refuse JSON and texts that were sent as a form, in which they stand as a field's name, and not as they were.
+    """Refuse JSON and texts that were sent as a form.
+
+    They come as a field's name, cut at `&` and `=`; TorchServe leaves out what has no `=`, all of it as a rule.
 
     Raises:
         RequestError: says what to send.
     """
+    if not values:
+        raise RequestError(
+            f"the body was sent as a form and holds no field: {SEND_JSON}, or text/plain for a prompt alone"
+        )
     if any(name.lstrip("\ufeff \t\r\n")[:1] in ("{", "[") for name in values):
         raise RequestError(f"the body is JSON that was sent as a form: {SEND_JSON}")
     if len(values) == 1 and " " in next(iter(values)):
@@ -124,8 +130,8 @@ def _check_names(values: Mapping[str, Any]) -> None:
 
 
 def _read_body(body: bytes, *, kind: str, charset: str | None) -> dict[str, Any]:
-    if "json" in kind and charset is None and not body.startswith(tuple(MARKS)):
-        charset = json.detect_encoding(body)
+    if "json" in kind and charset is None and (found := json.detect_encoding(body)) not in ("utf-8", "utf-8-sig"):
+        charset = found
     content = decode_text(body, "the body", charset=charset)
     if "json" not in kind and (kind or content.lstrip()[:1] not in ("{", "[")):
         return {"prompt": content}
@@ -147,7 +153,7 @@ def _read_charset(content_type: str) -> str | None:
         RequestError: it is none that is read here.
     """
     header = Message()
-    header["Content-Type"] = content_type
+    header["Content-Type"] = content_type.encode("ascii", "replace").decode()  # others become an object that raises
     given = header.get_param("charset")
     if given is None:
         return None

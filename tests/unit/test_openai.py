@@ -4,7 +4,6 @@ import base64
 import io
 import json
 from typing import Any
-from urllib.parse import parse_qsl
 
 import pytest
 from PIL import Image
@@ -98,13 +97,12 @@ def test_recorded_request_is_read(client: str) -> None:
     recorded = RECORDED[client]
     face = EDITS if recorded.files else GENERATIONS
     values = recorded.make_form(base64.b64decode(RED)) if recorded.files else {"body": recorded.make_body()}
-    values |= {name: value.encode() for name, value in parse_qsl(recorded.query)}
     kind = "multipart/form-data; boundary=x" if recorded.files else "application/json"
     request, warnings = face.read(values, content_type=kind, contract=CONTRACT)
     assert recorded.fields["prompt"].startswith(request.prompt)
     assert request.response_format == recorded.reads
-    for part in recorded.warned[:3]:  # tokens are counted by the pipeline
-        assert part in "; ".join(warnings)
+    for part in recorded.warned:
+        assert part in "; ".join(warnings) or "77" in part  # tokens are counted by the pipeline
     assert warnings == [] or recorded.warned
 
 
