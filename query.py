@@ -5,6 +5,7 @@ One file, which runs with Python and requests alone; with tqdm it shows a bar, a
 
 import argparse
 import base64
+import codecs
 import contextlib
 import json
 import os
@@ -45,6 +46,14 @@ WEBP_SIZES: dict[bytes, Callable[[bytes], tuple[int, int]]] = {
     b"VP8L": lambda part: (1 + get_bits(part, 8, 14), 1 + get_bits(part, 22, 14)),
     b"VP8X": lambda part: (1 + get_bits(part, 32, 24), 1 + get_bits(part, 56, 24)),
 }
+# The longest first: UTF-32's begins with UTF-16's. These codecs take the mark away.
+MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 EXIT_CODES = """exit codes:
   0    every picture is saved
   1    the server failed, or a picture could not be read or saved
@@ -66,7 +75,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "seed": {
         "type": int,
         "metavar": "N",
-        "help": "of the first picture, each further one has the next (after 4294967295 0); random unless given",
+        "help": "of the first picture, each further one has the next (after 4294967295 0); none or -1: random",
     },
     "prompt_2": {"help": "for the second text encoder; without it, prompt"},
     "negative_prompt": {"help": "what the picture should not show; without effect at a guidance of 1 or below"},
@@ -298,10 +307,10 @@ def read_prompts(path: Path) -> dict[int, dict[str, Any]]:
     """Return the fields on each line that is not empty, by the line's number; a line starting with a brace is JSON.
 
     Raises:
-        QueryError: there is no prompt, or a line starts with a brace and is no JSON object.
+        QueryError: there is no prompt, a line starts with a brace and is no JSON object, or it is not text.
     """
     prompts = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(decode_text(path.read_bytes(), path).splitlines(), 1):
         if line.strip():
             prompts[number] = load_object(line) if line.lstrip().startswith("{") else {"prompt": line.strip()}
             if not prompts[number]:
@@ -309,6 +318,23 @@ def read_prompts(path: Path) -> dict[int, dict[str, Any]]:
     if not prompts:
         raise QueryError(f"{path} holds no prompt", code=REFUSED)
     return prompts
+
+
+def decode_text(raw: bytes, path: Path) -> str:
+    """Return a text without its byte order mark: UTF-8, or UTF-16 and UTF-32 as editors and PowerShell mark them.
+
+    Raises:
+        QueryError: it is none of these.
+    """
+    codec = next((codec for mark, codec in MARKS.items() if raw.startswith(mark)), "utf-8")
+    try:
+        text = raw.decode(codec)
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise QueryError(f"line {line} of {path} is not {codec.upper()}: save it as UTF-8", code=REFUSED) from error
+    if "\0" in text:
+        raise QueryError(f"{path} holds NUL characters, as UTF-16 without a mark does: save it as UTF-8", code=REFUSED)
+    return text
 
 
 def load_object(text: str | bytes | bytearray) -> dict[str, Any]:

@@ -42,6 +42,26 @@ class StableDiffusionHandler:
     service: "Service"
     explain: Any
 
+    def __init__(self) -> None:
+        """Refuse a model-config.yaml that TorchServe cannot read, before it tries and fails without naming the file.
+
+        Raises:
+            ConfigError: it is not UTF-8, with or without a byte order mark.
+        """
+        file = Path(__file__).with_name("model-config.yaml")
+        raw = file.read_bytes() if file.exists() else b""
+        try:
+            is_text = "\0" not in raw.decode("utf-8")
+        except UnicodeDecodeError:
+            is_text = False
+        if not is_text:
+            from pipeline_utils import ConfigError
+
+            raise ConfigError(
+                f"{file.name} is not UTF-8 (PowerShell's > and some editors write UTF-16): save it as UTF-8, for "
+                "example with `iconv -f UTF-16 -t UTF-8`, and make the archive again"
+            )
+
     def initialize(self, context: Any) -> None:
         """Load, compile and warm up the pipeline as model-config.yaml says; called once in each worker.
 

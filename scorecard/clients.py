@@ -18,6 +18,7 @@ import psutil
 import requests
 from PIL import Image
 
+from tools.proxy import LocalProxy
 from tools.server import LocalServer
 
 PATIENCE = 90  # seconds after which a request counts as hung
@@ -39,14 +40,15 @@ class Outcome:
     told: str = ""
 
 
-def ask(server: LocalServer, *, url: str | None = None, verify: Any = True, **fields: Any) -> Outcome:
-    """Ask for a picture and judge the answer."""
+def ask(server: LocalServer, *, proxy: LocalProxy | None = None, **fields: Any) -> Outcome:
+    """Ask for a picture, through a proxy where there is one, and judge the answer."""
     fields = {"prompt": "a red circle on a blue background", "width": 128, "height": 128, **fields}
     start = time.monotonic()
     kind, told = "cut", ""
+    place, verify = proxy or server, str(proxy.certificate) if proxy else True
     try:
         with requests.post(
-            url or server.url, json=fields, headers=server.get_headers(), timeout=PATIENCE, verify=verify, stream=True
+            place.url, json=fields, headers=place.get_headers(), timeout=PATIENCE, verify=verify, stream=True
         ) as answer:
             kind, told = judge(answer, read_body(answer, start + PATIENCE), fields)
     except requests.Timeout:

@@ -95,13 +95,14 @@ def drain_once(site: Site) -> tuple[list[Outcome], int, list[str]]:
 
     def keep_on(proxy: LocalProxy) -> None:
         while True:
-            outcome = ask(server, url=proxy.url, verify=str(proxy.certificate), num_inference_steps=20)
+            outcome = ask(server, proxy=proxy, num_inference_steps=20)
             if outcome.kind == "cut" and outcome.seconds < 0.2:
                 return  # nginx takes no more
             outcomes.append(outcome)
 
     with site.serve() as server:
-        with LocalProxy(server.ports["inference_address"]) as proxy, ThreadPoolExecutor(3) as pool:
+        port, key_file = server.ports["inference_address"], server.key_file
+        with LocalProxy(port, key_file=key_file) as proxy, ThreadPoolExecutor(3) as pool:
             clients = [pool.submit(keep_on, proxy) for _ in range(3)]
             time.sleep(3)
             proxy.drain()

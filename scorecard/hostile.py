@@ -37,7 +37,7 @@ def send(server: LocalServer, hostile: Hostile, *, proxy: LocalProxy | None = No
         session.trust_env = False
         prepared = session.prepare_request(requests.Request(hostile.method, address, data=hostile.body))
         prepared.url = address + hostile.path  # as it is: requests would tidy it
-        prepared.headers.update({**hostile.headers, **server.get_headers()})
+        prepared.headers.update({**hostile.headers, **(proxy or server).get_headers()})
         verify = str(proxy.certificate) if proxy else True
         start = time.monotonic()
         answer = session.send(prepared, timeout=PATIENCE, allow_redirects=False, stream=True, verify=verify)
@@ -177,7 +177,9 @@ def check_attacks(site: Site, _scale: Scale) -> list[Line]:
     with site.serve() as server, contextlib.ExitStack() as stack:
         ways: dict[str, LocalProxy | None] = {"attacks": None}
         if find_nginx() is not None:
-            ways["attacks through nginx"] = stack.enter_context(LocalProxy(server.ports["inference_address"]))
+            ways["attacks through nginx"] = stack.enter_context(
+                LocalProxy(server.ports["inference_address"], key_file=server.key_file)
+            )
         for way, proxy in ways.items():
             send(server, make_upload("image", make_jpeg()))  # compiles the VAE's encoder
             blows = []

@@ -3,15 +3,17 @@
 import base64
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdxl_server.bodies import read_fields
+from sdxl_server.bodies import find_warnings, read_fields
 from sdxl_server.fields import GenerationRequest
 from sdxl_server.request import Contract
 
 JSON, EVENTS = "application/json", "text/event-stream"
+# Bytes. TorchServe ends a worker whose reply, with those to other requests beside it, is above max_response_size.
+MAX_PIECE = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,16 @@ class NativeFace:
     event = "image_generation"
     takes_json_only = False
 
-    def read(self, values: Mapping[str, Any], *, content_type: str, contract: Contract) -> GenerationRequest:
-        """Return the request in the parameters that TorchServe hands over.
+    def read(
+        self, values: Mapping[str, Any], *, content_type: str, contract: Contract
+    ) -> tuple[GenerationRequest, list[str]]:
+        """Return the request in the parameters that TorchServe hands over, and warnings of what was left out of it.
 
         Raises:
             RequestError: names the field, what is accepted and what was given.
         """
         fields = read_fields(values, content_type=content_type, properties=contract.properties, aliases={})
-        return contract.check(fields)
+        return contract.check(fields), find_warnings(fields)
 
     def choose_type(self, request: GenerationRequest, accepted: str) -> str:
         """Return the content type of the answer.
@@ -73,24 +77,23 @@ class NativeFace:
 
     def write_pictures(
         self, request: GenerationRequest, pictures: Sequence[MadePicture], *, kind: str, warnings: Sequence[str]
-    ) -> bytes:
-        """Return the end of an answer of a content type: the picture, or all of them in JSON or in events."""
+    ) -> Iterator[bytes]:
+        """Write the end of an answer of a content type: the picture, or all of them in JSON or in events.
+
+        One picture after the other, so that no more than one is held in base64.
+        """
         if kind == EVENTS:
-            return b"".join(self._write_completed(request, each, index) for index, each in enumerate(pictures))
-        if kind != JSON:
-            return pictures[0].file
-        data = [
-            {"b64_json": base64.b64encode(each.file).decode(), "seed": each.seed, "parameters": each.parameters}
-            for each in pictures
-        ]
-        answer = {
-            "created": int(time.time()),
-            "data": data,
-            "output_format": request.output_format,
-            "size": f"{request.width}x{request.height}",
-            "warnings": list(warnings),
-        }
-        return json.dumps(answer).encode()
+            for index, each in enumerate(pictures):
+                yield self._write_completed(request, each, index)
+        elif kind != JSON:
+            yield pictures[0].file
+        else:
+            about = {"created": int(time.time()), "output_format": request.output_format}
+            about |= {"size": f"{request.width}x{request.height}", "warnings": list(warnings)}
+            yield json.dumps(about).removesuffix("}").encode() + b', "data": ['
+            for index, each in enumerate(pictures):
+                yield (b", " if index else b"") + json.dumps(_describe_picture(request, each)).encode()
+            yield b"]}"
 
     def _write_completed(self, request: GenerationRequest, picture: MadePicture, index: int) -> bytes:
         details = {"image_tokens": 0, "text_tokens": 0}  # nothing is counted here, and the official client asks for it
@@ -103,9 +106,35 @@ class NativeFace:
         return format_event("error", error) if kind == EVENTS else json.dumps(error).encode()
 
 
+def split_pieces(written: Iterable[bytes]) -> Iterator[bytes]:
+    """Split what is written into pieces that TorchServe takes from its worker, at least one.
+
+    What is shorter is joined, since each piece takes a call of the handler.
+    """
+    held = b""
+    for each in written:
+        if held and len(held) + len(each) > MAX_PIECE:
+            yield held
+            held = b""
+        start = 0
+        while len(each) - start > MAX_PIECE:
+            yield each[start : start + MAX_PIECE]
+            start += MAX_PIECE
+        held += each[start:]
+    yield held
+
+
 def format_event(kind: str, data: Mapping[str, Any]) -> bytes:
     """Return a server-sent event."""
     return f"event: {kind}\ndata: {json.dumps({'type': kind, **data})}\n\n".encode()
+
+
+def _describe_picture(request: GenerationRequest, picture: MadePicture) -> dict[str, Any]:
+    """Return a picture as it stands in JSON."""
+    content = base64.b64encode(picture.file).decode()
+    name = request.response_format
+    shown = f"data:image/{request.output_format};base64,{content}" if name == "url" else content
+    return {name: shown, "seed": picture.seed, "parameters": picture.parameters}
 
 
 def _describe_event(request: GenerationRequest, file: bytes, *, seed: int) -> dict[str, Any]:
@@ -129,9 +158,10 @@ PICTURES_SCHEMA = {
             "type": "array",
             "items": {
                 "type": "object",
-                "required": ["b64_json", "seed", "parameters"],
+                "required": ["seed", "parameters"],
                 "properties": {
                     "b64_json": {"type": "string", "contentEncoding": "base64"},
+                    "url": {"type": "string", "description": "with response_format url: the picture as a data: URL"},
                     "seed": {"type": "integer"},
                     "parameters": {"type": "object", "description": "the fields that make this picture again"},
                 },

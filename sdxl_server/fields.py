@@ -14,6 +14,7 @@ from typing import Any
 from sdxl_server.schemas import Schema, choice, nullable, pair, real, switch, text, whole
 
 MAX_SEED = 2**32 - 1
+RANDOM_SEED = -1
 MIN_SIDE = 64
 PIXELS = {"type": int, "metavar": "PIXELS"}
 COUNT = {"type": int, "metavar": "N"}
@@ -47,8 +48,8 @@ class Bounds:
     max_prompt_characters: int = 2000
     max_side: int = 2048
     max_steps: int = 150
-    max_images: int = 4
-    max_megapixel_steps: float = 250
+    max_images: int = 10
+    max_megapixel_steps: float = 350
     max_timeout: float = 3600
     allowed_sizes: tuple[tuple[int, int], ...] = ()
     schedulers: Sequence[str] = ()
@@ -125,8 +126,8 @@ class GenerationRequest:
     height: int = _declare(Role.PICTURE, _side, "pixels; with an image, its own unless given", option=PIXELS)
     seed: int = _declare(
         Role.PICTURE,
-        lambda _: whole(0, MAX_SEED),
-        f"of the first picture, each further one has the next (after {MAX_SEED} 0); random unless given",
+        lambda _: whole(RANDOM_SEED, MAX_SEED),
+        f"of the first picture, each further one has the next (after {MAX_SEED} 0); none or {RANDOM_SEED}: random",
         option=COUNT,
         is_argument=False,
     )
@@ -244,6 +245,13 @@ class GenerationRequest:
     )
     quality: int = _declare(
         Role.FILE, lambda _: whole(1, 100), "of a JPEG or WebP", value=90, option=COUNT, is_argument=False
+    )
+    response_format: str = _declare(
+        Role.DELIVERY,
+        lambda _: choice("b64_json", "url"),
+        "of a picture in JSON: `b64_json`, base64; `url`, a data: URL",
+        value="b64_json",
+        is_argument=False,
     )
     timeout: float = _declare(
         Role.DELIVERY,

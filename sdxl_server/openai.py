@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdxl_server.answers import NativeFace
-from sdxl_server.bodies import read_fields, rename_fields
+from sdxl_server.bodies import find_warnings, read_fields, rename_fields
 from sdxl_server.errors import RequestError
 from sdxl_server.fields import GenerationRequest
 from sdxl_server.request import Contract
@@ -23,16 +23,18 @@ ALIASES = {
     "image[]": "image",
     "mask": MASK,
 }
-# Fields without an equal here; these of their values ask for what is done anyway.
+# Fields without an equal here; these of their values ask for what is done anyway, others are ignored with a warning.
 ACCEPTED = {
     "background": ("auto", "opaque"),
     "input_fidelity": ("high", "low"),
     "moderation": ("auto", "low"),
     "quality": ("auto", "low", "medium", "high", "standard", "hd"),
-    "response_format": ("b64_json",),
     "style": ("vivid", "natural"),
 }
 NAMES = ("model", "user")  # any text
+PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
+ANSWERED_BY_URL = "dall-e"  # models of this name answer with a URL unless asked otherwise, and their clients read that
+MAX_TOLD = 10  # names of fields in a warning
 
 
 class OpenAIFace(NativeFace):
@@ -41,8 +43,10 @@ class OpenAIFace(NativeFace):
     takes_json_only = True
     is_edit = False
 
-    def read(self, values: Mapping[str, Any], *, content_type: str, contract: Contract) -> GenerationRequest:
-        """Return the request in the parameters that TorchServe hands over.
+    def read(
+        self, values: Mapping[str, Any], *, content_type: str, contract: Contract
+    ) -> tuple[GenerationRequest, list[str]]:
+        """Return the request in the parameters that TorchServe hands over, and warnings of what was left out of it.
 
         Raises:
             RequestError: names the field as OpenAI does, what is accepted and what was given.
@@ -50,15 +54,19 @@ class OpenAIFace(NativeFace):
         given = read_fields(
             values, content_type=content_type or "application/json", properties=contract.properties, aliases=ALIASES
         )
-        fields = {"output_format": "png", **self._translate(given, max_side=contract.bounds.max_side)}
+        warnings = find_warnings(given)
+        known = _drop_unknown(given, known=contract.properties, warnings=warnings)
+        kept = _cut_prompts(known, most=contract.bounds.max_prompt_characters, warnings=warnings)
+        defaults = {"output_format": "png", "response_format": _choose_response_format(kept.get("model"))}
+        fields = {**defaults, **self._translate(kept, max_side=contract.bounds.max_side)}
         if self.is_edit and "image" not in fields:
             raise RequestError("image is missing; an edit starts from one", param="image")
         try:
-            return contract.check(fields)
+            return contract.check(fields), warnings
         except RequestError as error:
             native = error.param or "body"
-            theirs = {own: name for name, own in ALIASES.items() if name in given}
-            if "size" in given:
+            theirs = {own: name for name, own in ALIASES.items() if name in kept}
+            if "size" in kept:
                 theirs |= {"width": "size", "height": "size"}
             name = theirs.get(native, native)
             message = str(error) if name == "size" else str(error).replace(native, name, 1)
@@ -68,12 +76,9 @@ class OpenAIFace(NativeFace):
         """Return the fields of the contract that these of OpenAI's stand for."""
         kept: dict[str, Any] = {}
         for name, value in given.items():
-            is_native = name == "quality" and isinstance(value, (int, float)) and not isinstance(value, bool)
-            if value is None or name in NAMES:
+            if value is None or name in NAMES or name in ACCEPTED and not _is_native(name, value):
                 continue
-            if name in ACCEPTED and not is_native:
-                _check_accepted(name, value)
-            elif name == "size":
+            if name == "size":
                 for side, pixels in _read_size(value).items():
                     if given.get(side) is not None:
                         raise RequestError(f"size and {side} are one field; give one of them", param="size")
@@ -98,19 +103,52 @@ class OpenAIEditFace(OpenAIFace):
 
 def list_models(name: str) -> bytes:
     """Return the answer to OpenAI's list of models."""
-    model = {"id": name, "object": "model", "created": 0, "owned_by": "user"}
-    return json.dumps({"object": "list", "data": [model]}).encode()
+    return json.dumps({"object": "list", "data": [describe_model(name)]}).encode()
 
 
-def _check_accepted(name: str, value: Any) -> None:
-    if value not in ACCEPTED[name]:
-        options = ", ".join(json.dumps(option) for option in ACCEPTED[name])
-        options += ", or a whole number from 1 to 100" if name == "quality" else ""
-        raise RequestError(f"{name} takes {options} here, not {shorten(value)}", param=name)
+def describe_model(name: str) -> dict[str, Any]:
+    """Return what OpenAI's API says of a model."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "user"}
+
+
+def _is_native(name: str, value: Any) -> bool:
+    """Say whether a value is that of the contract's own field of this name: the quality as a number."""
+    return name == "quality" and isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _drop_unknown(given: Mapping[str, Any], *, known: Mapping[str, Any], warnings: list[str]) -> dict[str, Any]:
+    """Return the fields that mean something here; add a warning of others, and of values without effect."""
+    names = {*known, *ALIASES, *ACCEPTED, *NAMES, "size"}
+    unknown = [name for name in given if name not in names]
+    if unknown:
+        more = f" and {len(unknown) - MAX_TOLD} more" if len(unknown) > MAX_TOLD else ""
+        told = ", ".join(shorten(name) for name in unknown[:MAX_TOLD])
+        warnings.append(f"ignored, since there is no such field: {told}{more}")
+    for name, accepted in ACCEPTED.items():
+        value = given.get(name)
+        if value is not None and not _is_native(name, value) and value not in accepted:
+            done = "; the picture is opaque" if name == "background" else ""
+            warnings.append(f"{name} has no effect here with {shorten(value)}, but with {', '.join(accepted)}{done}")
+    return {name: value for name, value in given.items() if name in names}
+
+
+def _cut_prompts(given: Mapping[str, Any], *, most: int, warnings: list[str]) -> dict[str, Any]:
+    """Return the fields with prompts of at most so many characters, of which the text encoder reads fewer anyway."""
+    kept = dict(given)
+    for name in PROMPTS:
+        value = given.get(name)
+        if isinstance(value, str) and len(value) > most:
+            kept[name] = value.lstrip()[:most]
+            warnings.append(f"{name} has {len(value)} characters; the first {most} are read")
+    return kept
+
+
+def _choose_response_format(model: Any) -> str:
+    return "url" if isinstance(model, str) and model.startswith(ANSWERED_BY_URL) else "b64_json"
 
 
 def _read_size(value: Any) -> dict[str, int]:
-    if value == "auto":
+    if value in ("auto", ""):
         return {}
     found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", value) if isinstance(value, str) else None
     if found is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdxl_server.errors import RequestError
-from sdxl_server.fields import DECLARATIONS, MAX_SEED, Bounds, GenerationRequest
+from sdxl_server.fields import DECLARATIONS, MAX_SEED, RANDOM_SEED, Bounds, GenerationRequest
 from sdxl_server.schemas import describe_schema, is_valid, shorten
 from sdxl_server.uploads import MASK, fit_images, read_image
 
@@ -45,7 +45,8 @@ class Contract:
         used |= {name: self._check_field(name, value) for name, value in fields.items() if value is not None}
         if "prompt" not in used:
             raise RequestError("prompt is missing; it takes a text", param="prompt")
-        used.setdefault("seed", secrets.randbelow(MAX_SEED + 1))
+        if used.get("seed", RANDOM_SEED) == RANDOM_SEED:
+            used["seed"] = secrets.randbelow(MAX_SEED + 1)
         if MASK in used and "image" not in used:
             raise RequestError(f"{MASK} needs an image beside it", param=MASK)
         if "image" in used:

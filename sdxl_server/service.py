@@ -5,19 +5,19 @@ import enum
 import json
 import logging
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sdxl_server import __version__
-from sdxl_server.answers import JSON, MadePicture, NativeFace
+from sdxl_server.answers import JSON, MadePicture, NativeFace, split_pieces
 from sdxl_server.drawing import Picture, Progress, draw_preview, generate
 from sdxl_server.errors import RequestError, VersionError, format_error
 from sdxl_server.fields import GenerationRequest
 from sdxl_server.files import encode_picture
 from sdxl_server.limits import READ_SECONDS, limit_time
-from sdxl_server.openai import OpenAIEditFace, OpenAIFace, list_models
+from sdxl_server.openai import OpenAIEditFace, OpenAIFace, describe_model, list_models
 from sdxl_server.openapi import build_openapi
 from sdxl_server.pipeline import LoadedPipeline, describe_picture, find_warnings, load_pipeline
 from sdxl_server.schemas import shorten
@@ -107,8 +107,8 @@ class Service:
             return Answer(JSON, {}, _send_whole(document))
         start = time.perf_counter()
         with limit_time(READ_SECONDS):
-            request = face.read(call.values, content_type=call.content_type, contract=self.loaded.contract)
-            warnings = find_warnings(self.loaded, request)
+            request, warnings = face.read(call.values, content_type=call.content_type, contract=self.loaded.contract)
+            warnings += find_warnings(self.loaded, request)
         # As JSON a prompt has no line breaks, so that it cannot forge a line of the log.
         logger.info("Request: %s", json.dumps(request.describe()))
         kind = face.choose_type(request, call.accept)
@@ -128,7 +128,9 @@ class Service:
             return json.dumps(build_openapi(self.loaded.contract)).encode()
         if call.path == "v1/models":
             return list_models(call.model)
-        names = ", ".join(("describe", "openapi.json", "v1/models", *filter(None, FACES)))
+        if call.path == f"v1/models/{call.model}":
+            return json.dumps(describe_model(call.model)).encode()
+        names = ", ".join(("describe", "openapi.json", "v1/models", f"v1/models/{call.model}", *filter(None, FACES)))
         raise RequestError(f"there is no {shorten(call.path)} here; there are {names}", status=404)
 
     def _draw(
@@ -140,14 +142,15 @@ class Service:
         try:
             while True:
                 progress = next(steps)
-                yield self._show_step(request, progress, face, seconds["inference"])
+                shown = self._show_step(request, progress, face, seconds["inference"])
+                yield from split_pieces([shown])
                 has_begun = True
         except StopIteration as end:
             resumed = time.perf_counter()
             made = [self._finish(request, picture, index) for index, picture in enumerate(end.value)]
-            body = face.write_pictures(request, made, kind=kind, warnings=warnings)
             seconds["postprocess"] = time.perf_counter() - resumed
-            return body
+            written = face.write_pictures(request, made, kind=kind, warnings=warnings)
+            return (yield from _leave_last(split_pieces(written)))
         except Exception as error:
             if not (request.stream and has_begun):
                 raise
@@ -256,6 +259,15 @@ def explain(error: Exception) -> dict[str, Any]:
         logger.error("The picture failed: %s", format_error(error))
         status, kind, message = 500, "server_error", "the picture failed; the server's log says why"
     return {"error": {"message": message, "type": kind, "param": getattr(error, "param", None), "code": status}}
+
+
+def _leave_last(pieces: Iterator[bytes]) -> Generator[bytes, None, bytes]:
+    """Yield all pieces but the last, which is returned."""
+    last = next(pieces)
+    for piece in pieces:
+        yield last
+        last = piece
+    return last
 
 
 def _send_whole(document: bytes) -> Generator[bytes, None, bytes]:

@@ -100,9 +100,9 @@ class HandlerConfig:
     )
     max_side: int = _setting(2048, whole(MIN_SIDE, MAX_SIDE), "of a picture, in pixels")
     max_steps: int = _setting(150, whole(1, 1000), "denoising steps of a request")
-    max_images: int = _setting(4, whole(1, 100), "pictures of a request")
+    max_images: int = _setting(10, whole(1, 100), "pictures of a request")
     max_megapixel_steps: float = _setting(
-        250, real(0.001, 1e6), "pictures × calls of the UNet × megapixels of a request; a step is one call or two"
+        350, real(0.001, 1e6), "pictures × calls of the UNet × megapixels of a request; a step is one call or two"
     )
     max_prompt_characters: int = _setting(2000, whole(1, 3000), "of each of its prompts")
     max_timeout: float = _setting(3600, real(1, 1e6), "seconds of work on a request")

@@ -2,10 +2,12 @@
 
 import contextlib
 import os
+import secrets
 import shutil
 import ssl
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -14,6 +16,7 @@ import psutil
 from tools.server import ROOT, find_free_ports
 
 CONFIGURATION = ROOT / "deploy" / "nginx.conf"
+PASS_KEY = ROOT / "deploy" / "pass-key"
 
 
 def find_nginx() -> str | None:
@@ -29,14 +32,17 @@ class LocalProxy:
 
     Args:
         upstream: the port of TorchServe's inference API.
+        key_file: that TorchServe's keys; without it, it is one that asks for none.
 
     Attributes:
+        token: the one that it takes from clients; see `write_tokens`.
         certificate: the file of its certificate, which is its own authority.
         tls: what trusts that certificate.
     """
 
-    def __init__(self, upstream: int) -> None:
-        self.upstream = upstream
+    def __init__(self, upstream: int, *, key_file: Path | None = None) -> None:
+        self.upstream, self.key_file = upstream, key_file
+        self.token = secrets.token_hex(32)
         (self.port,) = find_free_ports(1)
         # Other temporary folders, such as pytest's, are closed to the account that nginx's workers run as.
         self.folder = Path(tempfile.mkdtemp(prefix="nginx-"))
@@ -47,6 +53,23 @@ class LocalProxy:
     def url(self) -> str:
         """The address of the model's predictions."""
         return f"https://127.0.0.1:{self.port}/predictions/diffusion_fast"
+
+    def get_headers(self) -> dict[str, str]:
+        """Return the header with a token that it takes."""
+        return {"Authorization": f"Bearer {self.token}"}
+
+    def write_tokens(self, holders: Mapping[str, str]) -> None:
+        """Write the file of tokens, each with the name of its holder; the next start or reload reads it."""
+        lines = "".join(f"{token} {holder};\n" for token, holder in holders.items())
+        (self.folder / "tokens").write_text(lines)
+
+    def pass_key(self) -> None:
+        """Take over the key of the TorchServe behind; the next start or reload reads it."""
+        target = self.folder / "torchserve_key"
+        if self.key_file is None:
+            target.write_text('default "";\n')
+        else:
+            subprocess.run([PASS_KEY, self.key_file, target], check=True, timeout=30)
 
     @property
     def log(self) -> list[str]:
@@ -65,6 +88,8 @@ class LocalProxy:
         )
         self.tls = ssl.create_default_context(cafile=self.certificate)
         (self.folder / "nginx.conf").write_text(self.make_configuration())
+        self.write_tokens({self.token: "local"})
+        self.pass_key()
         self.command()
         self.process = psutil.Process(int((self.folder / "nginx.pid").read_text()))
         return self
@@ -90,6 +115,8 @@ class LocalProxy:
             "        listen 443 ": f"        listen 127.0.0.1:{self.port} ",
             "/etc/nginx/tls/fullchain.pem": str(self.certificate),
             "/etc/nginx/tls/privkey.pem": str(self.folder / "privkey.pem"),
+            "/etc/nginx/sdxl/tokens": str(self.folder / "tokens"),
+            "include /etc/nginx/sdxl/torchserve_key": f"include {self.folder / 'torchserve_key'}",
             "/var/log/nginx/access.log": str(self.folder / "access.log"),
             "/var/log/nginx/error.log": str(self.folder / "error.log"),
             "\nhttp {\n": f"\nhttp {{\n{temporary}",

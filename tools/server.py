@@ -101,6 +101,11 @@ class LocalServer:
         return f"http://127.0.0.1:{self.ports['inference_address']}/predictions/{self.model}"
 
     @property
+    def key_file(self) -> Path:
+        """The file of its keys, which are others after each start."""
+        return self.folder / "key_file.json"
+
+    @property
     def log(self) -> str:
         """What the server and its workers have logged so far."""
         path = self.folder / "server.log"
@@ -143,13 +148,14 @@ class LocalServer:
     def is_ready(self) -> bool:
         """Say whether every worker has loaded the model."""
         try:
-            token = read_token(self.folder / "key_file.json", "management")
+            token = read_token(self.key_file, "management")
             check_workers(f"http://127.0.0.1:{self.ports['management_address']}", self.model, token)
         except NotReadyError:
             return False
         return True
 
     def __enter__(self) -> Self:
+        self.temporary.mkdir(mode=0o700, exist_ok=True)  # one that was stopped may be started again
         try:
             path = self.folder / "server.log"
             path.touch(mode=0o600)  # prompts are in it

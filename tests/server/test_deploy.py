@@ -1,6 +1,7 @@
 """The shipped nginx.conf before a real TorchServe, the ready check, and systemd's units."""
 
 import base64
+import contextlib
 import http.client
 import io
 import itertools
@@ -24,12 +25,13 @@ import psutil
 import pytest
 import requests
 import yaml
-from openai import DefaultHttpxClient, OpenAI
+from openai import AuthenticationError, DefaultHttpxClient, OpenAI
 from PIL import Image
 
 from sdxl_server import ready
+from tests.openai_clients import RECORDED
 from tests.server.test_backends import make_settings
-from tools.proxy import LocalProxy, find_nginx
+from tools.proxy import PASS_KEY, LocalProxy, find_nginx
 from tools.server import ROOT, LocalServer, make_archive, read_shipped
 
 DEPLOY = ROOT / "deploy"
@@ -54,6 +56,11 @@ class Answer(NamedTuple):
 
 class Nginx(LocalProxy):
     """The proxy, with clients of any address of this machine."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Those of a request in JSON."""
+        return {**self.get_headers(), "Content-Type": "application/json"}
 
     def read_log(self, address: str | None = None) -> list[str]:
         """Return the access log's lines, or those about a client's address."""
@@ -104,7 +111,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
 
 @pytest.fixture(scope="module")
 def nginx(server: LocalServer) -> Iterator[Nginx]:
-    with Nginx(server.ports["inference_address"]) as running:
+    with Nginx(server.ports["inference_address"], key_file=server.key_file) as running:
         yield running
 
 
@@ -119,7 +126,7 @@ def check(server: LocalServer, *arguments: str) -> int:
         "--ts-config",
         str(server.folder / "config.properties"),
         "--key-file",
-        str(server.folder / "key_file.json"),
+        str(server.key_file),
     )
     return ready.main([*places, *arguments])
 
@@ -133,10 +140,6 @@ def wait_for(condition: Callable[[], Any], *, seconds: float = 20) -> None:
 
 def make_body(steps: int, **fields: Any) -> bytes:
     return json.dumps({"prompt": "a red fox", "num_inference_steps": steps, **fields}).encode()
-
-
-def json_headers(server: LocalServer) -> dict[str, str]:
-    return {**server.get_headers(), "Content-Type": "application/json"}
 
 
 def check_picture(body: bytes) -> None:
@@ -190,6 +193,17 @@ CLOSED = [
     ("POST", f"//{PREDICTIONS}/1.0%00"),
     ("POST", f"{PREDICTIONS}%0a"),
     ("GET", f"{PREDICTIONS}/1.0/describe%0A"),
+    ("GET", f"{PREDICTIONS}/1.0/v1/models/a/b"),
+    ("GET", "/v1"),
+    ("GET", "/v1/images/generations"),
+    ("POST", "/v1/images/variations"),
+    ("POST", "/v1/images/edits%0a"),
+    ("POST", "/v1/images/generations/../../../workflows"),
+    ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/models"),
+    ("DELETE", "/v1/models/diffusion_fast"),
+    ("GET", "/v1/models/..%2f..%2fdescribe"),
+    ("GET", "/v1/models/a%20b"),
 ]
 
 
@@ -198,7 +212,7 @@ def test_all_but_the_listed_paths_are_closed(server: LocalServer, nginx: Nginx, 
     direct = f"http://127.0.0.1:{server.ports['inference_address']}"
     assert requests.options(direct, timeout=60).status_code == 200  # what is closed here would be open, without a token
     for method, path in CLOSED:
-        answer = nginx.ask(method, path, address=address, **server.get_headers())
+        answer = nginx.ask(method, path, address=address, **nginx.get_headers())
         assert answer.status in (400, 404), (method, path)  # 400: nginx itself takes no NUL
         assert answer.error["type"] == "invalid_request_error"
     wait_for(lambda: len(nginx.read_log(address)) == len(CLOSED))
@@ -206,46 +220,58 @@ def test_all_but_the_listed_paths_are_closed(server: LocalServer, nginx: Nginx, 
 
 
 @needs_nginx
-def test_listed_paths_are_open(server: LocalServer, nginx: Nginx, address: str) -> None:
+def test_listed_paths_are_open(nginx: Nginx, address: str) -> None:
     for path in (PREDICTIONS, f"{PREDICTIONS}/1.0"):
-        answer = nginx.ask("POST", path, address=address, body=make_body(2), **json_headers(server))
+        answer = nginx.ask("POST", path, address=address, body=make_body(2), **nginx.headers)
         assert answer.status == 200, answer.body
         assert (answer.headers["Content-Type"], answer.headers["Server"]) == ("image/jpeg", "nginx")
         assert "X-Seed" in answer.headers
         check_picture(answer.body)
-    for path in ("describe", "openapi.json", "v1/models"):
-        answer = nginx.ask("GET", f"{PREDICTIONS}/1.0/{path}", address=address, **server.get_headers())
+    below = f"{PREDICTIONS}/1.0"
+    for path in ("describe", "openapi.json", "v1/models", "v1/models/diffusion_fast"):
+        answer = nginx.ask("GET", f"{below}/{path}", address=address, **nginx.get_headers())
         assert answer.status == 200, path
+        if path.startswith("v1"):
+            assert nginx.ask("GET", f"/{path}", address=address, **nginx.get_headers()).body == answer.body
         json.loads(answer.body)
-    path = f"{PREDICTIONS}/1.0/v1/images/edits"
-    answer = nginx.ask("POST", path, address=address, body=b'{"prompt": "a red fox"}', **json_headers(server))
-    assert "image is missing" in answer.error["message"]
+    for path in (f"{below}/v1/images/edits", "/v1/images/edits"):
+        answer = nginx.ask("POST", path, address=address, body=b'{"prompt": "a red fox"}', **nginx.headers)
+        assert "image is missing" in answer.error["message"]
+    assert nginx.ask("GET", "/v1/models/gpt-image-1", address=address, **nginx.get_headers()).error["code"] == 404
 
 
 @needs_nginx
-def test_token_is_asked_for_and_passed_on(nginx: Nginx, address: str) -> None:
-    answer = nginx.ask("POST", PREDICTIONS, address=address, body=b"a red fox")
-    assert (answer.status, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
-    assert "key_file.json" in answer.error["message"]
-    answer = nginx.ask("POST", PREDICTIONS, address=address, body=b"a red fox", Authorization="Bearer wrong")
-    assert answer.status == 400
-    assert json.loads(answer.body)["type"] == "InvalidKeyException"
-    wait_for(lambda: len(nginx.read_log(address)) == 2)
-    assert "wrong" not in "".join(nginx.read_log(address))
+def test_unknown_tokens_are_refused(server: LocalServer, nginx: Nginx, address: str) -> None:
+    """TorchServe's own key too: it is nginx's."""
+    own, inner = nginx.token, server.get_headers()["Authorization"]
+    wrong = ("Bearer wrong", inner, f"Bearer {own[:-1]}", f"Bearer {own}0", f"Basic {own}", own, "Bearer ", "Bearer")
+    answers = [nginx.ask("POST", PREDICTIONS, address=address, body=b"a", Authorization=each) for each in wrong]
+    answers.append(nginx.ask("POST", PREDICTIONS, address=address, body=b"a"))
+    for answer in answers:
+        assert (answer.status, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
+        assert "unknown or revoked" in answer.error["message"]
+    wait_for(lambda: len(nginx.read_log(address)) == len(answers))
+    log = nginx.read_log(address)
+    assert all(line.endswith("holder= upstream=-") for line in log)
+    assert not any(each.split()[-1] in line for each in (own, inner, "wrong") for line in log)
+    for scheme in ("bearer", "BEARER "):
+        headers = {"Authorization": f"{scheme} {own}"}
+        assert nginx.ask("GET", "/v1/models", address=address, **headers).status == 200
+    wait_for(lambda: "holder=local upstream=200" in nginx.read_log(address)[-1])
 
 
 @needs_nginx
-def test_body_that_is_too_large_is_refused(server: LocalServer, nginx: Nginx, address: str) -> None:
+def test_body_that_is_too_large_is_refused(nginx: Nginx, address: str) -> None:
     """With its length told and in chunks."""
     body = b" " * 33_600_000
     for sent in (body, (body[i : i + 2**20] for i in range(0, len(body), 2**20))):
-        answer = nginx.ask("POST", PREDICTIONS, address=address, body=sent, **json_headers(server))
+        answer = nginx.ask("POST", PREDICTIONS, address=address, body=sent, **nginx.headers)
         assert answer.status == 413
         assert "at most 33554432 bytes" in answer.error["message"]
     wait_for(lambda: len(nginx.read_log(address)) == 2)
     assert all(line.endswith("upstream=-") for line in nginx.read_log(address))
     largest = make_body(2).ljust(33_554_432)
-    assert nginx.ask("POST", PREDICTIONS, address=address, body=largest, **json_headers(server)).status == 200
+    assert nginx.ask("POST", PREDICTIONS, address=address, body=largest, **nginx.headers).status == 200
 
 
 @needs_nginx
@@ -254,11 +280,11 @@ def test_urlencoded_form_that_is_large_is_refused(nginx: Nginx, address: str, is
     body = b"&".join([b"a"] * 60_000)
     sent = (body[i : i + 2**14] for i in range(0, len(body), 2**14)) if is_chunked else body
     kind = "application/x-www-form-URLENCODED; charset=utf-8"
-    answer = nginx.ask("POST", PREDICTIONS, address=address, body=sent, Content_Type=kind, Authorization="Bearer x")
+    answer = nginx.ask("POST", PREDICTIONS, address=address, body=sent, Content_Type=kind, **nginx.get_headers())
     assert answer.status == 413
     assert "an urlencoded form 99999" in answer.error["message"]
-    small = nginx.ask("POST", PREDICTIONS, address=address, body="a=b", Content_Type=kind, Authorization="Bearer x")
-    assert small.status == 400  # TorchServe's: the token is wrong
+    small = nginx.ask("POST", PREDICTIONS, address=address, body="a=b", Content_Type=kind, **nginx.get_headers())
+    assert small.error["param"] == "a"
     wait_for(lambda: [line.endswith("upstream=-") for line in nginx.read_log(address)] == [True, False])
 
 
@@ -320,15 +346,16 @@ def stubbed() -> Iterator[tuple[Stub, Nginx]]:
 
 
 @needs_nginx
-def test_only_the_path_and_three_headers_are_passed_on(stubbed: tuple[Stub, Nginx], address: str) -> None:
+def test_only_the_path_and_two_headers_are_passed_on(stubbed: tuple[Stub, Nginx], address: str) -> None:
     """The path as it was compared with the list, and without a query."""
     stub, nginx = stubbed
-    passed = {"Authorization": "Bearer x", "Content-Type": "text/plain", "Accept": "image/*"}
+    passed = {"Content-Type": "text/plain", "Accept": "image/*"}
     dropped = ("describe", "explain", "url_path", "ts_request_sequence_id", "X-Forwarded-For", "Cookie", "Expect-CT")
     connection = nginx.connect(address)
     path = f"/workflows/..//{PREDICTIONS}?customized=true&prompt=a+cat"
-    connection.request("POST", path, b"a red fox", {**passed, **dict.fromkeys(dropped, "True")})
-    assert connection.getresponse().status == 200
+    connection.request("POST", path, b"a red fox", {**nginx.get_headers(), **passed, **dict.fromkeys(dropped, "True")})
+    answer = connection.getresponse()
+    assert (answer.status, answer.headers["X-Warning"]) == (200, "the query of the address is ignored")
     connection.close()
     line, headers, body = stub.seen[-1]
     assert (line, body) == (f"POST {PREDICTIONS} HTTP/1.1", b"a red fox")
@@ -341,7 +368,7 @@ def test_only_the_path_and_three_headers_are_passed_on(stubbed: tuple[Stub, Ngin
 def test_upload_arrives_whole(stubbed: tuple[Stub, Nginx], address: str) -> None:
     stub, nginx = stubbed
     before = stub.begun
-    with nginx.open_request(address, 300_000, b"x" * 200_000, Authorization="Bearer x") as connection:
+    with nginx.open_request(address, 300_000, b"x" * 200_000, **nginx.get_headers()) as connection:
         time.sleep(0.5)
         assert stub.begun == before
         connection.sendall(b"x" * 100_000)
@@ -354,7 +381,7 @@ def test_upload_arrives_whole(stubbed: tuple[Stub, Nginx], address: str) -> None
 def test_errors_of_torchserve_pass_as_they_are(stubbed: tuple[Stub, Nginx], address: str, status: int) -> None:
     stub, nginx = stubbed
     stub.status = status
-    answer = nginx.ask("POST", PREDICTIONS, address=address, body=b"x", Authorization="Bearer x")
+    answer = nginx.ask("POST", PREDICTIONS, address=address, body=b"x", **nginx.get_headers())
     assert (answer.status, json.loads(answer.body)) == (status, {"own": status})
 
 
@@ -365,16 +392,16 @@ def test_busy_and_dead_servers_are_told_apart(
 ) -> None:
     stub, nginx = stubbed
     stub.status, before = status, len(stub.seen)
-    answer = nginx.ask("POST", PREDICTIONS, address=address, body=b"x", Authorization="Bearer x")
+    answer = nginx.ask("POST", PREDICTIONS, address=address, body=b"x", **nginx.get_headers())
     assert (answer.status, answer.error["type"]) == (told, kind)
     assert int(answer.headers["Retry-After"]) > 0
     assert len(stub.seen) == before + 1  # it was not tried twice
 
 
 @needs_nginx
-def test_full_queue_is_called_busy(server: LocalServer, nginx: Nginx, address: str) -> None:
+def test_full_queue_is_called_busy(nginx: Nginx, address: str) -> None:
     def ask(_: int) -> Answer:
-        return nginx.ask("POST", PREDICTIONS, address=address, body=make_body(20), **json_headers(server))
+        return nginx.ask("POST", PREDICTIONS, address=address, body=make_body(20), **nginx.headers)
 
     with ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(ask, range(6)))
@@ -391,27 +418,27 @@ def test_full_queue_is_called_busy(server: LocalServer, nginx: Nginx, address: s
 
 @needs_nginx
 def test_address_that_asks_too_often_is_refused(nginx: Nginx, address: str) -> None:
-    answers = [nginx.ask("POST", PREDICTIONS, address=address, body=b"x", Authorization="Bearer x") for _ in range(60)]
-    assert {answer.status for answer in answers[:31]} == {400}  # TorchServe's, of the token
+    answers = [nginx.ask("POST", PREDICTIONS, address=address, body=b"{", **nginx.headers) for _ in range(60)]
+    assert {answer.status for answer in answers[:31]} == {400}
     refused = [answer for answer in answers if answer.status == 429]
     assert len(refused) > 5
     assert refused[0].error["type"] == "rate_limit_error"
     assert int(refused[0].headers["Retry-After"]) > 0
-    other = nginx.ask("POST", PREDICTIONS, address=next(addresses), body=b"x", Authorization="Bearer x")
+    other = nginx.ask("POST", PREDICTIONS, address=next(addresses), body=b"{", **nginx.headers)
     assert other.status == 400
 
 
 @needs_nginx
-def test_slow_clients_are_cut_off_and_hold_nobody(server: LocalServer, nginx: Nginx, address: str) -> None:
+def test_slow_clients_are_cut_off_and_hold_nobody(nginx: Nginx, address: str) -> None:
     start = time.monotonic()
-    slow = [nginx.open_request(address, 100, b'{"prompt":', **json_headers(server)) for _ in range(8)]
+    slow = [nginx.open_request(address, 100, b'{"prompt":', **nginx.headers) for _ in range(8)]
     plain = socket.create_connection(("127.0.0.1", nginx.port), timeout=60)  # not even TLS
     silent = nginx.tls.wrap_socket(
         socket.create_connection(("127.0.0.1", nginx.port), timeout=60), server_hostname="localhost"
     )
     silent.sendall(b"POST / HTTP/1.1\r\nX-Slow: ")
     time.sleep(0.5)
-    body, headers = make_body(2), json_headers(server)
+    body, headers = make_body(2), nginx.headers
     ninth = nginx.ask("POST", PREDICTIONS, address=address, body=body, **headers)
     assert (ninth.status, ninth.error["type"]) == (429, "rate_limit_error")
     other = nginx.ask("POST", PREDICTIONS, address=next(addresses), body=body, **headers)
@@ -428,9 +455,9 @@ def test_slow_clients_are_cut_off_and_hold_nobody(server: LocalServer, nginx: Ng
 
 
 @needs_nginx
-def test_stream_arrives_step_by_step(server: LocalServer, nginx: Nginx, address: str) -> None:
+def test_stream_arrives_step_by_step(nginx: Nginx, address: str) -> None:
     connection = nginx.connect(address)
-    connection.request("POST", PREDICTIONS, make_body(20, stream=True), json_headers(server))
+    connection.request("POST", PREDICTIONS, make_body(20, stream=True), nginx.headers)
     answer = connection.getresponse()
     assert answer.headers["Content-Type"] == "text/event-stream"
     arrived = []
@@ -447,21 +474,21 @@ def test_stream_arrives_step_by_step(server: LocalServer, nginx: Nginx, address:
 @needs_nginx
 def test_work_ends_when_the_client_leaves(server: LocalServer, nginx: Nginx, address: str) -> None:
     left = r"The client has left; its work has ended after step \d+ of 149"
-    connection = nginx.open_request(address, len(make_body(149)), make_body(149), **json_headers(server))
+    connection = nginx.open_request(address, len(make_body(149)), make_body(149), **nginx.headers)
     wait_for(lambda: '"num_inference_steps": 149' in server.log)
     time.sleep(0.5)
     connection.close()
     time.sleep(0.5)
-    nginx.ask("POST", PREDICTIONS, address=address, body=make_body(1), **json_headers(server))
+    nginx.ask("POST", PREDICTIONS, address=address, body=make_body(1), **nginx.headers)
     wait_for(lambda: re.search(left, server.log))  # the handler learns of it with the next request
 
 
 @needs_nginx
 def test_openai_client_works_through_it(server: LocalServer, nginx: Nginx) -> None:
-    token = server.get_headers()["Authorization"].removeprefix("Bearer ")
-    url = f"https://localhost:{nginx.port}{PREDICTIONS}/1.0/v1"
     with DefaultHttpxClient(verify=nginx.tls) as transport:
-        client = OpenAI(base_url=url, api_key=token, http_client=transport, max_retries=0)
+        url = f"https://localhost:{nginx.port}/v1"
+        client = OpenAI(base_url=url, api_key=nginx.token, http_client=transport, max_retries=0)
+        assert client.models.retrieve("diffusion_fast").owned_by == "user"
         assert [model.id for model in client.models.list()] == ["diffusion_fast"]
         answer = client.images.generate(prompt="a red fox", extra_body={"num_inference_steps": 2})
         assert answer.data is not None
@@ -469,6 +496,83 @@ def test_openai_client_works_through_it(server: LocalServer, nginx: Nginx) -> No
         events = client.images.generate(prompt="a red fox", stream=True, partial_images=1)
         kinds = [event.type for event in events]
         assert kinds == ["image_generation.partial_image", "image_generation.completed"]
+        with pytest.raises(AuthenticationError, match="unknown or revoked"):
+            client.with_options(api_key=server.get_headers()["Authorization"].split()[1]).models.list()
+
+
+@needs_nginx
+@pytest.mark.parametrize("client", RECORDED)
+def test_recorded_clients_get_their_pictures(client: str, nginx: Nginx, address: str) -> None:
+    recorded = RECORDED[client]
+    if recorded.files:
+        buffer = io.BytesIO()
+        Image.new("RGB", (64, 64), "red").save(buffer, "PNG")
+        files = {name: ("image.png", buffer.getvalue(), "image/png") for name in recorded.files}
+        sent = requests.Request("POST", "http://x", data=dict(recorded.fields), files=files).prepare()
+        body, kind = sent.body, sent.headers["Content-Type"]
+    else:
+        body, kind = recorded.make_body(), "application/json"
+    path = f"/{recorded.path}?{recorded.query}".removesuffix("?")
+    answer = nginx.ask("POST", path, address=address, body=body, Content_Type=kind, **nginx.get_headers())
+    assert answer.status == 200, answer.body
+    told = json.loads(answer.body)
+    assert len(told["data"]) == int(recorded.fields.get("n", 1))
+    for each in told["data"]:
+        content = each[recorded.reads]
+        head, _, encoded = content.rpartition(",")
+        assert head in ("", "data:image/png;base64")
+        Image.open(io.BytesIO(base64.b64decode(encoded))).load()
+    warnings = told["warnings"] + (answer.headers.get_all("X-Warning") or [])
+    assert ("the query of the address is ignored" in warnings) == bool(recorded.query)
+    for part in recorded.warned:
+        assert part in "; ".join(warnings)
+
+
+@needs_nginx
+def test_stored_token_works_after_a_restart(tmp_path: Path, tiny_model: Path) -> None:
+    """As a front end keeps it; TorchServe's own key is another one then."""
+    make_archive(tmp_path, tiny_model, make_settings(None))
+    server = LocalServer(tmp_path)
+    with contextlib.ExitStack() as stack:
+        with server:
+            first = server.key_file.read_text()
+            nginx = stack.enter_context(Nginx(server.ports["inference_address"], key_file=server.key_file))
+            nginx.write_tokens({nginx.token: "open-webui", "f" * 64: "somebody-else"})
+            nginx.command("-s", "reload")
+            wait_for(lambda: list_models(nginx, "f" * 64) == 200)
+            assert list_models(nginx, nginx.token) == 200
+        assert list_models(nginx, nginx.token) == 502
+        with server:
+            assert server.key_file.read_text() != first
+            assert list_models(nginx, nginx.token) == 400  # TorchServe's: it has not been passed on yet
+            nginx.pass_key()
+            nginx.command("-s", "reload")
+            wait_for(lambda: list_models(nginx, nginx.token) == 200)
+            nginx.write_tokens({nginx.token: "open-webui"})
+            nginx.command("-s", "reload")
+            wait_for(lambda: list_models(nginx, "f" * 64) == 401)
+            assert list_models(nginx, nginx.token) == 200
+
+
+def list_models(nginx: Nginx, token: str) -> int:
+    """Return the status of the answer to who has this token."""
+    return nginx.ask("GET", "/v1/models", address=next(addresses), Authorization=f"Bearer {token}").status
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"inference": {"key": "abc"}}',
+        '  "inference": {\n    "key": "a\\"; } server { listen 81; } map x $y {",\n  }\n',
+        '  "management": {\n    "key": "abcdefgh",\n  }\n',
+        "",
+    ],
+)
+def test_only_a_key_gets_into_nginx(tmp_path: Path, text: str) -> None:
+    (tmp_path / "keys").write_text(text)
+    done = subprocess.run([PASS_KEY, tmp_path / "keys", tmp_path / "to"], capture_output=True, text=True, timeout=10)
+    assert (done.returncode, "holds no inference key" in done.stderr) == (1, True)
+    assert not (tmp_path / "to").exists()
 
 
 @needs_nginx
@@ -503,15 +607,15 @@ def keep_asking(nginx: Nginx, headers: dict[str, str]) -> list[Answer]:
 
 @needs_nginx
 def test_drain_answers_what_has_been_accepted(server: LocalServer) -> None:
-    body, headers = make_body(2), json_headers(server)
+    body = make_body(2)
     # nginx ends before the pool waits for its clients.
-    with ThreadPoolExecutor(5) as pool, Nginx(server.ports["inference_address"]) as nginx:
-        clients = [pool.submit(keep_asking, nginx, headers) for _ in range(5)]
+    with ThreadPoolExecutor(5) as pool, Nginx(server.ports["inference_address"], key_file=server.key_file) as nginx:
+        clients = [pool.submit(keep_asking, nginx, nginx.headers) for _ in range(5)]
         idle = nginx.connect(next(addresses))
         idle.request("GET", "/")
         idle.getresponse().read()
         wait_for(lambda: sum('" 200 ' in line for line in nginx.read_log()) > 1)
-        with nginx.open_request(next(addresses), len(body), body[:9], **headers) as upload:
+        with nginx.open_request(next(addresses), len(body), body[:9], **nginx.headers) as upload:
             nginx.command("-s", "quit")
             wait_for(lambda: is_refused(nginx.port), seconds=5)
             assert nginx.process.is_running()  # the worker is busy, and TorchServe's queue is full
@@ -549,7 +653,7 @@ def test_units_are_understood(tmp_path: Path) -> None:
         text = unit.read_text().replace("/opt/sdxl/.venv/", f"{sys.prefix}/").replace("/opt/sdxl", str(ROOT))
         unit.write_text(text.replace("User=sdxl", "User=daemon"))
     units = [*tmp_path.glob("torchserve*"), tmp_path / "nginx.service"]
-    assert len(units) == 4
+    assert len(units) == 6
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", *map(str, units)],
         env={**os.environ, "SYSTEMD_UNIT_PATH": f"{tmp_path}:"},

@@ -9,6 +9,7 @@ import psutil
 import pytest
 import requests
 
+from sdxl_server.bodies import SEND_JSON
 from tests.server.test_backends import ask_for_picture, make_settings
 from tools.server import LocalServer, make_archive
 
@@ -41,6 +42,9 @@ def post(server: LocalServer, body: bytes, content_type: str | None) -> requests
         (b"a red fox", None),
         (b'{"prompt": "a red fox"}', "application/json"),
         ("ein Füchslein 🦊".encode(), "text/plain; charset=utf-8"),
+        ("ein Füchslein 🦊".encode("utf-16"), "text/plain"),
+        ('{"prompt": "ein Füchslein"}'.encode("utf-16"), None),
+        ('{"prompt": "ein Füchslein"}'.encode("latin-1"), "Application/JSON; charset=ISO-8859-1"),
     ],
 )
 def test_prompts_get_a_picture(server: LocalServer, body: bytes, content_type: str | None) -> None:
@@ -68,13 +72,19 @@ def test_header_names_may_be_in_lower_case(server: LocalServer) -> None:
         (b"", "application/json", "not JSON", None),
         (b"{", "application/json", "not JSON", None),
         (b"[" * 100_000, "application/json", "not JSON", None),
-        (b"\xff\xfe", "text/plain", "not UTF-8", None),
+        (b"\xff", "text/plain", "not UTF-8", None),
         (b'{"prompt": "\xff"}', "application/json", "not UTF-8", None),
         (b'{"prompt": ""}', "application/json", "prompt takes a text that says something", "prompt"),
         (b'{"prompt": 3}', "application/json", "prompt takes a text", "prompt"),
         (b'{"prompt": "\\ud800"}', "application/json", "lone surrogate", "prompt"),
         (b'{"promt": "a red fox"}', "application/json", "'promt' is not a field", "promt"),
         (b"a=b", "application/x-www-form-urlencoded", "'a' is not a field", "a"),
+        # As curl -d and PowerShell send them; TorchServe drops what has no "=".
+        (b'{"prompt": "a red fox"}', "application/x-www-form-urlencoded", SEND_JSON, None),
+        (b'{"prompt": "cats & dogs = 1 + 1"}', "application/x-www-form-urlencoded", SEND_JSON, None),
+        (b'{"prompt": "100% fox"}', "application/x-www-form-urlencoded; charset=utf-8", SEND_JSON, None),
+        (b'[{"prompt": "a"}]', "application/x-www-form-urlencoded", SEND_JSON, None),
+        (b"a red fox", "application/x-www-form-urlencoded", "or text/plain for a prompt alone", None),
     ],
 )
 def test_mistakes_get_a_400_that_names_them(

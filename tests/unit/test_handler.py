@@ -1,7 +1,10 @@
 """TorchServe's protocol: `handle` called with made contexts, on a service whose steps each test writes."""
 
+import codecs
 import json
 import logging
+import runpy
+import shutil
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -10,10 +13,11 @@ from typing import Any
 import pytest
 from ts.utils.util import PredictionException
 
-from sdxl_server import __version__
-from sdxl_server.errors import RequestError, VersionError
+from sdxl_server import __version__, answers
+from sdxl_server.errors import ConfigError, RequestError, VersionError
 from sdxl_server.service import Answer, Call, choose_preview_steps, explain, load_service
 from stable_diffusion_handler import MADE_FOR, StableDiffusionHandler
+from tools.server import ROOT
 
 
 class Context:
@@ -50,6 +54,7 @@ class Service:
 
     def __init__(self) -> None:
         self.closed: list[str] = []
+        self.pieces = [b"end"]
 
     def answer(self, call: Call) -> Answer:
         body = call.values["body"].decode()
@@ -65,7 +70,8 @@ class Service:
                 yield f"step {step} ".encode()
             if body == "fails later":
                 raise ZeroDivisionError("planted")
-            return b"end"
+            yield from self.pieces[:-1]
+            return self.pieces[-1]
         finally:
             self.closed.append(body)
 
@@ -227,6 +233,31 @@ def test_steps_that_come_near_to_the_limit_are_told_once(caplog: pytest.LogCaptu
     assert "raise responseTimeout" in caplog.text
 
 
+def test_what_is_written_leaves_in_pieces_that_torchserve_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "MAX_PIECE", 4)
+    assert list(answers.split_pieces([b""])) == [b""]
+    assert list(answers.split_pieces([])) == [b""]
+    assert list(answers.split_pieces([b"ab", b"cd"])) == [b"abcd"]
+    assert list(answers.split_pieces([b"ab", b"cde", b"f"])) == [b"ab", b"cdef"]
+    assert list(answers.split_pieces([b"a", b"0123456789"])) == [b"a", b"0123", b"4567", b"89"]
+    assert list(answers.split_pieces([b"01234567"])) == [b"0123", b"4567"]
+
+
+def test_a_long_answer_goes_one_piece_a_call() -> None:
+    """And in its turn: what waits behind it has its first step meanwhile."""
+    handler = make_handler()
+    handler.service.pieces = [b"one", b"two", b"three"]  # type: ignore[attr-defined]
+    assert call(handler, a="1", b="2")[:2] == ([b"one", LEFT_OUT], [False, False])
+    assert call(handler, a="1", b="2")[:2] == ([b"two", b"step 1 "], [False, False])
+    assert call(handler, a="1", b="2")[:2] == ([b"three", b""], [True, False])
+    assert call(handler, b="2")[:2] == ([b"one"], [False])
+    call(handler, c="1")  # b has left
+    assert handler.service.closed[:2] == ["1", "2"]  # type: ignore[attr-defined]
+    whole = make_handler(is_continuous=False)
+    whole.service.pieces = [b"one", b"two", b"three"]  # type: ignore[attr-defined]
+    assert call(whole, a="2", b="1")[0] == [b"step 1 onetwothree", b"onetwothree"]
+
+
 def test_handler_is_made_for_the_package_beside_it() -> None:
     assert __version__ == MADE_FOR
 
@@ -237,6 +268,27 @@ def test_handler_is_made_for_the_package_beside_it() -> None:
 )
 def test_previews_are_as_many_as_asked_for(count: int, steps: int, due: list[int]) -> None:
     assert choose_preview_steps(count, steps=steps) == due
+
+
+@pytest.mark.parametrize(
+    ("text", "is_read"),
+    [
+        (codecs.BOM_UTF8 + "# Größe".encode(), True),
+        ("# Größe".encode("utf-16"), False),
+        ("minWorkers: 1".encode("utf-16-le"), False),
+        ("# Größe".encode("latin-1"), False),
+    ],
+)
+def test_configuration_that_torchserve_cannot_read_is_told(tmp_path: Path, text: bytes, is_read: bool) -> None:
+    """In one line; TorchServe makes the object before it reads the file, which stands beside the handler."""
+    shutil.copy(ROOT / "stable_diffusion_handler.py", tmp_path)
+    (tmp_path / "model-config.yaml").write_bytes(text)
+    handler = runpy.run_path(str(tmp_path / "stable_diffusion_handler.py"))["StableDiffusionHandler"]
+    if is_read:
+        handler()
+    else:
+        with pytest.raises(ConfigError, match="model-config.yaml is not UTF-8 .* save it as UTF-8"):
+            handler()
 
 
 def test_an_archive_of_another_version_is_told_in_one_line(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from sdxl_server.errors import RequestError
 from sdxl_server.openai import OpenAIEditFace, OpenAIFace
+from tests.openai_clients import RECORDED
 from tests.unit.test_request import CONTRACT, RED, encode
 
 GENERATIONS, EDITS = OpenAIFace(), OpenAIEditFace()
@@ -17,7 +18,12 @@ GENERATIONS, EDITS = OpenAIFace(), OpenAIEditFace()
 
 def parse(face: OpenAIFace = GENERATIONS, **fields: Any) -> Any:
     body = {"body": json.dumps({"prompt": "a red fox", **fields}).encode()}
-    return face.read(body, content_type="application/json", contract=CONTRACT)
+    return face.read(body, content_type="application/json", contract=CONTRACT)[0]
+
+
+def find_warnings(face: OpenAIFace = GENERATIONS, **fields: Any) -> list[str]:
+    body = {"body": json.dumps({"prompt": "a red fox", **fields}).encode()}
+    return face.read(body, content_type="application/json", contract=CONTRACT)[1]
 
 
 def test_fields_have_their_meaning() -> None:
@@ -37,11 +43,67 @@ def test_edit_as_a_form() -> None:
         **{"prompt": b"a red fox", "image[]": base64.b64decode(RED), "mask": base64.b64decode(encode(mask))},
         **{"n": b"2", "stream": b"true", "size": b"auto", "partial_images": b"1"},
     }
-    request = EDITS.read(form, content_type="multipart/form-data; boundary=x", contract=CONTRACT)
+    request, warnings = EDITS.read(form, content_type="multipart/form-data; boundary=x", contract=CONTRACT)
+    assert warnings == []
     assert (request.num_images_per_prompt, request.width, request.height) == (2, 80, 72)
     assert (request.stream, request.partial_images) == (True, 1)
     assert request.mask_image.getpixel((5, 5)) == 255  # transparent means anew there, white here
     assert request.mask_image.getpixel((60, 5)) == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "warnings"),
+    [
+        ({"background": "opaque", "style": None, "user": "me", "model": "dall-e-3", "seed": -1}, []),
+        ({"foo": 1, "\r\nX-Injected: 1": 2}, [r"ignored, since there is no such field: 'foo', '\r\nX-Injected: 1'"]),
+        (
+            {"background": "transparent"},
+            ["background has no effect here with 'transparent', but with auto, opaque; the picture is opaque"],
+        ),
+        ({"style": ["x"] * 99, "quality": 80}, ["style has no effect here with ['x', 'x', "]),
+        ({"quality": "80"}, ["quality has no effect here with '80', but with auto, low, medium, high, standard, hd"]),
+        ({"prompt": " " * 150 + "fox"}, ["prompt has 153 characters; the first 100 are read"]),
+        ({"negative_prompt": "x" * 101}, ["negative_prompt has 101 characters; the first 100 are read"]),
+    ],
+)
+def test_what_has_no_effect_is_told(fields: dict[str, Any], warnings: list[str]) -> None:
+    found = find_warnings(**fields)
+    assert len(found) == len(warnings)
+    for each, beginning in zip(found, warnings, strict=True):
+        assert each.startswith(beginning)
+
+
+def test_many_unknown_fields_are_told_in_short() -> None:
+    unknown: dict[str, Any] = {f"{i}" * 1000: i for i in range(40)}
+    (warning,) = find_warnings(**unknown)
+    assert warning.endswith("and 30 more")
+    assert len(warning) < 700
+
+
+def test_long_prompts_are_cut() -> None:
+    assert parse(prompt="fox " * 2000).prompt == "fox " * 25
+    assert parse(prompt=" " * 4000 + "fox").prompt == "fox"
+
+
+@pytest.mark.parametrize(("model", "kind"), [("dall-e-3", "url"), ("gpt-image-1", "b64_json"), (3, "b64_json")])
+def test_pictures_come_as_the_clients_of_a_model_expect_them(model: Any, kind: str) -> None:
+    assert parse(model=model).response_format == kind
+    assert parse(model=model, response_format="url").response_format == "url"
+    assert parse(model=model, response_format="b64_json").response_format == "b64_json"
+
+
+@pytest.mark.parametrize("client", RECORDED)
+def test_recorded_request_is_read(client: str) -> None:
+    recorded = RECORDED[client]
+    face = EDITS if recorded.files else GENERATIONS
+    values = recorded.make_form(base64.b64decode(RED)) if recorded.files else {"body": recorded.make_body()}
+    kind = "multipart/form-data; boundary=x" if recorded.files else "application/json"
+    request, warnings = face.read(values, content_type=kind, contract=CONTRACT)
+    assert recorded.fields["prompt"].startswith(request.prompt)
+    assert request.response_format == recorded.reads
+    for part in recorded.warned:
+        assert part in "; ".join(warnings) or "77" in part  # tokens are counted by the pipeline
+    assert warnings == [] or recorded.warned
 
 
 @pytest.mark.parametrize(
@@ -55,15 +117,12 @@ def test_edit_as_a_form() -> None:
         ({"output_compression": 101}, "output_compression", "output_compression takes a whole number from 1 to 100"),
         ({"stream": 0}, "stream", "stream takes true or false, not 0"),
         ({"partial_images": 4}, "partial_images", "partial_images takes a whole number from 0 to 3, not 4"),
-        ({"response_format": "url"}, "response_format", 'response_format takes "b64_json" here'),
-        ({"background": "transparent"}, "background", 'background takes "auto", "opaque" here'),
-        ({"foo": 1}, "foo", "'foo' is not a field"),
+        ({"response_format": "file"}, "response_format", "response_format takes one of b64_json, url, not 'file'"),
         ({"n": 2, "num_images_per_prompt": 3}, "num_images_per_prompt", "num_images_per_prompt and n are one field"),
         ({"rng_seed": 2, "seed": 3}, "seed", "seed and rng_seed are one field"),
         ({"output_compression": 20, "quality": 80}, "quality", "quality and output_compression are one field"),
         ({"size": "64x64", "width": 128}, "size", "size and width are one field"),
         ({"quality": 101}, "quality", "quality takes a whole number from 1 to 100, not 101"),
-        ({"quality": "80"}, "quality", 'quality takes "auto", "low"'),
     ],
 )
 def test_mistake_is_told_in_openais_names(fields: dict[str, Any], param: str, message: str) -> None:

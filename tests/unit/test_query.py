@@ -2,6 +2,7 @@
 
 import argparse
 import base64
+import codecs
 import io
 import json
 import os
@@ -1000,8 +1001,8 @@ def test_options_that_are_wrong(client: Client, options: list[str]) -> None:
 def test_options_are_the_contracts_fields() -> None:
     document = json.loads((QUERY.parent / "docs/openapi.json").read_text())
     fields = document["components"]["schemas"]["GenerationRequest"]["properties"]
-    # The program streams always, leaves when --timeout is up, and calls the previews --preview
-    assert set(fields) == {"prompt", *query.FIELDS, "stream", "timeout", "partial_images"}
+    # The program streams always, leaves when --timeout is up, calls the previews --preview, and reads no JSON
+    assert set(fields) == {"prompt", *query.FIELDS, "stream", "timeout", "partial_images", "response_format"}
 
 
 def test_fields_are_sent(client: Client, server: Server) -> None:
@@ -1144,10 +1145,37 @@ def test_prompts_of_a_file(client: Client, server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "line"), [("\n", "list.txt holds no prompt"), ('a\n{"prompt":\n', "line 2 of list.txt is not a JSON")]
+    ("mark", "codec"),
+    [
+        (b"", "utf-8"),
+        (codecs.BOM_UTF8, "utf-8"),
+        (codecs.BOM_UTF16_LE, "utf-16-le"),  # PowerShell's > and Out-File
+        (codecs.BOM_UTF16_BE, "utf-16-be"),
+        (codecs.BOM_UTF32_LE, "utf-32-le"),
+    ],
 )
-def test_prompts_file_that_is_wrong(client: Client, server: Server, text: str, line: str) -> None:
-    Path("list.txt").write_text(text)
+def test_prompts_file_as_editors_save_it(client: Client, server: Server, mark: bytes, codec: str) -> None:
+    Path("list.txt").write_bytes(mark + '{"prompt": "ein Füchslein 🦊"}\r\n赤い狐\r\n'.encode(codec))
+    server.steps = [answer(), answer()]
+    client.options.clear()
+    status, out, _ = client.run("--prompts", "list.txt", "--filename", "a.jpg")
+    assert (status, sorted(out.split())) == (0, ["a-1.jpg", "a-2.jpg"])
+    prompts = sorted(json.loads(request.body)["prompt"] for request in server.requests)
+    assert prompts == ["ein Füchslein 🦊", "赤い狐"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (b"\n", "list.txt holds no prompt"),
+        (b'a\n{"prompt":\n', "line 2 of list.txt is not a JSON"),
+        ("a cat\nein Füchslein\n".encode("latin-1"), "line 2 of list.txt is not UTF-8: save it as UTF-8"),
+        ("a cat\n".encode("utf-16-le"), "as UTF-16 without a mark does: save it as UTF-8"),
+        (codecs.BOM_UTF16_LE + b"abc", "is not UTF-16"),
+    ],
+)
+def test_prompts_file_that_is_wrong(client: Client, server: Server, text: bytes, line: str) -> None:
+    Path("list.txt").write_bytes(text)
     client.options.clear()
     assert line in client.fail("--prompts", "list.txt", code=2)
     assert server.requests == []

@@ -1,9 +1,11 @@
 """Bodies of requests: which are accepted, with what in them, and what a mistake is told."""
 
 import base64
+import codecs
 import dataclasses
 import io
 import json
+import re
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from sdxl_server.families import FAMILIES
 from sdxl_server.fields import DECLARATIONS, MAX_SEED, Bounds, GenerationRequest, build_properties
 from sdxl_server.openapi import build_openapi
 from sdxl_server.request import Contract
+from sdxl_server.service import FACES
 from tools.write_generated import build_shipped_contract, make_all
 
 DEFAULTS: dict[str, Any] = {
@@ -45,7 +48,7 @@ CONTRACT = make_contract(BOUNDS)
 
 
 def parse(values: dict[str, Any], content_type: str = "") -> GenerationRequest:
-    return NativeFace().read(values, content_type=content_type, contract=CONTRACT)
+    return NativeFace().read(values, content_type=content_type, contract=CONTRACT)[0]
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> str:
@@ -67,12 +70,54 @@ RED = encode(Image.new("RGB", (80, 72), "red"))
         (b'{"prompt": "a red fox", "seed": null}', "application/json; charset=utf-8", "a red fox"),
         (b' {"prompt": "a red fox"}', "", "a red fox"),
         (b'{"prompt": "not JSON here"}', "text/plain", '{"prompt": "not JSON here"}'),
+        (b'{"prompt": "a red fox"}', "Application/JSON", "a red fox"),
+        (b'{"prompt": "a red fox"}', "text/json", "a red fox"),
+        (b'{"json"}', "text/plain; format=json", '{"json"}'),
+        (b"a red fox", "text/\xe9; a*=\\;==", "a red fox"),
+        (codecs.BOM_UTF8 + b'{"prompt": "a red fox"}', "", "a red fox"),
+        (codecs.BOM_UTF8 + b"a red fox", "text/plain", "a red fox"),
+        ('{"prompt": "Füchslein 🦊"}'.encode("utf-16"), "", "Füchslein 🦊"),
+        ('{"prompt": "Füchslein 🦊"}'.encode("utf-16"), "application/json", "Füchslein 🦊"),
+        ('{"prompt": "Füchslein 🦊"}'.encode("utf-16-be"), "application/json", "Füchslein 🦊"),
+        ('{"prompt": "Füchslein 🦊"}'.encode("utf-32"), "application/json", "Füchslein 🦊"),
+        ('{"prompt": "Füchslein"}'.encode("latin-1"), 'application/json; charset="ISO-8859-1"', "Füchslein"),
+        ("赤い狐".encode("shift_jis"), "text/plain;charset=Shift_JIS", "赤い狐"),
+        ("Füchslein".encode("utf-16"), "text/plain; charset=utf-8", "Füchslein"),
+        (codecs.BOM_UTF16_BE + "Füchslein".encode("utf-16-be"), "text/plain", "Füchslein"),
     ],
 )
 def test_prompt_is_read(body: bytes, content_type: str, prompt: str) -> None:
     request = parse({"body": body}, content_type)
     expected = GenerationRequest(prompt, **DEFAULTS, seed=request.seed)
     assert request == expected
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (
+            {'{"prompt": "a red fox"}': b""},
+            "the body is JSON that was sent as a form: send Content-Type: application/json",
+        ),
+        ({'\ufeff {"prompt": "a': b'b", "seed": 3}'}, "send Content-Type: application/json"),
+        ({}, "the body was sent as a form and holds no field: send Content-Type: application/json, or text/plain"),
+        ({"[1,2]": b""}, "send Content-Type: application/json"),
+        ({'seed": 3}': b"", '{"prompt": "cats ': b""}, "send Content-Type: application/json"),  # cut at an ampersand
+        ({"a red fox": b""}, "send Content-Type: text/plain"),
+    ],
+)
+@pytest.mark.parametrize("face", FACES.values())
+def test_body_that_a_shell_sent_as_a_form(form: dict[str, bytes], message: str, face: NativeFace) -> None:
+    """`curl -d` and PowerShell say that a body is an urlencoded form, unless they are told otherwise."""
+    with pytest.raises(RequestError, match=re.escape(message)):
+        face.read(form, content_type="application/x-www-form-urlencoded; charset=UTF-8", contract=CONTRACT)
+
+
+def test_json_that_is_sent_as_text_is_told() -> None:
+    body, kind = {"body": b'{"prompt": "a red fox"}'}, "text/plain;charset=UTF-8"
+    (warning,) = NativeFace().read(body, content_type=kind, contract=CONTRACT)[1]
+    assert warning == "the prompt looks like JSON and is drawn as text; for JSON send Content-Type: application/json"
+    assert NativeFace().read({"body": b"{a} fox"}, content_type=kind, contract=CONTRACT)[1] == []
 
 
 def test_form_is_read_as_json_is() -> None:
@@ -93,8 +138,8 @@ def test_form_is_read_as_json_is() -> None:
 
 
 def test_seeds_are_random_unless_given() -> None:
-    seeds = {CONTRACT.check({"prompt": "x"}).seed for _ in range(5)}
-    assert len(seeds) == 5
+    seeds = {CONTRACT.check({"prompt": "x", **seed}).seed for seed in ({}, {"seed": -1}, {"seed": None}) * 2}
+    assert len(seeds) == 6
     assert all(0 <= seed < 2**32 for seed in seeds)
 
 
@@ -109,7 +154,14 @@ def test_description_makes_the_request_again() -> None:
     [
         (b"", "text/plain", ["prompt takes a text that says something"]),
         (b" \n", "text/plain", ["prompt takes a text that says something"]),
-        (b"\xff\xfe", "text/plain", ["not UTF-8", "byte 0 is 0xff"]),
+        (b"\xff\xf0", "text/plain", ["not UTF-8", "byte 0 is 0xff", "; charset=iso-8859-1"]),
+        (b"\xff\xfea", "text/plain", ["not utf-16", "byte 2 is 0x61"]),
+        ("Füchslein".encode("latin-1"), "text/plain; charset=utf-8", ["the body is not UTF-8: byte 1 is 0xfc"]),
+        (b"a red fox", "text/plain; charset=punycode", ["charset takes one of utf-8, ", "not 'punycode'"]),
+        (b"a red fox", "text/plain; charset=\xff", ["charset takes one of utf-8, "]),
+        (b'{"prompt": "a"}', "application/json; charset=utf-16", ["not utf-16"]),
+        (b'["a red fox"]', "", ["no object"]),
+        (b'{"prompt": "\xfc"}', "application/json", ["byte 12 is 0xfc; name another charset"]),
         (b"{", "application/json", ["not JSON"]),
         (b"", "application/json", ["not JSON"]),
         (b"[" * 40_000, "application/json", ["not JSON", "nested too deeply"]),
@@ -148,7 +200,7 @@ def test_body_that_is_no_request(body: bytes, content_type: str, parts: list[str
         ({"num_inference_steps": 1e400}, "num_inference_steps", ["not inf"]),
         ({"guidance_scale": float("inf")}, "guidance_scale", ["a number from 0 to 100", "not inf"]),
         ({"guidance_scale": False}, "guidance_scale", ["not False"]),
-        ({"seed": -1}, "seed", ["from 0 to 4294967295", "not -1"]),
+        ({"seed": -2}, "seed", ["from -1 to 4294967295", "not -2"]),
         ({"num_images_per_prompt": 4}, "num_images_per_prompt", ["from 1 to 3"]),
         ({"scheduler": "Euler"}, "scheduler", ["one of DDIMScheduler, EulerDiscreteScheduler"]),
         ({"clip_skip": 3}, "clip_skip", ["from 0 to 2"]),
@@ -244,4 +296,4 @@ def test_what_is_generated_is_what_is_committed() -> None:
 def test_every_field_has_words_and_all_but_the_prompt_and_the_stream_an_option() -> None:
     assert all(declaration.words for declaration in DECLARATIONS.values())
     without = {name for name, declaration in DECLARATIONS.items() if declaration.option is None}
-    assert without == {"prompt", "timeout", "stream", "partial_images"}
+    assert without == {"prompt", "response_format", "timeout", "stream", "partial_images"}
