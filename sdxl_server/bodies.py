@@ -1,5 +1,6 @@
 """What TorchServe hands over of a request: from a body, or the parts of a form, to fields as the client wrote them."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from sdxl_server.limits import MAX_FIELDS
 from sdxl_server.schemas import load_json, shorten
 
 BODY = ("body", "data")  # TorchServe's names for what is no form
+ROOM_OF_FILE, ROOM_OF_TEXT = 300, 64  # bytes of a form's part for a file's name and further headers
 
 
 def read_fields(
@@ -44,6 +46,32 @@ def read_fields(
     elif not fields:
         raise RequestError("the request has no body; it takes the prompt as text or as JSON", param="prompt")
     return fields
+
+
+def check_parts(values: Mapping[str, Any], *, content_type: str, length: str) -> None:
+    """Refuse a form that was longer than what is here of it: of parts of one name TorchServe hands over the last.
+
+    Args:
+        length: the header Content-Length, which TorchServe sets where a client does not.
+
+    Raises:
+        RequestError: there is room for more than the file names and headers of its parts, which nobody tells.
+    """
+    boundary = re.search(r'(?i)^multipart/form-data\b.*\bboundary="?([^";]+)', content_type)
+    if boundary is None or not (length.isdecimal() and len(length) < 20):
+        return
+    around = len(f'--{boundary[1]}\r\nContent-Disposition: form-data; name=""\r\n\r\n\r\n')
+    left = int(length) - len(f"--{boundary[1]}--")
+    for name, value in values.items():
+        room = ROOM_OF_FILE if "image" in name or "mask" in name else ROOM_OF_TEXT
+        known = len(value) if isinstance(value, (bytes, bytearray)) else 0
+        left -= around + len(name.encode("utf-8", "replace")) + known + room
+    if left > 0:
+        raise RequestError(
+            "the form has more parts than came through, since of several of one name TorchServe keeps the last: send "
+            "one image and each field once (a file's name may have 200 bytes)",
+            param=next((name for name in values if name.partition("[")[0] == "image"), None),
+        )
 
 
 def rename_fields(fields: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
