@@ -40,7 +40,8 @@ def cover_cells(mask: Any, cell: int) -> Any:
 def blend(picture: Any, image: Any, mask: Any) -> Any:
     """Return what was drawn where the mask says so, and everywhere else the image, bit by bit.
 
-    The seam is blended within the mask, over some pixels along its edge; where it is too thin for that it is not.
+    The seam is blended within the mask, over some pixels along its edge. Where the mask is too thin for that it is not,
+    nor where the image is white: so is what was transparent, and bars, of which a line would be left.
     """
     import numpy as np
     from PIL import Image, ImageFilter
@@ -52,7 +53,8 @@ def blend(picture: Any, image: Any, mask: Any) -> Any:
     for _ in range(BLEND - 1):
         thick = thick.filter(ImageFilter.MaxFilter(3))
     ramp = np.mean([np.asarray(layer) for layer in layers], axis=0).astype(np.uint8)
-    share = np.where(np.asarray(thick), ramp, np.asarray(mask))
+    is_blended = (np.asarray(thick) > 0) & (np.asarray(image).min(axis=-1) < 255)
+    share = np.where(is_blended, ramp, np.asarray(mask))
     return Image.composite(picture, image, Image.fromarray(share))
 
 

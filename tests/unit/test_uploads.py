@@ -99,14 +99,17 @@ def test_profiles_are_applied_and_srgb_changes_no_bit() -> None:
 
 
 def make_exif(*, is_whole: bool) -> bytes:
-    """Return EXIF that says a quarter turn, in whose other tags everything points beyond its end."""
-    count = 4 if is_whole else 3  # more than there are
-    tags = struct.pack("<HHII", 0x010E, 2, 9999, 9999) + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    """Return EXIF that says a quarter turn; its unit of resolution, which Pillow cannot write, or all else is wrong."""
+    count = 4  # more than there are
+    wrong = struct.pack("<HHIi", 0x0128, 9, 1, -5) if is_whole else struct.pack("<HHII", 0x010E, 2, 9999, 9999)
+    tags = wrong + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
     return b"II*\0\x08\0\0\0" + struct.pack("<H", count) + tags + struct.pack("<HHII", 0x8769, 4, 1, 2**31)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF"])
-@pytest.mark.parametrize("is_whole", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "is_whole"),
+    [("JPEG", True), ("JPEG", False), ("PNG", True), ("PNG", False), ("WEBP", True), ("WEBP", False), ("AVIF", False)],
+)
 def test_photo_is_upright_whatever_else_is_wrong_with_its_exif(kind: str, is_whole: bool) -> None:
     exif = make_exif(is_whole=is_whole)
     file = save(Image.new("RGB", (64, 32), "red"), kind, exif=b"Exif\0\0" + exif if kind == "JPEG" else exif)
@@ -234,6 +237,7 @@ def test_blending_lies_within_the_mask() -> None:
     assert row[:7] == [0] * 5 + [255, 0]
     assert row[19:26] == [0, 63, 127, 191, 255, 255, 255]
     assert row[48:51] == [127, 63, 0]
+    assert np.array_equal(np.asarray(blend(black, white, mask))[..., 0], 255 - np.asarray(mask))  # no line of a hole
     cells = np.asarray(cover_cells(mask, 8))
     assert cells[0, :9].tolist() == [255] * 8 + [0]
 
