@@ -396,6 +396,8 @@ def test_what_a_mask_protects_is_kept_bit_by_bit(demo: LoadedPipeline, kind: str
     is_protected = np.asarray(mask) < 128
     assert np.array_equal(drawn[is_protected], given[is_protected])
     assert (drawn != given).any(axis=-1)[~is_protected].mean() > 0.9  # thin strokes and the seam are painted too
+    other = make_picture(demo, **fields, prompt="a blue square", seed=2)
+    assert np.abs(other - drawn)[~is_protected].mean() > 20  # anew, not decoded anew
     request = demo.contract.check({"prompt": "a red fox", "seed": 1, **fields})
     preview = keep_protected(draw_preview(demo, next(generate(demo, request))), request)
     assert np.array_equal(np.asarray(preview)[is_protected], given[is_protected])
