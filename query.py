@@ -70,8 +70,8 @@ EPILOG = """examples:
 # The fields of the request contract; docs/requests.md says what each takes.
 # <fields: python -m tools.write_generated>
 FIELDS: dict[str, dict[str, Any]] = {
-    "width": {"type": int, "metavar": "PIXELS", "help": "pixels; with an image, its own unless given"},
-    "height": {"type": int, "metavar": "PIXELS", "help": "pixels; with an image, its own unless given"},
+    "width": {"type": int, "metavar": "PIXELS", "help": "pixels; with an image, by its aspect unless given"},
+    "height": {"type": int, "metavar": "PIXELS", "help": "pixels; with an image, by its aspect unless given"},
     "seed": {
         "type": int,
         "metavar": "N",
@@ -109,11 +109,19 @@ FIELDS: dict[str, dict[str, Any]] = {
         "metavar": ("HEIGHT", "WIDTH"),
         "help": "height and width that the picture is made for",
     },
-    "image": {"type": Path, "metavar": "FILE", "help": "a JPEG, PNG or WebP to start from (image-to-image)"},
+    "image": {
+        "type": Path,
+        "metavar": "FILE",
+        "help": "a picture to start from (image-to-image); what is transparent counts as white",
+    },
     "mask_image": {
         "type": Path,
         "metavar": "FILE",
-        "help": "a picture that is white where image is to be painted anew (inpainting)",
+        "help": "a mask: transparent, or without transparency white, where image is painted anew (inpainting)",
+    },
+    "resize_mode": {
+        "choices": ("crop", "pad"),
+        "help": "how image is brought to another aspect: cut at its edges, or with white bars; crop unless given",
     },
     "strength": {
         "type": float,

@@ -227,6 +227,7 @@ class StableDiffusionHandler:
             values=row,
             path=self.read_header(index, "url_path"),
             content_type=self.read_header(index, "content-type"),
+            content_length=self.read_header(index, "content-length"),
             accept=self.read_header(index, "accept"),
             model=self.context.model_name,
         )

@@ -192,7 +192,7 @@ def make_image(random: Random) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    kind = random.choice(("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"))
+    kind = random.choice(("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF"))
     Image.new("RGB", (random.choice((1, 8, 64, 65)), 64), "red").save(buffer, kind)
     valid = buffer.getvalue()
     cut = random.randrange(len(valid))
@@ -250,6 +250,12 @@ def make_attacks() -> dict[str, Callable[[], Hostile]]:
         "chunks of a PNG": lambda: picture(_repeat_chunk(b"IDAT", b"", 2_000_000)),
         "tags of a PNG": lambda: picture(_repeat_chunk(b"eXIf", _make_exif(65_535), 1)),
         "frames of a WebP": lambda: picture(make_animation(200_000)),
+        "tags of a TIFF": lambda: picture(b"II*\0\x08\0\0\0" + _DIRECTORY * 1_000_000),
+        "numbers of a TIFF": lambda: picture(b"II*\0\x08\0\0\0\1\0" + _STRIPS + bytes(24_000_000)),
+        "blocks of a GIF": lambda: picture(b"GIF89a\x40\0\x40\0\0\0\0!\xfe" + b"\1a" * 12_000_000),
+        "bytes before a GIF's picture": lambda: picture(b"GIF89a\x40\0\x40\0\0\0\0" + b"a" * 24_000_000),
+        "runs of a BMP": lambda: picture(_make_runs(7_000, 12_000_000)),
+        "frames of an AVIF": lambda: picture(make_film(300)),
         "a mask of 64 megapixels": lambda: _post(
             json.dumps({"prompt": "a", "image": _encode(make_jpeg()), "mask": _encode(make_mask(8_000))}).encode(),
             path=f"{MODEL}/1.0/v1/images/edits",
@@ -260,6 +266,8 @@ def make_attacks() -> dict[str, Callable[[], Hostile]]:
     }
 
 
+_DIRECTORY = struct.pack("<HI", 0, 8)  # without tags; the next one is the first again
+_STRIPS = struct.pack("<HHIII", 273, 4, 6_000_000, 26, 0)
 _PAIRS, _FORM = "application/x-www-form-urlencoded", "multipart/form-data; boundary=b"
 _PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 
@@ -330,6 +338,22 @@ def make_animation(frames: int) -> bytes:
     head = b"VP8X" + struct.pack("<I", 10) + b"\2\0\0\0\x3f\0\0\x3f\0\0" + b"ANIM" + struct.pack("<I", 6) + bytes(6)
     content = b"WEBP" + head + chunk * frames
     return b"RIFF" + struct.pack("<I", len(content)) + content
+
+
+def make_film(frames: int) -> bytes:
+    """Return an AVIF of so many frames."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    frame = Image.new("RGB", (64, 64), "red")
+    frame.save(buffer, "AVIF", save_all=True, append_images=[frame] * (frames - 1), speed=10)
+    return buffer.getvalue()
+
+
+def _make_runs(side: int, runs: int) -> bytes:
+    """Return a BMP in run lengths, each of which is of one pixel."""
+    header = struct.pack("<IiiHHIIiiII", 40, side, side, 1, 8, 1, 2 * runs, 0, 0, 256, 0)
+    return b"BM" + struct.pack("<III", 54 + 1024 + 2 * runs, 0, 54 + 1024) + header + bytes(1024) + b"\1\1" * runs
 
 
 def make_mask(side: int) -> bytes:

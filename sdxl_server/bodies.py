@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import re
 from collections.abc import Mapping
 from email.message import Message
 from typing import Any
@@ -29,6 +30,7 @@ CHARSETS = (
     *("latin1", *(f"windows-{number}" for number in range(1250, 1259)), "koi8-r", "koi8-u"),
     *("shift_jis", "euc-jp", "iso-2022-jp", "euc-kr", "gb2312", "gbk", "gb18030", "big5"),
 )
+ROOM_OF_FILE, ROOM_OF_TEXT = 300, 64  # bytes of a form's part for a file's name and further headers
 
 
 def read_fields(
@@ -74,6 +76,32 @@ def find_warnings(fields: Mapping[str, Any]) -> list[str]:
     prompt = fields.get("prompt")
     is_alike = isinstance(prompt, str) and prompt.lstrip()[:1] == "{" and prompt.rstrip()[-1:] == "}"
     return [f"the prompt looks like JSON and is drawn as text; for JSON {SEND_JSON}"] if is_alike else []
+
+
+def check_parts(values: Mapping[str, Any], *, content_type: str, length: str) -> None:
+    """Refuse a form that was longer than what is here of it: of parts of one name TorchServe hands over the last.
+
+    Args:
+        length: the header Content-Length, which TorchServe sets where a client does not.
+
+    Raises:
+        RequestError: there is room for more than the file names and headers of its parts, which nobody tells.
+    """
+    boundary = re.search(r'(?i)^multipart/form-data\b.*\bboundary="?([^";]+)', content_type)
+    if boundary is None or not (length.isdecimal() and len(length) < 20):
+        return
+    around = len(f'--{boundary[1]}\r\nContent-Disposition: form-data; name=""\r\n\r\n\r\n')
+    left = int(length) - len(f"--{boundary[1]}--")
+    for name, value in values.items():
+        room = ROOM_OF_FILE if "image" in name or "mask" in name else ROOM_OF_TEXT
+        known = len(value) if isinstance(value, (bytes, bytearray)) else 0
+        left -= around + len(name.encode("utf-8", "replace")) + known + room
+    if left > 0:
+        raise RequestError(
+            "the form has more parts than came through, since of several of one name TorchServe keeps the last: send "
+            "one image and each field once (a file's name may have 200 bytes)",
+            param=next((name for name in values if name.partition("[")[0] == "image"), None),
+        )
 
 
 def rename_fields(fields: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:

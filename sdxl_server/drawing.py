@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sdxl_server.denoiser import Autoencoder, Denoiser, TextEncoder
 from sdxl_server.errors import RequestError
 from sdxl_server.fields import DECLARATIONS, GenerationRequest
+from sdxl_server.masks import blend, cover_cells
 from sdxl_server.schedulers import make_scheduler
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _draw(loaded: "LoadedPipeline", request: GenerationRequest, index: int) -> G
     finally:
         if not work.dead:
             work.throw()
-    return Picture(result, pipeline.unet.calls)
+    return Picture(keep_protected(result, request), pipeline.unet.calls)
 
 
 def _is_graph_limit(error: BaseException) -> bool:
@@ -120,6 +121,11 @@ def draw_preview(loaded: "LoadedPipeline", progress: Progress) -> Any:
             latents = latents * torch.tensor(std).view(1, -1, 1, 1) + torch.tensor(mean).view(1, -1, 1, 1)
         pixels = Autoencoder(pipeline.vae, loaded.functions).decode(latents.to(pipeline.vae.device))[0]
     return pipeline.image_processor.postprocess(pixels.float().cpu())[0]
+
+
+def keep_protected(picture: Any, request: GenerationRequest) -> Any:
+    """Return a picture, or a preview, in which what the request's mask protects is the image as it was."""
+    return picture if request.mask_image is None else blend(picture, request.image, request.mask_image)
 
 
 def finish(generator: Generator[Any, None, Any]) -> Any:
@@ -175,4 +181,6 @@ def list_arguments(pipeline: Any, request: GenerationRequest, index: int) -> dic
             raise RequestError(f"{name} has no effect with an image here; leave it out", param=name)
     if request.negative_prompt_2 is not None:
         arguments.setdefault("negative_prompt", "")  # without one diffusers takes zeros for both
+    if request.mask_image is not None:
+        arguments["mask_image"] = cover_cells(request.mask_image, pipeline.vae_scale_factor)
     return {**arguments, "generator": torch.Generator().manual_seed(request.get_seed(index))}

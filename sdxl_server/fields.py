@@ -16,6 +16,8 @@ from sdxl_server.schemas import Schema, choice, nullable, pair, real, switch, te
 MAX_SEED = 2**32 - 1
 RANDOM_SEED = -1
 MIN_SIDE = 64
+PICTURE_FORMATS = ("JPEG", "PNG", "WebP", "AVIF", "GIF", "TIFF", "BMP")  # that are read; each decoder is a surface
+WITH_IMAGE = "with an image, by its aspect unless given"
 PIXELS = {"type": int, "metavar": "PIXELS"}
 COUNT = {"type": int, "metavar": "N"}
 NUMBER = {"type": float, "metavar": "X"}
@@ -36,6 +38,8 @@ class Bounds:
     Attributes:
         max_prompt_characters: of each of the four prompts.
         max_side: of a picture, in pixels.
+        own_side: of the model's own square, in pixels; a picture to start from is brought to about its area.
+        multiple: of which a picture's sides are then, in pixels.
         max_steps: denoising steps of a picture.
         max_images: pictures of one request.
         max_megapixel_steps: calls of the UNet x megapixels of one request.
@@ -47,6 +51,8 @@ class Bounds:
 
     max_prompt_characters: int = 2000
     max_side: int = 2048
+    own_side: int = 1024
+    multiple: int = 32
     max_steps: int = 150
     max_images: int = 10
     max_megapixel_steps: float = 350
@@ -112,7 +118,8 @@ def _pair(_: Bounds) -> Schema:
 
 
 def _upload(_: Bounds) -> Schema:
-    return {"type": "string", "contentEncoding": "base64", "x-accepted": "a picture (JPEG, PNG, WebP) in base64"}
+    accepted = f"a picture ({', '.join(PICTURE_FORMATS)}) in base64, or its data URL"
+    return {"type": "string", "contentEncoding": "base64", "x-accepted": accepted}
 
 
 @dataclass(frozen=True)
@@ -122,8 +129,8 @@ class GenerationRequest:
     prompt: str = _declare(
         Role.PICTURE, lambda bounds: text(bounds.max_prompt_characters, is_needed=True), "what the picture shows"
     )
-    width: int = _declare(Role.PICTURE, _side, "pixels; with an image, its own unless given", option=PIXELS)
-    height: int = _declare(Role.PICTURE, _side, "pixels; with an image, its own unless given", option=PIXELS)
+    width: int = _declare(Role.PICTURE, _side, f"pixels; {WITH_IMAGE}", option=PIXELS)
+    height: int = _declare(Role.PICTURE, _side, f"pixels; {WITH_IMAGE}", option=PIXELS)
     seed: int = _declare(
         Role.PICTURE,
         lambda _: whole(RANDOM_SEED, MAX_SEED),
@@ -215,7 +222,7 @@ class GenerationRequest:
     image: Any = _declare(
         Role.PICTURE,
         _upload,
-        "a JPEG, PNG or WebP to start from (image-to-image)",
+        "a picture to start from (image-to-image); what is transparent counts as white",
         value=None,
         option={"type": "Path", "metavar": "FILE"},
         is_upload=True,
@@ -223,10 +230,18 @@ class GenerationRequest:
     mask_image: Any = _declare(
         Role.PICTURE,
         _upload,
-        "a picture that is white where `image` is to be painted anew (inpainting)",
+        "a mask: transparent, or without transparency white, where `image` is painted anew (inpainting)",
         value=None,
         option={"type": "Path", "metavar": "FILE"},
         is_upload=True,
+    )
+    resize_mode: str | None = _declare(
+        Role.PICTURE,
+        lambda _: choice("crop", "pad"),
+        "how `image` is brought to another aspect: cut at its edges, or with white bars; crop unless given",
+        value=None,
+        option={"choices": ("crop", "pad")},
+        is_argument=False,
     )
     strength: float | None = _declare(
         Role.PICTURE,

@@ -12,9 +12,10 @@ from sdxl_server.answers import NativeFace
 from sdxl_server.bodies import find_warnings, read_fields, rename_fields
 from sdxl_server.errors import RequestError
 from sdxl_server.fields import GenerationRequest
+from sdxl_server.masks import has_holes
 from sdxl_server.request import Contract
 from sdxl_server.schemas import shorten
-from sdxl_server.uploads import MASK, read_alpha_mask
+from sdxl_server.uploads import MASK, read_upload
 
 ALIASES = {
     "n": "num_images_per_prompt",
@@ -58,10 +59,13 @@ class OpenAIFace(NativeFace):
         known = _drop_unknown(given, known=contract.properties, warnings=warnings)
         kept = _cut_prompts(known, most=contract.bounds.max_prompt_characters, warnings=warnings)
         defaults = {"output_format": "png", "response_format": _choose_response_format(kept.get("model"))}
-        fields = {**defaults, **self._translate(kept, max_side=contract.bounds.max_side)}
+        fields = {**defaults, **self._translate(kept)}
         if self.is_edit and "image" not in fields:
             raise RequestError("image is missing; an edit starts from one", param="image")
         try:
+            if self.is_edit:
+                fields["image"] = image = read_upload("image", fields["image"], max_side=contract.bounds.max_side)
+                fields |= {MASK: image} if MASK not in fields and has_holes(image) else {}
             return contract.check(fields), warnings
         except RequestError as error:
             native = error.param or "body"
@@ -72,7 +76,7 @@ class OpenAIFace(NativeFace):
             message = str(error) if name == "size" else str(error).replace(native, name, 1)
             raise RequestError(message, param=name) from error
 
-    def _translate(self, given: Mapping[str, Any], *, max_side: int) -> dict[str, Any]:
+    def _translate(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the fields of the contract that these of OpenAI's stand for."""
         kept: dict[str, Any] = {}
         for name, value in given.items():
@@ -83,8 +87,6 @@ class OpenAIFace(NativeFace):
                     if given.get(side) is not None:
                         raise RequestError(f"size and {side} are one field; give one of them", param="size")
                     kept[side] = pixels
-            elif name == "mask":
-                kept[name] = read_alpha_mask(name, value, max_side=max_side) if self.is_edit else value
             else:
                 kept[name] = max(value, 1) if name == "output_compression" and value == 0 else value
         return rename_fields(kept, ALIASES)

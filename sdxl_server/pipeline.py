@@ -16,6 +16,7 @@ from sdxl_server.families import Family, find_family
 from sdxl_server.fields import Bounds, GenerationRequest, build_properties
 from sdxl_server.files import can_hold, encode_picture
 from sdxl_server.loading import blame, check_device, check_files, choose_dtype, read_pipeline
+from sdxl_server.masks import find_mask_warnings
 from sdxl_server.request import Contract
 from sdxl_server.schedulers import count_calls, list_schedulers, set_scheduler
 from sdxl_server.settings import CompileConfig, HandlerConfig
@@ -163,6 +164,8 @@ def build_contract(pipeline: Any, family: Family, config: HandlerConfig) -> Cont
     bounds = Bounds(
         max_prompt_characters=config.max_prompt_characters,
         max_side=config.max_side,
+        own_side=own_side,
+        multiple=pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1),
         max_steps=config.max_steps,
         max_images=config.max_images,
         max_megapixel_steps=config.max_megapixel_steps,
@@ -226,8 +229,11 @@ def find_warnings(loaded: LoadedPipeline, request: GenerationRequest) -> list[st
         count = len(tokenizer(value).input_ids) if value else 0
         if count > most:
             warnings.append(f"{name} has {count} tokens; the text encoder reads the first {most}")
-    if request.strength is not None and request.image is None:
-        warnings.append("strength has no effect without an image")
+    for name in ("strength", "resize_mode"):
+        if getattr(request, name) is not None and request.image is None:
+            warnings.append(f"{name} has no effect without an image")
+    if request.mask_image is not None:
+        warnings += find_mask_warnings(request.mask_image)
     if loaded.config.embed_parameters and not can_hold(request, describe_picture(loaded, request, 0, unet_calls=0)):
         warnings.append("the prompts are too long for a JPEG to hold what makes it again; PNG and WebP have room")
     return warnings

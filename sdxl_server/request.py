@@ -9,8 +9,9 @@ from typing import Any
 
 from sdxl_server.errors import RequestError
 from sdxl_server.fields import DECLARATIONS, MAX_SEED, RANDOM_SEED, Bounds, GenerationRequest
+from sdxl_server.fitting import fit_images
 from sdxl_server.schemas import describe_schema, is_valid, shorten
-from sdxl_server.uploads import MASK, fit_images, read_image
+from sdxl_server.uploads import MASK, read_upload
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Contract:
     def _check_field(self, name: str, value: Any) -> Any:
         schema = self.properties[name]
         if DECLARATIONS[name].is_upload:
-            return read_image(name, value, max_side=self.bounds.max_side)
+            return read_upload(name, value, max_side=self.bounds.max_side)
         if not is_valid(value, schema):
             raise RequestError(f"{name} takes {describe_schema(schema)}, not {shorten(value)}", param=name)
         if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):

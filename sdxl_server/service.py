@@ -12,7 +12,8 @@ from typing import Any
 
 from sdxl_server import __version__
 from sdxl_server.answers import JSON, MadePicture, NativeFace, split_pieces
-from sdxl_server.drawing import Picture, Progress, draw_preview, generate
+from sdxl_server.bodies import check_parts
+from sdxl_server.drawing import Picture, Progress, draw_preview, generate, keep_protected
 from sdxl_server.errors import RequestError, VersionError, format_error
 from sdxl_server.fields import GenerationRequest
 from sdxl_server.files import encode_picture
@@ -47,13 +48,14 @@ class Call:
     Attributes:
         values: the body, or the parts of a form, by name.
         path: what follows the model's version in the address.
-        content_type, accept: the headers of these names, empty where there is none.
+        content_type, content_length, accept: the headers of these names, empty where there is none.
         model: the name that the client knows the model by.
     """
 
     values: Mapping[str, Any]
     path: str = ""
     content_type: str = ""
+    content_length: str = ""
     accept: str = ""
     model: str = "diffusion_fast"
 
@@ -107,6 +109,7 @@ class Service:
             return Answer(JSON, {}, _send_whole(document))
         start = time.perf_counter()
         with limit_time(READ_SECONDS):
+            check_parts(call.values, content_type=call.content_type, length=call.content_length)
             request, warnings = face.read(call.values, content_type=call.content_type, contract=self.loaded.contract)
             warnings += find_warnings(self.loaded, request)
         # As JSON a prompt has no line breaks, so that it cannot forge a line of the log.
@@ -197,7 +200,7 @@ class Service:
         due = choose_preview_steps(request.partial_images, steps=progress.steps)
         numbers = [number for number, step in enumerate(due) if step == progress.step]
         if numbers:
-            file = encode_picture(draw_preview(self.loaded, progress), request)
+            file = encode_picture(keep_protected(draw_preview(self.loaded, progress), request), request)
             for number in numbers:
                 events += face.write_preview(request, file, index=progress.index, number=number)
         return events

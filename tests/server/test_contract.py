@@ -167,7 +167,7 @@ def test_form_with_an_image(server: LocalServer) -> None:
         timeout=60,
     )
     assert answer.status_code == 200, answer.text
-    assert Image.open(io.BytesIO(answer.content)).size == (72, 64)
+    assert Image.open(io.BytesIO(answer.content)).size == (128, 112)
 
 
 def test_bad_requests_leave_their_neighbours_alone(server: LocalServer) -> None:

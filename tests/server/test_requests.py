@@ -9,6 +9,7 @@ import psutil
 import pytest
 import requests
 
+from scorecard.fuzz import make_jpeg
 from sdxl_server.bodies import SEND_JSON
 from tests.server.test_backends import ask_for_picture, make_settings
 from tools.server import LocalServer, make_archive
@@ -96,6 +97,20 @@ def test_mistakes_get_a_400_that_names_them(
     error = answer.json()["error"]
     assert message in error["message"]
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, 400)
+
+
+@pytest.mark.parametrize(("path", "name"), [("", "image"), ("/1.0/v1/images/edits", "image[]")])
+def test_of_several_images_in_a_form_none_is_silently_left_out(server: LocalServer, path: str, name: str) -> None:
+    def ask(*files: bytes) -> requests.Response:
+        form = [(name, (f"{'photo ' * 20}{index}.jpg", file)) for index, file in enumerate(files)]
+        fields = {"prompt": "a red fox", "num_inference_steps": "2", "strength": "1"}
+        return requests.post(server.url + path, files=form, data=fields, headers=server.get_headers(), timeout=60)
+
+    first, second = make_jpeg(size=(600, 450)), make_jpeg(size=(450, 600))
+    assert ask(first).status_code == 200
+    answer = ask(first, second)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
+    assert "send one image" in answer.json()["error"]["message"]
 
 
 def test_request_without_a_body_gets_a_400(server: LocalServer) -> None:

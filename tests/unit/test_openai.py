@@ -45,10 +45,24 @@ def test_edit_as_a_form() -> None:
     }
     request, warnings = EDITS.read(form, content_type="multipart/form-data; boundary=x", contract=CONTRACT)
     assert warnings == []
-    assert (request.num_images_per_prompt, request.width, request.height) == (2, 80, 72)
+    assert (request.num_images_per_prompt, request.width, request.height) == (2, 136, 120)
     assert (request.stream, request.partial_images) == (True, 1)
     assert request.mask_image.getpixel((5, 5)) == 255  # transparent means anew there, white here
-    assert request.mask_image.getpixel((60, 5)) == 0
+    assert request.mask_image.getpixel((100, 5)) == 0
+
+
+def test_own_transparency_is_the_mask_of_an_edit_without_one() -> None:
+    image = Image.new("RGBA", (128, 128), (255, 0, 0, 255))
+    assert parse(EDITS, image=encode(image)).mask_image is None
+    image.paste((0, 0, 0, 200), (0, 0, 128, 128))  # it shimmers through, and nothing would be painted anew
+    assert parse(EDITS, image=encode(image)).mask_image is None
+    image.paste((0, 0, 0, 0), (0, 0, 64, 128))
+    request = parse(EDITS, image=encode(image))
+    assert (request.mask_image.getpixel((5, 5)), request.mask_image.getpixel((100, 5))) == (255, 0)
+    assert (request.strength, request.image.getpixel((5, 5))) == (1.0, (255, 255, 255))
+    black = encode(Image.new("L", (128, 128)))
+    assert parse(EDITS, image=encode(image), mask=black).mask_image.getextrema() == (0, 0)
+    assert parse(GENERATIONS, image=encode(image)).mask_image is None
 
 
 @pytest.mark.parametrize(
@@ -136,7 +150,12 @@ def test_mistake_is_told_in_openais_names(fields: dict[str, Any], param: str, me
     ("fields", "param", "message"),
     [
         ({}, "image", "image is missing"),
-        ({"image": RED, "mask": RED}, "mask", "it has no alpha channel"),
+        ({"image": [RED, RED]}, "image", "send one image"),
+        (
+            {"image": RED, "mask": encode(Image.new("L", (80, 40)))},
+            "mask",
+            "mask takes a picture of the image's",
+        ),
         ({"image": RED, "mask": "AAAA"}, "mask", "cannot be read"),
         ({"image": RED, "mask": 3}, "mask", "mask takes a picture in base64"),
     ],
@@ -151,5 +170,5 @@ def test_edit_without_what_it_needs(fields: dict[str, Any], param: str, message:
 def test_huge_mask_is_refused_before_its_pixels_are_read() -> None:
     file = io.BytesIO()
     Image.new("LA", (9_000, 8_000)).save(file, "PNG")
-    with pytest.raises(RequestError, match="mask takes sides of 8 to 512 pixels, not 9000x8000"):
+    with pytest.raises(RequestError, match="mask takes sides .* at most 50 megapixels, not 9000x8000"):
         parse(EDITS, image=RED, mask=base64.b64encode(file.getvalue()).decode())

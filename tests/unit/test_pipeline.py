@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from openvino_backend import CompiledFunction
 from sdxl_server.compiling import VAE_ENCODER
-from sdxl_server.drawing import draw_preview, finish, fork_pipeline, generate
+from sdxl_server.drawing import draw_preview, finish, fork_pipeline, generate, keep_protected
 from sdxl_server.errors import ConfigError, RequestError
 from sdxl_server.files import encode_picture
 from sdxl_server.loading import check_files, choose_dtype
@@ -229,6 +229,8 @@ def test_a_request_without_a_step_is_refused_before_any_work(
 def test_strength_without_an_image_is_told(eager: LoadedPipeline) -> None:
     request = eager.contract.check({"prompt": "x", "strength": 0.5})
     assert find_warnings(eager, request) == ["strength has no effect without an image"]
+    request = eager.contract.check({"prompt": "x", "resize_mode": "pad"})
+    assert find_warnings(eager, request) == ["resize_mode has no effect without an image"]
     assert np.array_equal(make_picture(eager, strength=0.5), make_picture(eager))
 
 
@@ -381,9 +383,37 @@ def test_pictures_from_pictures(request: pytest.FixtureRequest, tiny_model: Path
         assert len(loaded.parts[VAE_ENCODER].reports) == 1
 
 
+@pytest.mark.parametrize("kind", ["rectangle", "stroke", "soft"])
+def test_what_a_mask_protects_is_kept_bit_by_bit(demo: LoadedPipeline, kind: str) -> None:
+    photo = Image.effect_noise((128, 128), 90).convert("RGB")
+    mask = Image.new("L", (128, 128), 0)
+    box = (61, 13, 63, 115) if kind == "stroke" else (37, 13, 101, 115)
+    mask.paste(255, box)
+    if kind == "soft":
+        mask = mask.filter(ImageFilter.GaussianBlur(4))
+    fields = {"image": encode(photo), "mask_image": encode(mask), "num_inference_steps": 2}
+    drawn, given = make_picture(demo, **fields), np.asarray(photo)
+    is_protected = np.asarray(mask) < 128
+    assert np.array_equal(drawn[is_protected], given[is_protected])
+    assert (drawn != given).any(axis=-1)[~is_protected].mean() > 0.9  # thin strokes and the seam are painted too
+    other = make_picture(demo, **fields, prompt="a blue square", seed=2)
+    assert np.abs(other - drawn)[~is_protected].mean() > 20  # anew, not decoded anew
+    request = demo.contract.check({"prompt": "a red fox", "seed": 1, **fields})
+    preview = keep_protected(draw_preview(demo, next(generate(demo, request))), request)
+    assert np.array_equal(np.asarray(preview)[is_protected], given[is_protected])
+
+
+@pytest.mark.parametrize(("value", "told"), [(0, "the mask protects all"), (255, "the mask protects nothing")])
+def test_masks_that_mean_little_are_told(eager: LoadedPipeline, value: int, told: str) -> None:
+    image, mask = encode(Image.new("RGB", (128, 128))), encode(Image.new("L", (128, 128), value))
+    request = eager.contract.check({"prompt": "x", "image": image, "mask_image": mask})
+    (warning,) = find_warnings(eager, request)
+    assert warning.startswith(told)
+
+
 def test_image_sets_the_size(eager: LoadedPipeline) -> None:
     image = encode(Image.new("RGB", (75, 130), "red"))
-    assert make_picture(eager, image=image).shape == (128, 72, 3)
+    assert make_picture(eager, image=image).shape == (160, 96, 3)
     assert make_picture(eager, image=image, width=64, height=64).shape == (64, 64, 3)
 
 
