@@ -164,7 +164,8 @@ def _count_constants(model: openvino.Model) -> dict[str, int]:
 def convert_graph(part: torch.fx.GraphModule) -> openvino.Model:
     """Return the part as an OpenVINO model that shares its weights with torch."""
     examples = [node.meta["val"] for node in part.graph.find_nodes(op="placeholder")]
-    types, shapes = [tensor.dtype for tensor in examples], [tensor.shape for tensor in examples]
+    types = [tensor.dtype for tensor in examples]
+    shapes = [[size if isinstance(size, int) else -1 for size in tensor.shape] for tensor in examples]
     front_end = FrontEndManager().load_by_framework("pytorch")
     decoder = TorchFXPythonDecoder(part, input_types=types, input_shapes=shapes)
     try:
@@ -176,9 +177,9 @@ def convert_graph(part: torch.fx.GraphModule) -> openvino.Model:
         if not left:
             raise OpenVINOBackendError(f"OpenVINO cannot convert the graph: {error}") from error
         raise UnsupportedOperatorsError(node.get_friendly_name().rpartition("/")[2] for node in left) from error
-    for port, tensor in zip(model.inputs, examples, strict=True):
-        port.get_node().set_element_type(TYPES[tensor.dtype])
-        port.get_node().set_partial_shape(openvino.PartialShape(list(tensor.shape)))
+    for port, dtype, shape in zip(model.inputs, types, shapes, strict=True):
+        port.get_node().set_element_type(TYPES[dtype])
+        port.get_node().set_partial_shape(openvino.PartialShape(shape))
     model.validate_nodes_and_infer_types()
     return model
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_server import __version__
-from sdxl_server.compiling import VAE_ENCODER, compile_parts
+from sdxl_server.compiling import VAE_ENCODER, choose_graphs, compile_parts
 from sdxl_server.drawing import finish, generate
 from sdxl_server.errors import ConfigError, RequestError
 from sdxl_server.families import Family, find_family
-from sdxl_server.fields import Bounds, GenerationRequest, build_properties
+from sdxl_server.fields import MIN_SIDE, Bounds, GenerationRequest, build_properties
 from sdxl_server.files import can_hold, encode_picture
 from sdxl_server.loading import blame, check_device, check_files, choose_dtype, read_pipeline
 from sdxl_server.masks import find_mask_warnings
@@ -33,6 +33,7 @@ class LoadedPipeline:
         config: what it was loaded with.
         compilation: what it was compiled with.
         dtype: the type of its weights.
+        graphs: which sizes a graph of OpenVINO's is for; see `choose_graphs`.
         family: what kind of model it is.
         functions: what runs each part, compiled or not.
         parts: the compiled parts by name, each with its OpenVINOBackend, or None where another backend compiled it.
@@ -43,6 +44,7 @@ class LoadedPipeline:
     config: HandlerConfig
     compilation: CompileConfig
     dtype: str
+    graphs: str | None
     family: Family
     functions: Mapping[str, Callable[..., Any]]
     parts: Mapping[str, Any]
@@ -59,6 +61,7 @@ class LoadedPipeline:
             "dtype": self.dtype,
             "scheduler": type(self.pipeline.scheduler).__name__,
             "backend": self.compilation.backend or "eager",
+            "graphs_for": self.graphs,
             "compiled_parts": list(self.parts),
             "weights_sha256": self.weights_sha256,
             "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
@@ -126,16 +129,18 @@ def load_pipeline(
     family = find_family(folder, is_xl=config.is_xl)
     check_files(folder)
     check_device(compilation, device=device)
+    graphs = choose_graphs(config, compilation)
     dtype, compilation = choose_dtype(config, compilation, device=device)
     with blame(f"cannot read the pipeline in {folder}"):
         pipeline = read_pipeline(folder, dtype, family)
         if device != "cpu":
             pipeline.to(device)
         set_scheduler(pipeline, config.scheduler)
-        contract = build_contract(pipeline, family, config)
+        contract = build_contract(pipeline, family, config, graphs=graphs)
     with blame(f"pt2.backend: {compilation.backend} cannot run this model"):
-        functions, parts = compile_parts(pipeline, family, config, compilation)
-        loaded = LoadedPipeline(pipeline, config, compilation, dtype, family, functions, parts, contract)
+        size = contract.properties["width"]["default"], contract.properties["height"]["default"]
+        functions, parts = compile_parts(pipeline, family, config, compilation, size=size)
+        loaded = LoadedPipeline(pipeline, config, compilation, dtype, graphs, family, functions, parts, contract)
         if config.warm_up:
             warm_up(loaded)
     if config.weights_sha256 is not None and config.weights_sha256 != loaded.weights_sha256:
@@ -146,16 +151,20 @@ def load_pipeline(
     return loaded
 
 
-def build_contract(pipeline: Any, family: Family, config: HandlerConfig) -> Contract:
+def build_contract(pipeline: Any, family: Family, config: HandlerConfig, *, graphs: str | None) -> Contract:
     """Return what requests may ask of this pipeline under this configuration.
+
+    Args:
+        graphs: see `choose_graphs`; static ones are for the allowed sizes, or else for the configured one alone.
 
     Raises:
         ConfigError: the defaults are beyond the limits; names the key.
     """
     own_side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    size = (config.width or own_side, config.height or own_side)
     defaults = {
-        "width": config.width or own_side,
-        "height": config.height or own_side,
+        "width": size[0],
+        "height": size[1],
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
         "quality": config.jpeg_quality,
@@ -170,7 +179,7 @@ def build_contract(pipeline: Any, family: Family, config: HandlerConfig) -> Cont
         max_images=config.max_images,
         max_megapixel_steps=config.max_megapixel_steps,
         max_timeout=config.max_timeout,
-        allowed_sizes=config.read_sizes(),
+        allowed_sizes=config.read_sizes() or ((size,) if graphs == "static" else ()),
         schedulers=tuple(list_schedulers(pipeline.scheduler)),
         max_clip_skip=min(getattr(pipeline, each).config.num_hidden_layers for each in family.text_encoders) - 1,
     )
@@ -193,8 +202,10 @@ def warm_up(loaded: LoadedPipeline) -> None:
         ConfigError: a part ran in eager PyTorch although it was to be compiled.
     """
     contract = loaded.contract
-    default = (contract.properties["width"]["default"], contract.properties["height"]["default"])
-    for width, height in contract.bounds.allowed_sizes or (default,):
+    sizes = [(contract.properties["width"]["default"], contract.properties["height"]["default"])]
+    if loaded.graphs == "both":
+        sizes.append((MIN_SIDE, next(side for side in (MIN_SIDE, MIN_SIDE + 8) if (MIN_SIDE, side) != sizes[0])))
+    for width, height in contract.bounds.allowed_sizes or sizes:
         request = _choose_warm_up(loaded, {"prompt": "warm-up", "width": width, "height": height})
         encode_picture(finish(generate(loaded, request))[0].image, request)
     report = loaded.describe()
@@ -255,7 +266,7 @@ def describe_picture(
             "dtype": loaded.dtype,
             "unet_calls": unet_calls,
             "backend": loaded.compilation.backend or "eager",
-            **({} if loaded.arithmetic is None else {"arithmetic": loaded.arithmetic}),
+            **({} if loaded.arithmetic is None else {"arithmetic": loaded.arithmetic, "graphs_for": loaded.graphs}),
             "versions": {
                 "sdxl_server": __version__,
                 "diffusers": diffusers.__version__,

@@ -106,6 +106,14 @@ class HandlerConfig:
     )
     max_prompt_characters: int = _setting(2000, whole(1, 3000), "of each of its prompts")
     max_timeout: float = _setting(3600, real(1, 1e6), "seconds of work on a request")
+    graphs: str | None = _setting(
+        None,
+        choice("static", "dynamic", "both"),
+        "of openvino, which sizes a graph is for: `dynamic`: one graph for all sizes; `static`: one for each of "
+        "`allowed_sizes`, or for the size above alone, faster, each with a copy of the weights; `both`: one for the "
+        "size above and one for all others",
+        null="static where `allowed_sizes` holds one size, or else dynamic",
+    )
     compile_unet: bool = _setting(True, switch(), "compile the UNet with `pt2`")
     compile_vae: bool = _setting(
         True, switch(), "compile the VAE with `pt2`; its encoder at the first request with an image"

@@ -34,7 +34,7 @@ def build_shipped_contract() -> Contract:
     pipeline.unet.register_to_config(sample_size=128)
     pipeline.text_encoder.config.num_hidden_layers = 12
     pipeline.text_encoder_2.config.num_hidden_layers = 32
-    return build_contract(pipeline, FAMILIES["sdxl"], HandlerConfig())
+    return build_contract(pipeline, FAMILIES["sdxl"], HandlerConfig(), graphs=None)
 
 
 def make_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
