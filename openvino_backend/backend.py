@@ -251,7 +251,7 @@ class OpenVINOBackend:
     ) -> tuple[torch.fx.GraphModule, list[ModelReport]]:
         """Split the graph into parts by engine and precision, and compile those that OpenVINO runs."""
         labels = label_parts(graph.graph, outside)
-        split = split_module(graph, graph, lambda node: labels[node], keep_original_order=True)
+        split = split_module(graph, graph, lambda node: labels[node])
         reports = []
         for node in split.graph.find_nodes(op="call_module"):
             module = split.get_submodule(node.target)

@@ -153,6 +153,7 @@ class CompiledFunction:
 
     def _prepare(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
         """Return the trace for this kind of call, from the cache or else made now."""
+        logger.info("OpenVINO is to run %s for a new kind of call, which waits until it is compiled", self._name)
         self.backend.check_bound()
         check_on_cpu([*self._list_weights(), *flatten_arguments(args, kwargs)[0]])
         with release_memory(self.backend.options, self._list_weights()):  # digesting them reads them all

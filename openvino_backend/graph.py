@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,36 +43,46 @@ def _upsample(operator: Any, source: Any, size: Sequence[Any] | None, factors: S
 
 
 def write_out_sizes(graph: torch.fx.Graph) -> None:
-    """Compute each free size where it is used, from the tensor that has it.
+    """Compute each dynamic size where it is used, from a tensor that is used there too, or else from an input.
 
     Torch computes sizes once, from inputs of their own. No part of the graph needs a number of another's then.
     """
-    sizes: dict[Any, tuple[torch.fx.Node, int]] = {}
-    for node in graph.find_nodes(op="placeholder"):
-        if isinstance(node.meta["val"], torch.Tensor):
-            for axis, dimension in enumerate(read_shape(node)):
-                sizes.setdefault(dimension, (node, axis))
-
-    def copy(node: torch.fx.Node) -> torch.fx.Node:
-        """Return the node, or where it is a size what computes it anew."""
-        if not is_size(node):
-            return node
-        if node.op == "placeholder":
-            new = graph.call_function(aten.sym_size.int, sizes[read_dimension(node.meta["val"])])
-        elif node.target is torch.sym_sum:
-            terms = torch.fx.map_arg(node.args[0], copy)
-            new = functools.reduce(lambda left, right: graph.call_function(operator.add, (left, right)), terms)
-        else:
-            new = graph.node_copy(node, copy)
-        new.meta = node.meta
-        return new
-
+    inputs = _locate_sizes(graph.find_nodes(op="placeholder"))
     for node in list(graph.nodes):
-        if node.op in ("call_function", "output") and not is_size(node):
-            with graph.inserting_before(node):
-                node.args = torch.fx.map_arg(node.args, copy)
-                node.kwargs = torch.fx.map_arg(node.kwargs, copy)
+        if is_size(node) or node.op not in ("call_function", "output"):
+            continue
+        places = {**inputs, **_locate_sizes(node.all_input_nodes)}
+
+        def copy(
+            node: torch.fx.Node, places: Mapping[Any, tuple[torch.fx.Node, int]] = places
+        ) -> torch.fx.Node:  # what computes a size anew; a tensor stays
+            if not is_size(node):
+                return node
+            dimension = read_dimension(node.meta["val"])
+            if dimension in places:
+                new = graph.call_function(aten.sym_size.int, places[dimension])
+            elif node.target is torch.sym_sum:
+                terms = torch.fx.map_arg(node.args[0], copy)
+                new = functools.reduce(lambda left, right: graph.call_function(operator.add, (left, right)), terms)
+            else:
+                new = graph.node_copy(node, copy)
+            new.meta = node.meta
+            return new
+
+        with graph.inserting_before(node):
+            node.args = torch.fx.map_arg(node.args, copy)
+            node.kwargs = torch.fx.map_arg(node.kwargs, copy)
     graph.eliminate_dead_code()
+
+
+def _locate_sizes(nodes: Iterable[torch.fx.Node]) -> dict[Any, tuple[torch.fx.Node, int]]:
+    """Return for each size of the tensors a tensor that has it, and the axis."""
+    places: dict[Any, tuple[torch.fx.Node, int]] = {}
+    for node in nodes:
+        if isinstance(node.meta.get("val"), torch.Tensor):
+            for axis, dimension in enumerate(read_shape(node)):
+                places.setdefault(dimension, (node, axis))
+    return places
 
 
 def read_shape(node: torch.fx.Node) -> list[Any]:

@@ -164,18 +164,22 @@ def mark_dynamic(value: Any, axes: Any) -> Any:
     if isinstance(axes, Mapping):
         return {name: mark_dynamic(each, axes.get(name, ())) for name, each in value.items()}
     marked = value.detach() if axes else value
-    for axis in axes:
+    for axis in _list_dynamic(value, axes):
         torch._dynamo.mark_dynamic(marked, axis)
     return marked
 
 
 def drop_lengths(value: Any, axes: Any) -> Any:
-    """Return a tensor, or a dictionary of such, of the same kind and of length 1 along these axes; see mark_dynamic."""
+    """Return a tensor, or a dictionary of such, of the same kind and of length 0 along these axes; see mark_dynamic."""
     if isinstance(axes, Mapping):
         return {name: drop_lengths(each, axes.get(name, ())) for name, each in value.items()}
-    return (
-        value.new_empty([1 if axis in axes else length for axis, length in enumerate(value.shape)]) if axes else value
-    )
+    dynamic = _list_dynamic(value, axes)
+    return value.new_empty([0 if axis in dynamic else length for axis, length in enumerate(value.shape)])
+
+
+def _list_dynamic(value: torch.Tensor, axes: Iterable[int]) -> list[int]:
+    """Return the axes but those of length 1, which is no batch: OpenVINO computes pictures of 1×1 wrongly then."""
+    return [axis for axis in axes if axis == 0 or value.shape[axis] != 1]
 
 
 def flatten_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], str]:

@@ -26,7 +26,7 @@ def choose_graphs(config: HandlerConfig, compilation: CompileConfig) -> str | No
     What was asked for before, or how much memory is free, is no matter, so that a seed's bits hold.
 
     Raises:
-        ConfigError: the setting is another backend's.
+        ConfigError: the setting is another backend's, or there are more sizes than graphs.
     """
     if compilation.backend != "openvino":
         if config.graphs is not None:
@@ -34,7 +34,16 @@ def choose_graphs(config: HandlerConfig, compilation: CompileConfig) -> str | No
                 f"handler.graphs belongs to pt2.backend: openvino, not to {compilation.backend or 'eager PyTorch'}"
             )
         return None
-    return config.graphs or ("static" if len(config.read_sizes()) == 1 else "dynamic")
+    from openvino_backend import Options
+
+    graphs, sizes = config.graphs or ("static" if len(config.read_sizes()) == 1 else "dynamic"), config.read_sizes()
+    most = Options.parse(compilation.options).max_graphs
+    if graphs == "static" and len(sizes) > most:
+        raise ConfigError(
+            f"handler.allowed_sizes names {len(sizes)} sizes, of which each is a graph with graphs: static, and the "
+            f"option max_graphs in pt2.options is {most}: raise it, or use graphs: dynamic"
+        )
+    return graphs
 
 
 def compile_parts(

@@ -91,7 +91,7 @@ def _draw(loaded: "LoadedPipeline", request: GenerationRequest, index: int) -> G
         if _is_graph_limit(error):
             raise RequestError(
                 f"{request.width}x{request.height} would be one more graph than this server may compile; ask for a "
-                "size and a kind of guidance that it has made before, or have allowed_sizes and max_graphs changed",
+                "size that it has made before, or have allowed_sizes and max_graphs changed",
                 param="width",
             ) from error
         raise
