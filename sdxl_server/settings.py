@@ -95,7 +95,7 @@ class HandlerConfig:
             "items": {"type": "string", "pattern": r"^[1-9]\d{1,3}x[1-9]\d{1,3}$"},
             "x-accepted": "a list of sizes such as 1024x1024, in multiples of 8",
         },
-        "no others are made, and these are compiled at the start",
+        "no others are made, and each of these is made once at the start",
         null="any",
     )
     max_side: int = _setting(2048, whole(MIN_SIDE, MAX_SIDE), "of a picture, in pixels")
