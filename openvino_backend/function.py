@@ -112,8 +112,9 @@ class CompiledFunction:
             if trace is None:
                 trace = self._prepare(call, args, kwargs)
                 self._traces[call] = [trace, *self._traces.get(call, [])]
-            # OpenVINO reads the weights of a graph with dynamic axes at its first run.
-            with release_memory(self.backend.options, self._list_weights()):
+            # At its first run OpenVINO brings the weights of a dynamic graph into a form of its own.
+            files = [part.file for part in read_graph(trace.function).parts]
+            with release_memory(self.backend.options, self._list_weights(), files):
                 return trace.function.fn(self._module, *args, **kwargs)
 
     def _describe_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

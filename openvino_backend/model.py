@@ -22,7 +22,7 @@ from openvino_backend.processors import find_processors, limit_openvino
 from openvino_backend.runtime import TYPES, CompiledModel, share_memory
 from openvino_backend.tuning import tune_for_cpu
 
-_FILE = "model.xml"
+_FILE, _WEIGHTS_FILE = "model.xml", "model.bin"
 _WEIGHT = "weight:"
 
 
@@ -64,12 +64,14 @@ class Part(torch.nn.Module):
         properties: what it is compiled with.
         weights: the tensors compiled in, by their name in the graph.
         sources: for each of these, its name in the module that was compiled, set before pickling.
+        file: the one in the cache that OpenVINO maps, with the weights that are not these.
     """
 
     def __init__(self, key: str, properties: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
         self.key, self.properties, self.weights = key, properties, weights
         self.sources: Mapping[str, str] = {}
+        self.file: Path | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"key": self.key, "properties": self.properties, "sources": self.sources}
@@ -96,6 +98,8 @@ class Part(torch.nn.Module):
                 if folder is not None:
                     with write_entry(folder):
                         save_model(model, folder, self.weights)
+                        model = read_model(folder, self.weights) or model  # weights of its own are in a file then
+            self.file = None if folder is None else folder / _WEIGHTS_FILE
             devices = split_device(options.device)[1]
             if devices == ["CPU"]:
                 tune_for_cpu(model)
