@@ -37,10 +37,12 @@ class NativeFace:
     Attributes:
         event: what the names of a picture's events begin with.
         takes_json_only: an answer is never a picture as itself.
+        beside_error: what stands beside the error of an answer in JSON whose status of 200 is sent already.
     """
 
     event = "image_generation"
     takes_json_only = False
+    beside_error: Mapping[str, Any] = {}
 
     def read(
         self, values: Mapping[str, Any], *, content_type: str, contract: Contract

@@ -42,6 +42,9 @@ class OpenAIFace(NativeFace):
     """Reads OpenAI's requests for pictures; a step of its streams is a comment, which clients skip."""
 
     takes_json_only = True
+    # LiteLLM's edits look at the status only and would take the missing `data` for no pictures; a time that is none
+    # they refuse. All others stumble over `data`, or look for the error.
+    beside_error: Mapping[str, Any] = {"created": "failed"}
     is_edit = False
 
     def read(

@@ -11,7 +11,7 @@ from typing import Any
 from sdxl_server import __version__
 from sdxl_server.compiling import VAE_ENCODER, compile_parts
 from sdxl_server.drawing import finish, generate
-from sdxl_server.errors import ConfigError, RequestError
+from sdxl_server.errors import ConfigError, NotFiniteError, RequestError
 from sdxl_server.families import Family, find_family
 from sdxl_server.fields import Bounds, GenerationRequest, build_properties
 from sdxl_server.files import can_hold, encode_picture
@@ -190,13 +190,19 @@ def warm_up(loaded: LoadedPipeline) -> None:
     The VAE's encoder is left to the first request with an image.
 
     Raises:
-        ConfigError: a part ran in eager PyTorch although it was to be compiled.
+        ConfigError: a part ran in eager PyTorch although it was to be compiled, or a picture is not finite.
     """
     contract = loaded.contract
     default = (contract.properties["width"]["default"], contract.properties["height"]["default"])
     for width, height in contract.bounds.allowed_sizes or (default,):
         request = _choose_warm_up(loaded, {"prompt": "warm-up", "width": width, "height": height})
-        encode_picture(finish(generate(loaded, request))[0].image, request)
+        try:
+            encode_picture(finish(generate(loaded, request))[0].image, request)
+        except NotFiniteError as error:
+            raise ConfigError(
+                f"handler.dtype: {loaded.config.dtype}: at the warm-up {error}; either the weights in "
+                f"{loaded.config.model_path} are damaged, or they overflow in {loaded.dtype} and need dtype: float32"
+            ) from error
     report = loaded.describe()
     warm = [name for name in loaded.parts if name != VAE_ENCODER]
     idle = [name for name, graphs in report.get("openvino", {}).items() if name in warm and not graphs]

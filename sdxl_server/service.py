@@ -14,7 +14,7 @@ from sdxl_server import __version__
 from sdxl_server.answers import JSON, MadePicture, NativeFace, split_pieces
 from sdxl_server.bodies import check_parts
 from sdxl_server.drawing import Picture, Progress, draw_preview, generate, keep_protected
-from sdxl_server.errors import RequestError, VersionError, format_error
+from sdxl_server.errors import NotFiniteError, RequestError, VersionError, format_error
 from sdxl_server.fields import GenerationRequest
 from sdxl_server.files import encode_picture
 from sdxl_server.limits import READ_SECONDS, limit_time
@@ -68,12 +68,14 @@ class Answer:
         content_type, headers: to send before the first of the steps.
         steps: yields after each step what to send then, and returns the rest.
         seconds: of each stage that is over, by its name.
+        beside_error: what stands beside the error where the answer fails after its beginning.
     """
 
     content_type: str
     headers: Mapping[str, str]
     steps: Generator[bytes, None, bytes]
     seconds: Mapping[str, float] = field(default_factory=dict)
+    beside_error: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Service:
@@ -117,7 +119,8 @@ class Service:
         kind = face.choose_type(request, call.accept)
         headers = {"X-Seed": str(request.seed)} | ({"X-Warning": "; ".join(warnings)} if warnings else {})
         seconds = {"preprocess": time.perf_counter() - start}
-        return Answer(kind, headers, self._draw(request, seconds, face=face, kind=kind, warnings=warnings), seconds)
+        steps = self._draw(request, seconds, face=face, kind=kind, warnings=warnings)
+        return Answer(kind, headers, steps, seconds, face.beside_error)
 
     def read_document(self, call: Call) -> bytes:
         """Return what a path names that is no face.
@@ -258,6 +261,9 @@ def explain(error: Exception) -> dict[str, Any]:
         status, kind, message = error.status, "invalid_request_error", str(error)
     elif isinstance(error, TimeoutError):
         status, kind, message = 504, "timeout_error", str(error)
+    elif isinstance(error, NotFiniteError):
+        status, kind, message = 500, "server_error", str(error)
+        logger.error("%s; the request is in the line before its first step", message)
     else:
         logger.error("The picture failed: %s", format_error(error))
         status, kind, message = 500, "server_error", "the picture failed; the server's log says why"

@@ -19,11 +19,12 @@ from PIL import Image, ImageFilter
 from openvino_backend import CompiledFunction
 from sdxl_server.compiling import VAE_ENCODER
 from sdxl_server.drawing import draw_preview, finish, fork_pipeline, generate, keep_protected
-from sdxl_server.errors import ConfigError, RequestError
+from sdxl_server.errors import ConfigError, NotFiniteError, RequestError
 from sdxl_server.files import encode_picture
 from sdxl_server.loading import check_files, choose_dtype
 from sdxl_server.pipeline import LoadedPipeline, describe_picture, find_warnings, load_pipeline
 from sdxl_server.settings import CompileConfig, HandlerConfig
+from tests.spoiled import spoil_model
 from tests.unit.modules import HAS_BF16
 from tools.server import ROOT
 
@@ -452,6 +453,43 @@ def test_one_size_too_many_is_refused(tiny_model: Path, cached: dict[str, Any]) 
     with pytest.raises(RequestError, match="64x64 would be one more graph.*allowed_sizes and max_graphs"):
         make_picture(loaded, width=64, height=64)
     assert np.array_equal(make_picture(loaded), before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pt2", "told"),
+    [
+        ("early", None, "in step 1: what the UNet returned"),
+        ("late", None, "in step 3: what the UNet returned"),
+        ("late", "openvino", "in step 3: what the UNet returned"),
+        ("overflow", None, "in step 1: what the scheduler made of the step"),
+        ("decoder", None, "in step 4: what the VAE decoded"),
+        ("encoder", None, "in step 0: what the VAE made of the image"),
+        ("text", None, "in step 1: what the UNet returned"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_no_picture(
+    tiny_model: Path, tmp_path: Path, kind: str, pt2: Any, told: str
+) -> None:
+    loaded = load(spoil_model(tiny_model, tmp_path / "model", kind), pt2)
+    fields = {"image": encode(Image.new("RGB", (128, 128)))} if kind == "encoder" else {}
+    request = loaded.contract.check({"prompt": "a red fox", "seed": 7, **fields})
+    with pytest.raises(NotFiniteError) as caught:
+        finish(generate(loaded, request))
+    assert str(caught.value) == f"the picture of seed 7 failed {told} holds numbers that are not finite"
+    if kind == "decoder":
+        with pytest.raises(NotFiniteError, match="seed 7 failed in step 1: what the VAE decoded"):
+            draw_preview(loaded, next(generate(loaded, request)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "pt2"), [("early", None), ("late", None), ("overflow", None), ("decoder", "openvino"), ("text", None)]
+)
+def test_numbers_that_are_not_finite_end_the_warm_up(tiny_model: Path, tmp_path: Path, kind: str, pt2: Any) -> None:
+    folder = spoil_model(tiny_model, tmp_path / "model", kind)
+    with pytest.raises(
+        ConfigError, match="^handler.dtype: float32: at the warm-up the picture of seed .* not finite; eit"
+    ):
+        load(folder, pt2, warm_up=True)
 
 
 def test_long_prompts_are_told(eager: LoadedPipeline) -> None:
