@@ -18,7 +18,7 @@ from sdxl_server.files import can_hold, encode_picture
 from sdxl_server.loading import blame, check_device, check_files, choose_dtype, read_pipeline
 from sdxl_server.masks import find_mask_warnings
 from sdxl_server.request import Contract
-from sdxl_server.schedulers import count_calls, list_schedulers, set_scheduler
+from sdxl_server.schedulers import choose_default, count_calls, find_samplers
 from sdxl_server.settings import CompileConfig, HandlerConfig
 
 WARM_UP_STEPS = 2  # Inductor may compile again at the second
@@ -57,7 +57,7 @@ class LoadedPipeline:
         report: dict[str, Any] = {
             "model_path": self.config.model_path,
             "dtype": self.dtype,
-            "scheduler": type(self.pipeline.scheduler).__name__,
+            "scheduler": self.contract.properties["scheduler"]["default"],
             "backend": self.compilation.backend or "eager",
             "compiled_parts": list(self.parts),
             "weights_sha256": self.weights_sha256,
@@ -131,7 +131,6 @@ def load_pipeline(
         pipeline = read_pipeline(folder, dtype, family)
         if device != "cpu":
             pipeline.to(device)
-        set_scheduler(pipeline, config.scheduler)
         contract = build_contract(pipeline, family, config)
     with blame(f"pt2.backend: {compilation.backend} cannot run this model"):
         functions, parts = compile_parts(pipeline, family, config, compilation)
@@ -152,6 +151,7 @@ def build_contract(pipeline: Any, family: Family, config: HandlerConfig) -> Cont
     Raises:
         ConfigError: the defaults are beyond the limits; names the key.
     """
+    samplers = find_samplers(pipeline.scheduler, pipeline.unet.config)
     own_side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     defaults = {
         "width": config.width or own_side,
@@ -159,7 +159,7 @@ def build_contract(pipeline: Any, family: Family, config: HandlerConfig) -> Cont
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
         "quality": config.jpeg_quality,
-        "scheduler": type(pipeline.scheduler).__name__,
+        "scheduler": choose_default(pipeline.scheduler, samplers, config.scheduler),
     }
     bounds = Bounds(
         max_prompt_characters=config.max_prompt_characters,
@@ -171,7 +171,7 @@ def build_contract(pipeline: Any, family: Family, config: HandlerConfig) -> Cont
         max_megapixel_steps=config.max_megapixel_steps,
         max_timeout=config.max_timeout,
         allowed_sizes=config.read_sizes(),
-        schedulers=tuple(list_schedulers(pipeline.scheduler)),
+        schedulers=samplers,
         max_clip_skip=min(getattr(pipeline, each).config.num_hidden_layers for each in family.text_encoders) - 1,
     )
     properties = build_properties(bounds, defaults=defaults, lacking=family.lacks)
