@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from sdxl_server.fields import Bounds, GenerationRequest, build_properties
 from sdxl_server.files import can_hold, encode_picture
 from sdxl_server.loading import blame, check_device, check_files, choose_dtype, read_pipeline
 from sdxl_server.masks import find_mask_warnings
+from sdxl_server.prompts import PROMPTS, find_syntax
 from sdxl_server.request import Contract
 from sdxl_server.schedulers import choose_default, count_calls, find_samplers
 from sdxl_server.settings import CompileConfig, HandlerConfig
@@ -225,13 +226,18 @@ def _choose_warm_up(loaded: LoadedPipeline, fields: Mapping[str, Any]) -> Genera
             steps += 1
 
 
-def find_warnings(loaded: LoadedPipeline, request: GenerationRequest) -> list[str]:
-    """Return what of a request is left out, in words."""
+def find_warnings(loaded: LoadedPipeline, request: GenerationRequest, *, told: Sequence[str] = ()) -> list[str]:
+    """Return what of a request is left out, in words.
+
+    Args:
+        told: the warnings that there are already.
+    """
     tokenizer = loaded.pipeline.tokenizer
     most = tokenizer.model_max_length
     warnings = []
-    for name in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"):
+    for name in PROMPTS:
         value = getattr(request, name)
+        warnings += find_syntax(name, value) if value else []
         count = len(tokenizer(value).input_ids) if value else 0
         if count > most:
             warnings.append(f"{name} has {count} tokens; the text encoder reads the first {most}")
@@ -240,21 +246,23 @@ def find_warnings(loaded: LoadedPipeline, request: GenerationRequest) -> list[st
             warnings.append(f"{name} has no effect without an image")
     if request.mask_image is not None:
         warnings += find_mask_warnings(request.mask_image)
-    if loaded.config.embed_parameters and not can_hold(request, describe_picture(loaded, request, 0, unet_calls=0)):
+    described = describe_picture(loaded, request, 0, unet_calls=0, warnings=[*told, *warnings])
+    if loaded.config.embed_parameters and not can_hold(request, described):
         warnings.append("the prompts are too long for a JPEG to hold what makes it again; PNG and WebP have room")
     return warnings
 
 
 def describe_picture(
-    loaded: LoadedPipeline, request: GenerationRequest, index: int, *, unet_calls: int
+    loaded: LoadedPipeline, request: GenerationRequest, index: int, *, unet_calls: int, warnings: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return what makes picture `index` again: the fields of the request, and what made it."""
+    """Return what makes picture `index` again: the fields of the request, what was left out of it, and what made it."""
     import diffusers
     import openvino
     import torch
 
     return {
         "request": request.describe(index),
+        **({"warnings": list(warnings)} if warnings else {}),
         "made_with": {
             "model": loaded.config.model_path,
             "weights_sha256": loaded.weights_sha256,

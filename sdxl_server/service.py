@@ -5,7 +5,7 @@ import enum
 import json
 import logging
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ class Service:
         with limit_time(READ_SECONDS):
             check_parts(call.values, content_type=call.content_type, length=call.content_length)
             request, warnings = face.read(call.values, content_type=call.content_type, contract=self.loaded.contract)
-            warnings += find_warnings(self.loaded, request)
+            warnings += find_warnings(self.loaded, request, told=warnings)
         # As JSON a prompt has no line breaks, so that it cannot forge a line of the log.
         logger.info("Request: %s", json.dumps(request.describe()))
         kind = face.choose_type(request, call.accept)
@@ -153,7 +153,7 @@ class Service:
                 has_begun = True
         except StopIteration as end:
             resumed = time.perf_counter()
-            made = [self._finish(request, picture, index) for index, picture in enumerate(end.value)]
+            made = [self._finish(request, picture, index, warnings=warnings) for index, picture in enumerate(end.value)]
             seconds["postprocess"] = time.perf_counter() - resumed
             written = face.write_pictures(request, made, kind=kind, warnings=warnings)
             return (yield from _leave_last(split_pieces(written)))
@@ -208,8 +208,10 @@ class Service:
                 events += face.write_preview(request, file, index=progress.index, number=number)
         return events
 
-    def _finish(self, request: GenerationRequest, picture: Picture, index: int) -> MadePicture:
-        described = describe_picture(self.loaded, request, index, unet_calls=picture.unet_calls)
+    def _finish(
+        self, request: GenerationRequest, picture: Picture, index: int, *, warnings: Sequence[str]
+    ) -> MadePicture:
+        described = describe_picture(self.loaded, request, index, unet_calls=picture.unet_calls, warnings=warnings)
         embedded = described if self.loaded.config.embed_parameters else None
         file = encode_picture(picture.image, request, parameters=embedded)
         return MadePicture(file, request.get_seed(index), described["request"])

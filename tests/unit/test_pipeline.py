@@ -498,6 +498,14 @@ def test_long_prompts_are_told(eager: LoadedPipeline) -> None:
     assert "the first 77" in warning
 
 
+def test_prompts_in_other_programs_words_are_told_in_the_file(eager: LoadedPipeline) -> None:
+    request = eager.contract.check({"prompt": "a (red:1.3) fox", "negative_prompt": "snow BREAK", "seed": 1})
+    warnings = find_warnings(eager, request)
+    assert [each.partition(":")[0] for each in warnings] == ["prompt", "negative_prompt"]
+    assert describe_picture(eager, request, 0, unet_calls=4, warnings=warnings)["warnings"] == warnings
+    assert "warnings" not in describe_picture(eager, request, 0, unet_calls=4)
+
+
 @pytest.mark.parametrize("output_format", ["jpeg", "png", "webp"])
 def test_file_holds_what_makes_the_picture_again(eager: LoadedPipeline, output_format: str) -> None:
     fields = {"prompt": "a fox 🦊", "seed": 3, "output_format": output_format, "num_images_per_prompt": 2}
