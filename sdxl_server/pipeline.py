@@ -15,6 +15,7 @@ from sdxl_server.errors import ConfigError, NotFiniteError, RequestError
 from sdxl_server.families import Family, find_family
 from sdxl_server.fields import Bounds, GenerationRequest, build_properties
 from sdxl_server.files import can_hold, encode_picture
+from sdxl_server.folders import check_texts, check_whole, write_remedy
 from sdxl_server.loading import blame, check_device, check_files, choose_dtype, read_pipeline
 from sdxl_server.masks import find_mask_warnings
 from sdxl_server.prompts import PROMPTS, find_syntax
@@ -126,10 +127,12 @@ def load_pipeline(
     folder = model_dir / config.model_path
     family = find_family(folder, is_xl=config.is_xl)
     check_files(folder)
+    check_whole(folder)
     check_device(compilation, device=device)
     dtype, compilation = choose_dtype(config, compilation, device=device)
-    with blame(f"cannot read the pipeline in {folder}"):
+    with blame(f"cannot read the pipeline in {folder} (it is made anew by: {write_remedy(folder)})"):
         pipeline = read_pipeline(folder, dtype, family)
+        check_texts(pipeline, family, folder)
         if device != "cpu":
             pipeline.to(device)
         contract = build_contract(pipeline, family, config)
