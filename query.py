@@ -88,7 +88,10 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "guidance_rescale": {"type": float, "metavar": "X", "help": "against overexposed pictures under strong guidance"},
     "num_images_per_prompt": {"type": int, "metavar": "N", "help": "pictures, made one by one"},
-    "scheduler": {"metavar": "NAME", "help": "the sampler, by diffusers' name"},
+    "scheduler": {
+        "metavar": "NAME",
+        "help": "the sampler: diffusers' name, another program's, or an object of a name and options",
+    },
     "clip_skip": {"type": int, "metavar": "N", "help": "last layers of the text encoders to leave out"},
     "denoising_end": {"type": float, "metavar": "SHARE", "help": "share of the denoising after which to stop"},
     "original_size": {

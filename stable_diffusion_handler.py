@@ -200,9 +200,9 @@ class StableDiffusionHandler:
             self.answered.add(request_id)  # TorchServe takes the end of a response only after a beginning
             return end.value, State.MORE
         except Exception as error:  # one request must not take down the worker or its neighbours
-            self.running.pop(request_id, None)
-            has_begun = self.is_continuous and not is_new
-            return self.report(error, index, has_begun=has_begun), State.LAST if has_begun else State.WHOLE
+            answer = self.running.pop(request_id, None)
+            begun = answer if self.is_continuous and not is_new else None
+            return self.report(error, index, begun=begun), State.WHOLE if begun is None else State.LAST
 
     def refuse_grpc(self, index: int) -> bytes:
         """Return what a call by gRPC gets beside others: an error as JSON, since a status would be that of all."""
@@ -237,10 +237,12 @@ class StableDiffusionHandler:
             self.context.set_response_header(index, name, value)
         return answer
 
-    def report(self, error: Exception, index: int, *, has_begun: bool) -> bytes:
-        """Return an error as JSON, and set the status of the answer unless that has begun already."""
+    def report(self, error: Exception, index: int, *, begun: "Answer | None") -> bytes:
+        """Return an error as JSON, and set the status of the answer unless that is the one that has begun already."""
         explained = self.explain(error)
-        if not has_begun:
+        if begun is not None:
+            explained |= begun.beside_error
+        else:
             status = explained["error"]["code"]
             self.context.set_response_status(status, HTTPStatus(status).phrase, index)
             self.context.set_response_content_type(index, "application/json")

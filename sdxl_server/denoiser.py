@@ -9,10 +9,21 @@ from typing import Any
 
 import torch
 
+from sdxl_server.errors import NotFiniteError
 from sdxl_server.fields import GenerationRequest
 from sdxl_server.schedulers import predict_original
 
 Functions = Mapping[str, Callable[..., Any]]
+
+
+def check_finite(values: Any, what: str) -> None:
+    """Refuse a tensor with a number that is NaN or infinite; it costs a thousandth of what makes the tensor.
+
+    Raises:
+        NotFiniteError: says what the tensor is.
+    """
+    if not torch.isfinite(values).all():
+        raise NotFiniteError(f"{what} holds numbers that are not finite")
 
 
 class Part(torch.nn.Module):
@@ -32,6 +43,7 @@ class Denoiser(Part):
 
     Attributes:
         calls: of the UNet so far.
+        request: of which it is a picture.
     """
 
     reads = (*Part.reads, "add_embedding")
@@ -39,13 +51,14 @@ class Denoiser(Part):
     def __init__(self, model: Any, run: Callable[..., Any], request: GenerationRequest, scheduler: Any) -> None:
         super().__init__(model)
         self.calls = 0
-        self._run, self._request, self._scheduler = run, request, scheduler
+        self.request, self._run, self._scheduler = request, run, scheduler
         self._last: tuple[Any, Any, Any] | None = None
 
     def forward(self, sample: Any, timestep: Any, *inputs: Any, **options: Any) -> Any:
         """Call the shared UNet; schedulers count timesteps in whole numbers or in float32, which holds them exactly."""
         outputs = self._run(sample, timestep.float(), *inputs, **options)
         self.calls += 1
+        check_finite(outputs[0], "what the UNet returned")
         self._last = (sample, timestep, outputs[0])
         return outputs
 
@@ -59,9 +72,9 @@ class Denoiser(Part):
         output = output.float()
         if len(output) == 2:
             without, with_prompt = output.chunk(2)
-            output = without + self._request.guidance_scale * (with_prompt - without)
-            if self._request.guidance_rescale > 0:
-                output = rescale_noise_cfg(output, with_prompt, guidance_rescale=self._request.guidance_rescale)
+            output = without + self.request.guidance_scale * (with_prompt - without)
+            if self.request.guidance_rescale > 0:
+                output = rescale_noise_cfg(output, with_prompt, guidance_rescale=self.request.guidance_rescale)
         return predict_original(self._scheduler, sample[:1, : output.shape[1]], timestep, output)
 
 
@@ -76,7 +89,9 @@ class Autoencoder(Part):
 
     def decode(self, latents: Any, return_dict: bool = True, generator: Any = None) -> Any:
         """Return the pixels of latents in a tuple, whatever `return_dict`; the decoder has no use for a generator."""
-        return self._decode(latents.to(self.dtype), return_dict=False)
+        decoded = self._decode(latents.to(self.dtype), return_dict=False)
+        check_finite(decoded[0], "what the VAE decoded")
+        return decoded
 
     def encode(self, pixels: Any) -> Any:
         """Return the distribution of an image's latents."""
@@ -84,6 +99,7 @@ class Autoencoder(Part):
         from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
         moments = self._encode(pixels.to(self.dtype))
+        check_finite(moments, "what the VAE made of the image")
         return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments))
 
 

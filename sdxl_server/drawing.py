@@ -1,12 +1,13 @@
 """From a request to its pictures, step by step."""
 
+import contextlib
 import inspect
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sdxl_server.denoiser import Autoencoder, Denoiser, TextEncoder
-from sdxl_server.errors import RequestError
+from sdxl_server.denoiser import Autoencoder, Denoiser, TextEncoder, check_finite
+from sdxl_server.errors import NotFiniteError, RequestError
 from sdxl_server.fields import DECLARATIONS, GenerationRequest
 from sdxl_server.masks import blend, cover_cells
 from sdxl_server.schedulers import make_scheduler
@@ -56,6 +57,7 @@ def generate(loaded: "LoadedPipeline", request: GenerationRequest) -> Generator[
 
     Raises:
         RequestError: a size for which there is no room among the compiled graphs.
+        NotFiniteError: the model made NaN or infinity of it; names the step and the seed.
     """
     pictures = []
     for index in range(request.num_images_per_prompt):
@@ -71,6 +73,7 @@ def _draw(loaded: "LoadedPipeline", request: GenerationRequest, index: int) -> G
     is_grad_enabled = torch.is_grad_enabled()
 
     def report_step(running: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        check_finite(tensors["latents"], "what the scheduler made of the step")
         steps = running.num_timesteps
         done, total = index * steps + step + 1, request.num_images_per_prompt * steps
         if done < total:
@@ -83,10 +86,11 @@ def _draw(loaded: "LoadedPipeline", request: GenerationRequest, index: int) -> G
     arguments = list_arguments(pipeline, request, index)
     work = greenlet(lambda: pipeline(callback_on_step_end=report_step, **arguments).images[0])
     try:
-        result = work.switch()
-        while not work.dead:
-            yield result
+        with _name_place(request, index, pipeline.unet):
             result = work.switch()
+            while not work.dead:
+                yield result
+                result = work.switch()
     except Exception as error:
         if _is_graph_limit(error):
             raise RequestError(
@@ -101,6 +105,17 @@ def _draw(loaded: "LoadedPipeline", request: GenerationRequest, index: int) -> G
     return Picture(keep_protected(result, request), pipeline.unet.calls)
 
 
+@contextlib.contextmanager
+def _name_place(request: GenerationRequest, index: int, denoiser: Denoiser) -> Iterator[None]:
+    """Say of numbers that are not finite in which step of which picture they came up."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise NotFiniteError(
+            f"the picture of seed {request.get_seed(index)} failed in step {denoiser.calls}: {error}"
+        ) from error
+
+
 def _is_graph_limit(error: BaseException) -> bool:
     import torch
 
@@ -110,11 +125,15 @@ def _is_graph_limit(error: BaseException) -> bool:
 
 
 def draw_preview(loaded: "LoadedPipeline", progress: Progress) -> Any:
-    """Return the picture, a Pillow image, as it looks from where it stands; it costs one run of the VAE's decoder."""
+    """Return the picture, a Pillow image, as it looks from where it stands; it costs one run of the VAE's decoder.
+
+    Raises:
+        NotFiniteError: it is none.
+    """
     import torch
 
     pipeline, config = loaded.pipeline, loaded.pipeline.vae.config
-    with torch.no_grad():
+    with torch.no_grad(), _name_place(progress.denoiser.request, progress.index, progress.denoiser):
         latents = progress.denoiser.predict() / config.scaling_factor
         mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
         if mean is not None and std is not None:

@@ -13,6 +13,7 @@ from sdxl_server.bodies import find_warnings, read_fields, rename_fields
 from sdxl_server.errors import RequestError
 from sdxl_server.fields import GenerationRequest
 from sdxl_server.masks import has_holes
+from sdxl_server.prompts import PROMPTS
 from sdxl_server.request import Contract
 from sdxl_server.schemas import shorten
 from sdxl_server.uploads import MASK, read_upload
@@ -33,7 +34,6 @@ ACCEPTED = {
     "style": ("vivid", "natural"),
 }
 NAMES = ("model", "user")  # any text
-PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 ANSWERED_BY_URL = "dall-e"  # models of this name answer with a URL unless asked otherwise, and their clients read that
 MAX_TOLD = 10  # names of fields in a warning
 
@@ -42,6 +42,9 @@ class OpenAIFace(NativeFace):
     """Reads OpenAI's requests for pictures; a step of its streams is a comment, which clients skip."""
 
     takes_json_only = True
+    # LiteLLM's edits look at the status only and would take the missing `data` for no pictures; a time that is none
+    # they refuse. All others stumble over `data`, or look for the error.
+    beside_error: Mapping[str, Any] = {"created": "failed"}
     is_edit = False
 
     def read(

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,16 @@ from typing import Any
 from sdxl_server import __version__
 from sdxl_server.compiling import VAE_ENCODER, choose_graphs, compile_parts
 from sdxl_server.drawing import finish, generate
-from sdxl_server.errors import ConfigError, RequestError
+from sdxl_server.errors import ConfigError, NotFiniteError, RequestError
 from sdxl_server.families import Family, find_family
 from sdxl_server.fields import MIN_SIDE, Bounds, GenerationRequest, build_properties
 from sdxl_server.files import can_hold, encode_picture
+from sdxl_server.folders import check_texts, check_whole, write_remedy
 from sdxl_server.loading import blame, check_device, check_files, choose_dtype, read_pipeline
 from sdxl_server.masks import find_mask_warnings
+from sdxl_server.prompts import PROMPTS, find_syntax
 from sdxl_server.request import Contract
-from sdxl_server.schedulers import count_calls, list_schedulers, set_scheduler
+from sdxl_server.schedulers import choose_default, count_calls, find_samplers
 from sdxl_server.settings import CompileConfig, HandlerConfig
 
 WARM_UP_STEPS = 2  # Inductor may compile again at the second
@@ -59,7 +61,7 @@ class LoadedPipeline:
         report: dict[str, Any] = {
             "model_path": self.config.model_path,
             "dtype": self.dtype,
-            "scheduler": type(self.pipeline.scheduler).__name__,
+            "scheduler": self.contract.properties["scheduler"]["default"],
             "backend": self.compilation.backend or "eager",
             "graphs_for": self.graphs,
             "compiled_parts": list(self.parts),
@@ -128,14 +130,15 @@ def load_pipeline(
     folder = model_dir / config.model_path
     family = find_family(folder, is_xl=config.is_xl)
     check_files(folder)
+    check_whole(folder)
     check_device(compilation, device=device)
     graphs = choose_graphs(config, compilation)
     dtype, compilation = choose_dtype(config, compilation, device=device)
-    with blame(f"cannot read the pipeline in {folder}"):
+    with blame(f"cannot read the pipeline in {folder} (it is made anew by: {write_remedy(folder)})"):
         pipeline = read_pipeline(folder, dtype, family)
+        check_texts(pipeline, family, folder)
         if device != "cpu":
             pipeline.to(device)
-        set_scheduler(pipeline, config.scheduler)
         contract = build_contract(pipeline, family, config, graphs=graphs)
     with blame(f"pt2.backend: {compilation.backend} cannot run this model"):
         size = contract.properties["width"]["default"], contract.properties["height"]["default"]
@@ -160,6 +163,7 @@ def build_contract(pipeline: Any, family: Family, config: HandlerConfig, *, grap
     Raises:
         ConfigError: the defaults are beyond the limits; names the key.
     """
+    samplers = find_samplers(pipeline.scheduler, pipeline.unet.config)
     own_side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     size = (config.width or own_side, config.height or own_side)
     defaults = {
@@ -168,7 +172,7 @@ def build_contract(pipeline: Any, family: Family, config: HandlerConfig, *, grap
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
         "quality": config.jpeg_quality,
-        "scheduler": type(pipeline.scheduler).__name__,
+        "scheduler": choose_default(pipeline.scheduler, samplers, config.scheduler),
     }
     bounds = Bounds(
         max_prompt_characters=config.max_prompt_characters,
@@ -180,7 +184,7 @@ def build_contract(pipeline: Any, family: Family, config: HandlerConfig, *, grap
         max_megapixel_steps=config.max_megapixel_steps,
         max_timeout=config.max_timeout,
         allowed_sizes=config.read_sizes() or ((size,) if graphs == "static" else ()),
-        schedulers=tuple(list_schedulers(pipeline.scheduler)),
+        schedulers=samplers,
         max_clip_skip=min(getattr(pipeline, each).config.num_hidden_layers for each in family.text_encoders) - 1,
     )
     properties = build_properties(bounds, defaults=defaults, lacking=family.lacks)
@@ -199,7 +203,7 @@ def warm_up(loaded: LoadedPipeline) -> None:
     The VAE's encoder is left to the first request with an image.
 
     Raises:
-        ConfigError: a part ran in eager PyTorch although it was to be compiled.
+        ConfigError: a part ran in eager PyTorch although it was to be compiled, or a picture is not finite.
     """
     contract = loaded.contract
     sizes = [(contract.properties["width"]["default"], contract.properties["height"]["default"])]
@@ -207,7 +211,13 @@ def warm_up(loaded: LoadedPipeline) -> None:
         sizes.append((MIN_SIDE, next(side for side in (MIN_SIDE, MIN_SIDE + 8) if (MIN_SIDE, side) != sizes[0])))
     for width, height in contract.bounds.allowed_sizes or sizes:
         request = _choose_warm_up(loaded, {"prompt": "warm-up", "width": width, "height": height})
-        encode_picture(finish(generate(loaded, request))[0].image, request)
+        try:
+            encode_picture(finish(generate(loaded, request))[0].image, request)
+        except NotFiniteError as error:
+            raise ConfigError(
+                f"handler.dtype: {loaded.config.dtype}: at the warm-up {error}; either the weights in "
+                f"{loaded.config.model_path} are damaged, or they overflow in {loaded.dtype} and need dtype: float32"
+            ) from error
     report = loaded.describe()
     warm = [name for name in loaded.parts if name != VAE_ENCODER]
     idle = [name for name, graphs in report.get("openvino", {}).items() if name in warm and not graphs]
@@ -230,13 +240,18 @@ def _choose_warm_up(loaded: LoadedPipeline, fields: Mapping[str, Any]) -> Genera
             steps += 1
 
 
-def find_warnings(loaded: LoadedPipeline, request: GenerationRequest) -> list[str]:
-    """Return what of a request is left out, in words."""
+def find_warnings(loaded: LoadedPipeline, request: GenerationRequest, *, told: Sequence[str] = ()) -> list[str]:
+    """Return what of a request is left out, in words.
+
+    Args:
+        told: the warnings that there are already.
+    """
     tokenizer = loaded.pipeline.tokenizer
     most = tokenizer.model_max_length
     warnings = []
-    for name in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"):
+    for name in PROMPTS:
         value = getattr(request, name)
+        warnings += find_syntax(name, value) if value else []
         count = len(tokenizer(value).input_ids) if value else 0
         if count > most:
             warnings.append(f"{name} has {count} tokens; the text encoder reads the first {most}")
@@ -245,21 +260,23 @@ def find_warnings(loaded: LoadedPipeline, request: GenerationRequest) -> list[st
             warnings.append(f"{name} has no effect without an image")
     if request.mask_image is not None:
         warnings += find_mask_warnings(request.mask_image)
-    if loaded.config.embed_parameters and not can_hold(request, describe_picture(loaded, request, 0, unet_calls=0)):
+    described = describe_picture(loaded, request, 0, unet_calls=0, warnings=[*told, *warnings])
+    if loaded.config.embed_parameters and not can_hold(request, described):
         warnings.append("the prompts are too long for a JPEG to hold what makes it again; PNG and WebP have room")
     return warnings
 
 
 def describe_picture(
-    loaded: LoadedPipeline, request: GenerationRequest, index: int, *, unet_calls: int
+    loaded: LoadedPipeline, request: GenerationRequest, index: int, *, unet_calls: int, warnings: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return what makes picture `index` again: the fields of the request, and what made it."""
+    """Return what makes picture `index` again: the fields of the request, what was left out of it, and what made it."""
     import diffusers
     import openvino
     import torch
 
     return {
         "request": request.describe(index),
+        **({"warnings": list(warnings)} if warnings else {}),
         "made_with": {
             "model": loaded.config.model_path,
             "weights_sha256": loaded.weights_sha256,

@@ -1,35 +1,161 @@
-"""diffusers' schedulers: which fit a model, how many calls of the UNet they make, what they take the end to be."""
+"""diffusers' schedulers: which draw a model right, how often they call the UNet, what they take the end to be."""
 
+import functools
+import inspect
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from sdxl_server.errors import ConfigError, RequestError
 from sdxl_server.fields import GenerationRequest
+from sdxl_server.samplers import Samplers, list_options, read_sampler, split_sampler
+
+DISTILLED = ("LCMScheduler", "TCDScheduler")  # each draws what was distilled for it, and only that
+TRIAL_STEPS = 10
+TRIAL_SIDE = 64  # of latents of four channels: chance moves the shares below by 0.01
+FARTHEST = 0.03  # from the share of the picture, or of the noise, that a timestep is due
+FARTHEST_LEVEL = 0.01  # likewise, in what a scheduler believes; without zero terminal SNR it is up to 0.07
+LEAST_OF_PICTURE = 0.9  # in what a scheduler ends with
 
 
-def list_schedulers(scheduler: Any) -> dict[str, Any]:
-    """Return by their names the schedulers that can take this one's place and that can be used on this machine."""
-    usable = {}
-    for each in sorted(scheduler.compatibles, key=lambda each: each.__name__):
-        try:
-            each.from_config(scheduler.config)
-        except (ImportError, TypeError, ValueError):  # a library is missing, or the settings do not fit
-            continue
-        usable[each.__name__] = each
-    return usable
+def find_samplers(own: Any, unet_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of each scheduler that draws a model right, by its name.
+
+    Args:
+        own: the scheduler in the model's folder.
+        unet_config: tells of a UNet that was distilled to few steps with the guidance in it.
+    """
+    import diffusers
+
+    if type(own).__name__ in DISTILLED:
+        candidates = [type(own)]
+    elif unet_config.get("time_cond_proj_dim") is not None:
+        candidates = [diffusers.LCMScheduler]
+    else:
+        candidates = sorted({*own.compatibles, type(own)}, key=lambda each: each.__name__)
+    source = _write_config(own)
+    return {
+        each.__name__: list_options(each) for each in candidates if not _find_fault(source, each.__name__, options="{}")
+    }
 
 
-def set_scheduler(pipeline: Any, name: str | None) -> None:
-    """Replace the scheduler by the named one, with the settings of the model's own.
+def choose_default(own: Any, samplers: Samplers, configured: Any) -> str | dict[str, Any]:
+    """Return the scheduler of requests that name none.
+
+    Args:
+        configured: as model-config.yaml has it; None for the model's own.
 
     Raises:
-        ConfigError: not a scheduler that fits this model.
+        ConfigError: it does not fit this model.
     """
-    if name is None:
-        return
-    schedulers = list_schedulers(pipeline.scheduler)
-    if name not in schedulers:
-        raise ConfigError(f"handler.scheduler takes one of {', '.join(schedulers)}, not {name!r}")
-    pipeline.scheduler = schedulers[name].from_config(pipeline.scheduler.config)
+    name = type(own).__name__
+    try:
+        if configured is not None:
+            chosen = read_sampler(configured, samplers)
+        elif name in samplers:
+            return name
+        else:
+            raise ValueError(
+                f"takes one of {', '.join(samplers) or 'none for this model'}, since the model's own, {name}, "
+                f"{_find_fault(_write_config(own), name, options='{}')}"
+            )
+        check_options(own, chosen)
+    except ValueError as error:
+        raise ConfigError(f"handler.scheduler {error}") from error
+    return chosen
+
+
+def check_options(own: Any, sampler: str | Mapping[str, Any]) -> None:
+    """Refuse options under which a scheduler does not draw the model right.
+
+    Raises:
+        ValueError: says what they make of it.
+    """
+    name, options = split_sampler(sampler)
+    fault = _find_fault(_write_config(own), name, options=json.dumps(options, sort_keys=True)) if options else ""
+    if fault:
+        raise ValueError(f"takes other options than these: {name} {fault}")
+
+
+def _write_config(own: Any) -> str:
+    return json.dumps(dict(own.config), default=list, sort_keys=True)
+
+
+def build_scheduler(config: Mapping[str, Any], name: str, options: Mapping[str, Any]) -> Any:
+    """Return a scheduler with the settings of the model's own.
+
+    Latents are not bounded as pixels are, so they are only clipped where the model's own settings say so.
+    """
+    import diffusers
+
+    chosen = getattr(diffusers, name)
+    is_told = "clip_sample" in config and "clip_sample" not in config.get("_use_default_values", ())
+    taken = inspect.signature(chosen.__init__).parameters
+    free = {} if is_told or "clip_sample" not in taken else {"clip_sample": False}
+    return chosen.from_config(config, **free, **options)
+
+
+@functools.lru_cache(maxsize=256)
+def _find_fault(source: str, name: str, *, options: str) -> str:
+    """Say what is wrong with a scheduler for the model of these settings; empty where nothing is.
+
+    Its noise levels must be those of the model's training, which a scheduler that cannot do zero terminal SNR has not
+    where the model has it. Then it draws a picture of known numbers with a model that is never wrong: what the UNet is
+    given must hold the share of the picture and of the noise that it was trained on at this timestep, which depends on
+    the scaling of the noise and on the options, and the end must be the picture, which depends on the kind of
+    prediction and on whether latents are clipped.
+    """
+    config = json.loads(source)
+    try:
+        scheduler = build_scheduler(config, name, json.loads(options))
+        if hasattr(scheduler, "precondition_outputs"):  # EDM's have levels of their own, and draw EDM's models only
+            return "" if config.get("sigma_data") is not None else "is for models of EDM"
+        trained = build_scheduler(config, "DDIMScheduler", {})
+        apart = (scheduler.alphas_cumprod.sqrt() - trained.alphas_cumprod.sqrt()).abs().max()
+        if apart > FARTHEST_LEVEL:
+            return f"has not the noise levels of the model's training: they are up to {apart:.2f} apart"
+        return _try_levels(scheduler, trained)
+    except (AttributeError, ImportError, IndexError, NotImplementedError, TypeError, ValueError) as error:
+        return f"cannot be used here: {' '.join(str(error).split())}"
+
+
+def _try_levels(scheduler: Any, trained: Any) -> str:
+    """Draw as `_find_fault` says.
+
+    Args:
+        trained: knows the noise levels and the kind of prediction that the model was trained with.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    picture, noise = (torch.randn(1, 4, TRIAL_SIDE, TRIAL_SIDE, generator=generator) for _ in range(2))
+    noise -= _project(noise, picture) * picture
+    more = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    scheduler.set_timesteps(TRIAL_STEPS)
+    latents = None
+    for timestep in scheduler.timesteps:
+        share, level = find_level(trained, timestep)
+        if latents is None:
+            latents = (share * picture + level * noise) * scheduler.init_noise_sigma
+        given = scheduler.scale_model_input(latents, timestep)
+        found = _project(given, picture)
+        found_level = float((given - found * picture).std())
+        if not (abs(found - share) <= FARTHEST and abs(found_level - level) <= FARTHEST):
+            return (
+                f"gives the model other noise than it was trained on: at timestep {float(timestep):.0f} {found:.2f} of "
+                f"the picture and {found_level:.2f} of noise, where {share:.2f} and {level:.2f} are due"
+            )
+        exact = (given - share * picture) / max(level, 1e-6)
+        outputs = {"epsilon": exact, "sample": picture, "v_prediction": share * exact - level * picture}
+        latents = scheduler.step(outputs[trained.config.prediction_type], timestep, latents, **more).prev_sample
+    end = _project(latents, picture)
+    rest = float((latents - end * picture).std())
+    return "" if end > LEAST_OF_PICTURE and rest < 1 - LEAST_OF_PICTURE else f"ends with {end:.2f} of the picture"
+
+
+def _project(tensor: Any, picture: Any) -> float:
+    """Return how much of a picture is in a tensor."""
+    return float((tensor * picture).sum() / (picture * picture).sum())
 
 
 def make_scheduler(model_own: Any, request: GenerationRequest) -> Any:
@@ -38,15 +164,14 @@ def make_scheduler(model_own: Any, request: GenerationRequest) -> Any:
     Raises:
         RequestError: it cannot make so few steps.
     """
-    import diffusers
-
-    scheduler = getattr(diffusers, str(request.scheduler)).from_config(model_own.config)
+    name, options = split_sampler(request.scheduler or type(model_own).__name__)
+    scheduler = build_scheduler(model_own.config, name, options)
     try:
         scheduler.set_timesteps(request.num_inference_steps)
     except (IndexError, ValueError) as error:
         raise RequestError(
-            f"num_inference_steps: {request.scheduler} cannot make a picture in {request.num_inference_steps} steps "
-            f"({error}); give it more, or another scheduler",
+            f"num_inference_steps: {name} cannot make a picture in {request.num_inference_steps} steps "
+            f"({error}); give it another number of steps, or another scheduler",
             param="num_inference_steps",
         ) from error
     return scheduler
@@ -56,8 +181,12 @@ def count_calls(model_own: Any, request: GenerationRequest) -> int:
     """Return the UNet's calls for one picture, counted as diffusers' pipelines choose them.
 
     Raises:
-        RequestError: there would be none, or the scheduler cannot make so few steps.
+        RequestError: there would be none, or the scheduler cannot make them right.
     """
+    try:
+        check_options(model_own, request.scheduler or type(model_own).__name__)
+    except ValueError as error:
+        raise RequestError(f"scheduler {error}", param="scheduler") from error
     scheduler = make_scheduler(model_own, request)
     timesteps = scheduler.timesteps.tolist()
     if request.image is not None and request.strength is not None:
@@ -82,6 +211,16 @@ def count_calls(model_own: Any, request: GenerationRequest) -> int:
     return len(timesteps)
 
 
+def find_level(scheduler: Any, timestep: Any) -> tuple[float, float]:
+    """Return the shares of the picture and of the noise that a model was trained on at a timestep, whole or not."""
+    alphas = scheduler.alphas_cumprod.double().clamp(min=1e-12)
+    sigmas = ((1 - alphas) / alphas) ** 0.5
+    low = int(timestep)
+    high = min(low + 1, len(sigmas) - 1)
+    sigma = float(sigmas[low] + (float(timestep) - low) * (sigmas[high] - sigmas[low]))
+    return (1 / (1 + sigma**2)) ** 0.5, (sigma**2 / (1 + sigma**2)) ** 0.5
+
+
 def predict_original(scheduler: Any, sample: Any, timestep: Any, output: Any) -> Any:
     """Return the finished latents as they look from one call of the UNet.
 
@@ -101,12 +240,7 @@ def predict_original(scheduler: Any, sample: Any, timestep: Any, output: Any) ->
         sigma = torch.exp(4 * timestep.float())  # the inverse of EDM's precondition_noise
         scale = (sigma**2 + scheduler.config.sigma_data**2) ** 0.5
         return scheduler.precondition_outputs(sample * scale, output, sigma)
-    alphas = scheduler.alphas_cumprod.double().clamp(min=1e-12)
-    sigmas = ((1 - alphas) / alphas) ** 0.5
-    low = int(timestep)
-    high = min(low + 1, len(sigmas) - 1)
-    sigma = float(sigmas[low] + (float(timestep) - low) * (sigmas[high] - sigmas[low]))
-    alpha, noise = (1 / (1 + sigma**2)) ** 0.5, (sigma**2 / (1 + sigma**2)) ** 0.5
+    alpha, noise = find_level(scheduler, timestep)
     kind = scheduler.config.prediction_type
     if kind == "sample":
         return output

@@ -5,7 +5,7 @@ import enum
 import json
 import logging
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from sdxl_server import __version__
 from sdxl_server.answers import JSON, MadePicture, NativeFace, split_pieces
 from sdxl_server.bodies import check_parts
 from sdxl_server.drawing import Picture, Progress, draw_preview, generate, keep_protected
-from sdxl_server.errors import RequestError, VersionError, format_error
+from sdxl_server.errors import NotFiniteError, RequestError, VersionError, format_error
 from sdxl_server.fields import GenerationRequest
 from sdxl_server.files import encode_picture
 from sdxl_server.limits import READ_SECONDS, limit_time
@@ -68,12 +68,14 @@ class Answer:
         content_type, headers: to send before the first of the steps.
         steps: yields after each step what to send then, and returns the rest.
         seconds: of each stage that is over, by its name.
+        beside_error: what stands beside the error where the answer fails after its beginning.
     """
 
     content_type: str
     headers: Mapping[str, str]
     steps: Generator[bytes, None, bytes]
     seconds: Mapping[str, float] = field(default_factory=dict)
+    beside_error: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Service:
@@ -111,13 +113,14 @@ class Service:
         with limit_time(READ_SECONDS):
             check_parts(call.values, content_type=call.content_type, length=call.content_length)
             request, warnings = face.read(call.values, content_type=call.content_type, contract=self.loaded.contract)
-            warnings += find_warnings(self.loaded, request)
+            warnings += find_warnings(self.loaded, request, told=warnings)
         # As JSON a prompt has no line breaks, so that it cannot forge a line of the log.
         logger.info("Request: %s", json.dumps(request.describe()))
         kind = face.choose_type(request, call.accept)
         headers = {"X-Seed": str(request.seed)} | ({"X-Warning": "; ".join(warnings)} if warnings else {})
         seconds = {"preprocess": time.perf_counter() - start}
-        return Answer(kind, headers, self._draw(request, seconds, face=face, kind=kind, warnings=warnings), seconds)
+        steps = self._draw(request, seconds, face=face, kind=kind, warnings=warnings)
+        return Answer(kind, headers, steps, seconds, face.beside_error)
 
     def read_document(self, call: Call) -> bytes:
         """Return what a path names that is no face.
@@ -150,7 +153,7 @@ class Service:
                 has_begun = True
         except StopIteration as end:
             resumed = time.perf_counter()
-            made = [self._finish(request, picture, index) for index, picture in enumerate(end.value)]
+            made = [self._finish(request, picture, index, warnings=warnings) for index, picture in enumerate(end.value)]
             seconds["postprocess"] = time.perf_counter() - resumed
             written = face.write_pictures(request, made, kind=kind, warnings=warnings)
             return (yield from _leave_last(split_pieces(written)))
@@ -205,8 +208,10 @@ class Service:
                 events += face.write_preview(request, file, index=progress.index, number=number)
         return events
 
-    def _finish(self, request: GenerationRequest, picture: Picture, index: int) -> MadePicture:
-        described = describe_picture(self.loaded, request, index, unet_calls=picture.unet_calls)
+    def _finish(
+        self, request: GenerationRequest, picture: Picture, index: int, *, warnings: Sequence[str]
+    ) -> MadePicture:
+        described = describe_picture(self.loaded, request, index, unet_calls=picture.unet_calls, warnings=warnings)
         embedded = described if self.loaded.config.embed_parameters else None
         file = encode_picture(picture.image, request, parameters=embedded)
         return MadePicture(file, request.get_seed(index), described["request"])
@@ -258,6 +263,9 @@ def explain(error: Exception) -> dict[str, Any]:
         status, kind, message = error.status, "invalid_request_error", str(error)
     elif isinstance(error, TimeoutError):
         status, kind, message = 504, "timeout_error", str(error)
+    elif isinstance(error, NotFiniteError):
+        status, kind, message = 500, "server_error", str(error)
+        logger.error("%s; the request is in the line before its first step", message)
     else:
         logger.error("The picture failed: %s", format_error(error))
         status, kind, message = 500, "server_error", "the picture failed; the server's log says why"

@@ -71,10 +71,10 @@ class HandlerConfig:
         "OpenVINO on a CPU, which computes in bfloat16 or 8 bits from it, bfloat16 for other backends, and float32 "
         "where the arithmetic is float32",
     )
-    scheduler: str | None = _setting(
+    scheduler: str | Mapping[str, Any] | None = _setting(
         None,
-        _any_text("the name of a diffusers scheduler"),
-        "a diffusers scheduler that fits the model, such as DPMSolverMultistepScheduler",
+        {"type": ["string", "object"], "minLength": 1, "x-accepted": "a scheduler as requests name it"},
+        "the sampler of requests that name none, such as DPM++ 2M Karras or {name: UniPC, solver_order: 3}",
         null="the model's own",
     )
     num_inference_steps: int = _setting(30, whole(1, 1000), "denoising steps")

@@ -34,8 +34,8 @@ class PlantedHandler(StableDiffusionHandler):
         answer = super().begin(index, row)
         return replace(answer, steps=self.spoil(answer.steps))
 
-    def report(self, error: Exception, index: int, *, has_begun: bool) -> bytes:
-        told = super().report(error, index, has_begun=has_begun)
+    def report(self, error: Exception, index: int, **begun: Any) -> bytes:
+        told = super().report(error, index, **begun)
         return told.replace(b'"param": "', b'"param": "' + b"x" * 20_000) if "long echo" in self.planted else told
 
     def spoil(self, steps: Generator[bytes, None, bytes]) -> Generator[bytes, None, bytes]:

@@ -82,7 +82,7 @@ def test_published_file_is_accepted_with_one_warning(caplog: pytest.LogCaptureFi
         ({"is_xl": "yes"}, "is_xl", "true or false", "'yes'"),
         ({"profile": 1}, "profile", "true or false", "1"),
         ({"model_path": ""}, "model_path", "a folder", "''"),
-        ({"scheduler": 3}, "scheduler", "diffusers scheduler", "3"),
+        ({"scheduler": 3}, "scheduler", "a scheduler as requests name it", "3"),
         ({"jpeg_quality": 101}, "jpeg_quality", "1 to 100", "101"),
         ({"steps": 3}, "steps", "num_inference_steps", "steps"),
         ({"allowed_sizes": 1024}, "allowed_sizes", "a list of sizes", "1024"),
