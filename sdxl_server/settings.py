@@ -106,6 +106,12 @@ class HandlerConfig:
     )
     max_prompt_characters: int = _setting(2000, whole(1, 3000), "of each of its prompts")
     max_timeout: float = _setting(3600, real(1, 1e6), "seconds of work on a request")
+    max_running: int = _setting(
+        3, whole(1, 1000), "requests that make steps: the picture under way, and those behind it, which make the first"
+    )
+    max_waiting: int = _setting(
+        5, whole(0, 1000), "requests behind them that wait, told their place; one more is answered with 503"
+    )
     compile_unet: bool = _setting(True, switch(), "compile the UNet with `pt2`")
     compile_vae: bool = _setting(
         True, switch(), "compile the VAE with `pt2`; its encoder at the first request with an image"
