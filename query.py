@@ -179,7 +179,7 @@ class Job:
         label: what its messages begin with, such as the line of the prompts' file.
         paths: where each of its pictures goes.
         done, total: denoising steps.
-        step: the last that has arrived; its thread's own, like `received`.
+        step: the last that has arrived; its thread's own, like `received` and `place`.
         received: the pictures, by their index, and the previews, by that and their number.
         is_over: set where nobody waits for more; its thread then leaves the server.
     """
@@ -192,6 +192,7 @@ class Job:
     total: int = 0
     saved: int = 0
     step: int = 0
+    place: int | None = None
     received: set[tuple[int, int | None]] = field(default_factory=set)
     is_over: threading.Event = field(default_factory=threading.Event)
 
@@ -602,6 +603,11 @@ def is_wanted(event: Mapping[str, Any], job: Job) -> bool:
         if not known or step <= job.step:
             raise QueryError(f"the server sends step {step!r:.50} of {total!r:.50} after step {job.step}")
         job.step = step
+    elif kind == "queue":
+        place = event["place"]
+        if type(place) is not int or place < 0 or job.place is not None and place >= job.place:
+            raise QueryError(f"the server sends place {place!r:.50} in its queue after place {job.place}")
+        job.place = place
     elif kind.endswith((".partial_image", ".completed")):
         number = event["partial_image_index"] if kind.endswith(".partial_image") else None
         note_picture(event["index"], number, job)
@@ -698,6 +704,8 @@ def handle_event(job: Job, event: Any, *, overwrite: bool) -> None:
         raise QueryError(f"the server says: {str(error.get('message'))[:1000]}", code=choose_code(error.get("code")))
     if kind == "warning":
         show_line(f"query.py: {job.label}{event['message']}", file=sys.stderr)
+    elif kind == "queue":
+        show_line(f"query.py: {job.label}waiting; before it in the queue: {event['place']}", file=sys.stderr)
     elif kind == "progress":
         job.done, job.total = event["step"], event["total"]
     elif kind.endswith((".partial_image", ".completed")):

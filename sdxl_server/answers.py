@@ -67,6 +67,17 @@ class NativeFace:
             return JSON
         return f"image/{request.output_format}"
 
+    def write_place(self, place: int, *, kind: str) -> bytes:
+        """Return what tells a client that waits how many requests are before its own."""
+        return format_event("queue", {"place": place}) if kind == EVENTS else self.write_pause(kind=kind)
+
+    def write_pause(self, *, kind: str) -> bytes:
+        """Return what flows where nothing is to be told: a comment, or white space, which may stand before JSON.
+
+        A picture as itself can carry neither.
+        """
+        return {EVENTS: b":\n\n", JSON: b" "}.get(kind, b"")
+
     def write_step(self, *, done: int, total: int, seconds: float) -> bytes:
         """Return the event of a stream after a step."""
         left = seconds / done * (total - done)
@@ -108,7 +119,7 @@ class NativeFace:
 
     def write_failure(self, error: Mapping[str, Any], *, kind: str) -> bytes:
         """Return an error in the place of what is left of an answer."""
-        return format_event("error", error) if kind == EVENTS else json.dumps(error).encode()
+        return format_event("error", error) if kind == EVENTS else json.dumps({**error, **self.beside_error}).encode()
 
 
 def split_pieces(written: Iterable[bytes]) -> Iterator[bytes]:

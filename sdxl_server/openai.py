@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from sdxl_server.answers import NativeFace
+from sdxl_server.answers import EVENTS, NativeFace
 from sdxl_server.bodies import find_warnings, read_fields, rename_fields
 from sdxl_server.errors import RequestError
 from sdxl_server.fields import GenerationRequest
@@ -93,6 +93,10 @@ class OpenAIFace(NativeFace):
             else:
                 kept[name] = max(value, 1) if name == "output_compression" and value == 0 else value
         return rename_fields(kept, ALIASES)
+
+    def write_place(self, place: int, *, kind: str) -> bytes:
+        """Return a comment in the place of the native event, of a kind that OpenAI's clients do not know."""
+        return f": {place} requests are before this one\n\n".encode() if kind == EVENTS else self.write_pause(kind=kind)
 
     def write_step(self, *, done: int, total: int, seconds: float) -> bytes:
         """Return a comment, which keeps the connection alive."""

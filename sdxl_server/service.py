@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -60,22 +61,56 @@ class Call:
     model: str = "diffusion_fast"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Answer:
-    """The answer to a call.
+    """The answer to a call, from its reading to its end.
 
     Attributes:
         content_type, headers: to send before the first of the steps.
+        face: that writes it.
         steps: yields after each step what to send then, and returns the rest.
+        waits: it has to wait for its turn; a document does not.
         seconds: of each stage that is over, by its name.
-        beside_error: what stands beside the error where the answer fails after its beginning.
+        may_pause: what was sent last is whole, so that a word of the wait may stand after it.
     """
 
     content_type: str
     headers: Mapping[str, str]
+    face: NativeFace
     steps: Generator[bytes, None, bytes]
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    beside_error: Mapping[str, Any] = field(default_factory=dict)
+    waits: bool = True
+    seconds: dict[str, float] = field(default_factory=dict)
+    may_pause: bool = True
+
+    def write_place(self, place: int) -> bytes:
+        """Return what tells the client how many requests are before its own; nothing where it cannot be told."""
+        return self.face.write_place(place, kind=self.content_type) if self.may_pause else b""
+
+    def write_pause(self) -> bytes:
+        """Return what shows the client, and what stands between, that the answer is still to come."""
+        return self.face.write_pause(kind=self.content_type) if self.may_pause else b""
+
+    def write_failure(self, error: Mapping[str, Any]) -> bytes:
+        """Return an error in the place of what is left of an answer that has begun."""
+        return self.face.write_failure(error, kind=self.content_type)
+
+
+@dataclass
+class Ticket:
+    """A request's place in the handler's queue, and what its client has been told.
+
+    Attributes:
+        has_stepped: it has made its first step.
+        has_begun: its response has, with its status and its headers.
+        place: the last that was told, -1 before.
+        sent_at: when something was sent last, by time.monotonic().
+    """
+
+    answer: Answer
+    has_stepped: bool = False
+    has_begun: bool = False
+    place: int = -1
+    sent_at: float = 0.0
 
 
 class Service:
@@ -108,7 +143,7 @@ class Service:
         face = FACES.get(call.path)
         if face is None:
             document = self.read_document(call)
-            return Answer(JSON, {}, _send_whole(document))
+            return Answer(JSON, {}, FACES[""], _send_whole(document), waits=False)
         start = time.perf_counter()
         with limit_time(READ_SECONDS):
             check_parts(call.values, content_type=call.content_type, length=call.content_length)
@@ -118,9 +153,10 @@ class Service:
         logger.info("Request: %s", json.dumps(request.describe()))
         kind = face.choose_type(request, call.accept)
         headers = {"X-Seed": str(request.seed)} | ({"X-Warning": "; ".join(warnings)} if warnings else {})
-        seconds = {"preprocess": time.perf_counter() - start}
-        steps = self._draw(request, seconds, face=face, kind=kind, warnings=warnings)
-        return Answer(kind, headers, steps, seconds, face.beside_error)
+        answer = Answer(kind, headers, face, _send_whole(b""))
+        answer.seconds["preprocess"] = time.perf_counter() - start
+        answer.steps = self._draw(request, answer, warnings)
+        return answer
 
     def read_document(self, call: Call) -> bytes:
         """Return what a path names that is no face.
@@ -139,28 +175,25 @@ class Service:
         names = ", ".join(("describe", "openapi.json", "v1/models", f"v1/models/{call.model}", *filter(None, FACES)))
         raise RequestError(f"there is no {shorten(call.path)} here; there are {names}", status=404)
 
-    def _draw(
-        self, request: GenerationRequest, seconds: dict[str, float], *, face: NativeFace, kind: str, warnings: list[str]
-    ) -> Generator[bytes, None, bytes]:
-        """Yield after each step what to send then; return the rest, in a stream that has begun an error too."""
-        has_begun = False
+    def _draw(self, request: GenerationRequest, answer: Answer, warnings: list[str]) -> Generator[bytes, None, bytes]:
+        """Yield after each step what to send then; return the rest."""
+        face, seconds = answer.face, answer.seconds
         steps = self._make_steps(request, seconds)
         try:
             while True:
                 progress = next(steps)
+                answer.may_pause = False
                 shown = self._show_step(request, progress, face, seconds["inference"])
-                yield from split_pieces([shown])
-                has_begun = True
+                last = yield from _leave_last(split_pieces([shown]))
+                answer.may_pause = True
+                yield last
         except StopIteration as end:
+            answer.may_pause = False
             resumed = time.perf_counter()
             made = [self._finish(request, picture, index, warnings=warnings) for index, picture in enumerate(end.value)]
             seconds["postprocess"] = time.perf_counter() - resumed
-            written = face.write_pictures(request, made, kind=kind, warnings=warnings)
+            written = face.write_pictures(request, made, kind=answer.content_type, warnings=warnings)
             return (yield from _leave_last(split_pieces(written)))
-        except Exception as error:
-            if not (request.stream and has_begun):
-                raise
-            return face.write_failure(explain(error), kind=kind)
         finally:
             steps.close()
 
@@ -260,7 +293,8 @@ def choose_preview_steps(count: int, *, steps: int) -> list[int]:
 def explain(error: Exception) -> dict[str, Any]:
     """Return what a client is told of an error, in which `code` is the HTTP status."""
     if isinstance(error, RequestError):
-        status, kind, message = error.status, "invalid_request_error", str(error)
+        kind = "server_busy" if error.status == HTTPStatus.SERVICE_UNAVAILABLE else "invalid_request_error"
+        status, message = error.status, str(error)
     elif isinstance(error, TimeoutError):
         status, kind, message = 504, "timeout_error", str(error)
     elif isinstance(error, NotFiniteError):

@@ -114,6 +114,12 @@ class HandlerConfig:
         "size above and one for all others",
         null="static where `allowed_sizes` holds one size, or else dynamic",
     )
+    max_running: int = _setting(
+        3, whole(1, 1000), "requests that make steps: the picture under way, and those behind it, which make the first"
+    )
+    max_waiting: int = _setting(
+        5, whole(0, 1000), "requests behind them that wait, told their place; one more is answered with 503"
+    )
     compile_unet: bool = _setting(True, switch(), "compile the UNet with `pt2`")
     compile_vae: bool = _setting(
         True, switch(), "compile the VAE with `pt2`; its encoder at the first request with an image"

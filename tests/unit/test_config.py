@@ -41,7 +41,11 @@ def test_shipped_file_has_safe_settings() -> None:
     settings = yaml.safe_load(SHIPPED)
     assert settings["minWorkers"] == settings["maxWorkers"] == 1
     assert 600 <= settings["responseTimeout"] <= 1800
-    assert settings["jobQueueSize"] <= 10
+    queue = settings["handler"]["max_running"] + settings["handler"]["max_waiting"]
+    assert (
+        settings["batchSize"] == queue + settings["jobQueueSize"]
+    )  # nobody waits where TorchServe alone knows of them
+    assert queue <= settings["jobQueueSize"] <= 10  # as many as there is room for may come within one step
     assert settings["startupTimeout"] >= 3600
     assert CompileConfig.parse(settings["pt2"]) == CompileConfig(backend="openvino")
 
