@@ -46,6 +46,8 @@ def release_memory(
         ended.set()
         thread.join()
         _give_back(ranges)
+        # What the compilation has freed, such as the weights as they were before they were written to the cache.
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _find_pages(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
