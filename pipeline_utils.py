@@ -2,8 +2,9 @@
 
 from sdxl_server.errors import ConfigError, RequestError, VersionError
 from sdxl_server.pipeline import LoadedPipeline, load_pipeline
-from sdxl_server.service import Answer, Call, Service, State, Ticket, explain, load_service
-from sdxl_server.settings import CompileConfig, HandlerConfig
+from sdxl_server.service import Answer, Call, Service, State, explain, load_service
+from sdxl_server.settings import CompileConfig, HandlerConfig, check_is_text
+from sdxl_server.waiting import Pace, Queue, Turn
 
 __all__ = [
     "Answer",
@@ -12,11 +13,14 @@ __all__ = [
     "ConfigError",
     "HandlerConfig",
     "LoadedPipeline",
+    "Pace",
+    "Queue",
     "RequestError",
     "Service",
     "State",
-    "Ticket",
+    "Turn",
     "VersionError",
+    "check_is_text",
     "explain",
     "load_pipeline",
     "load_service",

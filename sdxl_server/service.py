@@ -95,24 +95,6 @@ class Answer:
         return self.face.write_failure(error, kind=self.content_type)
 
 
-@dataclass
-class Ticket:
-    """A request's place in the handler's queue, and what its client has been told.
-
-    Attributes:
-        has_stepped: it has made its first step.
-        has_begun: its response has, with its status and its headers.
-        place: the last that was told, -1 before.
-        sent_at: when something was sent last, by time.monotonic().
-    """
-
-    answer: Answer
-    has_stepped: bool = False
-    has_begun: bool = False
-    place: int = -1
-    sent_at: float = 0.0
-
-
 class Service:
     """A loaded pipeline and the faces that it is reached by.
 

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from sdxl_server.errors import ConfigError, cut
@@ -234,6 +235,24 @@ class CompileConfig:
             raise ConfigError(f"{section} takes mode or options, not both: torch.compile derives one from the other")
         if self.mode is not None and self.mode not in (modes := torch._inductor.list_mode_options()):
             raise ConfigError(f"{section}.mode takes one of {', '.join(modes)}, not {shorten(self.mode)}")
+
+
+def check_is_text(file: Path) -> None:
+    """Refuse a model-config.yaml that TorchServe cannot read, if it is there.
+
+    Raises:
+        ConfigError: it is not UTF-8, with or without a byte order mark.
+    """
+    raw = file.read_bytes() if file.exists() else b""
+    try:
+        is_text = "\0" not in raw.decode("utf-8")
+    except UnicodeDecodeError:
+        is_text = False
+    if not is_text:
+        raise ConfigError(
+            f"{file.name} is not UTF-8 (PowerShell's > and some editors write UTF-16): save it as UTF-8, for "
+            "example with `iconv -f UTF-16 -t UTF-8`, and make the archive again"
+        )
 
 
 def check_server_keys(settings: Any) -> None:

@@ -17,6 +17,7 @@ from sdxl_server import __version__, answers
 from sdxl_server.answers import NativeFace
 from sdxl_server.errors import ConfigError, RequestError, VersionError
 from sdxl_server.service import Answer, Call, choose_preview_steps, explain, load_service
+from sdxl_server.waiting import Pace, Queue
 from stable_diffusion_handler import MADE_FOR, StableDiffusionHandler
 from tools.server import ROOT
 
@@ -82,13 +83,12 @@ class Service:
             self.closed.append(body)
 
 
-def make_handler(*, is_continuous: bool = True) -> StableDiffusionHandler:
+def make_handler(*, is_continuous: bool = True, max_running: int = 3) -> StableDiffusionHandler:
     handler = StableDiffusionHandler()
     handler.explain, handler.is_continuous = explain, is_continuous
     handler.service = Service()  # type: ignore[assignment]
-    handler.queue, handler.answered, handler.questioned = {}, set(), set()
-    handler.max_running, handler.max_waiting = 3, 5
-    handler.response_timeout, handler.longest = 900.0, 0.0
+    handler.answered, handler.questioned = set(), set()
+    handler.queue, handler.pace = Queue(max_running=max_running, max_waiting=5), Pace(900.0)
     handler.add_times = lambda answer: None  # type: ignore[method-assign]
     return handler
 
@@ -112,7 +112,7 @@ def test_a_request_goes_one_step_a_call() -> None:
     assert context.headers == {0: {"content-type": "image/jpeg", "X-Seed": "7"}}
     assert call(handler, a="3")[:2] == ([b"step 2 "], [False])
     assert call(handler, a="3")[:2] == ([b"end"], [True])
-    assert handler.queue == {}
+    assert handler.queue.tickets == {}
 
 
 def test_the_oldest_is_finished_first_and_a_new_one_makes_its_first_step() -> None:
@@ -133,7 +133,7 @@ def test_who_has_left_leaves_the_queue() -> None:
     assert call(handler, a="99", **{"left-1": "9"}, other="2")[0] == [b"step 3 ", b"step 1 ", LEFT_OUT]
     assert call(handler, a="99", other="2")[0] == [b"step 4 ", b"step 1 "]
     assert handler.service.closed == ["9", "9"]  # type: ignore[attr-defined]  # the others had not begun
-    assert list(handler.queue) == ["a", "other"]
+    assert list(handler.queue.tickets) == ["a", "other"]
 
 
 def test_the_queue_is_first_come_first_served_and_tells_places() -> None:
@@ -163,14 +163,14 @@ def test_past_the_bound_is_refused_at_once() -> None:
     assert states == [*[False] * 8, None, None, False]
     assert (context.statuses, context.headers[8]["Retry-After"]) == ({8: 503, 9: 400}, "5")
     assert json.loads(replies[8])["error"]["type"] == "server_busy"
-    assert (replies[10], list(handler.queue)) == (b"end", list(bodies))
+    assert (replies[10], list(handler.queue.tickets)) == (b"end", list(bodies))
     assert call(handler, **bodies, document="document")[1][-1] is True
 
 
 def test_a_wait_is_never_silent_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """White space before JSON and comments in streams, while others are drawn and while it is drawn itself."""
     handler = make_handler()
-    monkeypatch.setattr("stable_diffusion_handler.SILENT_SECONDS", 0.0)
+    monkeypatch.setattr("sdxl_server.waiting.SILENT_SECONDS", 0.0)
     handler.service.make_steps = make_silent_steps  # type: ignore[attr-defined]
     bodies = {"a": "json in 3", "b": "picture in 3", "c": "events in 3"}
     assert call(handler, **bodies)[0] == [b" ", LEFT_OUT, LEFT_OUT]
@@ -190,8 +190,7 @@ def make_silent_steps(body: str) -> Generator[bytes, None, bytes]:
 @pytest.mark.parametrize(("kind", "start"), [("json", b"{"), ("events", b"event: error\ndata: {"), ("picture", b"{")])
 def test_an_error_after_a_wait_stands_in_the_body(kind: str, start: bytes) -> None:
     """Its status has been sent; the code is in the error."""
-    handler = make_handler()
-    handler.max_running = 1
+    handler = make_handler(max_running=1)
     call(handler, a="2", b=f"{kind} in fails at once")
     replies, states, context = call(handler, a="2", b=f"{kind} in fails at once")
     assert (replies[0], states, context.statuses) == (b"end", [True, True], {})
@@ -202,10 +201,10 @@ def test_an_error_after_a_wait_stands_in_the_body(kind: str, start: bytes) -> No
 def test_a_piece_of_an_answer_is_not_followed_by_white_space(monkeypatch: pytest.MonkeyPatch) -> None:
     """A base64 that is cut by one is no base64."""
     handler = make_handler()
-    monkeypatch.setattr("stable_diffusion_handler.SILENT_SECONDS", 0.0)
+    monkeypatch.setattr("sdxl_server.waiting.SILENT_SECONDS", 0.0)
     call(handler, a="9", b="json in 2")
     call(handler, a="9", b="json in 2")
-    handler.queue["b"].answer.may_pause = False  # as the service has it where a piece is not the last
+    handler.queue.tickets["b"].answer.may_pause = False  # as the service has it where a piece is not the last
     assert call(handler, a="9", b="json in 2")[0] == [b"step 3 ", b""]
 
 
@@ -298,12 +297,10 @@ def test_fields_that_are_called_as_headers_are_none() -> None:
 
 
 def test_steps_that_come_near_to_the_limit_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    handler = StableDiffusionHandler()
-    handler.response_timeout, handler.longest = 9.0, 0.0
-    told = []
+    pace, told = Pace(9.0), []
     with caplog.at_level(logging.WARNING):
         for seconds in (2.9, 4.0, 3.5, 5.0):
-            handler.watch_pace(seconds)
+            pace.note(seconds)
             told.append(len(caplog.records))
     assert told == [0, 1, 1, 2]
     assert "A call took 5 s. After 9 s TorchServe would have killed" in caplog.text
