@@ -4,7 +4,7 @@ from sdxl_server.errors import ConfigError, RequestError, VersionError
 from sdxl_server.pipeline import LoadedPipeline, load_pipeline
 from sdxl_server.service import Answer, Call, Service, State, explain, load_service
 from sdxl_server.settings import CompileConfig, HandlerConfig, check_is_text
-from sdxl_server.waiting import Pace, Queue, Turn
+from sdxl_server.waiting import Pace, Queue, Ticket, Turn
 
 __all__ = [
     "Answer",
@@ -18,6 +18,7 @@ __all__ = [
     "RequestError",
     "Service",
     "State",
+    "Ticket",
     "Turn",
     "VersionError",
     "check_is_text",

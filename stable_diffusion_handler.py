@@ -17,7 +17,7 @@ from ts.metrics.metric_type_enum import MetricTypes
 from ts.utils.util import PredictionException
 
 if TYPE_CHECKING:
-    from pipeline_utils import Answer, Service, State
+    from pipeline_utils import Answer, Service, State, Ticket
 
 logger = logging.getLogger(__name__)
 
@@ -136,8 +136,9 @@ class StableDiffusionHandler:
                 del self.context.request_ids[index]
                 replies.append((b"", self.package.State.MORE))
             else:
-                place = self.queue.find_place(request_id)
-                replies.append((self.queue.tickets[request_id].write_place(place), self.package.State.MORE))
+                ticket = self.queue.tickets[request_id]
+                self.tell_headers(index, ticket)
+                replies.append((ticket.write_place(self.queue.find_place(request_id)), self.package.State.MORE))
         return replies
 
     def admit(self, index: int, row: dict[str, Any]) -> "tuple[bytes, State] | None":
@@ -167,6 +168,7 @@ class StableDiffusionHandler:
         """Make one step of a request; return what to send now, and what TorchServe is to make of it."""
         request_id = self.context.get_request_id(index)
         ticket = self.queue.tickets[request_id]
+        self.tell_headers(index, ticket)
         try:
             body = next(ticket.answer.steps)
         except StopIteration as end:
@@ -190,8 +192,14 @@ class StableDiffusionHandler:
         error = self.package.RequestError(GRPC_MESSAGE, status=HTTPStatus.NOT_IMPLEMENTED)
         return json.dumps(self.explain(error)).encode()
 
+    def tell_headers(self, index: int, ticket: "Ticket") -> None:
+        """Tell TorchServe the headers of an answer, in the call in which the response begins."""
+        headers = {} if ticket.has_begun else {"content-type": ticket.answer.content_type, **ticket.answer.headers}
+        for name, value in headers.items():
+            self.context.set_response_header(index, name, value)
+
     def begin(self, index: int, row: dict[str, Any]) -> "Answer":
-        """Return the answer to the new request at this place in the call; its headers are told to TorchServe.
+        """Return the answer to the new request at this place in the call.
 
         Raises:
             RequestError: the request is wrong.
@@ -204,11 +212,7 @@ class StableDiffusionHandler:
             accept=self.read_header(index, "accept"),
             model=self.context.model_name,
         )
-        answer = self.service.answer(call)
-        self.context.set_response_content_type(index, answer.content_type)
-        for name, value in answer.headers.items():
-            self.context.set_response_header(index, name, value)
-        return answer
+        return self.service.answer(call)
 
     def report(self, error: Exception, index: int) -> bytes:
         """Return an error as JSON, and set the status of the answer, which has not begun."""

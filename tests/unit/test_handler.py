@@ -115,6 +115,15 @@ def test_a_request_goes_one_step_a_call() -> None:
     assert handler.queue.tickets == {}
 
 
+def test_headers_are_told_in_the_call_in_which_the_response_begins() -> None:
+    """TorchServe sends those of that call, and the context of another one is another object."""
+    handler, told = make_handler(), {"content-type": "image/jpeg", "X-Seed": "7"}
+    assert call(handler, a="3", b="2", c="json in 9", d="9")[2].headers == {0: told, 1: {}, 2: {}, 3: told}
+    assert call(handler, a="3", b="2", c="json in 9", d="9")[2].headers == {0: {}, 1: told, 2: {}, 3: {}}
+    *_, context = call(handler, a="3", b="2", c="json in 9", d="9")
+    assert context.headers[2] == {**told, "content-type": "application/json"}
+
+
 def test_the_oldest_is_finished_first_and_a_new_one_makes_its_first_step() -> None:
     handler = make_handler()
     assert call(handler, a="3")[:2] == ([b"step 1 "], [False])
