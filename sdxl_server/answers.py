@@ -78,6 +78,10 @@ class NativeFace:
         """
         return {EVENTS: b":\n\n", JSON: b" "}.get(kind, b"")
 
+    def write_compiling(self, parts: Sequence[str]) -> bytes:
+        """Return the event of a stream that tells which parts of the model are compiled first."""
+        return format_event("compiling", {"parts": list(parts)})
+
     def write_step(self, *, done: int, total: int, seconds: float) -> bytes:
         """Return the event of a stream after a step."""
         left = seconds / done * (total - done)

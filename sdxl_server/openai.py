@@ -5,7 +5,7 @@ Most of the answer needs no translation: the contract's JSON has OpenAI's shape,
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdxl_server.answers import EVENTS, NativeFace
@@ -97,6 +97,10 @@ class OpenAIFace(NativeFace):
     def write_place(self, place: int, *, kind: str) -> bytes:
         """Return a comment in the place of the native event, of a kind that OpenAI's clients do not know."""
         return f": {place} requests are before this one\n\n".encode() if kind == EVENTS else self.write_pause(kind=kind)
+
+    def write_compiling(self, parts: Sequence[str]) -> bytes:
+        """Return a comment in the place of the native event."""
+        return f": {', '.join(parts)} compiled first\n\n".encode()
 
     def write_step(self, *, done: int, total: int, seconds: float) -> bytes:
         """Return a comment, which keeps the connection alive."""

@@ -99,6 +99,11 @@ class LoadedPipeline:
                 digests.append(digest_weights(dict([*module.named_parameters(), *module.named_buffers()])))
         return hashlib.sha256("".join(digests).encode()).hexdigest()
 
+    def list_uncompiled(self, request: GenerationRequest) -> list[str]:
+        """Return the parts that OpenVINO compiles when this request is the first to need them."""
+        needed = (name for name in self.parts if name != VAE_ENCODER or request.image is not None)
+        return [name for name in needed if self.parts[name] is not None and not self.parts[name].reports]
+
     def measure_parts(self) -> dict[str, dict[str, tuple[float, str]]]:
         """Return for each part that OpenVINO runs the figures worth watching: by their name, the value and its unit."""
         if self.compilation.backend != "openvino":

@@ -161,6 +161,9 @@ class Service:
         """Yield after each step what to send then; return the rest."""
         face, seconds = answer.face, answer.seconds
         steps = self._make_steps(request, seconds)
+        uncompiled = self.loaded.list_uncompiled(request)
+        if uncompiled and request.stream:  # of any other answer the beginning waits, and with it the status
+            yield face.write_compiling(uncompiled)
         try:
             while True:
                 progress = next(steps)

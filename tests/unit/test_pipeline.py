@@ -25,6 +25,7 @@ from sdxl_server.errors import ConfigError, NotFiniteError, RequestError
 from sdxl_server.files import encode_picture
 from sdxl_server.loading import check_files, choose_dtype
 from sdxl_server.pipeline import LoadedPipeline, describe_picture, find_warnings, load_pipeline
+from sdxl_server.service import Call, Service
 from sdxl_server.settings import CompileConfig, HandlerConfig
 from tests.spoiled import spoil_model
 from tests.unit.modules import HAS_BF16
@@ -555,6 +556,22 @@ def test_numbers_that_are_not_finite_end_the_warm_up(tiny_model: Path, tmp_path:
         ConfigError, match="^handler.dtype: float32: at the warm-up the picture of seed .* not finite; eit"
     ):
         load(folder, pt2, warm_up=True)
+
+
+@pytest.mark.parametrize(("path", "told"), [("", b"event: compiling\n"), ("v1/images/generations", b": vae_encoder ")])
+def test_a_compilation_that_a_client_waits_for_is_told(
+    tiny_model: Path, cached: dict[str, Any], path: str, told: bytes
+) -> None:
+    service = Service(load(tiny_model, cached, warm_up=True))
+    fields = {"prompt": "a red fox", "stream": True, "num_inference_steps": 2, "strength": 1}
+
+    def draw(**more: Any) -> list[bytes]:
+        call = Call({"body": json.dumps({**fields, **more}).encode()}, path, "application/json", "", "*/*", "sdxl")
+        return list(service.answer(call).steps)
+
+    image = encode(Image.new("RGB", (128, 128), "red"))
+    told_by = [[each.startswith(told) for each in draw(**more)] for more in ({"strength": None}, {"image": image}) * 2]
+    assert told_by == [[False], [True, False], [False], [False]]
 
 
 def test_long_prompts_are_told(eager: LoadedPipeline) -> None:
