@@ -16,7 +16,7 @@ import requests
 
 from scorecard.faults import check_cycles, check_disk, check_kills, check_stopped_worker
 from scorecard.hostile import check_attacks, check_bodies, check_fuzz, check_tokens
-from scorecard.load import check_crowd, check_leavers, check_queue, check_soak
+from scorecard.load import check_crowd, check_kinds, check_leavers, check_queue, check_soak
 from scorecard.site import QUICK, Line, Scale, Site
 from tools.server import ServerError
 
@@ -24,6 +24,7 @@ LINES: dict[str, Callable[[Site, Scale], list[Line]]] = {
     "soak": check_soak,
     "kills": check_kills,
     "stopped": check_stopped_worker,
+    "kinds": check_kinds,
     "crowd": check_crowd,
     "fuzz": check_fuzz,
     "attacks": check_attacks,

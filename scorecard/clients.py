@@ -1,6 +1,7 @@
 """Clients that ask a server for pictures, what becomes of their requests, and what the server holds meanwhile."""
 
 import asyncio
+import base64
 import contextlib
 import io
 import itertools
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import psutil
@@ -97,11 +99,39 @@ def judge(answer: requests.Response, body: bytes, fields: Mapping[str, Any]) -> 
     return ("refused" if answer.status_code < 500 else "failed"), f"{answer.status_code} {told}"
 
 
-def keep_asking(server: LocalServer, until: Callable[[int], bool], *, clients: int) -> tuple[list[Outcome], float]:
-    """Let several clients ask for pictures of all sizes and formats, one after another each, until the time is up.
+def make_fields(number: int) -> dict[str, Any]:
+    """Return the fields of a request by its number: each size and each format, in turns."""
+    width, height = SIZES[number % len(SIZES)]
+    return {"width": width, "height": height, "seed": number, "output_format": FORMATS[number % len(FORMATS)]}
+
+
+def make_any_fields(number: int) -> dict[str, Any]:
+    """Return the fields of a request by its number: of any size and format, guided or not, some with an image."""
+    random = Random(number)
+    width, height, *image = (8 * random.randint(8, 64) for _ in range(4))
+    fields = {
+        **{"width": width, "height": height, "seed": number, "output_format": random.choice(FORMATS)},
+        **{"num_inference_steps": random.randint(1, 4), "guidance_scale": random.choice((1.0, 5.0))},
+    }
+    if random.random() < 0.3:
+        file = io.BytesIO()
+        Image.linear_gradient("L").resize((image[0], image[1])).save(file, "PNG")
+        fields |= {"image": base64.b64encode(file.getvalue()).decode(), "strength": 1}
+    return fields
+
+
+def keep_asking(
+    server: LocalServer,
+    until: Callable[[int], bool],
+    *,
+    clients: int,
+    make: Callable[[int], Mapping[str, Any]] = make_fields,
+) -> tuple[list[Outcome], float]:
+    """Let several clients ask for pictures, one after another each, until the time is up.
 
     Args:
         until: is given the number of answers so far and says whether that is enough.
+        make: returns the fields of a request by its number.
 
     Returns:
         The outcomes, and the seconds that it took.
@@ -112,10 +142,7 @@ def keep_asking(server: LocalServer, until: Callable[[int], bool], *, clients: i
 
     def work() -> None:
         while not until(len(outcomes)):
-            number = next(numbers)
-            width, height = SIZES[number % len(SIZES)]
-            output_format = FORMATS[number % len(FORMATS)]
-            outcome = ask(server, width=width, height=height, seed=number, output_format=output_format)
+            outcome = ask(server, **make(next(numbers)))
             outcomes.append(outcome)
             if outcome.kind not in ("picture", "refused"):
                 time.sleep(0.2)  # as a client does that has been sent away

@@ -10,9 +10,21 @@ from typing import Any
 
 import requests
 
-from scorecard.clients import PATIENCE, SIZES, Watch, ask, ask_at_once, count, judge_growth, keep_asking
-from scorecard.site import Line, Scale, Site
+from scorecard.clients import (
+    PATIENCE,
+    SIZES,
+    Watch,
+    ask,
+    ask_at_once,
+    count,
+    judge_growth,
+    keep_asking,
+    make_any_fields,
+)
+from scorecard.site import Line, Scale, Site, find_workers
 from tools.server import read_shipped
+
+FEWEST_FOR_GROWTH = 500  # requests: fewer do not show whether memory grows
 
 
 def check_soak(site: Site, scale: Scale) -> list[Line]:
@@ -35,6 +47,27 @@ def check_soak(site: Site, scale: Scale) -> list[Line]:
     told += f"p50 {p50:.2f} s, p99 {p99:.2f} s, p99/p50 {p99 / p50:.1f}"
     is_flat, growth = judge_growth(watch.samples)
     return [Line("soak", passed, told), Line("memory", is_flat, growth)]
+
+
+def check_kinds(site: Site, scale: Scale) -> list[Line]:
+    """Requests of random kinds, as many at once as the queue takes: no size takes another's place, or more memory."""
+    handler = read_shipped()["handler"]
+    with site.serve() as server:
+        before = [process.pid for process in find_workers(server)]
+        for number in range(8):  # some of all kinds
+            ask(server, **make_any_fields(number))
+        with Watch(server) as watch:
+            outcomes, seconds = keep_asking(
+                server,
+                lambda done: done >= scale.kinds,
+                clients=handler["max_running"] + handler["max_waiting"],
+                make=make_any_fields,
+            )
+        survived = before == [process.pid for process in find_workers(server)]
+    is_flat, growth = judge_growth(watch.samples)
+    passed = survived and {outcome.kind for outcome in outcomes} == {"picture"}
+    told = f"{len(outcomes)} requests of any kind in {seconds:.0f} s: {count(outcomes)}; {growth}"
+    return [Line("kinds", passed and (is_flat or scale.kinds < FEWEST_FOR_GROWTH), told)]
 
 
 def check_crowd(site: Site, scale: Scale) -> list[Line]:

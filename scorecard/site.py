@@ -29,6 +29,7 @@ class Scale:
     loads: int = 8  # before the kills, with nobody asking
     requests_after: int = 100
     crowd: int = 200
+    kinds: int = 1000
     fuzzed: int = 10_000
     leavers: int = 50
     bodies: int = 90
@@ -42,6 +43,7 @@ QUICK = Scale(
     loads=2,
     requests_after=20,
     crowd=200,
+    kinds=100,
     fuzzed=600,
     leavers=10,
     bodies=60,

@@ -24,6 +24,7 @@ SMALL = Scale(
     loads=2,
     requests_after=5,
     crowd=40,
+    kinds=24,
     fuzzed=150,
     leavers=5,
     bodies=90,
@@ -63,7 +64,7 @@ def check(name: str, site: Site, scale: Scale = SMALL) -> dict[str, bool]:
     return {line.name: line.passed for line in lines}
 
 
-@pytest.mark.parametrize("name", ["soak", "crowd", "fuzz", "leavers", "queue", "tokens"])
+@pytest.mark.parametrize("name", ["soak", "kinds", "crowd", "fuzz", "leavers", "queue", "tokens"])
 def test_lines_of_one_server(running: Site, name: str) -> None:
     results = check(name, running)
     results.pop("memory", None)  # a few seconds tell nothing of it; the control below shows that it can fail
@@ -112,6 +113,7 @@ def test_soak_can_fail(faulty: Site, monkeypatch: pytest.MonkeyPatch, fault: str
     [
         ("kills", ["slow recovery"], {}),
         ("stopped", [], {"responseTimeout": 10}),
+        ("kinds", [], {"handler": {**read_shipped()["handler"], "allowed_sizes": ["128x128"]}}),
         ("crowd", [], {"batchSize": 150, "handler": {**read_shipped()["handler"], "max_waiting": 100}}),
         ("fuzz", ["server error"], {}),
         ("attacks", ["long echo"], {}),
