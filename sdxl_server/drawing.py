@@ -9,7 +9,9 @@ from sdxl_server.denoiser import Autoencoder, Denoiser, TextEncoder
 from sdxl_server.errors import RequestError
 from sdxl_server.fields import DECLARATIONS, GenerationRequest
 from sdxl_server.masks import blend, cover_cells
+from sdxl_server.previews import make_patches
 from sdxl_server.schedulers import make_scheduler
+from sdxl_server.shortcuts import plan_calls
 
 if TYPE_CHECKING:
     from sdxl_server.pipeline import LoadedPipeline
@@ -24,6 +26,7 @@ class Progress:
         index: the picture under way, from 0.
         step, steps: of this picture.
         denoiser: of this picture.
+        share: of the request's calls of the UNet, those forecast left out, that are made; above 0.
     """
 
     done: int
@@ -32,6 +35,7 @@ class Progress:
     step: int
     steps: int
     denoiser: Denoiser
+    share: float
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,13 @@ class Picture:
 
     Attributes:
         image: a Pillow image.
-        unet_calls: that were made for it.
+        unet_calls: that were made for it, in whole ones; outside a guidance interval one is half.
+        calls_of_all: what the full schedule would take.
     """
 
     image: Any
-    unet_calls: int
+    unet_calls: float
+    calls_of_all: int
 
 
 def generate(loaded: "LoadedPipeline", request: GenerationRequest) -> Generator[Progress, None, list[Picture]]:
@@ -72,14 +78,16 @@ def _draw(loaded: "LoadedPipeline", request: GenerationRequest, index: int) -> G
 
     def report_step(running: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         steps = running.num_timesteps
+        share = (index + unet.calls / unet.plan.total) / request.num_images_per_prompt
         done, total = index * steps + step + 1, request.num_images_per_prompt * steps
         if done < total:
             # Each pipeline switches gradients off at its start and back at its end; another one runs in between.
             with torch.set_grad_enabled(is_grad_enabled):
-                work.parent.switch(Progress(done, total, index, step + 1, steps, pipeline.unet))
+                work.parent.switch(Progress(done, total, index, step + 1, steps, unet, share))
         return tensors
 
     pipeline = fork_pipeline(loaded, request)
+    unet: Denoiser = pipeline.unet
     arguments = list_arguments(pipeline, request, index)
     work = greenlet(lambda: pipeline(callback_on_step_end=report_step, **arguments).images[0])
     try:
@@ -98,7 +106,7 @@ def _draw(loaded: "LoadedPipeline", request: GenerationRequest, index: int) -> G
     finally:
         if not work.dead:
             work.throw()
-    return Picture(keep_protected(result, request), pipeline.unet.calls)
+    return Picture(keep_protected(result, request), unet.calls, len(unet.plan.costs))
 
 
 def _is_graph_limit(error: BaseException) -> bool:
@@ -109,18 +117,48 @@ def _is_graph_limit(error: BaseException) -> bool:
     return isinstance(error, (GraphLimitError, torch._dynamo.exc.FailOnRecompileLimitHit))
 
 
-def draw_preview(loaded: "LoadedPipeline", progress: Progress) -> Any:
-    """Return the picture, a Pillow image, as it looks from where it stands; it costs one run of the VAE's decoder."""
+def draw_preview(loaded: "LoadedPipeline", progress: Progress, *, is_exact: bool = False) -> Any:
+    """Return the picture, a Pillow image, as it looks from where it stands.
+
+    Args:
+        is_exact: run the VAE's decoder, which takes as long as at the end, in the place of the map of colours.
+    """
     import torch
 
-    pipeline, config = loaded.pipeline, loaded.pipeline.vae.config
+    pipeline = loaded.pipeline
     with torch.no_grad():
-        latents = progress.denoiser.predict() / config.scaling_factor
-        mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
-        if mean is not None and std is not None:
-            latents = latents * torch.tensor(std).view(1, -1, 1, 1) + torch.tensor(mean).view(1, -1, 1, 1)
-        pixels = Autoencoder(pipeline.vae, loaded.functions).decode(latents.to(pipeline.vae.device))[0]
+        latents = scale_latents(progress.denoiser.predict(), pipeline.vae.config)
+        if not is_exact and not loaded.colours.is_blank:
+            height, width = (side * pipeline.vae_scale_factor for side in latents.shape[2:])
+            return loaded.colours.draw(latents, size=(width, height))
+        pixels = Autoencoder(pipeline.vae, loaded.functions, loaded.colours).decode(latents.to(pipeline.vae.device))[0]
     return pipeline.image_processor.postprocess(pixels.float().cpu())[0]
+
+
+def scale_latents(latents: Any, config: Any) -> Any:
+    """Return the UNet's latents as the VAE of a configuration has them."""
+    import torch
+
+    latents = latents / config.scaling_factor
+    mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+    if mean is not None and std is not None:
+        latents = latents * torch.tensor(std).view(1, -1, 1, 1) + torch.tensor(mean).view(1, -1, 1, 1)
+    return latents
+
+
+def learn_patches(loaded: "LoadedPipeline", *, width: int, height: int) -> None:
+    """Give the map of colours something to begin with, in the place of the warm-up's blurred picture.
+
+    It costs one run of the VAE's decoder.
+    """
+    import torch
+
+    pipeline, scale = loaded.pipeline, loaded.pipeline.vae_scale_factor
+    patches = make_patches(channels=pipeline.vae.config.latent_channels, height=height // scale, width=width // scale)
+    loaded.colours.forget()
+    with torch.no_grad():
+        latents = scale_latents(patches, pipeline.vae.config).to(pipeline.vae.device)
+        Autoencoder(pipeline.vae, loaded.functions, loaded.colours).decode(latents)
 
 
 def keep_protected(picture: Any, request: GenerationRequest) -> Any:
@@ -149,8 +187,8 @@ def fork_pipeline(loaded: "LoadedPipeline", request: GenerationRequest) -> Any:
     scheduler = make_scheduler(pipeline.scheduler, request)
     parts = {
         "scheduler": scheduler,
-        "unet": Denoiser(pipeline.unet, loaded.functions["unet"], request, scheduler),
-        "vae": Autoencoder(pipeline.vae, loaded.functions),
+        "unet": Denoiser(pipeline.unet, loaded.functions["unet"], request, scheduler, plan_calls(scheduler, request)),
+        "vae": Autoencoder(pipeline.vae, loaded.functions, loaded.colours),
         **{each: TextEncoder(getattr(pipeline, each), loaded.functions[each]) for each in family.text_encoders},
     }
     given = {**pipeline.config, **pipeline.components, **parts}

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from sdxl_server.schemas import Schema, choice, nullable, pair, real, switch, text, whole
+from sdxl_server.schemas import Schema, choice, nullable, pair, real, shares, switch, text, whole
 
 MAX_SEED = 2**32 - 1
 RANDOM_SEED = -1
 MIN_SIDE = 64
+MIN_CALLS = 4  # of the UNet, where some are forecast
 PICTURE_FORMATS = ("JPEG", "PNG", "WebP", "AVIF", "GIF", "TIFF", "BMP")  # that are read; each decoder is a surface
 WITH_IMAGE = "with an image, by its aspect unless given"
 PIXELS = {"type": int, "metavar": "PIXELS"}
@@ -168,6 +169,22 @@ class GenerationRequest:
         value=0.0,
         option=NUMBER,
     )
+    unet_calls: int | None = _declare(
+        Role.PICTURE,
+        lambda bounds: whole(MIN_CALLS, 2 * max(bounds.max_steps, MIN_CALLS)),
+        "calls of the UNet to make, the others forecast (lossy); `strength` and `denoising_end` shorten it",
+        value=None,
+        option=COUNT,
+        is_argument=False,
+    )
+    guidance_interval: tuple[float, float] | None = _declare(
+        Role.PICTURE,
+        lambda _: shares(),
+        "shares of the denoising between which the prompt steers; outside it a step costs half",
+        value=None,
+        option={"type": float, "nargs": 2, "metavar": ("FROM", "TO")},
+        is_argument=False,
+    )
     num_images_per_prompt: int = _declare(
         Role.DELIVERY,
         lambda bounds: whole(1, bounds.max_images),
@@ -288,6 +305,14 @@ class GenerationRequest:
         lambda _: whole(0, 3),
         "previews of each picture in a stream; a picture of one step has none",
         value=0,
+        is_argument=False,
+    )
+
+    preview: str = _declare(
+        Role.DELIVERY,
+        lambda _: choice("linear", "exact"),
+        "`exact`: each costs as much as decoding a picture; `linear`: its colours only, about right, in milliseconds",
+        value="exact",
         is_argument=False,
     )
 

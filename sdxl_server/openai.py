@@ -91,7 +91,7 @@ class OpenAIFace(NativeFace):
                 kept[name] = max(value, 1) if name == "output_compression" and value == 0 else value
         return rename_fields(kept, ALIASES)
 
-    def write_step(self, *, done: int, total: int, seconds: float) -> bytes:
+    def write_step(self, *, done: int, total: int, seconds: float, share: float) -> bytes:
         """Return a comment, which keeps the connection alive."""
         return f": step {done} of {total}\n\n".encode()
 

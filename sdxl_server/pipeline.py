@@ -3,23 +3,25 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sdxl_server import __version__
 from sdxl_server.compiling import VAE_ENCODER, compile_parts
-from sdxl_server.drawing import finish, generate
+from sdxl_server.drawing import finish, generate, learn_patches
 from sdxl_server.errors import ConfigError, RequestError
 from sdxl_server.families import Family, find_family
 from sdxl_server.fields import Bounds, GenerationRequest, build_properties
 from sdxl_server.files import can_hold, encode_picture
 from sdxl_server.loading import blame, check_device, check_files, choose_dtype, read_pipeline
 from sdxl_server.masks import find_mask_warnings
+from sdxl_server.previews import ColourMap
 from sdxl_server.request import Contract
-from sdxl_server.schedulers import count_calls, list_schedulers, set_scheduler
+from sdxl_server.schedulers import list_schedulers, make_scheduler, set_scheduler
 from sdxl_server.settings import CompileConfig, HandlerConfig
+from sdxl_server.shortcuts import plan_calls
 
 WARM_UP_STEPS = 2  # Inductor may compile again at the second
 
@@ -37,6 +39,7 @@ class LoadedPipeline:
         functions: what runs each part, compiled or not.
         parts: the compiled parts by name, each with its OpenVINOBackend, or None where another backend compiled it.
         contract: what requests may ask of it.
+        colours: what previews are drawn with, which learns from each picture.
     """
 
     pipeline: Any
@@ -47,6 +50,7 @@ class LoadedPipeline:
     functions: Mapping[str, Callable[..., Any]]
     parts: Mapping[str, Any]
     contract: Contract
+    colours: ColourMap = dataclasses.field(default_factory=ColourMap)
 
     def describe(self) -> dict[str, Any]:
         """Return what runs, read off what was compiled so far; without a warm-up that is nothing before a request."""
@@ -63,6 +67,11 @@ class LoadedPipeline:
             "weights_sha256": self.weights_sha256,
             "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
             "versions": {"sdxl_server": __version__, "openvino_backend": openvino_backend.__version__},
+            "shortcuts": {
+                "unet_calls": self.config.unet_calls,
+                "guidance_interval": self.config.guidance_interval,
+                "lossy": self.config.unet_calls is not None or self.config.guidance_interval is not None,
+            },
             "graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
         }
         if self.compilation.backend == "openvino":
@@ -93,6 +102,12 @@ class LoadedPipeline:
             elif module is not None:
                 digests.append(digest_weights(dict([*module.named_parameters(), *module.named_buffers()])))
         return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    @property
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """The sizes to warm up, in pixels: those that are allowed, or the default."""
+        default = (self.contract.properties["width"]["default"], self.contract.properties["height"]["default"])
+        return self.contract.bounds.allowed_sizes or (default,)
 
     def measure_parts(self) -> dict[str, dict[str, tuple[float, str]]]:
         """Return for each part that OpenVINO runs the figures worth watching: by their name, the value and its unit."""
@@ -158,6 +173,8 @@ def build_contract(pipeline: Any, family: Family, config: HandlerConfig) -> Cont
         "height": config.height or own_side,
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
+        "unet_calls": config.unet_calls,
+        "guidance_interval": config.guidance_interval,
         "quality": config.jpeg_quality,
         "scheduler": type(pipeline.scheduler).__name__,
     }
@@ -175,13 +192,17 @@ def build_contract(pipeline: Any, family: Family, config: HandlerConfig) -> Cont
         max_clip_skip=min(getattr(pipeline, each).config.num_hidden_layers for each in family.text_encoders) - 1,
     )
     properties = build_properties(bounds, defaults=defaults, lacking=family.lacks)
-    contract = Contract(properties, bounds, functools.partial(count_calls, pipeline.scheduler))
+    contract = Contract(properties, bounds, functools.partial(_count_calls, pipeline.scheduler))
     try:
         contract.check({"prompt": "what a request gets that says no more", **defaults})
     except RequestError as error:
         key = error.param if error.param in {each.name for each in dataclasses.fields(config)} else "jpeg_quality"
         raise ConfigError(f"handler.{key}: its defaults are beyond its limits: {error}") from error
     return contract
+
+
+def _count_calls(model_own: Any, request: GenerationRequest) -> float:
+    return plan_calls(make_scheduler(model_own, request), request).total
 
 
 def warm_up(loaded: LoadedPipeline) -> None:
@@ -192,11 +213,13 @@ def warm_up(loaded: LoadedPipeline) -> None:
     Raises:
         ConfigError: a part ran in eager PyTorch although it was to be compiled.
     """
-    contract = loaded.contract
-    default = (contract.properties["width"]["default"], contract.properties["height"]["default"])
-    for width, height in contract.bounds.allowed_sizes or (default,):
-        request = _choose_warm_up(loaded, {"prompt": "warm-up", "width": width, "height": height})
-        encode_picture(finish(generate(loaded, request))[0].image, request)
+    for width, height in loaded.sizes:
+        fields = {"prompt": "warm-up", "width": width, "height": height, "guidance_interval": [0, 1]}
+        for more in ({}, {"guidance_scale": 1.0}) if loaded.config.guidance_interval else ({},):
+            request = _choose_warm_up(loaded, {**fields, **more})
+            encode_picture(finish(generate(loaded, request))[0].image, request)
+    width, height = loaded.sizes[0]
+    learn_patches(loaded, width=width, height=height)
     report = loaded.describe()
     warm = [name for name in loaded.parts if name != VAE_ENCODER]
     idle = [name for name, graphs in report.get("openvino", {}).items() if name in warm and not graphs]
@@ -240,7 +263,7 @@ def find_warnings(loaded: LoadedPipeline, request: GenerationRequest) -> list[st
 
 
 def describe_picture(
-    loaded: LoadedPipeline, request: GenerationRequest, index: int, *, unet_calls: int
+    loaded: LoadedPipeline, request: GenerationRequest, index: int, *, unet_calls: float
 ) -> dict[str, Any]:
     """Return what makes picture `index` again: the fields of the request, and what made it."""
     import diffusers

@@ -1,5 +1,6 @@
 """diffusers' schedulers: which fit a model, how many calls of the UNet they make, what they take the end to be."""
 
+import math
 from typing import Any
 
 from sdxl_server.errors import ConfigError, RequestError
@@ -52,14 +53,16 @@ def make_scheduler(model_own: Any, request: GenerationRequest) -> Any:
     return scheduler
 
 
-def count_calls(model_own: Any, request: GenerationRequest) -> int:
-    """Return the UNet's calls for one picture, counted as diffusers' pipelines choose them.
+def list_timesteps(scheduler: Any, request: GenerationRequest) -> list[float]:
+    """Return the timesteps of the UNet's calls for one picture, chosen as diffusers' pipelines choose them.
+
+    Args:
+        scheduler: set to the request's steps.
 
     Raises:
-        RequestError: there would be none, or the scheduler cannot make so few steps.
+        RequestError: there would be none.
     """
-    scheduler = make_scheduler(model_own, request)
-    timesteps = scheduler.timesteps.tolist()
+    timesteps: list[float] = scheduler.timesteps.tolist()
     if request.image is not None and request.strength is not None:
         steps = int(request.num_inference_steps * request.strength)
         if steps < 1:
@@ -79,7 +82,7 @@ def count_calls(model_own: Any, request: GenerationRequest) -> int:
                 f"at noise level {last} of {trained}, and it begins at {first:.0f}: give more",
                 param="denoising_end",
             )
-    return len(timesteps)
+    return timesteps
 
 
 def predict_original(scheduler: Any, sample: Any, timestep: Any, output: Any) -> Any:
@@ -94,18 +97,11 @@ def predict_original(scheduler: Any, sample: Any, timestep: Any, output: Any) ->
         timestep: likewise, whole or not.
         output: what it returned, guided.
     """
-    import torch
-
     sample, output = sample.float(), output.float()
+    sigma = find_sigma(scheduler, timestep)
     if hasattr(scheduler, "precondition_outputs"):
-        sigma = torch.exp(4 * timestep.float())  # the inverse of EDM's precondition_noise
         scale = (sigma**2 + scheduler.config.sigma_data**2) ** 0.5
         return scheduler.precondition_outputs(sample * scale, output, sigma)
-    alphas = scheduler.alphas_cumprod.double().clamp(min=1e-12)
-    sigmas = ((1 - alphas) / alphas) ** 0.5
-    low = int(timestep)
-    high = min(low + 1, len(sigmas) - 1)
-    sigma = float(sigmas[low] + (float(timestep) - low) * (sigmas[high] - sigmas[low]))
     alpha, noise = (1 / (1 + sigma**2)) ** 0.5, (sigma**2 / (1 + sigma**2)) ** 0.5
     kind = scheduler.config.prediction_type
     if kind == "sample":
@@ -113,3 +109,26 @@ def predict_original(scheduler: Any, sample: Any, timestep: Any, output: Any) ->
     if kind == "v_prediction":
         return alpha * sample - noise * output
     return (sample - noise * output) / alpha
+
+
+def find_output(scheduler: Any, sample: Any, timestep: Any, original: Any) -> Any:
+    """Return what the UNet would have to return for its prediction to be these finished latents.
+
+    The prediction is a straight function of the output, whatever its kind.
+    """
+    import torch
+
+    offset = predict_original(scheduler, sample, timestep, torch.zeros_like(sample))
+    slope = predict_original(scheduler, torch.zeros(1), timestep, torch.ones(1)).to(offset.device)
+    return (original - offset) / slope
+
+
+def find_sigma(scheduler: Any, timestep: Any) -> float:
+    """Return the noise at a timestep, whole or not, as a share of the picture's own strength."""
+    if hasattr(scheduler, "precondition_outputs"):
+        return math.exp(4 * float(timestep))  # the inverse of EDM's precondition_noise
+    alphas = scheduler.alphas_cumprod.double().clamp(min=1e-12)
+    sigmas = ((1 - alphas) / alphas) ** 0.5
+    low = int(timestep)
+    high = min(low + 1, len(sigmas) - 1)
+    return float(sigmas[low] + (float(timestep) - low) * (sigmas[high] - sigmas[low]))

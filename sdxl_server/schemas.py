@@ -47,6 +47,11 @@ def pair(minimum: int, maximum: int) -> Schema:
     return {"type": "array", "items": items, "minItems": 2, "maxItems": 2}
 
 
+def shares() -> Schema:
+    """Return the schema of two shares of a whole."""
+    return {"type": "array", "items": real(0, 1), "minItems": 2, "maxItems": 2, "x-accepted": "two numbers from 0 to 1"}
+
+
 def nullable(schema: Schema) -> Schema:
     """Return a schema that takes null too."""
     both: Schema = {**schema, "type": [schema["type"], "null"]}

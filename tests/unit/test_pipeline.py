@@ -175,7 +175,7 @@ def test_previews_show_the_finished_picture(demo: LoadedPipeline, scheduler: str
     steps = generate(demo, request)
     try:
         while True:
-            previews.append(np.asarray(draw_preview(demo, next(steps))).astype(int))
+            previews.append(np.asarray(draw_preview(demo, next(steps), is_exact=True)).astype(int))
     except StopIteration as end:
         picture = np.asarray(end.value[0].image).astype(int)
     apart = [np.abs(preview - picture).mean() for preview in previews]

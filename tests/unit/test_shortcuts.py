@@ -1,0 +1,185 @@
+"""Calls of the UNet that are left out: which, what takes their place, and that a seed's picture holds."""
+
+import dataclasses
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sdxl_server.drawing import Picture, draw_preview, finish, fork_pipeline, generate, learn_patches
+from sdxl_server.errors import RequestError
+from sdxl_server.pipeline import LoadedPipeline, load_pipeline
+from sdxl_server.settings import CompileConfig, HandlerConfig
+from sdxl_server.shortcuts import spread_calls
+from tools.server import ROOT
+
+PROMPT = "a large white star on a blue background, left"
+FIELDS = {"prompt": PROMPT, "seed": 1, "guidance_scale": 1.5}
+EVERY_SHORTCUT = {"num_inference_steps": 12, "unet_calls": 6, "guidance_interval": [0.2, 0.8]}
+
+
+@pytest.fixture(scope="module")
+def demo() -> LoadedPipeline:
+    config = HandlerConfig(model_path="demo/model", dtype="float32", warm_up=False)
+    return load_pipeline(config, CompileConfig(), model_dir=ROOT)
+
+
+def draw(demo: LoadedPipeline, **fields: Any) -> Picture:
+    return draw_all(demo, **fields)[0]
+
+
+def draw_all(demo: LoadedPipeline, **fields: Any) -> list[Picture]:
+    return finish(generate(demo, demo.contract.check({**FIELDS, **fields})))
+
+
+def measure_psnr(one: Picture, other: Picture) -> float:
+    apart = np.asarray(one.image).astype(float) - np.asarray(other.image)
+    return float(10 * np.log10(255**2 / (apart**2).mean()))
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "places"),
+    [
+        (11, 30, [0, 2, 4, 7, 11, 14, 18, 22, 25, 27, 29]),
+        (4, 5, [0, 1, 3, 4]),
+        (4, 4, [0, 1, 2, 3]),
+        (9, 3, [0, 1, 2]),
+    ],
+)
+def test_calls_are_spread_over_the_steps(count: int, total: int, places: list[int]) -> None:
+    assert spread_calls(count, total=total) == places
+
+
+@pytest.mark.parametrize("total", [5, 8, 30, 59, 150])
+def test_as_many_calls_as_asked_for_and_the_ends_among_them(total: int) -> None:
+    for count in range(4, total + 1):
+        places = spread_calls(count, total=total)
+        assert len(set(places)) == count
+        assert (places[0], places[-1]) == (0, total - 1)
+
+
+def test_a_forecast_is_nearer_than_as_many_plain_steps(demo: LoadedPipeline) -> None:
+    full = draw(demo)
+    forecast, plain = draw(demo, unet_calls=11), draw(demo, num_inference_steps=11)
+    assert (full.unet_calls, forecast.unet_calls, plain.unet_calls) == (30, 11, 11)
+    assert measure_psnr(forecast, full) > max(measure_psnr(plain, full) + 5, 45)
+
+
+def test_as_many_calls_as_steps_is_the_full_picture(demo: LoadedPipeline) -> None:
+    full = draw(demo, num_inference_steps=6)
+    assert draw(demo, num_inference_steps=6, unet_calls=6).image.tobytes() == full.image.tobytes()
+    assert draw(demo, num_inference_steps=6, guidance_interval=[0, 1]).image.tobytes() == full.image.tobytes()
+
+
+def test_every_scheduler_forecasts(demo: LoadedPipeline) -> None:
+    for name in demo.contract.bounds.schedulers:
+        if name == "EDMEulerScheduler":  # for models of its own kind
+            continue
+        fields = {"num_inference_steps": 16, "scheduler": name}
+        full, forecast = draw(demo, **fields), draw(demo, **fields, unet_calls=10)
+        assert forecast.unet_calls == 10, name
+        assert measure_psnr(forecast, full) > 25, name
+
+
+def test_outside_the_interval_half_is_run(demo: LoadedPipeline) -> None:
+    fields = {"num_inference_steps": 10, "guidance_scale": 4.0}
+    picture = draw(demo, **fields, guidance_interval=[0.25, 0.75])
+    assert picture.unet_calls == 7.5
+    full, unguided = draw(demo, **fields), draw(demo, **{**fields, "guidance_scale": 1.0})
+    assert measure_psnr(picture, full) < 60
+    assert measure_psnr(picture, unguided) < 60
+    nothing = draw(demo, **fields, guidance_interval=[0.95, 0.96])
+    assert nothing.unet_calls == 5
+    assert measure_psnr(nothing, unguided) > 50  # half a batch of two, and one alone
+
+
+def test_the_first_guided_step_is_called(demo: LoadedPipeline) -> None:
+    for begin in (0.1, 0.25, 0.4, 0.6):
+        fields = {**FIELDS, "unet_calls": 8, "guidance_interval": [begin, 0.9]}
+        plan = fork_pipeline(demo, demo.contract.check(fields)).unet.plan
+        assert plan.costs[plan.guided.index(True)] == 1
+        assert sum(cost > 0 for cost in plan.costs) == 8
+        assert draw(demo, **fields).unet_calls == plan.total
+
+
+@pytest.mark.parametrize(
+    ("fields", "calls"),
+    [
+        ({"unet_calls": 10, "denoising_end": 0.5}, 5),
+        ({"unet_calls": 10, "denoising_end": 0.25}, 4),
+        ({"unet_calls": 31}, 30),
+    ],
+)
+def test_calls_are_shortened_in_proportion(demo: LoadedPipeline, fields: dict[str, Any], calls: int) -> None:
+    assert demo.contract.count_calls(demo.contract.check({**FIELDS, **fields})) == calls
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"guidance_interval": [0.5, 0.5]}, "of which the second is greater, not 0.5 and 0.5"),
+        ({"guidance_interval": [0, 2]}, "two numbers from 0 to 1, not"),
+        ({"guidance_interval": [0.5]}, "two numbers from 0 to 1, not"),
+        ({"unet_calls": 3}, "a whole number from 4 to 300, not 3"),
+    ],
+)
+def test_mistakes_are_told(demo: LoadedPipeline, fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(RequestError, match=told) as caught:
+        demo.contract.check({**FIELDS, **fields})
+    assert caught.value.param == next(iter(fields))
+
+
+@pytest.mark.parametrize("shortcut", [*EVERY_SHORTCUT, "all"])
+def test_a_seeds_picture_is_the_same_alone_in_flight_and_among_others(demo: LoadedPipeline, shortcut: str) -> None:
+    fields = (
+        {name: EVERY_SHORTCUT[name] for name in {"num_inference_steps", shortcut}}
+        if shortcut != "all"
+        else EVERY_SHORTCUT
+    )
+    alone = [draw(demo, **{**fields, "seed": seed}).image.tobytes() for seed in range(4)]
+    together = draw_all(demo, **{**fields, "seed": 0, "num_images_per_prompt": 4})
+    assert [each.image.tobytes() for each in together] == alone
+    running = [generate(demo, demo.contract.check({**FIELDS, **fields, "seed": seed})) for seed in range(3)]
+    ended: dict[int, bytes] = {}
+    while len(ended) < len(running):
+        for seed, steps in enumerate(running):
+            try:
+                if seed not in ended:
+                    next(steps)
+            except StopIteration as end:
+                ended[seed] = end.value[0].image.tobytes()
+    assert [ended[seed] for seed in range(3)] == alone[:3]
+
+
+def test_the_configuration_gives_the_default(demo: LoadedPipeline) -> None:
+    config = HandlerConfig.parse({"model_path": "demo/model", "dtype": "float32", "unet_calls": 5, "warm_up": False})
+    loaded = load_pipeline(dataclasses.replace(config, guidance_interval=[0.2, 0.8]), CompileConfig(), model_dir=ROOT)
+    request = loaded.contract.check({"prompt": PROMPT})
+    assert (request.unet_calls, tuple(request.guidance_interval or ())) == (5, (0.2, 0.8))
+    assert (
+        loaded.contract.count_calls(
+            loaded.contract.check({"prompt": PROMPT, "unet_calls": 30, "guidance_interval": [0, 1]})
+        )
+        == 30
+    )
+
+
+def test_previews_of_colours_are_near_the_exact_ones_and_cost_next_to_nothing() -> None:
+    config = HandlerConfig(model_path="demo/model", dtype="float32", warm_up=False)
+    loaded = load_pipeline(config, CompileConfig(), model_dir=ROOT)
+    assert loaded.colours.is_blank
+    learn_patches(loaded, width=128, height=128)
+    for colour in ("red", "green", "white", "black"):
+        draw(loaded, prompt=f"a large {colour} star on a purple background", num_inference_steps=4)
+    steps = generate(loaded, loaded.contract.check({**FIELDS, "num_inference_steps": 6}))
+    progress = [next(steps) for _ in range(3)][-1]
+    exact, linear = draw_preview(loaded, progress, is_exact=True), draw_preview(loaded, progress)
+    assert linear.size == exact.size
+    small = [np.asarray(each.reduce(8)).astype(float) for each in (exact, linear)]
+    assert np.abs(small[0] - small[1]).mean() < 12
+    start = time.perf_counter()
+    for _ in range(10):
+        loaded.colours.draw(torch.zeros(1, 4, 64, 64), size=(512, 512))
+    assert (time.perf_counter() - start) / 10 < 0.05  # 2 ms where nothing else runs
