@@ -102,6 +102,27 @@ FIELDS: dict[str, dict[str, Any]] = {
     "scheduler": {"metavar": "NAME", "help": "the sampler, by diffusers' name"},
     "clip_skip": {"type": int, "metavar": "N", "help": "last layers of the text encoders to leave out"},
     "denoising_end": {"type": float, "metavar": "SHARE", "help": "share of the denoising after which to stop"},
+    "timesteps": {
+        "type": int,
+        "nargs": "+",
+        "metavar": "T",
+        "help": "the timesteps themselves, for num_inference_steps; some schedulers take them",
+    },
+    "sigmas": {
+        "type": float,
+        "nargs": "+",
+        "metavar": "SIGMA",
+        "help": "the noise levels themselves, the last 0, for num_inference_steps; some schedulers take them",
+    },
+    "schedule": {
+        "choices": (
+            "StableDiffusionTimesteps",
+            "StableDiffusionXLTimesteps",
+            "StableDiffusionSigmas",
+            "StableDiffusionXLSigmas",
+        ),
+        "help": "one of diffusers' AysSchedules, for num_inference_steps; for models that predict the noise",
+    },
     "original_size": {
         "type": int,
         "nargs": 2,

@@ -10,7 +10,7 @@ from sdxl_server.errors import RequestError
 from sdxl_server.fields import DECLARATIONS, GenerationRequest
 from sdxl_server.masks import blend, cover_cells
 from sdxl_server.previews import make_patches
-from sdxl_server.schedulers import make_scheduler
+from sdxl_server.schedulers import find_schedule, make_scheduler
 from sdxl_server.shortcuts import plan_calls
 
 if TYPE_CHECKING:
@@ -217,6 +217,7 @@ def list_arguments(pipeline: Any, request: GenerationRequest, index: int) -> dic
             arguments[name] = value
         elif name not in without_effect and value:
             raise RequestError(f"{name} has no effect with an image here; leave it out", param=name)
+    arguments |= find_schedule(request, pipeline.scheduler)
     if request.negative_prompt_2 is not None:
         arguments.setdefault("negative_prompt", "")  # without one diffusers takes zeros for both
     if request.mask_image is not None:

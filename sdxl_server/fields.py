@@ -11,13 +11,19 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from sdxl_server.schemas import Schema, choice, nullable, pair, real, shares, switch, text, whole
+from sdxl_server.schemas import Schema, choice, falling, nullable, pair, real, shares, switch, text, whole
 
 MAX_SEED = 2**32 - 1
 RANDOM_SEED = -1
 MIN_SIDE = 64
 MIN_CALLS = 4  # of the UNet, where some are forecast
 PICTURE_FORMATS = ("JPEG", "PNG", "WebP", "AVIF", "GIF", "TIFF", "BMP")  # that are read; each decoder is a surface
+SCHEDULES = (
+    "StableDiffusionTimesteps",
+    "StableDiffusionXLTimesteps",
+    "StableDiffusionSigmas",
+    "StableDiffusionXLSigmas",
+)
 WITH_IMAGE = "with an image, by its aspect unless given"
 PIXELS = {"type": int, "metavar": "PIXELS"}
 COUNT = {"type": int, "metavar": "N"}
@@ -214,6 +220,30 @@ class GenerationRequest:
         "share of the denoising after which to stop",
         value=None,
         option={"type": float, "metavar": "SHARE"},
+    )
+    timesteps: tuple[int, ...] | None = _declare(
+        Role.PICTURE,
+        lambda bounds: falling(whole(0, 999), bounds.max_steps, "a list of falling whole numbers from 0 to 999"),
+        "the timesteps themselves, for `num_inference_steps`; some schedulers take them",
+        value=None,
+        option={"type": int, "nargs": "+", "metavar": "T"},
+        is_argument=False,
+    )
+    sigmas: tuple[float, ...] | None = _declare(
+        Role.PICTURE,
+        lambda bounds: falling(real(0, 1e6), bounds.max_steps + 1, "a list of falling numbers from 0 on, the last 0"),
+        "the noise levels themselves, the last 0, for `num_inference_steps`; some schedulers take them",
+        value=None,
+        option={"type": float, "nargs": "+", "metavar": "SIGMA"},
+        is_argument=False,
+    )
+    schedule: str | None = _declare(
+        Role.PICTURE,
+        lambda _: choice(*SCHEDULES),
+        "one of diffusers' AysSchedules, for `num_inference_steps`; for models that predict the noise",
+        value=None,
+        option={"choices": SCHEDULES},
+        is_argument=False,
     )
     original_size: tuple[int, int] | None = _declare(
         Role.PICTURE,

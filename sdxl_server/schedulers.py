@@ -1,10 +1,13 @@
 """diffusers' schedulers: which fit a model, how many calls of the UNet they make, what they take the end to be."""
 
+import inspect
+import itertools
 import math
 from typing import Any
 
 from sdxl_server.errors import ConfigError, RequestError
 from sdxl_server.fields import GenerationRequest
+from sdxl_server.schemas import shorten
 
 
 def list_schedulers(scheduler: Any) -> dict[str, Any]:
@@ -42,15 +45,56 @@ def make_scheduler(model_own: Any, request: GenerationRequest) -> Any:
     import diffusers
 
     scheduler = getattr(diffusers, str(request.scheduler)).from_config(model_own.config)
+    schedule = find_schedule(request, scheduler)
+    steps: dict[str, Any] = schedule or {"num_inference_steps": request.num_inference_steps}
     try:
-        scheduler.set_timesteps(request.num_inference_steps)
+        scheduler.set_timesteps(**steps)
     except (IndexError, ValueError) as error:
+        name, given = next(iter(steps.items()))
+        told = f"in {given} steps" if not schedule else f"with these {name}"
         raise RequestError(
-            f"num_inference_steps: {request.scheduler} cannot make a picture in {request.num_inference_steps} steps "
-            f"({error}); give it more, or another scheduler",
-            param="num_inference_steps",
+            f"{name}: {request.scheduler} cannot make a picture {told} ({error}); give it more, or another scheduler",
+            param=name,
         ) from error
     return scheduler
+
+
+def find_schedule(request: GenerationRequest, scheduler: Any) -> dict[str, list[float]]:
+    """Return the schedule that a request names, as diffusers' argument, or nothing.
+
+    Raises:
+        RequestError: it names two, one that does not fall, or one that this scheduler or model cannot take.
+    """
+    from diffusers.schedulers import AysSchedules
+
+    named = [name for name in ("timesteps", "sigmas", "schedule") if getattr(request, name) is not None]
+    if not named:
+        return {}
+    if len(named) > 1:
+        raise RequestError(f"{' and '.join(named)} are one thing; give one of them", param=named[1])
+    name, given = named[0], getattr(request, named[0])
+    kind = name if name != "schedule" else "sigmas" if given.endswith("Sigmas") else "timesteps"
+    values = list(AysSchedules[given] if name == "schedule" else given)
+    if any(before <= after for before, after in itertools.pairwise(values)) or kind == "sigmas" and values[-1] != 0:
+        raise RequestError(
+            f"{name} takes numbers that fall{', to 0 at last' if kind == 'sigmas' else ''}, not {shorten(values)}",
+            param=name,
+        )
+    if name == "schedule" and scheduler.config.prediction_type != "epsilon":
+        raise RequestError(
+            f"schedule takes a model that predicts the noise, not {scheduler.config.prediction_type}", param=name
+        )
+    takers = [each.__name__ for each in list_schedulers(scheduler).values() if _takes(each, kind)]
+    if not _takes(type(scheduler), kind):
+        raise RequestError(
+            f"{name} is taken by {', '.join(takers)}, not by {request.scheduler}; name one of them as scheduler",
+            param=name,
+        )
+    return {kind: values}
+
+
+def _takes(scheduler: Any, kind: str) -> bool:
+    return kind in inspect.signature(scheduler.set_timesteps).parameters
 
 
 def list_timesteps(scheduler: Any, request: GenerationRequest) -> list[float]:
@@ -64,14 +108,14 @@ def list_timesteps(scheduler: Any, request: GenerationRequest) -> list[float]:
     """
     timesteps: list[float] = scheduler.timesteps.tolist()
     if request.image is not None and request.strength is not None:
-        steps = int(request.num_inference_steps * request.strength)
+        steps_of_all = len(timesteps) if find_schedule(request, scheduler) else request.num_inference_steps
+        steps = int(steps_of_all * request.strength)
         if steps < 1:
             raise RequestError(
-                f"strength times num_inference_steps must be 1 or more, not {request.strength} times "
-                f"{request.num_inference_steps}",
+                f"strength times num_inference_steps must be 1 or more, not {request.strength} times {steps_of_all}",
                 param="strength",
             )
-        timesteps = timesteps[(request.num_inference_steps - steps) * scheduler.order :]
+        timesteps = timesteps[(steps_of_all - steps) * scheduler.order :]
     if request.denoising_end is not None and request.denoising_end < 1:
         trained = scheduler.config.num_train_timesteps
         last = round(trained - request.denoising_end * trained)

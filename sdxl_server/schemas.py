@@ -52,6 +52,11 @@ def shares() -> Schema:
     return {"type": "array", "items": real(0, 1), "minItems": 2, "maxItems": 2, "x-accepted": "two numbers from 0 to 1"}
 
 
+def falling(items: Schema, most: int, accepted: str) -> Schema:
+    """Return the schema of a list of numbers, of which another check sees that they fall."""
+    return {"type": "array", "items": items, "minItems": 1, "maxItems": most, "x-accepted": accepted}
+
+
 def nullable(schema: Schema) -> Schema:
     """Return a schema that takes null too."""
     both: Schema = {**schema, "type": [schema["type"], "null"]}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -183,3 +184,60 @@ def test_previews_of_colours_are_near_the_exact_ones_and_cost_next_to_nothing() 
     for _ in range(10):
         loaded.colours.draw(torch.zeros(1, 4, 64, 64), size=(512, 512))
     assert (time.perf_counter() - start) / 10 < 0.05  # 2 ms where nothing else runs
+
+
+TIMESTEPS = [999, 845, 730, 587, 443, 310, 193, 116, 53, 13]
+SIGMAS = [4000.0, 20.0, 6.0, 2.0, 1.0, 0.4, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "calls"),
+    [
+        ({"timesteps": TIMESTEPS}, 10),
+        ({"timesteps": TIMESTEPS, "scheduler": "DPMSolverMultistepScheduler"}, 10),
+        ({"timesteps": TIMESTEPS, "scheduler": "HeunDiscreteScheduler"}, 19),
+        ({"timesteps": TIMESTEPS, "denoising_end": 0.5}, 4),
+        ({"sigmas": SIGMAS}, 6),
+    ],
+)
+def test_a_schedule_is_taken(demo: LoadedPipeline, fields: dict[str, Any], calls: int) -> None:
+    assert demo.contract.count_calls(demo.contract.check({**FIELDS, **fields})) == calls
+    picture = draw(demo, **fields)
+    assert picture.unet_calls == calls
+    assert np.asarray(picture.image).std() > 0
+
+
+def test_a_schedule_that_is_the_samplers_own_draws_its_picture(demo: LoadedPipeline) -> None:
+    own = fork_pipeline(demo, demo.contract.check({**FIELDS, "num_inference_steps": 7})).scheduler.timesteps
+    timesteps = [int(each) for each in own]
+    assert draw(demo, timesteps=timesteps).image.tobytes() == draw(demo, num_inference_steps=7).image.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"timesteps": [10, 20]}, "timesteps takes numbers that fall, not"),
+        ({"sigmas": [10, 1]}, "numbers that fall, to 0 at last, not"),
+        ({"timesteps": [1000]}, "a list of falling whole numbers from 0 to 999, not"),
+        ({"timesteps": TIMESTEPS, "scheduler": "DDIMScheduler"}, "taken by .*EulerDiscreteScheduler.*not by DDIMSch"),
+        ({"sigmas": SIGMAS, "scheduler": "DDPMScheduler"}, "taken by .*UniPCMultistepScheduler, not by DDPMSch"),
+        ({"schedule": "StableDiffusionXLTimesteps"}, "a model that predicts the noise, not v_prediction"),
+        ({"schedule": "AYS"}, "one of StableDiffusionTimesteps"),
+    ],
+)
+def test_schedules_that_cannot_be_taken_are_told(demo: LoadedPipeline, fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(RequestError, match=told) as caught:
+        demo.contract.check({**FIELDS, **fields})
+    assert caught.value.param == next(iter(fields))
+
+
+def test_two_schedules_are_one_too_many(demo: LoadedPipeline) -> None:
+    with pytest.raises(RequestError, match="timesteps and sigmas are one thing"):
+        demo.contract.check({**FIELDS, "timesteps": TIMESTEPS, "sigmas": SIGMAS})
+
+
+def test_aligned_steps_fit_a_model_that_predicts_the_noise(tiny_model: Path) -> None:
+    config = HandlerConfig(model_path=tiny_model.name, dtype="float32", warm_up=False)
+    tiny = load_pipeline(config, CompileConfig(), model_dir=tiny_model.parent)
+    assert draw(tiny, schedule="StableDiffusionXLTimesteps").unet_calls == 10
+    assert draw(tiny, schedule="StableDiffusionXLSigmas").unet_calls == 10
