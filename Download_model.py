@@ -3,6 +3,8 @@
 The weights of the fp16 variant (`model.fp16.safetensors`) are saved under the plain name (`model.safetensors`), so that
 any diffusers program loads the folder without being told of a variant. An interrupted download continues with the same
 command. model_index.json comes last: a folder that has it is whole. source.json says what the folder holds.
+
+A model in one .safetensors, as it is published for other programs, becomes such a folder too, offline.
 """
 
 import argparse
@@ -28,6 +30,10 @@ VARIANT = ".fp16"
 # The shards' names are diffusers' `model.fp16-00001-of-00002.safetensors` or, older, `model-00001-of-00002.fp16.…`, and
 # their index is `….safetensors.index.fp16.json` or `….safetensors.fp16.index.json`: all plain without the variant.
 WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+# owner/name/file.safetensors, or the address that the hub's pages have for it
+FILE_ON_HUB = re.compile(
+    r"(https://(huggingface\.co|hf\.co)/)?(?P<model>[\w.-]+/[\w.-]+)/((blob|resolve)/(?P<revision>[^/]+)/)?(?P<name>[^?]+)(\?.*)?"
+)
 
 
 class DownloadError(Exception):
@@ -185,15 +191,104 @@ def fetch_file(source: Source, file: SourceFile, target: Path) -> None:
     is_shard_index = target.name.endswith(".index.json")
     with partial.open("wb" if is_shard_index else "ab") as stream:  # what is edited below cannot be continued
         source.fetch(file, stream)
-    if file.sha256:
-        with partial.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        if digest != file.sha256:
-            partial.unlink()
-            raise DownloadError(f"{file.name} arrived damaged and was removed: run the same command again")
+    if file.sha256 and digest_file(partial) != file.sha256:
+        partial.unlink()
+        raise DownloadError(f"{file.name} arrived damaged and was removed: run the same command again")
     if is_shard_index:
         rename_shards(partial)
     partial.replace(target)
+
+
+def digest_file(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def is_single_file(model: str) -> bool:
+    """Tell a file that holds a whole model from a folder and from an id."""
+    return Path(model).is_file() or model.partition("?")[0].lower().endswith((".safetensors", *PICKLES))
+
+
+def check_no_pickle(name: str) -> None:
+    """Refuse a pickle by its name, before a byte of it is fetched."""
+    from sdxl_server.checkpoints.recognition import PICKLES, explain_pickle
+
+    if name.lower().endswith(PICKLES):
+        raise DownloadError(explain_pickle(Path(name), "a pickle"))
+
+
+def open_single_file(model: str, revision: str | None) -> tuple[dict[str, str], Source | None, SourceFile | None]:
+    """Return where a file that holds a model came from, and for one on the hub what fetches it."""
+    path = Path(model)
+    if path.is_file():
+        if revision:
+            raise DownloadError(f"--revision is for a model on the hub; {model} is a local file")
+        check_no_pickle(path.name)
+        return {"model": path.name, "revision": digest_file(path)}, None, None
+    match = FILE_ON_HUB.fullmatch(model)
+    if match is None or model.startswith((".", "/")):
+        raise DownloadError(f"{model} is no file here, and no owner/name/file.safetensors or page of a file on the hub")
+    check_no_pickle(match["name"])
+    source = open_hub(match["model"], revision or match["revision"] or "main")
+    file = next((each for each in source.files if each.name == match["name"]), None)
+    if file is None:
+        names = (each.name for each in source.files if "/" not in each.name)
+        held = ", ".join(name for name in names if name.endswith(".safetensors"))
+        raise DownloadError(f"{source.model} has no file {match['name']}; its models in one file: {held or 'none'}")
+    return {"model": f"{source.model}/{file.name}", "revision": source.revision}, source, file
+
+
+def make_from_single_file(
+    model: str, revision: str | None, *, folder: Path, dtype: str, prediction: str | None, vae: Path | None
+) -> None:
+    """Bring the folder to hold the model of one file, which is fetched first where it is on the hub."""
+    from sdxl_server.checkpoints.conversion import check_sizes, count_bytes, make_folder
+    from sdxl_server.checkpoints.recognition import recognise
+
+    origin, source, file = open_single_file(model, revision)
+    record = {**origin, "dtype": dtype, **describe_vae(vae)}
+    if prediction:
+        record["prediction_type"] = prediction
+    check_folder(folder, record)
+    if (folder / INDEX).exists():
+        print(f"{folder} already holds {record['model']} ({dtype}): nothing to do")
+        return
+    path = Path(model)
+    if source and file:
+        path = folder / "single_file.safetensors"
+        partial = get_partial_path(path)
+        if not path.exists():
+            # What is made of it takes about as much again
+            check_disk_space(folder, 2 * file.size - (partial.stat().st_size if partial.exists() else 0))
+            start_folder(folder, record)
+            fetch_file(source, file, path)
+    checkpoint = recognise(path, prediction=prediction)
+    check_sizes(checkpoint, needs_vae=vae is None)
+    check_disk_space(folder, count_bytes(checkpoint, folder, dtype))
+    print(f"{record['model']}: {checkpoint.describe()}")
+    start_folder(folder, record)
+    make_folder(checkpoint, folder, dtype=dtype, vae=vae, tell=print)
+    if source:
+        path.unlink()
+    print(f"{folder} is complete")
+
+
+def describe_vae(vae: Path | None) -> dict[str, str]:
+    """Return what source.json says of a VAE in the place of the model's own."""
+    if vae is None:
+        return {}
+    if vae.is_dir():
+        return {"vae": f"{vae.resolve().name} {open_folder(vae).revision}"}
+    if not vae.is_file():
+        raise DownloadError(f"--vae takes a .safetensors or a folder; {vae} is neither")
+    check_no_pickle(vae.name)
+    return {"vae": f"{vae.name} {digest_file(vae)}"}
+
+
+def start_folder(folder: Path, record: dict[str, str]) -> None:
+    """Say what the folder is to hold, before it holds any of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def fetch_pipeline(source: Source, folder: Path, dtype: str) -> None:
@@ -222,23 +317,37 @@ def fetch_pipeline(source: Source, folder: Path, dtype: str) -> None:
     if dtype == "fp16" and plain:
         print(f"no fp16 variant of {', '.join(sorted(plain))}: taking the weights that are there")
 
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    start_folder(folder, record)
     for target, file in missing.items():
         fetch_file(source, file, target)
     print(f"{folder} is complete")
 
 
-def download_model(model: str, revision: str | None, *, folder: Path, dtype: str) -> None:
-    """Fetch a pipeline from the hub, or copy it from a local folder; `demo` is the demonstration model's.
+def download_model(
+    model: str,
+    revision: str | None,
+    *,
+    folder: Path,
+    dtype: str,
+    prediction: str | None = None,
+    vae: Path | None = None,
+) -> None:
+    """Fetch a pipeline from the hub, copy it from a local folder (`demo`: the demonstration's) or make it of one file.
 
     Raises:
         DownloadError: with the reason, in one line.
     """
     from huggingface_hub import constants, errors
 
+    from sdxl_server.checkpoints.recognition import CheckpointError
+
     local = DEMO_FOLDER if model == "demo" else Path(model)
     try:
+        if is_single_file(model):
+            make_from_single_file(model, revision, folder=folder, dtype=dtype, prediction=prediction, vae=vae)
+            return
+        if prediction or vae:
+            raise DownloadError(f"--prediction-type and --vae are for a model in one file, which {model} is not")
         if local.is_dir():
             if revision:
                 raise DownloadError(f"--revision is for a model on the hub; {model} is a local folder")
@@ -247,13 +356,15 @@ def download_model(model: str, revision: str | None, *, folder: Path, dtype: str
             revision = revision or (DEFAULT_REVISION if model == DEFAULT_MODEL else "main")
             source = open_hub(model, revision)
         fetch_pipeline(source, folder, dtype)
+    except CheckpointError as error:
+        raise DownloadError(str(error)) from error
     except errors.GatedRepoError as error:
         raise DownloadError(
             f"{model} is gated: accept its terms on the hub, then set HF_TOKEN to your token"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise DownloadError(
-            f"no local folder and no public model on the hub is {model}; if private, set HF_TOKEN"
+            f"no local file or folder and no public model on the hub is {model}; if private, set HF_TOKEN"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise DownloadError(f"{model} has no revision {revision}") from error
@@ -268,7 +379,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model",
         default=DEFAULT_MODEL,
-        help="hub id, local folder, or demo for the demonstration model (default: %(default)s)",
+        help="hub id, local folder, a model in one .safetensors (here, owner/name/file.safetensors on the hub, or the "
+        "address of its page), or demo for the demonstration model (default: %(default)s)",
     )
     parser.add_argument(
         "--revision", help="the hub's branch, tag or commit (default: a pinned commit; other models: main)"
@@ -279,13 +391,31 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=("fp16", "fp32"), default="fp16", help="fp16 halves the download (default: %(default)s)"
     )
+    parser.add_argument(
+        "--prediction-type",
+        choices=("epsilon", "v_prediction", "v_prediction_ztsnr"),
+        help="of a model in one file: what its UNet was trained to tell; ztsnr: with zero terminal SNR "
+        "(default: as the file says)",
+    )
+    parser.add_argument(
+        "--vae",
+        type=Path,
+        help="of a model in one file: a .safetensors or a folder whose VAE to take in place of its own",
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
-        download_model(arguments.model, arguments.revision, folder=arguments.output_dir, dtype=arguments.dtype)
+        download_model(
+            arguments.model,
+            arguments.revision,
+            folder=arguments.output_dir,
+            dtype=arguments.dtype,
+            prediction=arguments.prediction_type,
+            vae=arguments.vae,
+        )
     except DownloadError as error:
         print(f"Download_model.py: {error}", file=sys.stderr)
         return 1

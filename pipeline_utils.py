@@ -2,7 +2,7 @@
 
 from sdxl_server.errors import ConfigError, RequestError, VersionError
 from sdxl_server.pipeline import LoadedPipeline, load_pipeline
-from sdxl_server.service import Answer, Call, Service, State, explain, load_service
+from sdxl_server.service import Answer, Call, Service, State, Ticket, explain, load_service
 from sdxl_server.settings import CompileConfig, HandlerConfig
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "RequestError",
     "Service",
     "State",
+    "Ticket",
     "VersionError",
     "explain",
     "load_pipeline",

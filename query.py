@@ -99,7 +99,10 @@ FIELDS: dict[str, dict[str, Any]] = {
         "help": "shares of the denoising between which the prompt steers; outside it a step costs half",
     },
     "num_images_per_prompt": {"type": int, "metavar": "N", "help": "pictures, made one by one"},
-    "scheduler": {"metavar": "NAME", "help": "the sampler, by diffusers' name"},
+    "scheduler": {
+        "metavar": "NAME",
+        "help": "the sampler: diffusers' name, another program's, or an object of a name and options",
+    },
     "clip_skip": {"type": int, "metavar": "N", "help": "last layers of the text encoders to leave out"},
     "denoising_end": {"type": float, "metavar": "SHARE", "help": "share of the denoising after which to stop"},
     "timesteps": {
@@ -208,7 +211,7 @@ class Job:
         label: what its messages begin with, such as the line of the prompts' file.
         paths: where each of its pictures goes.
         done, total: denoising steps.
-        step: the last that has arrived; its thread's own, like `received`.
+        step: the last that has arrived; its thread's own, like `received` and `place`.
         received: the pictures, by their index, and the previews, by that and their number.
         is_over: set where nobody waits for more; its thread then leaves the server.
     """
@@ -221,6 +224,7 @@ class Job:
     total: int = 0
     saved: int = 0
     step: int = 0
+    place: int | None = None
     received: set[tuple[int, int | None]] = field(default_factory=set)
     is_over: threading.Event = field(default_factory=threading.Event)
 
@@ -631,6 +635,11 @@ def is_wanted(event: Mapping[str, Any], job: Job) -> bool:
         if not known or step <= job.step:
             raise QueryError(f"the server sends step {step!r:.50} of {total!r:.50} after step {job.step}")
         job.step = step
+    elif kind == "queue":
+        place = event["place"]
+        if type(place) is not int or place < 0 or job.place is not None and place >= job.place:
+            raise QueryError(f"the server sends place {place!r:.50} in its queue after place {job.place}")
+        job.place = place
     elif kind.endswith((".partial_image", ".completed")):
         number = event["partial_image_index"] if kind.endswith(".partial_image") else None
         note_picture(event["index"], number, job)
@@ -727,6 +736,8 @@ def handle_event(job: Job, event: Any, *, overwrite: bool) -> None:
         raise QueryError(f"the server says: {str(error.get('message'))[:1000]}", code=choose_code(error.get("code")))
     if kind == "warning":
         show_line(f"query.py: {job.label}{event['message']}", file=sys.stderr)
+    elif kind == "queue":
+        show_line(f"query.py: {job.label}waiting; before it in the queue: {event['place']}", file=sys.stderr)
     elif kind == "progress":
         job.done, job.total = event["step"], event["total"]
     elif kind.endswith((".partial_image", ".completed")):

@@ -24,6 +24,7 @@ from openvino_backend.graph import (
     name_precision,
     restore_linear,
     widen,
+    write_out_sizes,
 )
 from openvino_backend.memory import release_memory
 from openvino_backend.model import ModelReport, Part, convert_graph
@@ -211,8 +212,6 @@ class OpenVINOBackend:
         self, graph: torch.fx.GraphModule, constants: Mapping[int, torch.Tensor], weights: KnownWeights | None
     ) -> CompiledGraph:
         placeholders = graph.graph.find_nodes(op="placeholder")
-        if any(isinstance(node.meta["val"], torch.SymInt) for node in placeholders):
-            raise OpenVINOBackendError("the graph has dynamic shapes; compile with dynamic=False")
         check_on_cpu(node.meta.get("val") for node in graph.graph.nodes)  # those that the code makes, too
         mutated = find_changed_inputs()
         if mutated & set(constants):
@@ -220,6 +219,7 @@ class OpenVINOBackend:
             raise OpenVINOBackendError(
                 f"the module changes its own parameters or buffers ({names}), which are compiled in"
             )
+        write_out_sizes(graph.graph)
         restore_linear(graph.graph)
         values = {placeholders[index].name: value for index, value in constants.items()}
         values |= {node.name: getattr(graph, node.target) for node in graph.graph.find_nodes(op="get_attr")}
@@ -251,7 +251,7 @@ class OpenVINOBackend:
     ) -> tuple[torch.fx.GraphModule, list[ModelReport]]:
         """Split the graph into parts by engine and precision, and compile those that OpenVINO runs."""
         labels = label_parts(graph.graph, outside)
-        split = split_module(graph, graph, lambda node: labels[node], keep_original_order=True)
+        split = split_module(graph, graph, lambda node: labels[node])
         reports = []
         for node in split.graph.find_nodes(op="call_module"):
             module = split.get_submodule(node.target)

@@ -52,9 +52,9 @@ def _choose_axes(node: openvino.Node, options: Options) -> list[int]:
     if kind == "Convolution" and options.quantize_convolutions and _has_short_weights(node):
         outputs, inputs, *kernel = node.input(1).get_shape()
         if min(outputs, inputs) >= _FEWEST_CHANNELS and max(kernel) > 1:
-            return list(range(1, len(node.get_output_shape(0))))
+            return list(range(1, len(node.get_output_partial_shape(0))))
     if kind == "MatMul" and options.quantize_linear_layers and _has_short_weights(node):
-        dimensions = len(node.get_output_shape(0))
+        dimensions = len(node.get_output_partial_shape(0))
         return [dimensions - 1] if dimensions > 2 else []
     return []
 

@@ -21,16 +21,19 @@ from openvino_backend.memory import release_memory
 from openvino_backend.torch_private import (
     bind_arguments,
     check_guards,
+    drop_lengths,
     find_by_reference,
     find_changed_source,
     flatten_arguments,
     guard_hooks,
     is_keepable,
+    keep_lengths_apart,
     list_looks,
     list_traced_lines,
     load_function,
     make_scope,
     make_traceable,
+    mark_dynamic,
     read_graph,
     save_function,
 )
@@ -55,15 +58,19 @@ class Trace:
 class CompiledFunction:
     """A method of a module that runs on OpenVINO as a whole; call it under torch.no_grad().
 
-    Each new kind of call, by the shapes, types and values of its arguments, is traced by torch and compiled once. With
-    the option `model_caching` the trace is kept in `cache_dir` beside the models, with torch's own checks of what it
-    depends on, with what these leave out, and with the digests of the source lines that were traced. The weights are
-    compiled in: changing them later has no effect. A change of anything else
-    that torch looks at has the method traced anew; environment variables that the method reads are not looked at.
+    Each new kind of call, by the shapes, types and values of its arguments, is traced by torch and compiled once; one
+    graph serves all lengths of an axis that is named as dynamic. With the option `model_caching` the trace is kept in
+    `cache_dir` beside the models, with torch's own checks of what it depends on, with what these leave out, and with
+    the digests of the source lines that were traced. The weights are compiled in: changing them later has no effect. A
+    change of anything else that torch looks at has the method traced anew; environment variables that the method reads
+    are not looked at.
 
     Args:
         method: such as `module.forward`; neither changes its arguments nor returns views of them.
         options: as for OpenVINOBackend.
+        dynamic_shapes: the axes of any length, by the argument's name and for a dictionary of tensors by its keys, such
+            as `{"sample": (0, 2, 3), "added_cond_kwargs": {"time_ids": (0,)}}`.
+        static_shapes: of arguments by name; a call in which they have these has a graph of its own nevertheless.
 
     Attributes:
         backend: its `reports` tell what runs.
@@ -73,12 +80,20 @@ class CompiledFunction:
         OpenVINOBackendError: at a call, what stands in the way.
     """
 
-    def __init__(self, method: Callable[..., Any], options: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        method: Callable[..., Any],
+        options: Mapping[str, Any] | None = None,
+        dynamic_shapes: Mapping[str, Any] | None = None,
+        static_shapes: Iterable[Mapping[str, tuple[int, ...]]] = (),
+    ) -> None:
         if not isinstance(getattr(method, "__self__", None), torch.nn.Module):
             raise TypeError(f"CompiledFunction takes a method of a torch.nn.Module, not {method!r}")
         self.backend = OpenVINOBackend(options)
         self._module, original = method.__self__, method.__func__  # type: ignore[attr-defined]
         self._name, self._function = f"{original.__module__}.{original.__qualname__}", make_traceable(original)
+        self._signature = inspect.signature(self._function)
+        self._dynamic_shapes, self._static_shapes = dict(dynamic_shapes or {}), tuple(static_shapes)
         self._traces: dict[Any, list[Trace]] = {}
         self._lock = threading.Lock()
 
@@ -88,15 +103,42 @@ class CompiledFunction:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the method returns."""
-        call = _describe_call(args, kwargs)
+        call = self._describe_call(args, kwargs)
         trace = self._find(call, args, kwargs)
-        if trace is None:
-            with self._lock:
-                trace = self._find(call, args, kwargs)
-                if trace is None:
-                    trace = self._prepare(call, args, kwargs)
-                    self._traces[call] = [trace, *self._traces.get(call, [])]
-        return trace.function.fn(self._module, *args, **kwargs)
+        if trace is not None:
+            return trace.function.fn(self._module, *args, **kwargs)
+        with self._lock:
+            trace = self._find(call, args, kwargs)
+            if trace is None:
+                trace = self._prepare(call, args, kwargs)
+                self._traces[call] = [trace, *self._traces.get(call, [])]
+            # At its first run OpenVINO brings the weights of a dynamic graph into a form of its own.
+            files = [part.file for part in read_graph(trace.function).parts]
+            with release_memory(self.backend.options, self._list_weights(), files):
+                return trace.function.fn(self._module, *args, **kwargs)
+
+    def _describe_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what tells one kind of call from another: the structure, the tensors' types, the other values."""
+        leaves, structure = flatten_arguments(*self._change(args, kwargs, drop_lengths))
+        return structure, tuple(map(describe, leaves))
+
+    def _change(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Any, Any], Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments, those changed that have axes of any length in this call."""
+        names = [*list(self._signature.parameters)[1:], *("" for _ in args)]  # the first is the module
+        given = {**kwargs, **dict(zip(names, args, strict=False))}
+        if any(
+            all(getattr(given.get(name), "shape", None) == shape for name, shape in shapes.items())
+            for shapes in self._static_shapes
+        ):
+            return args, kwargs
+
+        def change_one(name: str, value: Any) -> Any:
+            axes = self._dynamic_shapes.get(name)
+            return value if axes is None or value is None else change(value, axes)
+
+        return tuple(map(change_one, names, args)), {name: change_one(name, value) for name, value in kwargs.items()}
 
     def _find(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace | None:
         """Return the trace that holds for this call, if there is one."""
@@ -112,6 +154,7 @@ class CompiledFunction:
 
     def _prepare(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
         """Return the trace for this kind of call, from the cache or else made now."""
+        logger.info("OpenVINO is to run %s for a new kind of call, which waits until it is compiled", self._name)
         self.backend.check_bound()
         check_on_cpu([*self._list_weights(), *flatten_arguments(args, kwargs)[0]])
         with release_memory(self.backend.options, self._list_weights()):  # digesting them reads them all
@@ -128,9 +171,10 @@ class CompiledFunction:
         def compile_graph(graph: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> CompiledGraph:
             return self.backend.compile_plain(graph, example_inputs, weights=weights)
 
+        args, kwargs = self._change(args, kwargs, mark_dynamic)
         enclosed = self._find_enclosed()
         usual = set(map(id, [*self._list_weights(), *flatten_arguments(args, kwargs)[0]]))
-        bound = inspect.signature(self._function).bind(self._module, *args, **kwargs)
+        bound = self._signature.bind(self._module, *args, **kwargs)
         bound.apply_defaults()
         namespace, arguments = self._function.__globals__, {**bound.arguments, **enclosed}
         needed: set[str] = set()
@@ -150,7 +194,7 @@ class CompiledFunction:
 
         options = {"guard_filter_fn": choose_guards}
         compiled = torch.compile(self._function, backend=compile_graph, fullgraph=True, dynamic=False, options=options)
-        with guard_hooks():
+        with guard_hooks(), keep_lengths_apart():
             function = compiled.aot_compile(((self._module, *args), kwargs))
         arguments = self._bind(function, args, kwargs)
         traced, classes = list_traced_lines(function), self._look(looks, arguments).classes
@@ -237,9 +281,3 @@ def _list_methods(kind: type, traced: set[tuple[str, int]]) -> list[str]:
         if inspect.isfunction(method) and (method.__module__, method.__code__.co_firstlineno) in traced:
             found.append(name)
     return found
-
-
-def _describe_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return what tells one kind of call from another: the structure, the tensors' types, the other values."""
-    leaves, structure = flatten_arguments(args, kwargs)
-    return structure, tuple(map(describe, leaves))

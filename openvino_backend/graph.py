@@ -1,14 +1,15 @@
 """Rewriting the FX graph that torch.compile traced: what stays whole, what runs where, in which type."""
 
+import contextlib
+import functools
 import operator
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from openvino_backend.runtime import TYPES
-from openvino_backend.torch_private import disable_python_kernels
+from openvino_backend.torch_private import disable_python_kernels, read_dimension, replace_python_kernel
 
 aten = torch.ops.aten
 
@@ -16,20 +17,77 @@ aten = torch.ops.aten
 _NEEDS_FLOAT32 = (aten.sin.default, aten.cos.default)
 # torch would decompose these into index arithmetic while tracing; OpenVINO has one operator for each.
 _KEPT_WHOLE = (
-    aten.upsample_nearest1d.vec,
     aten.upsample_nearest1d.default,
-    aten.upsample_nearest2d.vec,
     aten.upsample_nearest2d.default,
-    aten.upsample_nearest3d.vec,
     aten.upsample_nearest3d.default,
 )
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 _SHORT = (torch.float16, torch.bfloat16)
 
 
-def keep_whole() -> AbstractContextManager[None]:
+@contextlib.contextmanager
+def keep_whole() -> Iterator[None]:
     """Let torch not take apart the operators to keep whole while a graph is traced."""
-    return disable_python_kernels(_KEPT_WHOLE)
+    with disable_python_kernels(_KEPT_WHOLE), contextlib.ExitStack() as stack:
+        for each in (aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d):
+            stack.enter_context(replace_python_kernel(each.vec, functools.partial(_upsample, each.default)))
+        yield
+
+
+def _upsample(operator: Any, source: Any, size: Sequence[Any] | None, factors: Sequence[float] | None) -> Any:
+    """Write an upsampling by factors as one to a size; torch's own way to do so knows no free sizes."""
+    if size is None:
+        pairs = zip(source.shape[2:], factors or (), strict=True)
+        size = [length * int(factor) if factor == int(factor) else int(length * factor) for length, factor in pairs]
+    return operator(source, size)
+
+
+def write_out_sizes(graph: torch.fx.Graph) -> None:
+    """Compute each dynamic size where it is used, from a tensor that is used there too, or else from an input.
+
+    Torch computes sizes once, from inputs of their own. No part of the graph needs a number of another's then.
+    """
+    inputs = _locate_sizes(graph.find_nodes(op="placeholder"))
+    for node in list(graph.nodes):
+        if is_size(node) or node.op not in ("call_function", "output"):
+            continue
+        places = {**inputs, **_locate_sizes(node.all_input_nodes)}
+
+        def copy(
+            node: torch.fx.Node, places: Mapping[Any, tuple[torch.fx.Node, int]] = places
+        ) -> torch.fx.Node:  # what computes a size anew; a tensor stays
+            if not is_size(node):
+                return node
+            dimension = read_dimension(node.meta["val"])
+            if dimension in places:
+                new = graph.call_function(aten.sym_size.int, places[dimension])
+            elif node.target is torch.sym_sum:
+                terms = torch.fx.map_arg(node.args[0], copy)
+                new = functools.reduce(lambda left, right: graph.call_function(operator.add, (left, right)), terms)
+            else:
+                new = graph.node_copy(node, copy)
+            new.meta = node.meta
+            return new
+
+        with graph.inserting_before(node):
+            node.args = torch.fx.map_arg(node.args, copy)
+            node.kwargs = torch.fx.map_arg(node.kwargs, copy)
+    graph.eliminate_dead_code()
+
+
+def _locate_sizes(nodes: Iterable[torch.fx.Node]) -> dict[Any, tuple[torch.fx.Node, int]]:
+    """Return for each size of the tensors a tensor that has it, and the axis."""
+    places: dict[Any, tuple[torch.fx.Node, int]] = {}
+    for node in nodes:
+        if isinstance(node.meta.get("val"), torch.Tensor):
+            for axis, dimension in enumerate(read_shape(node)):
+                places.setdefault(dimension, (node, axis))
+    return places
+
+
+def read_shape(node: torch.fx.Node) -> list[Any]:
+    """Return the shape of a node's tensor; a free size is an expression, equal to what it always is."""
+    return [read_dimension(each) for each in node.meta["val"].shape]
 
 
 def restore_linear(graph: torch.fx.Graph) -> None:
@@ -65,7 +123,7 @@ def _see_through(node: torch.fx.Node) -> torch.fx.Node:
     """Return the tensor of which this is one copy or more, each in the shape that it has."""
     while node.target in (*_VIEWS, aten.expand.default):
         source = node.args[0]
-        shape, copied = list(node.meta["val"].shape), list(source.meta["val"].shape)
+        shape, copied = read_shape(node), read_shape(source)
         if shape != copied and shape[1:] != copied:
             break
         node = source
@@ -78,10 +136,10 @@ def _unflatten(linear: torch.fx.Node) -> None:
     if flat.target not in _VIEWS:
         return
     whole, results = flat.args[0], list(linear.users)
-    *leading, features = whole.meta["val"].shape
-    wanted = [*leading, linear.meta["val"].shape[-1]]
-    if flat.meta["val"].shape[-1] == features and all(
-        each.target in _VIEWS and list(each.meta["val"].shape) == wanted for each in results
+    *leading, features = read_shape(whole)
+    wanted = [*leading, read_shape(linear)[-1]]
+    if read_shape(flat)[-1] == features and all(
+        each.target in _VIEWS and read_shape(each) == wanted for each in results
     ):
         linear.args = (whole, *linear.args[1:])
         for each in results:
@@ -93,13 +151,13 @@ def label_parts(graph: torch.fx.Graph, outside: frozenset[str]) -> dict[torch.fx
     """Return for each operation the part it belongs to: its level, then where it runs.
 
     A level is one more than that of any input that runs elsewhere, so that no two parts need each other's results.
-    Float32 comes before the first level: it depends on nothing but itself.
+    Float32 comes before the first level: it depends on nothing but itself. A size belongs to what uses it.
     """
     in_float32 = _find_sensitive(graph, outside)
     levels: dict[torch.fx.Node, int] = {}
     places: dict[torch.fx.Node, str] = {}
     for node in graph.nodes:
-        if node.op in ("placeholder", "get_attr", "output"):
+        if node.op in ("placeholder", "get_attr", "output") or is_size(node):
             continue
         place = "float32" if node in in_float32 else "pytorch" if _is_outside(node, outside) else "openvino"
         inputs = [each for each in node.all_input_nodes if each in levels]
@@ -108,7 +166,16 @@ def label_parts(graph: torch.fx.Graph, outside: frozenset[str]) -> dict[torch.fx
         places[node] = place
         first = 0 if place == "float32" else 1
         levels[node] = max([first, *(levels[each] + (places[each] != place) for each in inputs)])
-    return {node: f"{levels[node]}_{places[node]}" for node in levels}
+    labels = {node: f"{levels[node]}_{places[node]}" for node in levels}
+    for node in reversed(graph.nodes):
+        if is_size(node) and node.op == "call_function":
+            labels[node] = labels[next(iter(node.users))]
+    return labels
+
+
+def is_size(node: torch.fx.Node) -> bool:
+    """Tell whether a node is a size, and no tensor."""
+    return isinstance(node.meta.get("val"), torch.SymInt)
 
 
 def _find_sensitive(graph: torch.fx.Graph, outside: frozenset[str]) -> set[torch.fx.Node]:

@@ -5,7 +5,8 @@ import ctypes
 import logging
 import mmap
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -18,14 +19,16 @@ _MADV_PAGEOUT = 21  # of Linux, from 5.4
 
 
 @contextlib.contextmanager
-def release_memory(options: Options, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Give the tensors' pages back to the kernel again and again while the block runs, and at its end.
+def release_memory(
+    options: Options, tensors: Iterable[torch.Tensor], files: Collection[Path | None] = ()
+) -> Iterator[None]:
+    """Give the pages of tensors and of mapped files back to the kernel again and again in the block, and at its end.
 
     Nothing is lost: a page that was mapped from a file, as safetensors maps weights, is read from there when it is
     touched again; a changed one goes to the swap space, or stays where there is none. Without it a compilation has the
     weights in memory twice, torch's and OpenVINO's.
     """
-    ranges = _find_pages(tensors) if options.release_weights else []
+    ranges = [*_find_pages(tensors), *_find_mapped(files)] if options.release_weights else []
     if not ranges:
         yield
         return
@@ -57,6 +60,18 @@ def _find_pages(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
         (-(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE) for start, end in ranges
     )
     return [(start, end) for start, end in whole if end > start]
+
+
+def _find_mapped(files: Collection[Path | None]) -> list[tuple[int, int]]:
+    """Return the address ranges at which these files are mapped, in bytes from and to."""
+    names = {str(each.resolve()) for each in files if each is not None}
+    ranges = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        place, *_, name = line.split(maxsplit=5)
+        if name in names:
+            start, _, end = place.partition("-")
+            ranges.append((int(start, 16), int(end, 16)))
+    return ranges
 
 
 def _give_back(ranges: Iterable[tuple[int, int]]) -> None:

@@ -22,7 +22,7 @@ from openvino_backend.processors import find_processors, limit_openvino
 from openvino_backend.runtime import TYPES, CompiledModel, share_memory
 from openvino_backend.tuning import tune_for_cpu
 
-_FILE = "model.xml"
+_FILE, _WEIGHTS_FILE = "model.xml", "model.bin"
 _WEIGHT = "weight:"
 
 
@@ -64,12 +64,14 @@ class Part(torch.nn.Module):
         properties: what it is compiled with.
         weights: the tensors compiled in, by their name in the graph.
         sources: for each of these, its name in the module that was compiled, set before pickling.
+        file: the one in the cache that OpenVINO maps, with the weights that are not these.
     """
 
     def __init__(self, key: str, properties: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
         self.key, self.properties, self.weights = key, properties, weights
         self.sources: Mapping[str, str] = {}
+        self.file: Path | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"key": self.key, "properties": self.properties, "sources": self.sources}
@@ -96,6 +98,8 @@ class Part(torch.nn.Module):
                 if folder is not None:
                     with write_entry(folder):
                         save_model(model, folder, self.weights)
+                        model = read_model(folder, self.weights) or model  # weights of its own are in a file then
+            self.file = None if folder is None else folder / _WEIGHTS_FILE
             devices = split_device(options.device)[1]
             if devices == ["CPU"]:
                 tune_for_cpu(model)
@@ -164,7 +168,8 @@ def _count_constants(model: openvino.Model) -> dict[str, int]:
 def convert_graph(part: torch.fx.GraphModule) -> openvino.Model:
     """Return the part as an OpenVINO model that shares its weights with torch."""
     examples = [node.meta["val"] for node in part.graph.find_nodes(op="placeholder")]
-    types, shapes = [tensor.dtype for tensor in examples], [tensor.shape for tensor in examples]
+    types = [tensor.dtype for tensor in examples]
+    shapes = [[size if isinstance(size, int) else -1 for size in tensor.shape] for tensor in examples]
     front_end = FrontEndManager().load_by_framework("pytorch")
     decoder = TorchFXPythonDecoder(part, input_types=types, input_shapes=shapes)
     try:
@@ -176,9 +181,9 @@ def convert_graph(part: torch.fx.GraphModule) -> openvino.Model:
         if not left:
             raise OpenVINOBackendError(f"OpenVINO cannot convert the graph: {error}") from error
         raise UnsupportedOperatorsError(node.get_friendly_name().rpartition("/")[2] for node in left) from error
-    for port, tensor in zip(model.inputs, examples, strict=True):
-        port.get_node().set_element_type(TYPES[tensor.dtype])
-        port.get_node().set_partial_shape(openvino.PartialShape(list(tensor.shape)))
+    for port, dtype, shape in zip(model.inputs, types, shapes, strict=True):
+        port.get_node().set_element_type(TYPES[dtype])
+        port.get_node().set_partial_shape(openvino.PartialShape(shape))
     model.validate_nodes_and_infer_types()
     return model
 

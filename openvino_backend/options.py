@@ -96,7 +96,7 @@ class Options:
     max_graphs: int = _declare(
         int,
         "a number from 1",
-        "The number of graphs to compile; each new shape of the inputs is one more, with its own weights.",
+        "The number of graphs that a part may compile, each with its own weights.",
         default=4,
         accepts=_is_from_1,
     )

@@ -25,20 +25,30 @@ class CompiledModel:
     def __init__(self, compiled: openvino.CompiledModel) -> None:
         dtypes = {openvino_type: dtype for dtype, openvino_type in TYPES.items()}
         self._request = compiled.create_infer_request()
-        self._outputs = [(tuple(port.shape), dtypes[port.element_type]) for port in compiled.outputs]
+        self._outputs = [
+            (None if port.partial_shape.is_dynamic else tuple(port.shape), dtypes[port.element_type])
+            for port in compiled.outputs
+        ]
         self._lock = threading.Lock()
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Return the results, in memory of their own that no later call touches."""
         inputs = tuple(tensor.contiguous() for tensor in inputs)
-        outputs = tuple(torch.empty(shape, dtype=dtype) for shape, dtype in self._outputs)
+        outputs = [None if shape is None else torch.empty(shape, dtype=dtype) for shape, dtype in self._outputs]
         with self._lock:
             for index, tensor in enumerate(inputs):
                 self._request.set_input_tensor(index, share_memory(tensor))
             for index, tensor in enumerate(outputs):
-                self._request.set_output_tensor(index, share_memory(tensor))
+                if tensor is not None:
+                    self._request.set_output_tensor(index, share_memory(tensor))
             self._request.infer()
-        return outputs[0] if len(outputs) == 1 else outputs
+            results = tuple(self._copy(index) if each is None else each for index, each in enumerate(outputs))
+        return results[0] if len(results) == 1 else results
+
+    def _copy(self, index: int) -> torch.Tensor:
+        """Return a result whose size was free before the call."""
+        memory, (_, dtype) = self._request.get_output_tensor(index).data, self._outputs[index]
+        return torch.from_numpy(memory.copy()).view(dtype)
 
 
 def share_memory(tensor: torch.Tensor) -> openvino.Tensor:

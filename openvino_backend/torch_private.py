@@ -76,8 +76,23 @@ def disable_python_kernels(operators: Iterable[Any]) -> Iterator[None]:
         yield
     finally:
         for each, kernels in saved.items():
+            each.py_kernels.clear()
             each.py_kernels.update(kernels)
             each._dispatch_cache.clear()
+
+
+@contextlib.contextmanager
+def replace_python_kernel(operator: Any, kernel: Callable[..., Any]) -> Iterator[None]:
+    """Have an operator that torch takes apart itself taken apart by this function while a graph is traced."""
+    with disable_python_kernels([operator]):
+        for key in (torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd):
+            operator.py_kernels[key] = kernel
+        yield
+
+
+def read_dimension(size: int | torch.SymInt) -> Any:
+    """Return a size as a number, or as an expression where it is free: comparing sizes themselves would fix them."""
+    return size if isinstance(size, int) else size.node.expr
 
 
 def trace_inference(
@@ -131,6 +146,40 @@ def has_plain_outputs() -> bool:
     """Tell whether the graph that is traced just now returns no views of its inputs or of other results."""
     metadata = torch._guards.TracingContext.get().fw_metadata
     return all(each.output_type in _PLAIN_OUTPUTS for each in metadata.output_info)
+
+
+@contextlib.contextmanager
+def keep_lengths_apart() -> Iterator[None]:
+    """Let a trace suppose neither that two dynamic lengths are equal nor that one is not 1."""
+    with torch.fx.experimental._config.patch(use_duck_shape=False, backed_size_oblivious=True):
+        yield
+
+
+def mark_dynamic(value: Any, axes: Any) -> Any:
+    """Return a tensor, or a dictionary of such, with these axes marked as of any length; what is given stays as it is.
+
+    Args:
+        axes: numbers; for a dictionary those of each tensor by its key.
+    """
+    if isinstance(axes, Mapping):
+        return {name: mark_dynamic(each, axes.get(name, ())) for name, each in value.items()}
+    marked = value.detach() if axes else value
+    for axis in _list_dynamic(value, axes):
+        torch._dynamo.mark_dynamic(marked, axis)
+    return marked
+
+
+def drop_lengths(value: Any, axes: Any) -> Any:
+    """Return a tensor, or a dictionary of such, of the same kind and of length 0 along these axes; see mark_dynamic."""
+    if isinstance(axes, Mapping):
+        return {name: drop_lengths(each, axes.get(name, ())) for name, each in value.items()}
+    dynamic = _list_dynamic(value, axes)
+    return value.new_empty([0 if axis in dynamic else length for axis, length in enumerate(value.shape)])
+
+
+def _list_dynamic(value: torch.Tensor, axes: Iterable[int]) -> list[int]:
+    """Return the axes but those of length 1, which is no batch: OpenVINO computes pictures of 1×1 wrongly then."""
+    return [axis for axis in axes if axis == 0 or value.shape[axis] != 1]
 
 
 def flatten_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], str]:

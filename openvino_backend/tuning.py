@@ -28,7 +28,7 @@ def write_out_attention(model: openvino.Model) -> None:
     for node in model.get_ops():
         if node.get_type_name() == "ScaledDotProductAttention" and _is_plain_attention(node):
             query, key, value = (node.input_value(index) for index in range(3))
-            scaled = opset13.multiply(query, np.float32(query.get_shape()[-1] ** -0.5))
+            scaled = opset13.multiply(query, np.float32(query.get_partial_shape()[-1].get_length() ** -0.5))
             shares = opset13.softmax(opset13.matmul(scaled, key, transpose_a=False, transpose_b=True), axis=-1)
             attended = opset13.matmul(shares, value, transpose_a=False, transpose_b=False)
             node.output(0).replace(attended.output(0))
@@ -57,7 +57,7 @@ def split_linear_layers(model: openvino.Model) -> None:
 
 def _is_along_features(split: openvino.Node) -> bool:
     axis = split.input_value(1).get_node()
-    dimensions = len(split.get_output_shape(0))
+    dimensions = len(split.get_output_partial_shape(0))
     return axis.get_type_name() == "Constant" and int(axis.data) in (-1, dimensions - 1)
 
 

@@ -92,7 +92,7 @@ def judge(answer: requests.Response, body: bytes, fields: Mapping[str, Any]) -> 
         told = str(json.loads(body))[:200]
     except ValueError:
         return "wrong", f"{answer.status_code} without JSON: {body[:200]!r}"
-    if answer.status_code == 503 and "ServiceUnavailable" in told:
+    if answer.status_code == 503 and any(kind in told for kind in ("ServiceUnavailable", "server_busy")):
         return "busy", told
     return ("refused" if answer.status_code < 500 else "failed"), f"{answer.status_code} {told}"
 

@@ -42,15 +42,16 @@ def kill_workers(server: LocalServer, *, seconds: float, interval: float) -> tup
 def check_kills(site: Site, scale: Scale) -> list[Line]:
     """A worker that is killed again and again, whatever it does.
 
-    It loses the requests that it holds: their answers have begun, or TorchServe would not tell it who has left. What
-    waits in TorchServe's own queue is not lost, so two more ask than it holds.
+    It loses the requests that it holds, those that wait too: their answers have begun, or TorchServe would not tell it
+    who has left. What waits in TorchServe's own queue is not lost. As many ask as it holds.
     """
-    held = read_shipped()["batchSize"]
+    shipped = read_shipped()["handler"]
+    held = shipped["max_running"] + shipped["max_waiting"]
     with site.serve() as server:
         loads = [measure_recovery(server) for _ in range(scale.loads)]  # nobody asks meanwhile
         with ThreadPoolExecutor(1) as pool:
             killer = pool.submit(kill_workers, server, seconds=scale.kill_time, interval=scale.kill_interval)
-            outcomes, _ = keep_asking(server, lambda _: killer.done(), clients=held + 2)
+            outcomes, _ = keep_asking(server, lambda _: killer.done(), clients=held)
         kills, recoveries = killer.result()
         wait_for_another(server, [], seconds=600)
         after = [ask(server) for _ in range(scale.requests_after)]

@@ -45,7 +45,8 @@ def check_crowd(site: Site, scale: Scale) -> list[Line]:
     accepted = [seconds for status, seconds in answers if status == 200]
     refused = [seconds for status, seconds in answers if status == 503]
     shipped = read_shipped()
-    room = shipped["batchSize"] + shipped["jobQueueSize"] + 1  # the worker, the queue, and one that took a place
+    queue = shipped["handler"]["max_running"] + shipped["handler"]["max_waiting"]
+    room = queue + shipped["jobQueueSize"] + 1  # the worker's, TorchServe's, which may find places there, and one more
     passed = (
         len(accepted) + len(refused) == scale.crowd
         and 0 < len(accepted) <= room
@@ -67,7 +68,7 @@ def check_leavers(site: Site, scale: Scale) -> list[Line]:
             with requests.post(
                 server.url, json=fields, headers=server.get_headers(), stream=True, timeout=PATIENCE
             ) as answer:
-                answer.raise_for_status()  # the headers come after the first step
+                answer.raise_for_status()  # the headers come with the first step, or with a place in the queue
 
         alone = ask(server, num_inference_steps=steps)
         start = time.monotonic()
@@ -75,7 +76,7 @@ def check_leavers(site: Site, scale: Scale) -> list[Line]:
             list(pool.map(leave, range(scale.leavers)))
         after = ask(server)
         seconds = time.monotonic() - start
-        ended = server.log.count("its work has ended after step")
+        ended = server.log.count("The client has left")  # while it was drawn, or while it waited
     passed = ended >= scale.leavers and after.kind == "picture" and seconds < scale.leavers * alone.seconds / 4
     told = (
         f"{scale.leavers} clients left pictures of {alone.seconds:.1f} s: {ended} ended early, {seconds:.1f} s in all"

@@ -39,10 +39,12 @@ class NativeFace:
     Attributes:
         event: what the names of a picture's events begin with.
         takes_json_only: an answer is never a picture as itself.
+        beside_error: what stands beside the error of an answer in JSON whose status of 200 is sent already.
     """
 
     event = "image_generation"
     takes_json_only = False
+    beside_error: Mapping[str, Any] = {}
 
     def read(
         self, values: Mapping[str, Any], *, content_type: str, contract: Contract
@@ -67,6 +69,17 @@ class NativeFace:
             return JSON
         return f"image/{request.output_format}"
 
+    def write_place(self, place: int, *, kind: str) -> bytes:
+        """Return what tells a client that waits how many requests are before its own."""
+        return format_event("queue", {"place": place}) if kind == EVENTS else self.write_pause(kind=kind)
+
+    def write_pause(self, *, kind: str) -> bytes:
+        """Return what flows where nothing is to be told: a comment, or white space, which may stand before JSON.
+
+        A picture as itself can carry neither.
+        """
+        return {EVENTS: b":\n\n", JSON: b" "}.get(kind, b"")
+
     def write_step(self, *, done: int, total: int, seconds: float, share: float) -> bytes:
         """Return the event of a stream after a step.
 
@@ -90,7 +103,7 @@ class NativeFace:
         """
         if kind == EVENTS:
             for index, each in enumerate(pictures):
-                yield self._write_completed(request, each, index)
+                yield self._write_completed(request, each, index, warnings=warnings)
         elif kind != JSON:
             yield pictures[0].file
         else:
@@ -101,17 +114,18 @@ class NativeFace:
                 yield (b", " if index else b"") + json.dumps(_describe_picture(request, each)).encode()
             yield b"]}"
 
-    def _write_completed(self, request: GenerationRequest, picture: MadePicture, index: int) -> bytes:
+    def _write_completed(
+        self, request: GenerationRequest, picture: MadePicture, index: int, *, warnings: Sequence[str]
+    ) -> bytes:
         details = {"image_tokens": 0, "text_tokens": 0}  # nothing is counted here, and the official client asks for it
         usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0, "input_tokens_details": details}
         data = {**_describe_event(request, picture.file, seed=picture.seed), "index": index, "usage": usage}
-        return format_event(
-            f"{self.event}.completed", {**data, "parameters": picture.parameters, "unet_calls": picture.unet_calls}
-        )
+        data |= {"parameters": picture.parameters, "unet_calls": picture.unet_calls, "warnings": list(warnings)}
+        return format_event(f"{self.event}.completed", data)
 
     def write_failure(self, error: Mapping[str, Any], *, kind: str) -> bytes:
         """Return an error in the place of what is left of an answer."""
-        return format_event("error", error) if kind == EVENTS else json.dumps(error).encode()
+        return format_event("error", error) if kind == EVENTS else json.dumps({**error, **self.beside_error}).encode()
 
 
 def split_pieces(written: Iterable[bytes]) -> Iterator[bytes]:

@@ -1,6 +1,6 @@
 """Compiling the parts of a pipeline as `pt2` says."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sdxl_server.errors import ConfigError
@@ -8,14 +8,62 @@ from sdxl_server.families import Family
 from sdxl_server.settings import BACKEND_NAMES, CompileConfig, HandlerConfig
 
 VAE_ENCODER = "vae_encoder"
+# The axes of what each part is called with that may have any length: batch, height and width, length of the text.
+DYNAMIC_SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "unet": {
+        "sample": (0, 2, 3),
+        "encoder_hidden_states": (0, 1),
+        "added_cond_kwargs": {"text_embeds": (0,), "time_ids": (0,)},
+    },
+    "vae": {"z": (2, 3)},
+    VAE_ENCODER: {"x": (2, 3)},
+}
+
+
+def choose_graphs(config: HandlerConfig, compilation: CompileConfig) -> str | None:
+    """Return which sizes a graph is for, by the configuration alone: static, dynamic, both; None without openvino.
+
+    What was asked for before, or how much memory is free, is no matter, so that a seed's bits hold.
+
+    Raises:
+        ConfigError: the setting is another backend's, or there are more sizes than graphs.
+    """
+    if compilation.backend != "openvino":
+        if config.graphs is not None:
+            raise ConfigError(
+                f"handler.graphs belongs to pt2.backend: openvino, not to {compilation.backend or 'eager PyTorch'}"
+            )
+        return None
+    from openvino_backend import Options
+
+    graphs, sizes = config.graphs or ("static" if len(config.read_sizes()) == 1 else "dynamic"), config.read_sizes()
+    most = Options.parse(compilation.options).max_graphs
+    if graphs == "static" and len(sizes) > most:
+        raise ConfigError(
+            f"handler.allowed_sizes names {len(sizes)} sizes, of which each is a graph with graphs: static, and the "
+            f"option max_graphs in pt2.options is {most}: raise it, or use graphs: dynamic"
+        )
+    return graphs
+
+
+def price_half(config: HandlerConfig, graphs: str | None) -> float:
+    """Return what a call of the UNet with half of the guidance costs, in whole ones.
+
+    Args:
+        graphs: see `choose_graphs`; static ones of a configuration with guidance have no smaller batch, see FixedBatch.
+    """
+    return 1.0 if graphs == "static" and config.compile_unet and config.guidance_scale > 1 else 0.5
 
 
 def compile_parts(
-    pipeline: Any, family: Family, config: HandlerConfig, compilation: CompileConfig
+    pipeline: Any, family: Family, config: HandlerConfig, compilation: CompileConfig, *, size: tuple[int, int]
 ) -> tuple[Mapping[str, Callable[..., Any]], Mapping[str, Any]]:
     """Compile the UNet, the VAE's two halves and the text encoders as configured; see LoadedPipeline.
 
     Lossless: each part computes the same, in the type of its own weights.
+
+    Args:
+        size: the configured width and height in pixels.
 
     Returns:
         The function of each part, and of the compiled ones the OpenVINOBackend, or None where it is another's.
@@ -29,14 +77,24 @@ def compile_parts(
         check_compiler()
     # Past its limit of recompilations dynamo would go on in eager PyTorch and only warn.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    graphs, batch = choose_graphs(config, compilation), 2 if config.guidance_scale > 1 else 1
+    height, width = (side // pipeline.vae_scale_factor for side in reversed(size))
+    shapes = {
+        "unet": {"sample": (batch, pipeline.unet.config.in_channels, height, width)},
+        "vae": {"z": (1, pipeline.vae.config.latent_channels, height, width)},
+        VAE_ENCODER: {"x": (1, pipeline.vae.config.in_channels, *reversed(size))},
+    }
+    if graphs in ("dynamic", "both"):
+        # Past so many halvings the UNet's way up takes its sizes from the way down, as a graph of any size must.
+        pipeline.unet.num_upsamplers = 30
     methods = {
         "unet": (pipeline.unet.forward, config.compile_unet),
-        "vae": (pipeline.vae.decode, config.compile_vae),
+        "vae": (pipeline.vae._decode, config.compile_vae),
         VAE_ENCODER: (pipeline.vae._encode, config.compile_vae),
         **{name: (getattr(pipeline, name).forward, config.compile_text_encoders) for name in family.text_encoders},
     }
     functions: dict[str, Callable[..., Any]] = {}
-    backends = {}
+    backends: dict[str, Any] = {}
     for name, (method, is_wanted) in methods.items():
         functions[name] = method
         if compilation.backend is None or not is_wanted:
@@ -45,19 +103,65 @@ def compile_parts(
             # At its first call transformers hooks up the hidden states, behind a lock that dynamo cannot trace.
             module = getattr(pipeline, name)
             module(torch.zeros(1, 1, dtype=torch.long, device=module.device), output_hidden_states=True)
-        functions[name] = compile_method(method, compilation)
+        functions[name] = compile_method(
+            method,
+            compilation,
+            dynamic_shapes=None if graphs == "static" else DYNAMIC_SHAPES.get(name),
+            static_shapes=[shapes[name]] if graphs == "both" and name in shapes else [],
+        )
         backends[name] = functions[name].backend if compilation.backend == "openvino" else None  # type: ignore[attr-defined]
+    if graphs == "static" and "unet" in backends:
+        functions["unet"] = FixedBatch(functions["unet"], batch)
     return functions, backends
 
 
-def compile_method(method: Any, compilation: CompileConfig) -> Any:
-    """Return a method of a module, compiled as configured."""
+class FixedBatch:
+    """A UNet whose graphs have one batch: more rows are run one after another, fewer are repeated.
+
+    Args:
+        run: the UNet's function.
+        batch: the rows of its graphs.
+    """
+
+    def __init__(self, run: Callable[..., Any], batch: int) -> None:
+        self._run, self._batch = run, batch
+
+    def __call__(self, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the prediction in a tuple."""
+        import torch
+
+        rows = len(sample)
+        if rows == self._batch:
+            return self._run(sample, *args, **kwargs)
+        outputs = []
+        for start in range(0, rows, self._batch):
+            index = [min(start + each, rows - 1) for each in range(self._batch)]
+
+            def choose(value: Any, index: Sequence[int] = index) -> Any:
+                if isinstance(value, Mapping):
+                    return {name: choose(each) for name, each in value.items()}
+                is_row = isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == rows
+                return value[index] if is_row else value
+
+            outputs.append(self._run(sample[index], *map(choose, args), **choose(kwargs))[0])
+        return (torch.cat(outputs)[:rows],)
+
+
+def compile_method(
+    method: Any,
+    compilation: CompileConfig,
+    *,
+    dynamic_shapes: Mapping[str, Any] | None = None,
+    static_shapes: Sequence[Mapping[str, Any]] = (),
+) -> Any:
+    """Return a method of a module, compiled as configured; the shapes are openvino's, see CompiledFunction."""
     import torch
 
     if compilation.backend == "openvino":
         from openvino_backend import CompiledFunction
 
-        return CompiledFunction(method, {"release_weights": True, **(compilation.options or {})})
+        options = {"release_weights": True, **(compilation.options or {})}
+        return CompiledFunction(method, options, dynamic_shapes=dynamic_shapes, static_shapes=static_shapes)
     keywords = {name: getattr(compilation, name) for name in ("mode", "dynamic", "options")}
     backend = BACKEND_NAMES.get(str(compilation.backend), compilation.backend)
     return torch.compile(method, backend=backend, fullgraph=compilation.fullgraph or False, **keywords)

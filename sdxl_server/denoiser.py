@@ -10,12 +10,22 @@ from typing import Any
 
 import torch
 
+from sdxl_server.errors import NotFiniteError
 from sdxl_server.fields import GenerationRequest
-from sdxl_server.previews import ColourMap
 from sdxl_server.schedulers import find_output, find_sigma, predict_original
 from sdxl_server.shortcuts import Line, Plan
 
 Functions = Mapping[str, Callable[..., Any]]
+
+
+def check_finite(values: Any, what: str) -> None:
+    """Refuse a tensor with a number that is NaN or infinite; it costs a thousandth of what makes the tensor.
+
+    Raises:
+        NotFiniteError: says what the tensor is.
+    """
+    if not torch.isfinite(values).all():
+        raise NotFiniteError(f"{what} holds numbers that are not finite")
 
 
 class Part(torch.nn.Module):
@@ -37,6 +47,7 @@ class Denoiser(Part):
         plan: which of its calls are made.
         calls: that were made so far, in whole ones.
         done: calls so far, those included that were forecast.
+        request: of which it is a picture.
     """
 
     reads = (*Part.reads, "add_embedding")
@@ -47,7 +58,7 @@ class Denoiser(Part):
         super().__init__(model)
         self.plan, self.done = plan, 0
         self.calls: float = 0
-        self._run, self._request, self._scheduler = run, request, scheduler
+        self.request, self._run, self._scheduler = request, run, scheduler
         self._last: tuple[Any, Any, Any] | None = None
         self._lines = [Line(), Line()]  # what the finished picture looks like to each half, over the noise
 
@@ -60,6 +71,7 @@ class Denoiser(Part):
             output = self._forecast(sample, timestep, is_guided=is_guided)
         self.calls += cost
         self.done += 1
+        check_finite(output, "what the UNet returned" if cost else "what was forecast of the UNet")
         self._last = (sample, timestep, output)
         return (output,)
 
@@ -102,9 +114,9 @@ class Denoiser(Part):
         output = output.float()
         if len(output) == 2:
             without, with_prompt = output.chunk(2)
-            output = without + self._request.guidance_scale * (with_prompt - without)
-            if self._request.guidance_rescale > 0:
-                output = rescale_noise_cfg(output, with_prompt, guidance_rescale=self._request.guidance_rescale)
+            output = without + self.request.guidance_scale * (with_prompt - without)
+            if self.request.guidance_rescale > 0:
+                output = rescale_noise_cfg(output, with_prompt, guidance_rescale=self.request.guidance_rescale)
         return predict_original(self._scheduler, sample[:1, : output.shape[1]], timestep, output)
 
 
@@ -113,18 +125,14 @@ class Autoencoder(Part):
 
     reads = (*Part.reads, "post_quant_conv")
 
-    def __init__(self, model: Any, functions: Functions, colours: ColourMap) -> None:
+    def __init__(self, model: Any, functions: Functions) -> None:
         super().__init__(model)
-        self._colours = colours
         self._decode, self._encode = functions["vae"], functions["vae_encoder"]
 
     def decode(self, latents: Any, return_dict: bool = True, generator: Any = None) -> Any:
-        """Return the pixels of latents in a tuple, whatever `return_dict`; the decoder has no use for a generator.
-
-        What previews are drawn with learns from it.
-        """
+        """Return the pixels of latents in a tuple, whatever `return_dict`; the decoder has no use for a generator."""
         decoded = self._decode(latents.to(self.dtype), return_dict=False)
-        self._colours.learn(latents, decoded[0])
+        check_finite(decoded[0], "what the VAE decoded")
         return decoded
 
     def encode(self, pixels: Any) -> Any:
@@ -133,6 +141,7 @@ class Autoencoder(Part):
         from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
         moments = self._encode(pixels.to(self.dtype))
+        check_finite(moments, "what the VAE made of the image")
         return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments))
 
 

@@ -1,15 +1,16 @@
 """From a request to its pictures, step by step."""
 
+import contextlib
 import inspect
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sdxl_server.denoiser import Autoencoder, Denoiser, TextEncoder
-from sdxl_server.errors import RequestError
+from sdxl_server.compiling import price_half
+from sdxl_server.denoiser import Autoencoder, Denoiser, TextEncoder, check_finite
+from sdxl_server.errors import NotFiniteError, RequestError
 from sdxl_server.fields import DECLARATIONS, GenerationRequest
 from sdxl_server.masks import blend, cover_cells
-from sdxl_server.previews import make_patches
 from sdxl_server.schedulers import find_schedule, make_scheduler
 from sdxl_server.shortcuts import plan_calls
 
@@ -22,7 +23,7 @@ class Progress:
     """Where a request stands after a denoising step.
 
     Attributes:
-        done, total: steps of the request; a step is a call of the UNet.
+        done, total: steps of the request; a step is a call of the UNet, made or forecast.
         index: the picture under way, from 0.
         step, steps: of this picture.
         denoiser: of this picture.
@@ -44,7 +45,7 @@ class Picture:
 
     Attributes:
         image: a Pillow image.
-        unet_calls: that were made for it, in whole ones; outside a guidance interval one is half.
+        unet_calls: that were made for it, in whole ones; outside a guidance interval one may be half.
         calls_of_all: what the full schedule would take.
     """
 
@@ -62,6 +63,7 @@ def generate(loaded: "LoadedPipeline", request: GenerationRequest) -> Generator[
 
     Raises:
         RequestError: a size for which there is no room among the compiled graphs.
+        NotFiniteError: the model made NaN or infinity of it; names the step and the seed.
     """
     pictures = []
     for index in range(request.num_images_per_prompt):
@@ -77,6 +79,7 @@ def _draw(loaded: "LoadedPipeline", request: GenerationRequest, index: int) -> G
     is_grad_enabled = torch.is_grad_enabled()
 
     def report_step(running: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        check_finite(tensors["latents"], "what the scheduler made of the step")
         steps = running.num_timesteps
         share = (index + unet.calls / unet.plan.total) / request.num_images_per_prompt
         done, total = index * steps + step + 1, request.num_images_per_prompt * steps
@@ -91,15 +94,16 @@ def _draw(loaded: "LoadedPipeline", request: GenerationRequest, index: int) -> G
     arguments = list_arguments(pipeline, request, index)
     work = greenlet(lambda: pipeline(callback_on_step_end=report_step, **arguments).images[0])
     try:
-        result = work.switch()
-        while not work.dead:
-            yield result
+        with _name_place(request, index, unet):
             result = work.switch()
+            while not work.dead:
+                yield result
+                result = work.switch()
     except Exception as error:
         if _is_graph_limit(error):
             raise RequestError(
                 f"{request.width}x{request.height} would be one more graph than this server may compile; ask for a "
-                "size and a kind of guidance that it has made before, or have allowed_sizes and max_graphs changed",
+                "size that it has made before, or have allowed_sizes and max_graphs changed",
                 param="width",
             ) from error
         raise
@@ -107,6 +111,17 @@ def _draw(loaded: "LoadedPipeline", request: GenerationRequest, index: int) -> G
         if not work.dead:
             work.throw()
     return Picture(keep_protected(result, request), unet.calls, len(unet.plan.costs))
+
+
+@contextlib.contextmanager
+def _name_place(request: GenerationRequest, index: int, denoiser: Denoiser) -> Iterator[None]:
+    """Say of numbers that are not finite in which step of which picture they came up."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise NotFiniteError(
+            f"the picture of seed {request.get_seed(index)} failed in step {denoiser.done}: {error}"
+        ) from error
 
 
 def _is_graph_limit(error: BaseException) -> bool:
@@ -117,48 +132,22 @@ def _is_graph_limit(error: BaseException) -> bool:
     return isinstance(error, (GraphLimitError, torch._dynamo.exc.FailOnRecompileLimitHit))
 
 
-def draw_preview(loaded: "LoadedPipeline", progress: Progress, *, is_exact: bool = False) -> Any:
-    """Return the picture, a Pillow image, as it looks from where it stands.
+def draw_preview(loaded: "LoadedPipeline", progress: Progress) -> Any:
+    """Return the picture, a Pillow image, as it looks from where it stands; it costs one run of the VAE's decoder.
 
-    Args:
-        is_exact: run the VAE's decoder, which takes as long as at the end, in the place of the map of colours.
+    Raises:
+        NotFiniteError: it is none.
     """
     import torch
 
-    pipeline = loaded.pipeline
-    with torch.no_grad():
-        latents = scale_latents(progress.denoiser.predict(), pipeline.vae.config)
-        if not is_exact and not loaded.colours.is_blank:
-            height, width = (side * pipeline.vae_scale_factor for side in latents.shape[2:])
-            return loaded.colours.draw(latents, size=(width, height))
-        pixels = Autoencoder(pipeline.vae, loaded.functions, loaded.colours).decode(latents.to(pipeline.vae.device))[0]
+    pipeline, config = loaded.pipeline, loaded.pipeline.vae.config
+    with torch.no_grad(), _name_place(progress.denoiser.request, progress.index, progress.denoiser):
+        latents = progress.denoiser.predict() / config.scaling_factor
+        mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+        if mean is not None and std is not None:
+            latents = latents * torch.tensor(std).view(1, -1, 1, 1) + torch.tensor(mean).view(1, -1, 1, 1)
+        pixels = Autoencoder(pipeline.vae, loaded.functions).decode(latents.to(pipeline.vae.device))[0]
     return pipeline.image_processor.postprocess(pixels.float().cpu())[0]
-
-
-def scale_latents(latents: Any, config: Any) -> Any:
-    """Return the UNet's latents as the VAE of a configuration has them."""
-    import torch
-
-    latents = latents / config.scaling_factor
-    mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
-    if mean is not None and std is not None:
-        latents = latents * torch.tensor(std).view(1, -1, 1, 1) + torch.tensor(mean).view(1, -1, 1, 1)
-    return latents
-
-
-def learn_patches(loaded: "LoadedPipeline", *, width: int, height: int) -> None:
-    """Give the map of colours something to begin with, in the place of the warm-up's blurred picture.
-
-    It costs one run of the VAE's decoder.
-    """
-    import torch
-
-    pipeline, scale = loaded.pipeline, loaded.pipeline.vae_scale_factor
-    patches = make_patches(channels=pipeline.vae.config.latent_channels, height=height // scale, width=width // scale)
-    loaded.colours.forget()
-    with torch.no_grad():
-        latents = scale_latents(patches, pipeline.vae.config).to(pipeline.vae.device)
-        Autoencoder(pipeline.vae, loaded.functions, loaded.colours).decode(latents)
 
 
 def keep_protected(picture: Any, request: GenerationRequest) -> Any:
@@ -185,10 +174,12 @@ def fork_pipeline(loaded: "LoadedPipeline", request: GenerationRequest) -> Any:
         name = family.image_to_image if request.mask_image is None else family.inpainting
     chosen = getattr(diffusers, name)
     scheduler = make_scheduler(pipeline.scheduler, request)
+    half = price_half(loaded.config, loaded.graphs)
+    plan = plan_calls(scheduler, request, unet_config=pipeline.unet.config, half=half)
     parts = {
         "scheduler": scheduler,
-        "unet": Denoiser(pipeline.unet, loaded.functions["unet"], request, scheduler, plan_calls(scheduler, request)),
-        "vae": Autoencoder(pipeline.vae, loaded.functions, loaded.colours),
+        "unet": Denoiser(pipeline.unet, loaded.functions["unet"], request, scheduler, plan),
+        "vae": Autoencoder(pipeline.vae, loaded.functions),
         **{each: TextEncoder(getattr(pipeline, each), loaded.functions[each]) for each in family.text_encoders},
     }
     given = {**pipeline.config, **pipeline.components, **parts}
@@ -217,7 +208,7 @@ def list_arguments(pipeline: Any, request: GenerationRequest, index: int) -> dic
             arguments[name] = value
         elif name not in without_effect and value:
             raise RequestError(f"{name} has no effect with an image here; leave it out", param=name)
-    arguments |= find_schedule(request, pipeline.scheduler)
+    arguments |= find_schedule(request)
     if request.negative_prompt_2 is not None:
         arguments.setdefault("negative_prompt", "")  # without one diffusers takes zeros for both
     if request.mask_image is not None:

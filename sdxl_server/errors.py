@@ -5,6 +5,8 @@ ValueError
 │   └── VersionError  the archive was made for another version of this package
 └── RequestError      the client's: a request that cannot be answered with a picture
 TimeoutError          nobody's: the time of a request is up
+ArithmeticError
+└── NotFiniteError    the model's: what it computed is no picture
 """
 
 import traceback
@@ -35,6 +37,10 @@ class RequestError(ValueError):
         super().__init__(cut(message, MAX_MESSAGE))
         self.param = None if param is None else cut(param, MAX_PARAM)
         self.status = status
+
+
+class NotFiniteError(ArithmeticError):
+    """Numbers of a picture that are NaN or infinite; drawn, they would be black."""
 
 
 def cut(text: str, length: int) -> str:

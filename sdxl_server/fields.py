@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from sdxl_server.samplers import Samplers, make_schema, read_sampler
 from sdxl_server.schemas import Schema, choice, falling, nullable, pair, real, shares, switch, text, whole
 
 MAX_SEED = 2**32 - 1
@@ -24,6 +25,7 @@ SCHEDULES = (
     "StableDiffusionSigmas",
     "StableDiffusionXLSigmas",
 )
+SCHEDULE_FIELDS = ("timesteps", "sigmas", "schedule")  # of which a request has one
 WITH_IMAGE = "with an image, by its aspect unless given"
 PIXELS = {"type": int, "metavar": "PIXELS"}
 COUNT = {"type": int, "metavar": "N"}
@@ -52,7 +54,7 @@ class Bounds:
         max_megapixel_steps: calls of the UNet x megapixels of one request.
         max_timeout: seconds that one request may take.
         allowed_sizes: the only (width, height) to make, in pixels; empty: any.
-        schedulers: names of diffusers schedulers that fit the model.
+        schedulers: diffusers' schedulers that draw the model right, each with its options.
         max_clip_skip: the layers of the smaller text encoder, less one.
     """
 
@@ -65,7 +67,7 @@ class Bounds:
     max_megapixel_steps: float = 350
     max_timeout: float = 3600
     allowed_sizes: tuple[tuple[int, int], ...] = ()
-    schedulers: Sequence[str] = ()
+    schedulers: Samplers = dataclasses.field(default_factory=dict)
     max_clip_skip: int = 11
 
 
@@ -82,6 +84,8 @@ class Declaration:
         is_upload: it is a picture, in base64 in JSON and a file in a form.
         default: of requests under given bounds; None where the configuration, the model or chance gives one, or
             where there is none.
+        read: returns a value as it is kept, under given bounds; None where the schema says all of what is taken.
+            Raises ValueError with what follows the field's name in a message.
     """
 
     role: Role
@@ -91,6 +95,7 @@ class Declaration:
     is_argument: bool = True
     is_upload: bool = False
     default: Callable[[Bounds], Any] = lambda _: None
+    read: Callable[[Any, Bounds], Any] | None = None
 
 
 def _declare(
@@ -199,13 +204,14 @@ class GenerationRequest:
         option=COUNT,
         is_argument=False,
     )
-    scheduler: str | None = _declare(
+    scheduler: str | Mapping[str, Any] | None = _declare(
         Role.PICTURE,
-        lambda bounds: choice(*bounds.schedulers),
-        "the sampler, by diffusers' name",
+        lambda bounds: make_schema(bounds.schedulers),
+        "the sampler: diffusers' name, another program's, or an object of a name and options",
         value=None,
         option={"metavar": "NAME"},
         is_argument=False,
+        read=lambda value, bounds: read_sampler(value, bounds.schedulers),
     )
     clip_skip: int | None = _declare(
         Role.PICTURE,
@@ -338,13 +344,10 @@ class GenerationRequest:
         is_argument=False,
     )
 
-    preview: str = _declare(
-        Role.DELIVERY,
-        lambda _: choice("linear", "exact"),
-        "`exact`: each costs as much as decoding a picture; `linear`: its colours only, about right, in milliseconds",
-        value="exact",
-        is_argument=False,
-    )
+    @property
+    def schedule_field(self) -> str | None:
+        """The field that says which steps to make in the place of `num_inference_steps`."""
+        return next((name for name in SCHEDULE_FIELDS if getattr(self, name) is not None), None)
 
     def get_seed(self, index: int) -> int:
         """Return the seed of picture `index`."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from sdxl_server.errors import ConfigError
 from sdxl_server.families import Family
+from sdxl_server.folders import find_variant, write_copy
 from sdxl_server.schemas import shorten
 from sdxl_server.settings import CompileConfig, HandlerConfig
 
@@ -53,7 +54,8 @@ def check_files(folder: Path) -> None:
             if os.path.splitext(name)[1] not in SUFFIXES and name not in NAMES:
                 raise ConfigError(
                     f"{os.path.join(place, name)} could run code when it is loaded; the folder of a pipeline takes "
-                    f"weights in .safetensors, and {', '.join(sorted(SUFFIXES - {'.safetensors'}))}"
+                    f"weights in .safetensors, and {', '.join(sorted(SUFFIXES - {'.safetensors'}))}; what a pipeline "
+                    f"needs of it is copied by: {write_copy(folder)}"
                 )
 
 
@@ -116,7 +118,9 @@ def read_pipeline(folder: Path, dtype: str, family: Family) -> Any:
     # In float16 SDXL's VAE overflows. diffusers would convert it there and back for each picture, compiled or not.
     dtypes = {"default": torch.float16, "vae": torch.float32} if dtype == "float16" else getattr(torch, dtype)
     pipeline_class = getattr(diffusers, family.text_to_image)
-    pipeline = pipeline_class.from_pretrained(folder, dtype=dtypes, use_safetensors=True, local_files_only=True)
+    pipeline = pipeline_class.from_pretrained(
+        folder, dtype=dtypes, variant=find_variant(folder), use_safetensors=True, local_files_only=True
+    )
     pipeline.set_progress_bar_config(disable=True)
     # The VAE has the type that it is to run in; with this set, diffusers would convert it for each image it encodes.
     pipeline.vae.register_to_config(force_upcast=False)

@@ -8,11 +8,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from sdxl_server.answers import NativeFace
+from sdxl_server.answers import EVENTS, NativeFace
 from sdxl_server.bodies import find_warnings, read_fields, rename_fields
 from sdxl_server.errors import RequestError
 from sdxl_server.fields import GenerationRequest
 from sdxl_server.masks import has_holes
+from sdxl_server.prompts import PROMPTS
 from sdxl_server.request import Contract
 from sdxl_server.schemas import shorten
 from sdxl_server.uploads import MASK, read_upload
@@ -33,7 +34,6 @@ ACCEPTED = {
     "style": ("vivid", "natural"),
 }
 NAMES = ("model", "user")  # any text
-PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 ANSWERED_BY_URL = "dall-e"  # models of this name answer with a URL unless asked otherwise, and their clients read that
 MAX_TOLD = 10  # names of fields in a warning
 
@@ -42,6 +42,9 @@ class OpenAIFace(NativeFace):
     """Reads OpenAI's requests for pictures; a step of its streams is a comment, which clients skip."""
 
     takes_json_only = True
+    # LiteLLM's edits look at the status only and would take the missing `data` for no pictures; a time that is none
+    # they refuse. All others stumble over `data`, or look for the error.
+    beside_error: Mapping[str, Any] = {"created": "failed"}
     is_edit = False
 
     def read(
@@ -90,6 +93,10 @@ class OpenAIFace(NativeFace):
             else:
                 kept[name] = max(value, 1) if name == "output_compression" and value == 0 else value
         return rename_fields(kept, ALIASES)
+
+    def write_place(self, place: int, *, kind: str) -> bytes:
+        """Return a comment in the place of the native event, of a kind that OpenAI's clients do not know."""
+        return f": {place} requests are before this one\n\n".encode() if kind == EVENTS else self.write_pause(kind=kind)
 
     def write_step(self, *, done: int, total: int, seconds: float, share: float) -> bytes:
         """Return a comment, which keeps the connection alive."""

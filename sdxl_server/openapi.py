@@ -21,7 +21,7 @@ def build_openapi(contract: Contract, *, model: str = "diffusion_fast") -> dict[
     errors = {
         "400": "a field that cannot be accepted, or a token that is missing or wrong",
         "413": "a request of more bytes than max_request_size",
-        "500": "the picture failed; the server's log says why",
+        "500": "the picture failed: the message or the server's log says why",
         "503": "the queue is full, or no worker is ready",
         "504": "the timeout would pass, or has passed, before the picture is made",
         "507": "the worker stopped while it made the picture",

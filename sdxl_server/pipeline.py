@@ -3,23 +3,26 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sdxl_server import __version__
-from sdxl_server.compiling import VAE_ENCODER, compile_parts
-from sdxl_server.drawing import finish, generate, learn_patches
-from sdxl_server.errors import ConfigError, RequestError
+from sdxl_server.compiling import VAE_ENCODER, choose_graphs, compile_parts, price_half
+from sdxl_server.drawing import finish, generate
+from sdxl_server.errors import ConfigError, NotFiniteError, RequestError
 from sdxl_server.families import Family, find_family
-from sdxl_server.fields import Bounds, GenerationRequest, build_properties
+from sdxl_server.fields import MIN_SIDE, Bounds, GenerationRequest, build_properties
 from sdxl_server.files import can_hold, encode_picture
+from sdxl_server.folders import check_texts, check_whole, write_remedy
 from sdxl_server.loading import blame, check_device, check_files, choose_dtype, read_pipeline
 from sdxl_server.masks import find_mask_warnings
-from sdxl_server.previews import ColourMap
+from sdxl_server.prompts import PROMPTS, find_syntax
 from sdxl_server.request import Contract
-from sdxl_server.schedulers import list_schedulers, make_scheduler, set_scheduler
+from sdxl_server.samplers import Samplers
+from sdxl_server.schedulers import check_sampling, choose_default, find_samplers, make_scheduler
 from sdxl_server.settings import CompileConfig, HandlerConfig
 from sdxl_server.shortcuts import plan_calls
 
@@ -35,22 +38,22 @@ class LoadedPipeline:
         config: what it was loaded with.
         compilation: what it was compiled with.
         dtype: the type of its weights.
+        graphs: which sizes a graph of OpenVINO's is for; see `choose_graphs`.
         family: what kind of model it is.
         functions: what runs each part, compiled or not.
         parts: the compiled parts by name, each with its OpenVINOBackend, or None where another backend compiled it.
         contract: what requests may ask of it.
-        colours: what previews are drawn with, which learns from each picture.
     """
 
     pipeline: Any
     config: HandlerConfig
     compilation: CompileConfig
     dtype: str
+    graphs: str | None
     family: Family
     functions: Mapping[str, Callable[..., Any]]
     parts: Mapping[str, Any]
     contract: Contract
-    colours: ColourMap = dataclasses.field(default_factory=ColourMap)
 
     def describe(self) -> dict[str, Any]:
         """Return what runs, read off what was compiled so far; without a warm-up that is nothing before a request."""
@@ -61,8 +64,9 @@ class LoadedPipeline:
         report: dict[str, Any] = {
             "model_path": self.config.model_path,
             "dtype": self.dtype,
-            "scheduler": type(self.pipeline.scheduler).__name__,
+            "scheduler": self.contract.properties["scheduler"]["default"],
             "backend": self.compilation.backend or "eager",
+            "graphs_for": self.graphs,
             "compiled_parts": list(self.parts),
             "weights_sha256": self.weights_sha256,
             "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
@@ -103,12 +107,6 @@ class LoadedPipeline:
                 digests.append(digest_weights(dict([*module.named_parameters(), *module.named_buffers()])))
         return hashlib.sha256("".join(digests).encode()).hexdigest()
 
-    @property
-    def sizes(self) -> Sequence[tuple[int, int]]:
-        """The sizes to warm up, in pixels: those that are allowed, or the default."""
-        default = (self.contract.properties["width"]["default"], self.contract.properties["height"]["default"])
-        return self.contract.bounds.allowed_sizes or (default,)
-
     def measure_parts(self) -> dict[str, dict[str, tuple[float, str]]]:
         """Return for each part that OpenVINO runs the figures worth watching: by their name, the value and its unit."""
         if self.compilation.backend != "openvino":
@@ -140,17 +138,20 @@ def load_pipeline(
     folder = model_dir / config.model_path
     family = find_family(folder, is_xl=config.is_xl)
     check_files(folder)
+    check_whole(folder)
     check_device(compilation, device=device)
+    graphs = choose_graphs(config, compilation)
     dtype, compilation = choose_dtype(config, compilation, device=device)
-    with blame(f"cannot read the pipeline in {folder}"):
+    with blame(f"cannot read the pipeline in {folder} (it is made anew by: {write_remedy(folder)})"):
         pipeline = read_pipeline(folder, dtype, family)
+        check_texts(pipeline, family, folder)
         if device != "cpu":
             pipeline.to(device)
-        set_scheduler(pipeline, config.scheduler)
-        contract = build_contract(pipeline, family, config)
+        contract = build_contract(pipeline, family, config, graphs=graphs)
     with blame(f"pt2.backend: {compilation.backend} cannot run this model"):
-        functions, parts = compile_parts(pipeline, family, config, compilation)
-        loaded = LoadedPipeline(pipeline, config, compilation, dtype, family, functions, parts, contract)
+        size = contract.properties["width"]["default"], contract.properties["height"]["default"]
+        functions, parts = compile_parts(pipeline, family, config, compilation, size=size)
+        loaded = LoadedPipeline(pipeline, config, compilation, dtype, graphs, family, functions, parts, contract)
         if config.warm_up:
             warm_up(loaded)
     if config.weights_sha256 is not None and config.weights_sha256 != loaded.weights_sha256:
@@ -161,22 +162,27 @@ def load_pipeline(
     return loaded
 
 
-def build_contract(pipeline: Any, family: Family, config: HandlerConfig) -> Contract:
+def build_contract(pipeline: Any, family: Family, config: HandlerConfig, *, graphs: str | None) -> Contract:
     """Return what requests may ask of this pipeline under this configuration.
+
+    Args:
+        graphs: see `choose_graphs`; static ones are for the allowed sizes, or else for the configured one alone.
 
     Raises:
         ConfigError: the defaults are beyond the limits; names the key.
     """
+    samplers = find_samplers(pipeline.scheduler, pipeline.unet.config)
     own_side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    size = (config.width or own_side, config.height or own_side)
     defaults = {
-        "width": config.width or own_side,
-        "height": config.height or own_side,
+        "width": size[0],
+        "height": size[1],
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
         "unet_calls": config.unet_calls,
         "guidance_interval": config.guidance_interval,
         "quality": config.jpeg_quality,
-        "scheduler": type(pipeline.scheduler).__name__,
+        "scheduler": choose_default(pipeline.scheduler, samplers, config.scheduler),
     }
     bounds = Bounds(
         max_prompt_characters=config.max_prompt_characters,
@@ -187,12 +193,13 @@ def build_contract(pipeline: Any, family: Family, config: HandlerConfig) -> Cont
         max_images=config.max_images,
         max_megapixel_steps=config.max_megapixel_steps,
         max_timeout=config.max_timeout,
-        allowed_sizes=config.read_sizes(),
-        schedulers=tuple(list_schedulers(pipeline.scheduler)),
+        allowed_sizes=config.read_sizes() or ((size,) if graphs == "static" else ()),
+        schedulers=samplers,
         max_clip_skip=min(getattr(pipeline, each).config.num_hidden_layers for each in family.text_encoders) - 1,
     )
     properties = build_properties(bounds, defaults=defaults, lacking=family.lacks)
-    contract = Contract(properties, bounds, functools.partial(_count_calls, pipeline.scheduler))
+    half = price_half(config, graphs)
+    contract = Contract(properties, bounds, functools.partial(_count_calls, pipeline, samplers, half))
     try:
         contract.check({"prompt": "what a request gets that says no more", **defaults})
     except RequestError as error:
@@ -201,8 +208,15 @@ def build_contract(pipeline: Any, family: Family, config: HandlerConfig) -> Cont
     return contract
 
 
-def _count_calls(model_own: Any, request: GenerationRequest) -> float:
-    return plan_calls(make_scheduler(model_own, request), request).total
+def _count_calls(pipeline: Any, samplers: Samplers, half: float, request: GenerationRequest) -> float:
+    """Return the UNet's calls for one picture of a request.
+
+    Raises:
+        RequestError: there would be none, or the scheduler cannot make them right.
+    """
+    check_sampling(pipeline.scheduler, samplers, request)
+    scheduler = make_scheduler(pipeline.scheduler, request)
+    return plan_calls(scheduler, request, unet_config=pipeline.unet.config, half=half).total
 
 
 def warm_up(loaded: LoadedPipeline) -> None:
@@ -211,15 +225,25 @@ def warm_up(loaded: LoadedPipeline) -> None:
     The VAE's encoder is left to the first request with an image.
 
     Raises:
-        ConfigError: a part ran in eager PyTorch although it was to be compiled.
+        ConfigError: a part ran in eager PyTorch although it was to be compiled, or a picture is not finite.
     """
-    for width, height in loaded.sizes:
-        fields = {"prompt": "warm-up", "width": width, "height": height, "guidance_interval": [0, 1]}
-        for more in ({}, {"guidance_scale": 1.0}) if loaded.config.guidance_interval else ({},):
-            request = _choose_warm_up(loaded, {**fields, **more})
+    contract = loaded.contract
+    sizes = [(contract.properties["width"]["default"], contract.properties["height"]["default"])]
+    if loaded.graphs == "both":
+        sizes.append((MIN_SIDE, next(side for side in (MIN_SIDE, MIN_SIDE + 8) if (MIN_SIDE, side) != sizes[0])))
+    kinds: list[dict[str, Any]] = [{"guidance_interval": [0, 1]}]
+    # OpenVINO's graphs are for one batch, whatever is asked for, or for any.
+    if loaded.graphs is None and loaded.compilation.backend is not None and loaded.config.guidance_interval is not None:
+        kinds.append({"guidance_scale": 1.0})
+    for (width, height), kind in itertools.product(contract.bounds.allowed_sizes or sizes, kinds):
+        request = _choose_warm_up(loaded, {"prompt": "warm-up", "width": width, "height": height, **kind})
+        try:
             encode_picture(finish(generate(loaded, request))[0].image, request)
-    width, height = loaded.sizes[0]
-    learn_patches(loaded, width=width, height=height)
+        except NotFiniteError as error:
+            raise ConfigError(
+                f"handler.dtype: {loaded.config.dtype}: at the warm-up {error}; either the weights in "
+                f"{loaded.config.model_path} are damaged, or they overflow in {loaded.dtype} and need dtype: float32"
+            ) from error
     report = loaded.describe()
     warm = [name for name in loaded.parts if name != VAE_ENCODER]
     idle = [name for name, graphs in report.get("openvino", {}).items() if name in warm and not graphs]
@@ -242,13 +266,18 @@ def _choose_warm_up(loaded: LoadedPipeline, fields: Mapping[str, Any]) -> Genera
             steps += 1
 
 
-def find_warnings(loaded: LoadedPipeline, request: GenerationRequest) -> list[str]:
-    """Return what of a request is left out, in words."""
+def find_warnings(loaded: LoadedPipeline, request: GenerationRequest, *, told: Sequence[str] = ()) -> list[str]:
+    """Return what of a request is left out, in words.
+
+    Args:
+        told: the warnings that there are already.
+    """
     tokenizer = loaded.pipeline.tokenizer
     most = tokenizer.model_max_length
     warnings = []
-    for name in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"):
+    for name in PROMPTS:
         value = getattr(request, name)
+        warnings += find_syntax(name, value) if value else []
         count = len(tokenizer(value).input_ids) if value else 0
         if count > most:
             warnings.append(f"{name} has {count} tokens; the text encoder reads the first {most}")
@@ -257,28 +286,30 @@ def find_warnings(loaded: LoadedPipeline, request: GenerationRequest) -> list[st
             warnings.append(f"{name} has no effect without an image")
     if request.mask_image is not None:
         warnings += find_mask_warnings(request.mask_image)
-    if loaded.config.embed_parameters and not can_hold(request, describe_picture(loaded, request, 0, unet_calls=0)):
+    described = describe_picture(loaded, request, 0, unet_calls=0, warnings=[*told, *warnings])
+    if loaded.config.embed_parameters and not can_hold(request, described):
         warnings.append("the prompts are too long for a JPEG to hold what makes it again; PNG and WebP have room")
     return warnings
 
 
 def describe_picture(
-    loaded: LoadedPipeline, request: GenerationRequest, index: int, *, unet_calls: float
+    loaded: LoadedPipeline, request: GenerationRequest, index: int, *, unet_calls: float, warnings: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return what makes picture `index` again: the fields of the request, and what made it."""
+    """Return what makes picture `index` again: the fields of the request, what was left out of it, and what made it."""
     import diffusers
     import openvino
     import torch
 
     return {
         "request": request.describe(index),
+        **({"warnings": list(warnings)} if warnings else {}),
         "made_with": {
             "model": loaded.config.model_path,
             "weights_sha256": loaded.weights_sha256,
             "dtype": loaded.dtype,
             "unet_calls": unet_calls,
             "backend": loaded.compilation.backend or "eager",
-            **({} if loaded.arithmetic is None else {"arithmetic": loaded.arithmetic}),
+            **({} if loaded.arithmetic is None else {"arithmetic": loaded.arithmetic, "graphs_for": loaded.graphs}),
             "versions": {
                 "sdxl_server": __version__,
                 "diffusers": diffusers.__version__,

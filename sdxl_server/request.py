@@ -59,9 +59,14 @@ class Contract:
         return request
 
     def _check_field(self, name: str, value: Any) -> Any:
-        schema = self.properties[name]
-        if DECLARATIONS[name].is_upload:
+        schema, declaration = self.properties[name], DECLARATIONS[name]
+        if declaration.is_upload:
             return read_upload(name, value, max_side=self.bounds.max_side)
+        if declaration.read is not None:
+            try:
+                return declaration.read(value, self.bounds)
+            except ValueError as error:
+                raise RequestError(f"{name} {error}", param=name) from error
         if not is_valid(value, schema):
             raise RequestError(f"{name} takes {describe_schema(schema)}, not {shorten(value)}", param=name)
         if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):

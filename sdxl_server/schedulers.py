@@ -1,100 +1,246 @@
-"""diffusers' schedulers: which fit a model, how many calls of the UNet they make, what they take the end to be."""
+"""diffusers' schedulers: which draw a model right, how often they call the UNet, what they take the end to be."""
 
+import functools
 import inspect
 import itertools
+import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from sdxl_server.errors import ConfigError, RequestError
-from sdxl_server.fields import GenerationRequest
+from sdxl_server.fields import SCHEDULE_FIELDS, GenerationRequest
+from sdxl_server.samplers import Samplers, list_options, read_sampler, split_sampler
 from sdxl_server.schemas import shorten
 
-
-def list_schedulers(scheduler: Any) -> dict[str, Any]:
-    """Return by their names the schedulers that can take this one's place and that can be used on this machine."""
-    usable = {}
-    for each in sorted(scheduler.compatibles, key=lambda each: each.__name__):
-        try:
-            each.from_config(scheduler.config)
-        except (ImportError, TypeError, ValueError):  # a library is missing, or the settings do not fit
-            continue
-        usable[each.__name__] = each
-    return usable
+DISTILLED = ("LCMScheduler", "TCDScheduler")  # each draws what was distilled for it, and only that
+TRIAL_STEPS = 10
+TRIAL_SIDE = 64  # of latents of four channels: chance moves the shares below by 0.01
+FARTHEST = 0.03  # from the share of the picture, or of the noise, that a timestep is due
+FARTHEST_LEVEL = 0.01  # likewise, in what a scheduler believes; without zero terminal SNR it is up to 0.07
+LEAST_OF_PICTURE = 0.9  # in what a scheduler ends with
+TAKES_NO_SIGMAS = "UniPCMultistepScheduler"  # but for models of flow, although set_timesteps has the argument
 
 
-def set_scheduler(pipeline: Any, name: str | None) -> None:
-    """Replace the scheduler by the named one, with the settings of the model's own.
+def find_samplers(own: Any, unet_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of each scheduler that draws a model right, by its name.
+
+    Args:
+        own: the scheduler in the model's folder.
+        unet_config: tells of a UNet that was distilled to few steps with the guidance in it.
+    """
+    import diffusers
+
+    if type(own).__name__ in DISTILLED:
+        candidates = [type(own)]
+    elif unet_config.get("time_cond_proj_dim") is not None:
+        candidates = [diffusers.LCMScheduler]
+    else:
+        candidates = sorted({*own.compatibles, type(own)}, key=lambda each: each.__name__)
+    source = _write_config(own)
+    return {
+        each.__name__: list_options(each) for each in candidates if not _find_fault(source, each.__name__, options="{}")
+    }
+
+
+def choose_default(own: Any, samplers: Samplers, configured: Any) -> str | dict[str, Any]:
+    """Return the scheduler of requests that name none.
+
+    Args:
+        configured: as model-config.yaml has it; None for the model's own.
 
     Raises:
-        ConfigError: not a scheduler that fits this model.
+        ConfigError: it does not fit this model.
     """
-    if name is None:
-        return
-    schedulers = list_schedulers(pipeline.scheduler)
-    if name not in schedulers:
-        raise ConfigError(f"handler.scheduler takes one of {', '.join(schedulers)}, not {name!r}")
-    pipeline.scheduler = schedulers[name].from_config(pipeline.scheduler.config)
+    name = type(own).__name__
+    try:
+        if configured is not None:
+            chosen = read_sampler(configured, samplers)
+        elif name in samplers:
+            return name
+        else:
+            raise ValueError(
+                f"takes one of {', '.join(samplers) or 'none for this model'}, since the model's own, {name}, "
+                f"{_find_fault(_write_config(own), name, options='{}')}"
+            )
+        check_options(own, chosen)
+    except ValueError as error:
+        raise ConfigError(f"handler.scheduler {error}") from error
+    return chosen
+
+
+def check_options(own: Any, sampler: str | Mapping[str, Any]) -> None:
+    """Refuse options under which a scheduler does not draw the model right.
+
+    Raises:
+        ValueError: says what they make of it.
+    """
+    name, options = split_sampler(sampler)
+    fault = _find_fault(_write_config(own), name, options=json.dumps(options, sort_keys=True)) if options else ""
+    if fault:
+        raise ValueError(f"takes other options than these: {name} {fault}")
+
+
+def _write_config(own: Any) -> str:
+    return json.dumps(dict(own.config), default=list, sort_keys=True)
+
+
+def build_scheduler(config: Mapping[str, Any], name: str, options: Mapping[str, Any]) -> Any:
+    """Return a scheduler with the settings of the model's own.
+
+    Latents are not bounded as pixels are, so they are only clipped where the model's own settings say so.
+    """
+    import diffusers
+
+    chosen = getattr(diffusers, name)
+    is_told = "clip_sample" in config and "clip_sample" not in config.get("_use_default_values", ())
+    taken = inspect.signature(chosen.__init__).parameters
+    free = {} if is_told or "clip_sample" not in taken else {"clip_sample": False}
+    return chosen.from_config(config, **free, **options)
+
+
+@functools.lru_cache(maxsize=256)
+def _find_fault(source: str, name: str, *, options: str) -> str:
+    """Say what is wrong with a scheduler for the model of these settings; empty where nothing is.
+
+    Its noise levels must be those of the model's training, which a scheduler that cannot do zero terminal SNR has not
+    where the model has it. Then it draws a picture of known numbers with a model that is never wrong: what the UNet is
+    given must hold the share of the picture and of the noise that it was trained on at this timestep, which depends on
+    the scaling of the noise and on the options, and the end must be the picture, which depends on the kind of
+    prediction and on whether latents are clipped.
+    """
+    config = json.loads(source)
+    try:
+        scheduler = build_scheduler(config, name, json.loads(options))
+        if hasattr(scheduler, "precondition_outputs"):  # EDM's have levels of their own, and draw EDM's models only
+            return "" if config.get("sigma_data") is not None else "is for models of EDM"
+        trained = build_scheduler(config, "DDIMScheduler", {})
+        apart = (scheduler.alphas_cumprod.sqrt() - trained.alphas_cumprod.sqrt()).abs().max()
+        if apart > FARTHEST_LEVEL:
+            return f"has not the noise levels of the model's training: they are up to {apart:.2f} apart"
+        return _try_levels(scheduler, trained)
+    except (AttributeError, ImportError, IndexError, NotImplementedError, TypeError, ValueError) as error:
+        return f"cannot be used here: {' '.join(str(error).split())}"
+
+
+def _try_levels(scheduler: Any, trained: Any) -> str:
+    """Draw as `_find_fault` says.
+
+    Args:
+        trained: knows the noise levels and the kind of prediction that the model was trained with.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    picture, noise = (torch.randn(1, 4, TRIAL_SIDE, TRIAL_SIDE, generator=generator) for _ in range(2))
+    noise -= _project(noise, picture) * picture
+    more = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    scheduler.set_timesteps(TRIAL_STEPS)
+    latents = None
+    for timestep in scheduler.timesteps:
+        share, level = find_level(trained, timestep)
+        if latents is None:
+            latents = (share * picture + level * noise) * scheduler.init_noise_sigma
+        given = scheduler.scale_model_input(latents, timestep)
+        found = _project(given, picture)
+        found_level = float((given - found * picture).std())
+        if not (abs(found - share) <= FARTHEST and abs(found_level - level) <= FARTHEST):
+            return (
+                f"gives the model other noise than it was trained on: at timestep {float(timestep):.0f} {found:.2f} of "
+                f"the picture and {found_level:.2f} of noise, where {share:.2f} and {level:.2f} are due"
+            )
+        exact = (given - share * picture) / max(level, 1e-6)
+        outputs = {"epsilon": exact, "sample": picture, "v_prediction": share * exact - level * picture}
+        latents = scheduler.step(outputs[trained.config.prediction_type], timestep, latents, **more).prev_sample
+    end = _project(latents, picture)
+    rest = float((latents - end * picture).std())
+    return "" if end > LEAST_OF_PICTURE and rest < 1 - LEAST_OF_PICTURE else f"ends with {end:.2f} of the picture"
+
+
+def _project(tensor: Any, picture: Any) -> float:
+    """Return how much of a picture is in a tensor."""
+    return float((tensor * picture).sum() / (picture * picture).sum())
 
 
 def make_scheduler(model_own: Any, request: GenerationRequest) -> Any:
     """Return the scheduler that a request names, with the settings of the model's own, set to its steps.
 
     Raises:
-        RequestError: it cannot make so few steps.
+        RequestError: it cannot make so few steps, or not these.
     """
-    import diffusers
-
-    scheduler = getattr(diffusers, str(request.scheduler)).from_config(model_own.config)
-    schedule = find_schedule(request, scheduler)
+    name, options = split_sampler(request.scheduler or type(model_own).__name__)
+    scheduler = build_scheduler(model_own.config, name, options)
+    schedule = find_schedule(request)
     steps: dict[str, Any] = schedule or {"num_inference_steps": request.num_inference_steps}
     try:
         scheduler.set_timesteps(**steps)
     except (IndexError, ValueError) as error:
-        name, given = next(iter(steps.items()))
-        told = f"in {given} steps" if not schedule else f"with these {name}"
+        given = f"in {request.num_inference_steps} steps" if not schedule else f"with these {next(iter(schedule))}"
+        key = request.schedule_field or "num_inference_steps"
         raise RequestError(
-            f"{name}: {request.scheduler} cannot make a picture {told} ({error}); give it more, or another scheduler",
-            param=name,
+            f"{key}: {name} cannot make a picture {given} ({error}); give it "
+            f"{'another number of steps' if not schedule else 'others'}, or another scheduler",
+            param=key,
         ) from error
     return scheduler
 
 
-def find_schedule(request: GenerationRequest, scheduler: Any) -> dict[str, list[float]]:
-    """Return the schedule that a request names, as diffusers' argument, or nothing.
-
-    Raises:
-        RequestError: it names two, one that does not fall, or one that this scheduler or model cannot take.
-    """
+def find_schedule(request: GenerationRequest) -> dict[str, list[float]]:
+    """Return the schedule that a request names, as diffusers' argument, or nothing."""
     from diffusers.schedulers import AysSchedules
 
-    named = [name for name in ("timesteps", "sigmas", "schedule") if getattr(request, name) is not None]
-    if not named:
+    name = request.schedule_field
+    if name is None:
         return {}
+    if name == "schedule":
+        return {"sigmas" if str(request.schedule).endswith("Sigmas") else "timesteps": AysSchedules[request.schedule]}
+    return {name: list(getattr(request, name))}
+
+
+def check_sampling(model_own: Any, samplers: Samplers, request: GenerationRequest) -> None:
+    """Refuse what a request's scheduler cannot draw the model right with.
+
+    Args:
+        samplers: the schedulers on offer.
+
+    Raises:
+        RequestError: names the options, or the schedule: two of them, one that does not fall, or one that this
+            scheduler or model cannot take.
+    """
+    sampler = request.scheduler or type(model_own).__name__
+    try:
+        check_options(model_own, sampler)
+    except ValueError as error:
+        raise RequestError(f"scheduler {error}", param="scheduler") from error
+    named = [name for name in SCHEDULE_FIELDS if getattr(request, name) is not None]
     if len(named) > 1:
         raise RequestError(f"{' and '.join(named)} are one thing; give one of them", param=named[1])
-    name, given = named[0], getattr(request, named[0])
-    kind = name if name != "schedule" else "sigmas" if given.endswith("Sigmas") else "timesteps"
-    values = list(AysSchedules[given] if name == "schedule" else given)
-    if any(before <= after for before, after in itertools.pairwise(values)) or kind == "sigmas" and values[-1] != 0:
-        raise RequestError(
-            f"{name} takes numbers that fall{', to 0 at last' if kind == 'sigmas' else ''}, not {shorten(values)}",
-            param=name,
-        )
-    if name == "schedule" and scheduler.config.prediction_type != "epsilon":
-        raise RequestError(
-            f"schedule takes a model that predicts the noise, not {scheduler.config.prediction_type}", param=name
-        )
-    takers = [each.__name__ for each in list_schedulers(scheduler).values() if _takes(each, kind)]
-    if not _takes(type(scheduler), kind):
-        raise RequestError(
-            f"{name} is taken by {', '.join(takers)}, not by {request.scheduler}; name one of them as scheduler",
-            param=name,
-        )
-    return {kind: values}
+    for kind, values in find_schedule(request).items():
+        is_noise = kind == "sigmas"
+        if any(before <= after for before, after in itertools.pairwise(values)) or (is_noise and values[-1] != 0):
+            raise RequestError(
+                f"{named[0]} takes numbers that fall{', to 0 at last' if is_noise else ''}, not {shorten(values)}",
+                param=named[0],
+            )
+        if named == ["schedule"] and model_own.config.prediction_type != "epsilon":
+            raise RequestError(
+                f"schedule takes a model that predicts the noise, not {model_own.config.prediction_type}",
+                param="schedule",
+            )
+        takers, (name, _) = [each for each in samplers if _takes(each, kind)], split_sampler(sampler)
+        if name not in takers:
+            raise RequestError(
+                f"{named[0]} is taken by {', '.join(takers) or 'no scheduler of this model'}, not by {name}"
+                f"{'; name one of them as scheduler' if takers else ''}",
+                param=named[0],
+            )
 
 
-def _takes(scheduler: Any, kind: str) -> bool:
-    return kind in inspect.signature(scheduler.set_timesteps).parameters
+def _takes(scheduler: str, kind: str) -> bool:
+    import diffusers
+
+    taken = inspect.signature(getattr(diffusers, scheduler).set_timesteps).parameters
+    return kind in taken and (kind, scheduler) != ("sigmas", TAKES_NO_SIGMAS)
 
 
 def list_timesteps(scheduler: Any, request: GenerationRequest) -> list[float]:
@@ -108,7 +254,7 @@ def list_timesteps(scheduler: Any, request: GenerationRequest) -> list[float]:
     """
     timesteps: list[float] = scheduler.timesteps.tolist()
     if request.image is not None and request.strength is not None:
-        steps_of_all = len(timesteps) if find_schedule(request, scheduler) else request.num_inference_steps
+        steps_of_all = len(timesteps) if request.schedule_field else request.num_inference_steps
         steps = int(steps_of_all * request.strength)
         if steps < 1:
             raise RequestError(
@@ -129,6 +275,23 @@ def list_timesteps(scheduler: Any, request: GenerationRequest) -> list[float]:
     return timesteps
 
 
+def find_sigma(scheduler: Any, timestep: Any) -> float:
+    """Return the noise at a timestep, whole or not, as a share of the picture's own strength."""
+    if hasattr(scheduler, "precondition_outputs"):
+        return math.exp(4 * float(timestep))  # the inverse of EDM's precondition_noise
+    alphas = scheduler.alphas_cumprod.double().clamp(min=1e-12)
+    sigmas = ((1 - alphas) / alphas) ** 0.5
+    low = int(timestep)
+    high = min(low + 1, len(sigmas) - 1)
+    return float(sigmas[low] + (float(timestep) - low) * (sigmas[high] - sigmas[low]))
+
+
+def find_level(scheduler: Any, timestep: Any) -> tuple[float, float]:
+    """Return the shares of the picture and of the noise that a model was trained on at a timestep, whole or not."""
+    sigma = find_sigma(scheduler, timestep)
+    return (1 / (1 + sigma**2)) ** 0.5, (sigma**2 / (1 + sigma**2)) ** 0.5
+
+
 def predict_original(scheduler: Any, sample: Any, timestep: Any, output: Any) -> Any:
     """Return the finished latents as they look from one call of the UNet.
 
@@ -142,11 +305,11 @@ def predict_original(scheduler: Any, sample: Any, timestep: Any, output: Any) ->
         output: what it returned, guided.
     """
     sample, output = sample.float(), output.float()
-    sigma = find_sigma(scheduler, timestep)
     if hasattr(scheduler, "precondition_outputs"):
+        sigma = find_sigma(scheduler, timestep)
         scale = (sigma**2 + scheduler.config.sigma_data**2) ** 0.5
         return scheduler.precondition_outputs(sample * scale, output, sigma)
-    alpha, noise = (1 / (1 + sigma**2)) ** 0.5, (sigma**2 / (1 + sigma**2)) ** 0.5
+    alpha, noise = find_level(scheduler, timestep)
     kind = scheduler.config.prediction_type
     if kind == "sample":
         return output
@@ -165,14 +328,3 @@ def find_output(scheduler: Any, sample: Any, timestep: Any, original: Any) -> An
     offset = predict_original(scheduler, sample, timestep, torch.zeros_like(sample))
     slope = predict_original(scheduler, torch.zeros(1), timestep, torch.ones(1)).to(offset.device)
     return (original - offset) / slope
-
-
-def find_sigma(scheduler: Any, timestep: Any) -> float:
-    """Return the noise at a timestep, whole or not, as a share of the picture's own strength."""
-    if hasattr(scheduler, "precondition_outputs"):
-        return math.exp(4 * float(timestep))  # the inverse of EDM's precondition_noise
-    alphas = scheduler.alphas_cumprod.double().clamp(min=1e-12)
-    sigmas = ((1 - alphas) / alphas) ** 0.5
-    low = int(timestep)
-    high = min(low + 1, len(sigmas) - 1)
-    return float(sigmas[low] + (float(timestep) - low) * (sigmas[high] - sigmas[low]))

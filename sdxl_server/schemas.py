@@ -59,7 +59,9 @@ def falling(items: Schema, most: int, accepted: str) -> Schema:
 
 def nullable(schema: Schema) -> Schema:
     """Return a schema that takes null too."""
-    both: Schema = {**schema, "type": [schema["type"], "null"]}
+    kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    both: Schema = {**schema, "type": [*kinds, "null"]}
+    both |= {"anyOf": [*schema["anyOf"], {"type": "null"}]} if "anyOf" in schema else {}
     return both | ({"enum": [*schema["enum"], None]} if "enum" in schema else {})
 
 

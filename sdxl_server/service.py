@@ -5,8 +5,9 @@ import enum
 import json
 import logging
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from sdxl_server import __version__
 from sdxl_server.answers import JSON, MadePicture, NativeFace, split_pieces
 from sdxl_server.bodies import check_parts
 from sdxl_server.drawing import Picture, Progress, draw_preview, generate, keep_protected
-from sdxl_server.errors import RequestError, VersionError, format_error
+from sdxl_server.errors import NotFiniteError, RequestError, VersionError, format_error
 from sdxl_server.fields import GenerationRequest
 from sdxl_server.files import encode_picture
 from sdxl_server.limits import READ_SECONDS, limit_time
@@ -60,20 +61,56 @@ class Call:
     model: str = "diffusion_fast"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Answer:
-    """The answer to a call.
+    """The answer to a call, from its reading to its end.
 
     Attributes:
         content_type, headers: to send before the first of the steps.
+        face: that writes it.
         steps: yields after each step what to send then, and returns the rest.
+        waits: it has to wait for its turn; a document does not.
         seconds: of each stage that is over, by its name.
+        may_pause: what was sent last is whole, so that a word of the wait may stand after it.
     """
 
     content_type: str
     headers: Mapping[str, str]
+    face: NativeFace
     steps: Generator[bytes, None, bytes]
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    waits: bool = True
+    seconds: dict[str, float] = field(default_factory=dict)
+    may_pause: bool = True
+
+    def write_place(self, place: int) -> bytes:
+        """Return what tells the client how many requests are before its own; nothing where it cannot be told."""
+        return self.face.write_place(place, kind=self.content_type) if self.may_pause else b""
+
+    def write_pause(self) -> bytes:
+        """Return what shows the client, and what stands between, that the answer is still to come."""
+        return self.face.write_pause(kind=self.content_type) if self.may_pause else b""
+
+    def write_failure(self, error: Mapping[str, Any]) -> bytes:
+        """Return an error in the place of what is left of an answer that has begun."""
+        return self.face.write_failure(error, kind=self.content_type)
+
+
+@dataclass
+class Ticket:
+    """A request's place in the handler's queue, and what its client has been told.
+
+    Attributes:
+        has_stepped: it has made its first step.
+        has_begun: its response has, with its status and its headers.
+        place: the last that was told, -1 before.
+        sent_at: when something was sent last, by time.monotonic().
+    """
+
+    answer: Answer
+    has_stepped: bool = False
+    has_begun: bool = False
+    place: int = -1
+    sent_at: float = 0.0
 
 
 class Service:
@@ -106,18 +143,20 @@ class Service:
         face = FACES.get(call.path)
         if face is None:
             document = self.read_document(call)
-            return Answer(JSON, {}, _send_whole(document))
+            return Answer(JSON, {}, FACES[""], _send_whole(document), waits=False)
         start = time.perf_counter()
         with limit_time(READ_SECONDS):
             check_parts(call.values, content_type=call.content_type, length=call.content_length)
             request, warnings = face.read(call.values, content_type=call.content_type, contract=self.loaded.contract)
-            warnings += find_warnings(self.loaded, request)
+            warnings += find_warnings(self.loaded, request, told=warnings)
         # As JSON a prompt has no line breaks, so that it cannot forge a line of the log.
         logger.info("Request: %s", json.dumps(request.describe()))
         kind = face.choose_type(request, call.accept)
         headers = {"X-Seed": str(request.seed)} | ({"X-Warning": "; ".join(warnings)} if warnings else {})
-        seconds = {"preprocess": time.perf_counter() - start}
-        return Answer(kind, headers, self._draw(request, seconds, face=face, kind=kind, warnings=warnings), seconds)
+        answer = Answer(kind, headers, face, _send_whole(b""))
+        answer.seconds["preprocess"] = time.perf_counter() - start
+        answer.steps = self._draw(request, answer, warnings)
+        return answer
 
     def read_document(self, call: Call) -> bytes:
         """Return what a path names that is no face.
@@ -136,28 +175,25 @@ class Service:
         names = ", ".join(("describe", "openapi.json", "v1/models", f"v1/models/{call.model}", *filter(None, FACES)))
         raise RequestError(f"there is no {shorten(call.path)} here; there are {names}", status=404)
 
-    def _draw(
-        self, request: GenerationRequest, seconds: dict[str, float], *, face: NativeFace, kind: str, warnings: list[str]
-    ) -> Generator[bytes, None, bytes]:
-        """Yield after each step what to send then; return the rest, in a stream that has begun an error too."""
-        has_begun = False
+    def _draw(self, request: GenerationRequest, answer: Answer, warnings: list[str]) -> Generator[bytes, None, bytes]:
+        """Yield after each step what to send then; return the rest."""
+        face, seconds = answer.face, answer.seconds
         steps = self._make_steps(request, seconds)
         try:
             while True:
                 progress = next(steps)
+                answer.may_pause = False
                 shown = self._show_step(request, progress, face, seconds["inference"])
-                yield from split_pieces([shown])
-                has_begun = True
+                last = yield from _leave_last(split_pieces([shown]))
+                answer.may_pause = True
+                yield last
         except StopIteration as end:
+            answer.may_pause = False
             resumed = time.perf_counter()
-            made = [self._finish(request, picture, index) for index, picture in enumerate(end.value)]
+            made = [self._finish(request, picture, index, warnings=warnings) for index, picture in enumerate(end.value)]
             seconds["postprocess"] = time.perf_counter() - resumed
-            written = face.write_pictures(request, made, kind=kind, warnings=warnings)
+            written = face.write_pictures(request, made, kind=answer.content_type, warnings=warnings)
             return (yield from _leave_last(split_pieces(written)))
-        except Exception as error:
-            if not (request.stream and has_begun):
-                raise
-            return face.write_failure(explain(error), kind=kind)
         finally:
             steps.close()
 
@@ -200,14 +236,15 @@ class Service:
         due = choose_preview_steps(request.partial_images, steps=progress.steps)
         numbers = [number for number, step in enumerate(due) if step == progress.step]
         if numbers:
-            preview = draw_preview(self.loaded, progress, is_exact=request.preview == "exact")
-            file = encode_picture(keep_protected(preview, request), request)
+            file = encode_picture(keep_protected(draw_preview(self.loaded, progress), request), request)
             for number in numbers:
                 events += face.write_preview(request, file, index=progress.index, number=number)
         return events
 
-    def _finish(self, request: GenerationRequest, picture: Picture, index: int) -> MadePicture:
-        described = describe_picture(self.loaded, request, index, unet_calls=picture.unet_calls)
+    def _finish(
+        self, request: GenerationRequest, picture: Picture, index: int, *, warnings: Sequence[str]
+    ) -> MadePicture:
+        described = describe_picture(self.loaded, request, index, unet_calls=picture.unet_calls, warnings=warnings)
         calls = f"{picture.unet_calls:g} of {picture.calls_of_all}"
         embedded = described if self.loaded.config.embed_parameters else None
         file = encode_picture(picture.image, request, parameters=embedded)
@@ -257,9 +294,13 @@ def choose_preview_steps(count: int, *, steps: int) -> list[int]:
 def explain(error: Exception) -> dict[str, Any]:
     """Return what a client is told of an error, in which `code` is the HTTP status."""
     if isinstance(error, RequestError):
-        status, kind, message = error.status, "invalid_request_error", str(error)
+        kind = "server_busy" if error.status == HTTPStatus.SERVICE_UNAVAILABLE else "invalid_request_error"
+        status, message = error.status, str(error)
     elif isinstance(error, TimeoutError):
         status, kind, message = 504, "timeout_error", str(error)
+    elif isinstance(error, NotFiniteError):
+        status, kind, message = 500, "server_error", str(error)
+        logger.error("%s; the request is in the line before its first step", message)
     else:
         logger.error("The picture failed: %s", format_error(error))
         status, kind, message = 500, "server_error", "the picture failed; the server's log says why"

@@ -82,10 +82,10 @@ class HandlerConfig:
         "OpenVINO on a CPU, which computes in bfloat16 or 8 bits from it, bfloat16 for other backends, and float32 "
         "where the arithmetic is float32",
     )
-    scheduler: str | None = _setting(
+    scheduler: str | Mapping[str, Any] | None = _setting(
         None,
-        _any_text("the name of a diffusers scheduler"),
-        "a diffusers scheduler that fits the model, such as DPMSolverMultistepScheduler",
+        {"type": ["string", "object"], "minLength": 1, "x-accepted": "a scheduler as requests name it"},
+        "the sampler of requests that name none, such as DPM++ 2M Karras or {name: UniPC, solver_order: 3}",
         null="the model's own",
     )
     num_inference_steps: int = _setting(30, whole(1, 1000), "denoising steps")
@@ -118,7 +118,7 @@ class HandlerConfig:
             "items": {"type": "string", "pattern": r"^[1-9]\d{1,3}x[1-9]\d{1,3}$"},
             "x-accepted": "a list of sizes such as 1024x1024, in multiples of 8",
         },
-        "no others are made, and these are compiled at the start",
+        "no others are made, and each of these is made once at the start",
         null="any",
     )
     max_side: int = _setting(2048, whole(MIN_SIDE, MAX_SIDE), "of a picture, in pixels")
@@ -129,6 +129,20 @@ class HandlerConfig:
     )
     max_prompt_characters: int = _setting(2000, whole(1, 3000), "of each of its prompts")
     max_timeout: float = _setting(3600, real(1, 1e6), "seconds of work on a request")
+    graphs: str | None = _setting(
+        None,
+        choice("static", "dynamic", "both"),
+        "of openvino, which sizes a graph is for: `dynamic`: one graph for all sizes; `static`: one for each of "
+        "`allowed_sizes`, or for the size above alone, faster, each with a copy of the weights; `both`: one for the "
+        "size above and one for all others",
+        null="static where `allowed_sizes` holds one size, or else dynamic",
+    )
+    max_running: int = _setting(
+        3, whole(1, 1000), "requests that make steps: the picture under way, and those behind it, which make the first"
+    )
+    max_waiting: int = _setting(
+        5, whole(0, 1000), "requests behind them that wait, told their place; one more is answered with 503"
+    )
     compile_unet: bool = _setting(True, switch(), "compile the UNet with `pt2`")
     compile_vae: bool = _setting(
         True, switch(), "compile the VAE with `pt2`; its encoder at the first request with an image"

@@ -4,7 +4,7 @@ All is fixed before the first step, so that a seed's picture and the time that i
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ class Plan:
     """The calls of the UNet for one picture, by their place in the full schedule.
 
     Attributes:
-        costs: of each: 1, 0.5 where half of the batch is run, outside the guidance interval, 0 where it is forecast.
+        costs: of each: 1, what half of the batch costs outside the guidance interval, 0 where it is forecast.
         guided: of each: both halves count.
     """
 
@@ -31,17 +31,20 @@ class Plan:
         return sum(self.costs)
 
 
-def plan_calls(scheduler: Any, request: GenerationRequest) -> Plan:
+def plan_calls(scheduler: Any, request: GenerationRequest, *, unet_config: Mapping[str, Any], half: float) -> Plan:
     """Return the calls for a picture of a request.
 
     Args:
         scheduler: set to the request's steps.
+        unet_config: tells of a UNet that was distilled with the guidance in it, whose calls have no halves.
+        half: what one costs, in whole calls.
 
     Raises:
         RequestError: the request leaves no step, or an interval that is none.
     """
     timesteps = list_timesteps(scheduler, request)
-    guided = _find_guided(scheduler, request, timesteps)
+    has_halves = request.guidance_scale > 1 and unet_config.get("time_cond_proj_dim") is None
+    guided = _find_guided(scheduler, request, timesteps) if has_halves else [True] * len(timesteps)
     made = set(range(len(timesteps)))
     if request.unet_calls is not None:
         share = len(timesteps) / len(scheduler.timesteps)
@@ -50,15 +53,15 @@ def plan_calls(scheduler: Any, request: GenerationRequest) -> Plan:
     if first not in made:  # what the guidance changes cannot be forecast before it was seen once
         made -= {min(made - {0, len(timesteps) - 1}, key=lambda each: abs(each - first))}
         made |= {first}
-    costs = [(1 if is_guided else 0.5) if i in made else 0 for i, is_guided in enumerate(guided)]
+    costs = [(1 if is_guided else half) if i in made else 0 for i, is_guided in enumerate(guided)]
     return Plan(tuple(costs), tuple(guided))
 
 
 def _find_guided(scheduler: Any, request: GenerationRequest, timesteps: Sequence[float]) -> list[bool]:
-    """Say of each timestep whether it is inside the guidance interval; without guidance nothing is left out."""
-    if request.guidance_interval is None or request.guidance_scale <= 1:
+    """Say of each timestep whether it is inside the guidance interval."""
+    begin, end = request.guidance_interval or (0, 1)
+    if (begin, end) == (0, 1):
         return [True] * len(timesteps)
-    begin, end = request.guidance_interval
     if begin >= end:
         raise RequestError(
             f"guidance_interval takes two shares of which the second is greater, not {begin:g} and {end:g}",

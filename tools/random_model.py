@@ -159,17 +159,11 @@ def keep_variance(*models: Any) -> None:
 
 
 def save_pipeline(pipeline: Any, folder: Path) -> None:
-    """Write a pipeline in safetensors, its weights named as in published checkpoints.
-
-    Today's transformers writes those of the first text encoder without their `text_model.`, and reads both; 5.5, which
-    optimum-intel needs, finds none of such names and goes on with random weights.
-    """
-    from safetensors.torch import load_file, save_file
+    """Write a pipeline in safetensors, its weights named as in published checkpoints."""
+    from sdxl_server.checkpoints.conversion import name_as_published
 
     pipeline.save_pretrained(folder, safe_serialization=True)
-    path = folder / "text_encoder/model.safetensors"
-    weights = {f"text_model.{name.removeprefix('text_model.')}": each for name, each in load_file(path).items()}
-    save_file(weights, path, metadata={"format": "pt"})
+    name_as_published(folder / "text_encoder/model.safetensors")
 
 
 def main() -> None:

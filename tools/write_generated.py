@@ -1,6 +1,6 @@
 """Write what follows from the declarations of fields, settings and options: python -m tools.write_generated
 
-- docs/openapi.json and the table in docs/requests.md, for SDXL base under the shipped model-config.yaml;
+- docs/openapi.json and the tables in docs/requests.md, for SDXL base under the shipped model-config.yaml;
 - docs/settings.md, around which tools/settings.md stands;
 - the options in query.py, which runs without this project.
 """
@@ -19,12 +19,14 @@ from sdxl_server.fields import DECLARATIONS
 from sdxl_server.openapi import build_openapi
 from sdxl_server.pipeline import build_contract
 from sdxl_server.request import Contract
+from sdxl_server.samplers import ALIASES, split_sampler
 from sdxl_server.schemas import describe_schema
 from sdxl_server.settings import PUBLISHED_KEYS_WITHOUT_EFFECT, CompileConfig, HandlerConfig, describe_setting
 from tools.random_model import make_pipeline
 from tools.server import ROOT
 
 FIELD_MARKS = ("<!-- fields: python -m tools.write_generated -->\n", "<!-- end of fields -->")
+ALIAS_MARKS = ("<!-- schedulers: python -m tools.write_generated -->\n", "<!-- end of schedulers -->")
 OPTION_MARKS = ("# <fields: python -m tools.write_generated>\n", "# </fields>")
 
 
@@ -34,7 +36,7 @@ def build_shipped_contract() -> Contract:
     pipeline.unet.register_to_config(sample_size=128)
     pipeline.text_encoder.config.num_hidden_layers = 12
     pipeline.text_encoder_2.config.num_hidden_layers = 32
-    return build_contract(pipeline, FAMILIES["sdxl"], HandlerConfig())
+    return build_contract(pipeline, FAMILIES["sdxl"], HandlerConfig(), graphs=None)
 
 
 def make_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -50,6 +52,16 @@ def make_field_table(contract: Contract) -> str:
         for name, schema in contract.properties.items()
     ]
     return make_table(["field", "meaning", "takes", "default"], rows)
+
+
+def make_alias_table() -> str:
+    """Return the names of other programs for schedulers as a table."""
+    groups: dict[str, list[str]] = {}
+    for alias, meant in ALIASES.items():
+        name, options = split_sampler(meant)
+        told = ", ".join(f"`{option}: {json.dumps(value)}`" for option, value in options.items())
+        groups.setdefault(f"`{name}`{f' with {told}' if told else ''}", []).append(alias)
+    return make_table(["scheduler", "other names"], ((meant, ", ".join(names)) for meant, names in groups.items()))
 
 
 def make_settings_table(section: Any) -> str:
@@ -129,7 +141,9 @@ def make_all() -> dict[Path, str]:
     requests, query = ROOT / "docs/requests.md", ROOT / "query.py"
     return {
         ROOT / "docs/openapi.json": json.dumps(build_openapi(contract), indent=2) + "\n",
-        requests: fill(requests.read_text(), FIELD_MARKS, make_field_table(contract)),
+        requests: fill(
+            fill(requests.read_text(), FIELD_MARKS, make_field_table(contract)), ALIAS_MARKS, make_alias_table()
+        ),
         ROOT / "docs/settings.md": make_settings_page(),
         query: format_source(fill(query.read_text(), OPTION_MARKS, make_query_options())),
     }

@@ -3,7 +3,6 @@
 import io
 import time
 from collections.abc import Generator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,11 @@ class PlantedHandler(StableDiffusionHandler):
 
     def begin(self, index: int, row: dict[str, Any]) -> Any:
         answer = super().begin(index, row)
-        return replace(answer, steps=self.spoil(answer.steps))
+        answer.steps = self.spoil(answer.steps)
+        return answer
 
-    def report(self, error: Exception, index: int, *, has_begun: bool) -> bytes:
-        told = super().report(error, index, has_begun=has_begun)
+    def report(self, error: Exception, index: int) -> bytes:
+        told = super().report(error, index)
         return told.replace(b'"param": "', b'"param": "' + b"x" * 20_000) if "long echo" in self.planted else told
 
     def spoil(self, steps: Generator[bytes, None, bytes]) -> Generator[bytes, None, bytes]:

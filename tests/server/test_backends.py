@@ -25,7 +25,6 @@ PARTS = ["unet", "vae", "vae_encoder", "text_encoder", "text_encoder_2"]
 def make_settings(pt2: Any, **handler: Any) -> str:
     """Return the shipped model-config.yaml with another pt2 and some other settings of the handler."""
     settings = read_shipped()
-    settings["batchSize"] = 4
     settings["handler"] |= {"num_inference_steps": 4, "profile": True, **handler}
     settings["pt2"] = pt2
     if pt2 is None:

@@ -156,6 +156,23 @@ def test_long_prompt_is_told(server: LocalServer) -> None:
     assert "the text encoder reads the first 77" in ask(server, prompt="fox " * 50).headers["X-Warning"]
 
 
+def test_prompts_in_other_programs_words_are_told_everywhere(server: LocalServer) -> None:
+    fields: dict[str, Any] = {"prompt": "a (red:1.3) fox BREAK <lora:x:1>", "output_format": "png", "seed": 1}
+    told = "prompt: '(red:1.3)', 'BREAK', '<lora:x:1>' mean nothing here and are read as plain words"
+    plain = ask(server, **fields)
+    assert plain.headers["X-Warning"] == told
+    assert json.loads(Image.open(io.BytesIO(plain.content)).info["parameters"])["warnings"] == [told]
+    whole = ask(server, accept="application/json", **fields)
+    assert (whole.headers["X-Warning"], whole.json()["warnings"]) == (told, [told])
+    assert base64.b64decode(whole.json()["data"][0]["b64_json"]) == plain.content
+    stream = ask(server, stream=True, **fields)
+    assert (stream.headers["X-Warning"], read_events(stream)[-1][1]["warnings"]) == (told, [told])
+    for more in ({}, {"stream": True}):
+        url = f"{server.url}/1.0/v1/images/generations"
+        answer = requests.post(url, json={**fields, **more}, headers=server.get_headers(), timeout=60)
+        assert (answer.headers["X-Warning"], told in answer.text) == (told, True)
+
+
 def test_form_with_an_image(server: LocalServer) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (72, 64), "red").save(buffer, "PNG")
@@ -213,6 +230,31 @@ def test_who_has_left_leaves_the_queue(server: LocalServer) -> None:
     told = under_way.read1()
     assert b"completed" not in told
     assert b"image_generation.completed" in under_way.read()
+
+
+def test_a_wait_is_told(server: LocalServer) -> None:
+    """In JSON by white space, in streams by the place, by comments on OpenAI's path; a mistake does not wait."""
+    headers, fields = server.get_headers(), {"prompt": "a red fox", "num_inference_steps": 2}
+
+    def send(path: str = "", **more: Any) -> requests.Response:
+        accept = {**headers, "Accept": "application/json"}
+        return requests.post(server.url + path, json={**fields, **more}, headers=accept, timeout=60, stream=True)
+
+    long = [send(stream=True, num_inference_steps=150, num_images_per_prompt=2) for _ in range(3)]
+    waiting = [send(), send(stream=True), send("/1.0/v1/images/generations", stream=True)]
+    assert [answer.status_code for answer in waiting] == [200] * 3
+    assert send(width=3).status_code == 400
+    assert waiting[0].raw.read1(1) == b" "
+    last = send("/1.0/v1/images/generations", num_inference_steps=150, timeout=1, scheduler="HeunDiscreteScheduler")
+    assert b"completed" not in long[0].raw.read1()
+    for each in long:
+        each.close()
+    assert len(json.loads(waiting[0].raw.read())["data"]) == 1
+    places = [data["place"] for name, data in read_events(waiting[1]) if name == "queue"]
+    assert (places[0], places[-1], places) == (4, 1, sorted(set(places), reverse=True))
+    assert b": 5 requests are before this one\n\n" in waiting[2].content
+    assert (last.content[:1], last.json()["error"]["code"]) == (b" ", 504)
+    assert server.log.count("The client has left the queue") == 0
 
 
 def test_work_ends_when_its_time_is_up(server: LocalServer) -> None:

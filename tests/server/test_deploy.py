@@ -155,7 +155,8 @@ def test_numbers_agree_with_the_servers_settings() -> None:
     assert [max(found) for found in limits] == re.findall(r"^max_request_size=(\d+)$", properties, re.M) * 2
     settings = read_shipped()
     (timeout,) = re.findall(r"proxy_read_timeout (\d+)s;", text)
-    assert int(timeout) >= settings["responseTimeout"] * (settings["jobQueueSize"] + settings["batchSize"])
+    queue = settings["handler"]["max_running"] + settings["handler"]["max_waiting"]
+    assert int(timeout) >= settings["responseTimeout"] * queue
     assert re.findall(r"server (127\S+);", text) == re.findall(r"^inference_address=http://(.+)$", properties, re.M)
 
 

@@ -15,7 +15,7 @@ from scorecard.clients import judge_growth
 from scorecard.site import Line, Scale, Site
 from tests.server import planted_handler
 from tools.proxy import LocalProxy, find_nginx
-from tools.server import LocalServer
+from tools.server import LocalServer, read_shipped
 
 SMALL = Scale(
     soak_time=5,
@@ -112,7 +112,7 @@ def test_soak_can_fail(faulty: Site, monkeypatch: pytest.MonkeyPatch, fault: str
     [
         ("kills", ["slow recovery"], {}),
         ("stopped", [], {"responseTimeout": 10}),
-        ("crowd", [], {"jobQueueSize": 100}),
+        ("crowd", [], {"batchSize": 150, "handler": {**read_shipped()["handler"], "max_waiting": 100}}),
         ("fuzz", ["server error"], {}),
         ("attacks", ["long echo"], {}),
         ("leavers", [], {"continuousBatching": False}),

@@ -256,12 +256,6 @@ def test_module_that_changes_its_buffers_is_refused() -> None:
         compile_module(Counter(), OpenVINOBackend())(torch.randn(4))
 
 
-def test_dynamic_shapes_are_refused() -> None:
-    compiled = torch.compile(make_module(), backend=OpenVINOBackend(), dynamic=True)
-    with pytest.raises(Exception, match="dynamic=False"):
-        compiled(torch.randn(4, 16))
-
-
 def test_new_shape_is_compiled_anew() -> None:
     module, backend = make_module(), OpenVINOBackend()
     compiled = compile_module(module, backend)

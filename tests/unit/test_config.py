@@ -41,7 +41,11 @@ def test_shipped_file_has_safe_settings() -> None:
     settings = yaml.safe_load(SHIPPED)
     assert settings["minWorkers"] == settings["maxWorkers"] == 1
     assert 600 <= settings["responseTimeout"] <= 1800
-    assert settings["jobQueueSize"] <= 10
+    queue = settings["handler"]["max_running"] + settings["handler"]["max_waiting"]
+    assert (
+        settings["batchSize"] == queue + settings["jobQueueSize"]
+    )  # nobody waits where TorchServe alone knows of them
+    assert queue <= settings["jobQueueSize"] <= 10  # as many as there is room for may come within one step
     assert settings["startupTimeout"] >= 3600
     assert CompileConfig.parse(settings["pt2"]) == CompileConfig(backend="openvino")
 
@@ -82,7 +86,7 @@ def test_published_file_is_accepted_with_one_warning(caplog: pytest.LogCaptureFi
         ({"is_xl": "yes"}, "is_xl", "true or false", "'yes'"),
         ({"profile": 1}, "profile", "true or false", "1"),
         ({"model_path": ""}, "model_path", "a folder", "''"),
-        ({"scheduler": 3}, "scheduler", "diffusers scheduler", "3"),
+        ({"scheduler": 3}, "scheduler", "a scheduler as requests name it", "3"),
         ({"jpeg_quality": 101}, "jpeg_quality", "1 to 100", "101"),
         ({"steps": 3}, "steps", "num_inference_steps", "steps"),
         ({"allowed_sizes": 1024}, "allowed_sizes", "a list of sizes", "1024"),

@@ -14,10 +14,13 @@ import pytest
 from ts.utils.util import PredictionException
 
 from sdxl_server import __version__, answers
+from sdxl_server.answers import NativeFace
 from sdxl_server.errors import ConfigError, RequestError, VersionError
 from sdxl_server.service import Answer, Call, choose_preview_steps, explain, load_service
 from stable_diffusion_handler import MADE_FOR, StableDiffusionHandler
 from tools.server import ROOT
+
+KINDS = {"json": answers.JSON, "events": answers.EVENTS}
 
 
 class Context:
@@ -60,7 +63,10 @@ class Service:
         body = call.values["body"].decode()
         if body == "wrong":
             raise RequestError("width is wrong", param="width")
-        return Answer("image/jpeg", {"X-Seed": "7"}, self.make_steps(body))
+        kind, _, steps = body.rpartition(" in ")
+        waits = steps != "document"
+        made = self.make_steps(steps if waits else "1")
+        return Answer(KINDS.get(kind, "image/jpeg"), {"X-Seed": "7"}, NativeFace(), made, waits=waits)
 
     def make_steps(self, body: str) -> Generator[bytes, None, bytes]:
         try:
@@ -80,7 +86,8 @@ def make_handler(*, is_continuous: bool = True) -> StableDiffusionHandler:
     handler = StableDiffusionHandler()
     handler.explain, handler.is_continuous = explain, is_continuous
     handler.service = Service()  # type: ignore[assignment]
-    handler.running, handler.answered, handler.questioned = {}, set(), set()
+    handler.queue, handler.answered, handler.questioned = {}, set(), set()
+    handler.max_running, handler.max_waiting = 3, 5
     handler.response_timeout, handler.longest = 900.0, 0.0
     handler.add_times = lambda answer: None  # type: ignore[method-assign]
     return handler
@@ -105,7 +112,7 @@ def test_a_request_goes_one_step_a_call() -> None:
     assert context.headers == {0: {"content-type": "image/jpeg", "X-Seed": "7"}}
     assert call(handler, a="3")[:2] == ([b"step 2 "], [False])
     assert call(handler, a="3")[:2] == ([b"end"], [True])
-    assert handler.running == {}
+    assert handler.queue == {}
 
 
 def test_the_oldest_is_finished_first_and_a_new_one_makes_its_first_step() -> None:
@@ -121,15 +128,85 @@ def test_who_has_left_leaves_the_queue() -> None:
     """TorchServe looks after each reply whether a client is there, and leaves out of the next call who is not."""
     handler = make_handler()
     call(handler, a="99")
-    waiting = {f"left-{i}": "9" for i in range(8)}
-    for done in range(8):
-        replies, told, _ = call(handler, a="99", **waiting)
-        assert replies == [f"step {done + 2} ".encode(), b"step 1 ", *[LEFT_OUT] * (7 - done)]
-        assert told == [False, False, *[False] * (7 - done)]
-        del waiting[f"left-{done}"]
-    assert call(handler, a="99", other="2")[:2] == ([b"step 10 ", b"step 1 "], [False, False])
-    assert handler.service.closed == ["9"] * 8  # type: ignore[attr-defined]
-    assert list(handler.running) == ["a", "other"]
+    replies = call(handler, a="99", **{f"left-{i}": "9" for i in range(7)})[0]
+    assert replies == [b"step 2 ", b"step 1 ", LEFT_OUT, *[b""] * 5]  # an empty reply begins a picture's response
+    assert call(handler, a="99", **{"left-1": "9"}, other="2")[0] == [b"step 3 ", b"step 1 ", LEFT_OUT]
+    assert call(handler, a="99", other="2")[0] == [b"step 4 ", b"step 1 "]
+    assert handler.service.closed == ["9", "9"]  # type: ignore[attr-defined]  # the others had not begun
+    assert list(handler.queue) == ["a", "other"]
+
+
+def test_the_queue_is_first_come_first_served_and_tells_places() -> None:
+    handler = make_handler()
+    bodies = {"a": "3", "b": "events in 2", "c": "2", "d": "json in 2", "e": "events in 2"}
+    assert call(handler, **bodies)[0] == [b"step 1 ", LEFT_OUT, LEFT_OUT, b" ", tell(4)]
+    assert call(handler, **bodies)[0] == [b"step 2 ", b"step 1 ", LEFT_OUT, b"", b""]
+    assert call(handler, **bodies)[:2] == ([b"end", b"", b"step 1 ", b" ", tell(3)], [True, False, False, False, False])
+    del bodies["a"]
+    assert call(handler, **bodies)[0] == [b"end", b"", b"step 1 ", tell(2)]
+    del bodies["b"]
+    assert call(handler, **bodies)[0] == [b"end", b"", b"step 1 "]
+    del bodies["c"]
+    assert call(handler, **bodies)[:2] == ([b"end", b""], [True, False])
+    assert call(handler, e=bodies["e"])[:2] == ([b"end"], [True])
+
+
+def tell(place: int) -> bytes:
+    return answers.format_event("queue", {"place": place})
+
+
+def test_past_the_bound_is_refused_at_once() -> None:
+    """What is in the queue then goes on; a document waits for nobody."""
+    handler = make_handler()
+    bodies = {f"id-{i}": "2" for i in range(8)}
+    replies, states, context = call(handler, **bodies, late="2", wrong="wrong", document="document")
+    assert states == [*[False] * 8, None, None, False]
+    assert (context.statuses, context.headers[8]["Retry-After"]) == ({8: 503, 9: 400}, "5")
+    assert json.loads(replies[8])["error"]["type"] == "server_busy"
+    assert (replies[10], list(handler.queue)) == (b"end", list(bodies))
+    assert call(handler, **bodies, document="document")[1][-1] is True
+
+
+def test_a_wait_is_never_silent_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """White space before JSON and comments in streams, while others are drawn and while it is drawn itself."""
+    handler = make_handler()
+    monkeypatch.setattr("stable_diffusion_handler.SILENT_SECONDS", 0.0)
+    handler.service.make_steps = make_silent_steps  # type: ignore[attr-defined]
+    bodies = {"a": "json in 3", "b": "picture in 3", "c": "events in 3"}
+    assert call(handler, **bodies)[0] == [b" ", LEFT_OUT, LEFT_OUT]
+    assert call(handler, **bodies)[0] == [b" ", b"", LEFT_OUT]
+    assert call(handler, **bodies)[0] == [b"end", b"", b":\n\n"]
+    del bodies["a"]
+    assert call(handler, **bodies)[0] == [b"", tell(1)]
+    assert call(handler, **bodies)[0] == [b"end", b":\n\n"]
+
+
+def make_silent_steps(body: str) -> Generator[bytes, None, bytes]:
+    for _ in range(int(body) - 1):
+        yield b""
+    return b"end"
+
+
+@pytest.mark.parametrize(("kind", "start"), [("json", b"{"), ("events", b"event: error\ndata: {"), ("picture", b"{")])
+def test_an_error_after_a_wait_stands_in_the_body(kind: str, start: bytes) -> None:
+    """Its status has been sent; the code is in the error."""
+    handler = make_handler()
+    handler.max_running = 1
+    call(handler, a="2", b=f"{kind} in fails at once")
+    replies, states, context = call(handler, a="2", b=f"{kind} in fails at once")
+    assert (replies[0], states, context.statuses) == (b"end", [True, True], {})
+    assert replies[1].startswith(start)
+    assert json.loads(replies[1].removeprefix(start.removesuffix(b"{")))["error"]["code"] == 504
+
+
+def test_a_piece_of_an_answer_is_not_followed_by_white_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base64 that is cut by one is no base64."""
+    handler = make_handler()
+    monkeypatch.setattr("stable_diffusion_handler.SILENT_SECONDS", 0.0)
+    call(handler, a="9", b="json in 2")
+    call(handler, a="9", b="json in 2")
+    handler.queue["b"].answer.may_pause = False  # as the service has it where a piece is not the last
+    assert call(handler, a="9", b="json in 2")[0] == [b"step 3 ", b""]
 
 
 def test_the_oldest_leaves() -> None:
@@ -144,9 +221,9 @@ def test_mistakes_do_not_wait() -> None:
     handler = make_handler()
     call(handler, a="5")
     replies, told, context = call(handler, a="5", b="wrong", c="wrong", d="3", e="wrong")
-    assert told == [False, None, None, False, False]
-    assert context.statuses == {1: 400, 2: 400}
-    assert replies[3:] == [b"step 1 ", LEFT_OUT]
+    assert told == [False, None, None, False, None]
+    assert context.statuses == {1: 400, 2: 400, 4: 400}
+    assert replies[3] == b"step 1 "
 
 
 def test_an_end_in_the_first_call_is_sent_before_the_end_of_the_response() -> None:

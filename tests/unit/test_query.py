@@ -401,6 +401,11 @@ def preview(index: object = 0, number: object = 0) -> bytes:
             ([make_event("progress", step=5, total=9), make_event("progress", step=step, total=9)], "after step 5")
             for step in (5, 4, -1, 10, 5.5, "6", None, True, float("nan"), float("inf"))
         ],
+        *[
+            ([make_event("queue", place=place)], "in its queue after place None")
+            for place in (-1, 1.5, "1", None, True, float("nan"))
+        ],
+        ([make_event("queue")], "a damaged event: KeyError('place')"),
         ([make_event("progress", step=1, total=float("inf"))], "the server sends step 1 of inf after step 0"),
         ([b'data: {"type": "progress", "step": 1e999, "total": 9}\n\n'], "the server sends step inf of 9"),
         ([make_event("progress", step=1, total=10**9)], "the server sends step 1 of 1000000000"),
@@ -1001,9 +1006,8 @@ def test_options_that_are_wrong(client: Client, options: list[str]) -> None:
 def test_options_are_the_contracts_fields() -> None:
     document = json.loads((QUERY.parent / "docs/openapi.json").read_text())
     fields = document["components"]["schemas"]["GenerationRequest"]["properties"]
-    # The program streams always, leaves when --timeout is up, has previews of one kind as --preview, and reads no JSON
-    without = ("stream", "timeout", "partial_images", "preview", "response_format")
-    assert set(fields) == {"prompt", *query.FIELDS, *without}
+    # The program streams always, leaves when --timeout is up, calls the previews --preview, and reads no JSON
+    assert set(fields) == {"prompt", *query.FIELDS, "stream", "timeout", "partial_images", "response_format"}
 
 
 def test_fields_are_sent(client: Client, server: Server) -> None:
@@ -1091,6 +1095,21 @@ def test_program_runs_with_requests_alone(server: Server, kind: str) -> None:
     assert (process.returncode, out) == (0, b"cat\n")
     assert err == b"query.py: warning: the prompt is long\ncat: seed 7\n"
     assert Path("cat").read_bytes() == picture
+
+
+@pytest.mark.parametrize("place", [2, 3])
+def test_place_in_the_queue_only_falls(server: Server, place: int) -> None:
+    server.steps = [answer(make_event("queue", place=2) + make_event("queue", place=place) + DONE)]
+    _, err = run_alone("--url", server.url, "--prompt", "a cat").communicate(timeout=10)
+    assert err.splitlines()[1:] == [b"query.py: the server sends place %d in its queue after place 2" % place]
+
+
+def test_place_in_the_queue_is_shown(server: Server) -> None:
+    waits = b"".join(make_event("queue", place=place) for place in (4, 3, 1))
+    server.steps = [answer(waits + b":\n\n" + DONE)]
+    out, err = run_alone("--url", server.url, "--prompt", "a cat", "--filename", "cat.jpg").communicate(timeout=10)
+    told = b"".join(b"query.py: waiting; before it in the queue: %d\n" % place for place in (4, 3, 1))
+    assert (out, err) == (b"cat.jpg\n", told + b"cat.jpg: seed 7\n")
 
 
 def test_damaged_picture_is_refused_with_requests_alone(server: Server) -> None:

@@ -17,6 +17,7 @@ from sdxl_server.families import FAMILIES
 from sdxl_server.fields import DECLARATIONS, MAX_SEED, Bounds, GenerationRequest, build_properties
 from sdxl_server.openapi import build_openapi
 from sdxl_server.request import Contract
+from sdxl_server.schemas import switch
 from sdxl_server.service import FACES
 from tools.write_generated import build_shipped_contract, make_all
 
@@ -36,7 +37,7 @@ BOUNDS = Bounds(
     max_steps=20,
     max_images=3,
     max_megapixel_steps=1,
-    schedulers=("DDIMScheduler", "EulerDiscreteScheduler"),
+    schedulers={"DDIMScheduler": {}, "EulerDiscreteScheduler": {"use_karras_sigmas": switch()}},
     max_clip_skip=2,
 )
 
@@ -204,7 +205,9 @@ def test_body_that_is_no_request(body: bytes, content_type: str, parts: list[str
         ({"guidance_scale": False}, "guidance_scale", ["not False"]),
         ({"seed": -2}, "seed", ["from -1 to 4294967295", "not -2"]),
         ({"num_images_per_prompt": 4}, "num_images_per_prompt", ["from 1 to 3"]),
-        ({"scheduler": "Euler"}, "scheduler", ["one of DDIMScheduler, EulerDiscreteScheduler"]),
+        ({"scheduler": "Heun"}, "scheduler", ["scheduler takes one of DDIMScheduler, EulerDiscreteScheduler; one of"]),
+        ({"scheduler": {"name": "Euler", "beta_end": 1}}, "scheduler", ["options use_karras_sigmas, not 'beta_end'"]),
+        ({"scheduler": '{"name"'}, "scheduler", ["scheduler Expecting"]),
         ({"clip_skip": 3}, "clip_skip", ["from 0 to 2"]),
         ({"denoising_end": 0}, "denoising_end", ["a number above 0 to 1"]),
         ({"original_size": [1]}, "original_size", ["two whole numbers from 0 to 65536"]),
@@ -294,4 +297,4 @@ def test_what_is_generated_is_what_is_committed() -> None:
 def test_every_field_has_words_and_all_but_the_prompt_and_the_stream_an_option() -> None:
     assert all(declaration.words for declaration in DECLARATIONS.values())
     without = {name for name, declaration in DECLARATIONS.items() if declaration.option is None}
-    assert without == {"prompt", "response_format", "timeout", "stream", "partial_images", "preview"}
+    assert without == {"prompt", "response_format", "timeout", "stream", "partial_images"}

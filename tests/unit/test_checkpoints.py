@@ -1,0 +1,381 @@
+"""Models in one file: told apart, refused by name, and made into folders that draw the same picture."""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import Download_model
+from sdxl_server.checkpoints import conversion, recognition
+from tests.hub import Hub
+
+ROOT = Path(__file__).parents[2]
+UNET = "model.diffusion_model."
+INPUT = UNET + "input_blocks.0.0.weight"
+CLIP, OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+SIZES = {"sdxl": "tiny", "sd1": "tiny-sd", "sd2": "tiny-sd"}
+ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+def make_pipeline(layout: str, channels: int = 4) -> Any:
+    """Return a tiny pipeline that takes CLIP's whole vocabulary; no two of its text encoders have the same width."""
+    from tools import random_model
+
+    original = random_model.CONFIGURATIONS
+    size = SIZES[layout]
+    config = copy.deepcopy(original[size])
+    for text in config["text"]:
+        text["vocab_size"] = 49408
+    if layout == "sdxl":
+        config["text"][1] |= {"hidden_size": 48, "projection_dim": 48}
+        config["unet"] |= {"cross_attention_dim": 80, "projection_class_embeddings_input_dim": 6 * 8 + 48}
+    if layout == "sd2":
+        config["text"][0]["hidden_act"] = "gelu"
+    random_model.CONFIGURATIONS = {size: config}
+    try:
+        pipeline = random_model.make_pipeline(size)
+    finally:
+        random_model.CONFIGURATIONS = original
+    if channels != 4:
+        pipeline.register_modules(unet=type(pipeline.unet).from_config(pipeline.unet.config, in_channels=channels))
+    return pipeline
+
+
+def write_tiny_settings(pipeline: Any, layout: str, folder: Path) -> None:
+    """Write what this package ships for a layout, for a pipeline of these sizes."""
+    settings = json.loads((recognition.PLACE / f"{layout}.json").read_text())
+    for part in settings.keys() & {"unet", "vae", "text_encoder", "text_encoder_2"}:
+        model = getattr(pipeline, part)
+        settings[part] = json.loads((model.config if part.startswith("text") else model).to_json_string())
+    folder.mkdir(exist_ok=True)
+    (folder / f"{layout}.json").write_text(json.dumps(settings))
+
+
+@pytest.fixture
+def make_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Return what makes a tiny model in one file, `tiny.safetensors`, and sees that it is read as such."""
+
+    def make(layout: str, *, keys: tuple[str, ...] = (), channels: int = 4, name: str = "tiny.safetensors") -> Any:
+        from tools.single_file import convert_pipeline, save_single_file
+
+        pipeline = make_pipeline(layout, channels)
+        write_tiny_settings(pipeline, layout, tmp_path / "settings")
+        save_single_file(convert_pipeline(pipeline, keys=keys), tmp_path / name)
+        monkeypatch.setattr(recognition, "PLACE", tmp_path / "settings")
+        return pipeline
+
+    monkeypatch.chdir(tmp_path)
+    return make
+
+
+def check_same_weights(folder: Path, pipeline: Any) -> Any:
+    """Check that diffusers reads these weights from the folder, bit by bit, and return its pipeline."""
+    import diffusers
+    import torch
+
+    loaded = diffusers.DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
+    for part in ("unet", "vae", "text_encoder", *(["text_encoder_2"] if hasattr(pipeline, "text_encoder_2") else [])):
+        expected, actual = (getattr(each, part).state_dict() for each in (pipeline, loaded))
+        assert expected.keys() == actual.keys()
+        assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
+    return loaded
+
+
+def draw(pipeline: Any) -> Any:
+    import torch
+
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipeline("a cat", width=64, height=64, num_inference_steps=2, generator=generator, output_type="pt").images[
+        0
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layout", "keys", "scheduler"),
+    [
+        ("sdxl", (), {"_class_name": "EulerDiscreteScheduler", "prediction_type": "epsilon"}),
+        ("sdxl", ("v_pred",), {"prediction_type": "v_prediction", "rescale_betas_zero_snr": False}),
+        ("sdxl", ("v_pred", "ztsnr"), ZERO_SNR),
+        ("sd1", (), {"_class_name": "PNDMScheduler", "prediction_type": "epsilon"}),
+        ("sd2", (), {"_class_name": "PNDMScheduler", "prediction_type": "epsilon"}),
+    ],
+)
+def test_file_becomes_a_folder_that_draws_the_same(
+    make_file: Callable[..., Any], tmp_path: Path, layout: str, keys: tuple[str, ...], scheduler: dict[str, Any]
+) -> None:
+    import torch
+
+    pipeline = make_file(layout, keys=keys)
+    assert Download_model.main(["--model", "tiny.safetensors", "--output-dir", "model", "--dtype", "fp32"]) == 0
+    loaded = check_same_weights(tmp_path / "model", pipeline)
+    assert scheduler.items() <= {**loaded.scheduler.config, "_class_name": type(loaded.scheduler).__name__}.items()
+    pipeline.register_modules(scheduler=type(loaded.scheduler).from_config(loaded.scheduler.config))
+    for name in ("tokenizer", *(["tokenizer_2"] if layout == "sdxl" else [])):
+        pipeline.register_modules(**{name: getattr(loaded, name)})
+    assert torch.equal(draw(loaded), draw(pipeline))
+
+
+@pytest.mark.parametrize("layout", ["sdxl", "sd1"])
+def test_inpainting_model_has_nine_channels(make_file: Callable[..., Any], tmp_path: Path, layout: str) -> None:
+    pipeline = make_file(layout, channels=9)
+    assert Download_model.main(["--model", "tiny.safetensors", "--output-dir", "model", "--dtype", "fp32"]) == 0
+    loaded = check_same_weights(tmp_path / "model", pipeline)
+    assert type(loaded).__name__.endswith("InpaintPipeline")
+
+
+def test_user_says_what_is_predicted(make_file: Callable[..., Any], tmp_path: Path) -> None:
+    make_file("sd2")
+    arguments = ["--model", "tiny.safetensors", "--output-dir", "model", "--prediction-type", "v_prediction"]
+    assert Download_model.main(arguments) == 0
+    scheduler = json.loads((tmp_path / "model/scheduler/scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "v_prediction"
+    assert json.loads((tmp_path / "model/unet/config.json").read_text())["sample_size"] == 96
+
+
+def test_source_is_told_and_a_second_run_does_nothing(
+    make_file: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import safetensors.torch
+    import torch
+
+    make_file("sdxl")
+    arguments = ["--model", "tiny.safetensors", "--output-dir", "model"]
+    assert Download_model.main(arguments) == 0
+    digest = Download_model.digest_file(tmp_path / "tiny.safetensors")
+    record = {"model": "tiny.safetensors", "revision": digest, "dtype": "fp16"}
+    assert json.loads((tmp_path / "model/source.json").read_text()) == record
+    weights = safetensors.torch.load_file(tmp_path / "model/text_encoder/model.safetensors")
+    assert {each.dtype for each in weights.values()} == {torch.float16}
+    assert all(name.startswith("text_model.") for name in weights)
+    assert "unet: 0.00 GB" in capsys.readouterr().out
+    assert Download_model.main(arguments) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    make_file("sdxl", keys=("v_pred",))
+    assert Download_model.main(arguments) == 1
+    assert f"model holds tiny.safetensors {digest} fp16, not" in capsys.readouterr().err
+    assert not list((tmp_path / "model").glob(".*"))
+
+
+def test_interrupted_conversion_continues(
+    make_file: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = make_file("sdxl")
+    save = conversion.save_part
+
+    def stop(module: Any, folder: Path) -> None:
+        if folder.name == "vae":
+            (folder.parent / ".vae.incomplete").mkdir()
+            raise KeyboardInterrupt
+        save(module, folder)
+
+    arguments = ["--model", "tiny.safetensors", "--output-dir", "model", "--dtype", "fp32"]
+    monkeypatch.setattr(conversion, "save_part", stop)
+    assert Download_model.main(arguments) == 130
+    assert not (tmp_path / "model/model_index.json").exists()
+    made = (tmp_path / "model/unet/config.json").stat().st_mtime_ns
+    monkeypatch.setattr(conversion, "save_part", save)
+    assert Download_model.main(arguments) == 0
+    assert (tmp_path / "model/unet/config.json").stat().st_mtime_ns == made
+    check_same_weights(tmp_path / "model", pipeline)
+    assert not list((tmp_path / "model").glob(".*"))
+
+
+def test_full_disk_is_refused_before_anything_is_made(
+    make_file: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_file("sdxl")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: os.terminal_size((0, 0)) and type("U", (), {"free": 1000}))
+    assert Download_model.main(["--model", "tiny.safetensors", "--output-dir", "model"]) == 1
+    assert "GB needed, 0.00 GB free" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("page", [False, True])
+def test_file_on_the_hub(make_file: Callable[..., Any], tmp_path: Path, page: bool) -> None:
+    pipeline = make_file("sdxl")
+    content = (tmp_path / "tiny.safetensors").read_bytes()
+    name, revision = "sub/tiny.safetensors", "a" * 40
+    program = (
+        "import pathlib, sys; from sdxl_server.checkpoints import conversion, recognition; import Download_model; "
+        "recognition.PLACE = pathlib.Path('settings'); sys.exit(Download_model.main(sys.argv[1:]))"
+    )
+    model = f"https://huggingface.co/somebody/model/blob/{revision}/{name}" if page else f"somebody/model/{name}"
+    with Hub("somebody/model", revision, {name: content, "README.md": b""}) as hub:
+        result = subprocess.run(
+            [sys.executable, "-c", program, "--model", model, "--dtype", "fp32", "--output-dir", "model"],
+            cwd=tmp_path,
+            env={**os.environ, "HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1", "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        assert hub.get_fetched() == [name]
+    check_same_weights(tmp_path / "model", pipeline)
+    record = json.loads((tmp_path / "model/source.json").read_text())
+    assert (record["model"], record["revision"]) == (f"somebody/model/{name}", revision)
+    assert not list((tmp_path / "model").glob("*.safetensors*"))
+
+
+@pytest.mark.parametrize("kind", ["file", "file of diffusers", "folder", "pipeline"])
+def test_another_vae_takes_the_place(make_file: Callable[..., Any], tmp_path: Path, kind: str) -> None:
+    from safetensors.torch import save_file
+
+    from tools.single_file import convert_vae, save_single_file
+
+    pipeline = make_file("sdxl")
+    for weight in pipeline.vae.parameters():
+        weight.data += 0.25
+    other = tmp_path / ("vae.safetensors" if kind.startswith("file") else "other")
+    if kind == "file":
+        save_single_file(convert_vae(pipeline.vae), other)
+    elif kind == "file of diffusers":
+        save_file(pipeline.vae.state_dict(), other)
+    else:
+        pipeline.vae.save_pretrained(other / "vae" if kind == "pipeline" else other)
+    arguments = ["--model", "tiny.safetensors", "--output-dir", "model", "--dtype", "fp32", "--vae", str(other)]
+    assert Download_model.main(arguments) == 0
+    check_same_weights(tmp_path / "model", pipeline)
+    assert json.loads((tmp_path / "model/source.json").read_text())["vae"].startswith(f"{other.name} ")
+
+
+SMALL = (2, 2)
+REFUSED: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
+    "kohya": ({"lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight": SMALL}, "a LoRA or another adapter"),
+    "peft": ({"base_model.model.unet.proj_in.lora_A.weight": SMALL}, "a LoRA or another adapter"),
+    "diffusers": ({"unet.mid_block.attentions.0.proj_in.lora.down.weight": SMALL}, "a LoRA or another adapter"),
+    "loha": ({"lora_te1_text_model_encoder_layers_0.hada_w1_a": SMALL}, "a LoRA or another adapter"),
+    "controlnet": ({"control_model.time_embed.0.weight": SMALL}, "a ControlNet"),
+    "ip": ({"image_proj.proj.weight": SMALL}, "an IP-Adapter"),
+    "embedding": ({"clip_g": SMALL, "clip_l": SMALL}, "a textual inversion"),
+    "diffusers unet": ({"down_blocks.0.resnets.0.conv1.weight": SMALL}, "a UNet alone, in diffusers' naming"),
+    "unet": ({INPUT: (320, 4, 3, 3)}, "a UNet alone"),
+    "taesd": ({"decoder.layers.1.weight": SMALL}, "a tiny VAE"),
+    "vae": ({"decoder.conv_in.weight": SMALL}, "a VAE alone"),
+    "vae of a model": ({"first_stage_model.encoder.conv_in.weight": SMALL}, "a VAE alone"),
+    "text": ({"text_model.encoder.layers.0.mlp.fc1.weight": SMALL}, "a text encoder alone"),
+    "flux": ({f"{UNET}double_blocks.0.img_attn.norm.key_norm.scale": SMALL}, "another kind of model (flux-schnell)"),
+    "sd3.5": ({"joint_blocks.37.x_block.mlp.fc1.weight": SMALL}, "another kind of model (sd35_large)"),
+    "refiner": ({INPUT: (384, 4, 3, 3), "conditioner.embedders.0.model.ln_final.bias": SMALL}, "the refiner of"),
+    "pix2pix": ({INPUT: (320, 8, 3, 3), f"{CLIP}a": SMALL, f"{OPEN_CLIP}a": SMALL}, "instruct-pix2pix"),
+    "depth": ({INPUT: (320, 5, 3, 3), "cond_stage_model.model.a": SMALL}, "depth-to-image"),
+    "playground": (
+        {INPUT: (320, 4, 3, 3), f"{CLIP}a": SMALL, f"{OPEN_CLIP}a": SMALL, "edm_mean": (4,)},
+        "Playground v2.5",
+    ),
+    "cosxl": ({INPUT: (320, 4, 3, 3), f"{CLIP}a": SMALL, f"{OPEN_CLIP}a": SMALL, "edm_vpred.sigma_max": ()}, "CosXL"),
+    "unknown": ({"a.b": SMALL}, "1 tensors of unknown kind, such as a.b"),
+    "empty": ({}, "0 tensors of unknown kind"),
+    "no vae": ({INPUT: (320, 4, 3, 3), f"{CLIP}a": SMALL, f"{OPEN_CLIP}a": SMALL}, "no VAE: name one by --vae"),
+    "distilled": (
+        {
+            INPUT: (320, 4, 3, 3),
+            f"{CLIP}a": SMALL,
+            f"{OPEN_CLIP}a": SMALL,
+            "first_stage_model.decoder.conv_in.bias": SMALL,
+        },
+        "a unet of 11,520 weights, and that of Stable Diffusion XL, epsilon (nothing in the file says otherwise) has "
+        "2,567,463,684",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_no_whole_model_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    shapes, words = REFUSED[case]
+    monkeypatch.chdir(tmp_path)
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, "file.safetensors")
+    check_refused(capsys, words)
+
+
+def check_refused(capsys: pytest.CaptureFixture[str], words: str, model: str = "file.safetensors") -> None:
+    """Check that a file is refused in one line and that nothing was made of it."""
+    assert Download_model.main(["--model", model, "--output-dir", "model"]) == 1
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.startswith("Download_model.py: ")
+    assert error.count("\n") == 1
+    assert not Path("model").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"PK\x03\x04" + bytes(100), "is a pickle of PyTorch's, which can run code"),
+        (b"\x80\x02}q\x00." + bytes(100), "is a pickle, which can run code"),
+        (b"GGUF" + bytes(100), "weights in GGUF"),
+        (b"\n<!DOCTYPE html><html>" + bytes(100), "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"", "is damaged, or was not fetched whole"),
+        (
+            b'\x40\x00\x00\x00\x00\x00\x00\x00{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}      ',
+            "not fetched whole",
+        ),
+    ],
+)
+def test_what_is_no_safetensors_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: bytes, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file.safetensors").write_bytes(content)
+    check_refused(capsys, words)
+
+
+@pytest.mark.parametrize("model", ["model.ckpt", "somebody/model/model.ckpt", "https://hf.co/a/b/resolve/main/m.pt"])
+def test_pickle_is_refused_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("model.ckpt").write_bytes(b"")
+    check_refused(capsys, "weights_only=True", model)
+
+
+def test_file_that_lacks_tensors_is_refused(
+    make_file: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    make_file("sdxl")
+    weights = load_file("tiny.safetensors")
+    del weights[f"{CLIP}text_model.encoder.layers.1.mlp.fc1.bias"]
+    save_file(weights, "tiny.safetensors")
+    assert Download_model.main(["--model", "tiny.safetensors", "--output-dir", "model"]) == 1
+    assert "lacks 1 tensors of its text_encoder, such as encoder.layers.1.mlp.fc1.bias" in capsys.readouterr().err
+    assert not (tmp_path / "model/model_index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("layout", "counts"),
+    [
+        ("sdxl", {"unet": 2567463684, "vae": 83653863, "text_encoder": 123060480, "text_encoder_2": 694659840}),
+        ("sd1", {"unet": 859520964, "vae": 83653863, "text_encoder": 123060480}),
+        ("sd2", {"unet": 865910724, "vae": 83653863, "text_encoder": 340387840}),
+    ],
+)
+def test_shipped_settings_are_those_of_the_published_models(layout: str, counts: dict[str, int]) -> None:
+    settings = json.loads((recognition.PLACE / f"{layout}.json").read_text())
+    assert {part: conversion.count_numbers(part, settings[part]) for part in counts} == counts
+
+
+def test_tokenizer_is_clips(tmp_path: Path) -> None:
+    from transformers import CLIPTokenizer
+
+    settings = json.loads((recognition.PLACE / "sdxl.json").read_text())
+    with conversion.write_settings(settings) as folder:
+        first, second = (CLIPTokenizer.from_pretrained(folder / name) for name in ("tokenizer", "tokenizer_2"))
+    assert len(first) == 49408
+    assert first("A photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert (first.pad_token_id, second.pad_token_id, first.model_max_length) == (49407, 0, 77)

@@ -1,0 +1,123 @@
+"""Folders of models that are not whole: each loads rightly, or is refused with the command that mends it."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sdxl_server.errors import ConfigError
+from sdxl_server.folders import write_remedy
+from tests.unit.test_pipeline import load, make_picture
+from tools.server import ROOT
+
+
+@pytest.fixture
+def folder(tiny_model: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_model, tmp_path / "model")
+
+
+def edit(path: Path, **values: object) -> None:
+    """Change a JSON file; a value that is None is left out."""
+    content = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+
+def refuse(folder: Path) -> str:
+    """Return the line that the folder is refused with."""
+    with pytest.raises(ConfigError) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])
+def test_tokenizer_without_a_vocabulary(folder: Path, part: str) -> None:
+    (folder / part / "tokenizer.json").unlink()
+    message = refuse(folder)
+    assert f"{part} knows 2 tokens and text_encoder{part.removeprefix('tokenizer')} 514" in message
+    assert message.endswith(f"python Download_model.py --model '<its id on the hub>' --output-dir {folder}-whole")
+
+
+def test_tokenizer_of_another_model(folder: Path) -> None:
+    shutil.copy(ROOT / "demo/model/tokenizer/tokenizer.json", folder / "tokenizer")
+    edit(folder / "model_index.json", _name_or_path="owner/name")
+    message = refuse(folder)
+    assert "tokenizer knows 619 tokens and text_encoder 514" in message
+    assert message.endswith(f"python Download_model.py --model owner/name --output-dir {folder}-whole")
+
+
+def test_half_a_vocabulary(folder: Path) -> None:
+    (folder / "tokenizer/tokenizer.json").unlink()
+    (folder / "tokenizer/vocab.json").write_text("{}")
+    assert re.search(r"^cannot read the pipeline in .*\(it is made anew by: python Download_model.py ", refuse(folder))
+
+
+def test_remedy_tells_where_the_model_came_from(folder: Path) -> None:
+    (folder / "source.json").write_text(json.dumps({"model": "owner/name", "revision": "0" * 40, "dtype": "fp16"}))
+    told = ["--model", "owner/name", "--revision", "0" * 40, "--output-dir", f"{folder}-whole"]
+    assert shlex.split(write_remedy(folder)) == ["python", "Download_model.py", *told]
+    for odd in ("$(x)/y", "a/b/c", 3, "x" * 99 + "/y"):
+        (folder / "source.json").write_text(json.dumps({"model": odd, "revision": "a b"}))
+        assert "<its id on the hub>" in write_remedy(folder)
+
+
+def test_length_that_is_not_said(folder: Path, tiny_model: Path) -> None:
+    for part in ("tokenizer", "tokenizer_2"):
+        edit(folder / part / "tokenizer_config.json", model_max_length=None)
+    loaded = load(folder)
+    assert (loaded.pipeline.tokenizer.model_max_length, loaded.pipeline.tokenizer_2.model_max_length) == (77, 77)
+    long = "a red fox " * 20
+    assert np.array_equal(make_picture(loaded, prompt=long), make_picture(load(tiny_model), prompt=long))
+
+
+@pytest.mark.parametrize("parts", [("unet", "vae", "text_encoder", "text_encoder_2"), ("text_encoder_2",)])
+def test_fp16_only(folder: Path, tiny_model: Path, parts: tuple[str, ...]) -> None:
+    for part in parts:
+        for path in list((folder / part).glob("*.safetensors")):
+            path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
+    assert np.array_equal(make_picture(load(folder)), make_picture(load(tiny_model)))
+
+
+def test_the_hubs_own_folder(folder: Path, tiny_model: Path) -> None:
+    """Beside the safetensors it has other programs' weights, which the command leaves out."""
+    weights = list(folder.glob("*/*.safetensors"))
+    for path in weights:
+        shutil.copy(path, path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
+        for name in ("openvino_model.bin", "openvino_model.xml", "model.onnx", "flax_model.msgpack"):
+            (path.parent / name).write_bytes(b"x")
+    (folder / "vae_decoder").mkdir()
+    (folder / "vae_decoder/openvino_model.bin").write_bytes(b"x")
+    (folder / "sd_xl_base_1.0.safetensors").write_bytes(b"x")
+    (folder / "01.png").write_bytes(b"x")
+    message = refuse(folder)
+    assert "could run code when it is loaded" in message
+    command = message.partition("is copied by: ")[2]
+    arguments = shlex.split(command)
+    assert arguments[:2] == ["python", "Download_model.py"]
+    subprocess.run([sys.executable, ROOT / arguments[1], *arguments[2:]], check=True, capture_output=True)
+    mended = Path(arguments[-1])
+    assert np.array_equal(make_picture(load(mended)), make_picture(load(tiny_model)))
+
+
+def test_pointers_of_git_lfs(folder: Path) -> None:
+    """What a clone without LFS holds."""
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5135149760\n")
+    message = refuse(folder)
+    assert message.startswith(f"{path} is a pointer of Git LFS")
+    assert message.endswith(f"git -C {folder} lfs pull")
+
+
+def test_shard_that_is_missing(folder: Path) -> None:
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    path.rename(path.with_name("diffusion_pytorch_model-00001-of-00002.safetensors"))
+    names = {"a": "diffusion_pytorch_model-00001-of-00002.safetensors", "b": "x-00002-of-00002.safetensors"}
+    path.with_name(f"{path.name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    message = refuse(folder)
+    assert "index.json names x-00002-of-00002.safetensors, which is not there: python Download_model.py" in message
