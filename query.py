@@ -87,6 +87,17 @@ FIELDS: dict[str, dict[str, Any]] = {
         "help": "how strongly the prompt steers; at 1 or below not at all",
     },
     "guidance_rescale": {"type": float, "metavar": "X", "help": "against overexposed pictures under strong guidance"},
+    "unet_calls": {
+        "type": int,
+        "metavar": "N",
+        "help": "calls of the UNet to make, the others forecast (lossy); strength and denoising_end shorten it",
+    },
+    "guidance_interval": {
+        "type": float,
+        "nargs": 2,
+        "metavar": ("FROM", "TO"),
+        "help": "shares of the denoising between which the prompt steers; outside it a step costs half",
+    },
     "num_images_per_prompt": {"type": int, "metavar": "N", "help": "pictures, made one by one"},
     "scheduler": {
         "metavar": "NAME",
@@ -94,6 +105,27 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "clip_skip": {"type": int, "metavar": "N", "help": "last layers of the text encoders to leave out"},
     "denoising_end": {"type": float, "metavar": "SHARE", "help": "share of the denoising after which to stop"},
+    "timesteps": {
+        "type": int,
+        "nargs": "+",
+        "metavar": "T",
+        "help": "the timesteps themselves, for num_inference_steps; some schedulers take them",
+    },
+    "sigmas": {
+        "type": float,
+        "nargs": "+",
+        "metavar": "SIGMA",
+        "help": "the noise levels themselves, the last 0, for num_inference_steps; some schedulers take them",
+    },
+    "schedule": {
+        "choices": (
+            "StableDiffusionTimesteps",
+            "StableDiffusionXLTimesteps",
+            "StableDiffusionSigmas",
+            "StableDiffusionXLSigmas",
+        ),
+        "help": "one of diffusers' AysSchedules, for num_inference_steps; for models that predict the noise",
+    },
     "original_size": {
         "type": int,
         "nargs": 2,

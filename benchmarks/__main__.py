@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.configurations import LIBRARIES, PARTS, PICTURE, Configuration, ConfigurationError, read_configurations
 from benchmarks.report import write_report
+from demo.measure import GUIDANCE
 from tools.server import ROOT
 
 Record = dict[str, Any]
@@ -183,7 +184,14 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=1800, metavar="SECONDS", help="for one process")
     parser.add_argument("--output", type=Path, help="a folder (default: build/benchmarks)")
     parser.add_argument("--configurations", type=Path, default=Path(__file__).with_name("configurations.yaml"))
+    parser.add_argument("--shortcuts", action="store_true", help="judge what leaves out calls of the UNet instead")
+    parser.add_argument("--prompts", type=int, default=100, help="with --shortcuts (default: %(default)s)")
+    parser.add_argument("--calls", type=int, nargs="+", default=[11, 8], help="with --shortcuts (default: 11 8)")
+    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="with --shortcuts (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", help="with --shortcuts; auto: as served (default: %(default)s)")
     options = parser.parse_args(argv)
+    if options.shortcuts:
+        options.quick, options.num_inference_steps = options.model is None, options.num_inference_steps or 30
     options.model = (options.model or ROOT / ("demo/model" if options.quick else "build/base")).resolve()
     options.size = options.size or (128 if options.quick else 512)
     options.steps = options.steps or (20 if options.quick else 3)
@@ -197,8 +205,30 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def judge_shortcuts(options: argparse.Namespace) -> None:
+    """Write the table of shortcuts, and show it."""
+    from benchmarks.shortcuts import judge_ways
+
+    output: Path = options.output / "shortcuts"
+    output.mkdir(parents=True, exist_ok=True)
+    judge_ways(
+        options.model,
+        size=options.size,
+        count=options.prompts,
+        steps=options.num_inference_steps,
+        calls=options.calls,
+        guidance=options.guidance,
+        dtype=options.dtype,
+        output=output,
+    )
+    print((output / "shortcuts.md").read_text())
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     options = read_options(argv)
+    if options.shortcuts:
+        judge_shortcuts(options)
+        return
     try:
         listed = read_configurations(options.configurations)
         configurations = choose(listed, options.only)

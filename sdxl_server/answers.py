@@ -24,11 +24,13 @@ class MadePicture:
         file: its bytes.
         seed: its own.
         parameters: the fields that make it again.
+        unet_calls: that were made for it, of how many, in words.
     """
 
     file: bytes
     seed: int
     parameters: Mapping[str, Any]
+    unet_calls: str
 
 
 class NativeFace:
@@ -82,9 +84,13 @@ class NativeFace:
         """Return the event of a stream that tells which parts of the model are compiled first."""
         return format_event("compiling", {"parts": list(parts)})
 
-    def write_step(self, *, done: int, total: int, seconds: float) -> bytes:
-        """Return the event of a stream after a step."""
-        left = seconds / done * (total - done)
+    def write_step(self, *, done: int, total: int, seconds: float, share: float) -> bytes:
+        """Return the event of a stream after a step.
+
+        Args:
+            share: of the calls of the UNet, those that are made.
+        """
+        left = seconds / share * (1 - share)
         return format_event("progress", {"step": done, "total": total, "seconds": seconds, "seconds_left": left})
 
     def write_preview(self, request: GenerationRequest, file: bytes, *, index: int, number: int) -> bytes:
@@ -118,7 +124,7 @@ class NativeFace:
         details = {"image_tokens": 0, "text_tokens": 0}  # nothing is counted here, and the official client asks for it
         usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0, "input_tokens_details": details}
         data = {**_describe_event(request, picture.file, seed=picture.seed), "index": index, "usage": usage}
-        data |= {"parameters": picture.parameters, "warnings": list(warnings)}
+        data |= {"parameters": picture.parameters, "unet_calls": picture.unet_calls, "warnings": list(warnings)}
         return format_event(f"{self.event}.completed", data)
 
     def write_failure(self, error: Mapping[str, Any], *, kind: str) -> bytes:
@@ -154,7 +160,12 @@ def _describe_picture(request: GenerationRequest, picture: MadePicture) -> dict[
     content = base64.b64encode(picture.file).decode()
     name = request.response_format
     shown = f"data:image/{request.output_format};base64,{content}" if name == "url" else content
-    return {name: shown, "seed": picture.seed, "parameters": picture.parameters}
+    return {
+        name: shown,
+        "seed": picture.seed,
+        "parameters": picture.parameters,
+        "unet_calls": picture.unet_calls,
+    }
 
 
 def _describe_event(request: GenerationRequest, file: bytes, *, seed: int) -> dict[str, Any]:
@@ -178,12 +189,13 @@ PICTURES_SCHEMA = {
             "type": "array",
             "items": {
                 "type": "object",
-                "required": ["seed", "parameters"],
+                "required": ["seed", "parameters", "unet_calls"],
                 "properties": {
                     "b64_json": {"type": "string", "contentEncoding": "base64"},
                     "url": {"type": "string", "description": "with response_format url: the picture as a data: URL"},
                     "seed": {"type": "integer"},
                     "parameters": {"type": "object", "description": "the fields that make this picture again"},
+                    "unet_calls": {"type": "string", "description": "made for it, such as 11 of 30"},
                 },
             },
         },

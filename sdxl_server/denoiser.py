@@ -4,6 +4,7 @@ diffusers is handed these in the place of its models. What one request asks for 
 ones are functions, compiled or not. Each has what diffusers reads of a model beside calling it.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 
 from sdxl_server.errors import NotFiniteError
 from sdxl_server.fields import GenerationRequest
-from sdxl_server.schedulers import predict_original
+from sdxl_server.schedulers import find_output, find_sigma, predict_original
+from sdxl_server.shortcuts import Line, Plan
 
 Functions = Mapping[str, Callable[..., Any]]
 
@@ -42,25 +44,65 @@ class Denoiser(Part):
     """The UNet of one picture.
 
     Attributes:
-        calls: of the UNet so far.
+        plan: which of its calls are made.
+        calls: that were made so far, in whole ones.
+        done: calls so far, those included that were forecast.
         request: of which it is a picture.
     """
 
     reads = (*Part.reads, "add_embedding")
 
-    def __init__(self, model: Any, run: Callable[..., Any], request: GenerationRequest, scheduler: Any) -> None:
+    def __init__(
+        self, model: Any, run: Callable[..., Any], request: GenerationRequest, scheduler: Any, plan: Plan
+    ) -> None:
         super().__init__(model)
-        self.calls = 0
+        self.plan, self.done = plan, 0
+        self.calls: float = 0
         self.request, self._run, self._scheduler = request, run, scheduler
         self._last: tuple[Any, Any, Any] | None = None
+        self._lines = [Line(), Line()]  # what the finished picture looks like to each half, over the noise
 
     def forward(self, sample: Any, timestep: Any, *inputs: Any, **options: Any) -> Any:
-        """Call the shared UNet; schedulers count timesteps in whole numbers or in float32, which holds them exactly."""
-        outputs = self._run(sample, timestep.float(), *inputs, **options)
-        self.calls += 1
-        check_finite(outputs[0], "what the UNet returned")
-        self._last = (sample, timestep, outputs[0])
-        return outputs
+        """Call the shared UNet, or forecast what it would return, as planned."""
+        cost, is_guided = self.plan.costs[self.done], self.plan.guided[self.done]
+        if cost:
+            output = self._call(sample, timestep, *inputs, is_guided=is_guided, **options)
+        else:
+            output = self._forecast(sample, timestep, is_guided=is_guided)
+        self.calls += cost
+        self.done += 1
+        check_finite(output, "what the UNet returned" if cost else "what was forecast of the UNet")
+        self._last = (sample, timestep, output)
+        return (output,)
+
+    def _call(self, sample: Any, timestep: Any, *inputs: Any, is_guided: bool, **options: Any) -> Any:
+        """Call the shared UNet; schedulers count timesteps in whole numbers or in float32, which holds them exactly.
+
+        Outside the guidance interval what follows the prompt is run alone, and stands for both halves: guidance then
+        changes nothing.
+        """
+        if is_guided or len(sample) == 1:
+            output = self._run(sample, timestep.float(), *inputs, **options)[0]
+        else:
+            _, half = sample.chunk(2)
+            inputs, options = _halve(inputs, size=len(sample)), _halve(options, size=len(sample))
+            output = self._run(half, timestep.float(), *inputs, **options)[0].repeat(2, 1, 1, 1)
+        if 0 in self.plan.costs:
+            originals = predict_original(self._scheduler, sample[:, : output.shape[1]], timestep, output)
+            at = _scale_noise(find_sigma(self._scheduler, timestep))
+            # without guidance there is one half, the prompt's
+            for line, original in zip(self._lines, reversed(originals.split(1)), strict=False):
+                if is_guided or line is self._lines[0]:
+                    line.add(at, original)
+        return output
+
+    def _forecast(self, sample: Any, timestep: Any, *, is_guided: bool) -> Any:
+        """Return what the UNet would return if the picture to come changed on as between the last two calls."""
+        at = _scale_noise(find_sigma(self._scheduler, timestep))
+        originals = [(line if is_guided else self._lines[0]).find(at) for line in self._lines[: len(sample)]]
+        original = torch.cat(originals[::-1])
+        output = find_output(self._scheduler, sample[:, : original.shape[1]], timestep, original)
+        return output.to(sample.dtype)
 
     def predict(self) -> Any:
         """Return the finished latents as they look from the last call; 1, channels, height / 8, width / 8."""
@@ -115,3 +157,18 @@ class TextEncoder(Part):
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """Call the shared text encoder."""
         return self._run(*inputs, **options)
+
+
+def _scale_noise(sigma: float) -> float:
+    """Return a noise level on the scale on which a picture in the making changes most evenly."""
+    return math.asinh(sigma)
+
+
+def _halve(inputs: Any, *, size: int) -> Any:
+    """Return the prompt's half of what is passed to the UNet, the second."""
+    if isinstance(inputs, Mapping):
+        return {name: _halve(each, size=size) for name, each in inputs.items()}
+    if isinstance(inputs, tuple):
+        return tuple(_halve(each, size=size) for each in inputs)
+    is_batch = isinstance(inputs, torch.Tensor) and inputs.dim() > 0 and len(inputs) == size
+    return inputs[size // 2 :] if is_batch else inputs

@@ -6,11 +6,13 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sdxl_server.compiling import price_half
 from sdxl_server.denoiser import Autoencoder, Denoiser, TextEncoder, check_finite
 from sdxl_server.errors import NotFiniteError, RequestError
 from sdxl_server.fields import DECLARATIONS, GenerationRequest
 from sdxl_server.masks import blend, cover_cells
-from sdxl_server.schedulers import make_scheduler
+from sdxl_server.schedulers import find_schedule, make_scheduler
+from sdxl_server.shortcuts import plan_calls
 
 if TYPE_CHECKING:
     from sdxl_server.pipeline import LoadedPipeline
@@ -21,10 +23,11 @@ class Progress:
     """Where a request stands after a denoising step.
 
     Attributes:
-        done, total: steps of the request; a step is a call of the UNet.
+        done, total: steps of the request; a step is a call of the UNet, made or forecast.
         index: the picture under way, from 0.
         step, steps: of this picture.
         denoiser: of this picture.
+        share: of the request's calls of the UNet, those forecast left out, that are made; above 0.
     """
 
     done: int
@@ -33,6 +36,7 @@ class Progress:
     step: int
     steps: int
     denoiser: Denoiser
+    share: float
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,13 @@ class Picture:
 
     Attributes:
         image: a Pillow image.
-        unet_calls: that were made for it.
+        unet_calls: that were made for it, in whole ones; outside a guidance interval one may be half.
+        calls_of_all: what the full schedule would take.
     """
 
     image: Any
-    unet_calls: int
+    unet_calls: float
+    calls_of_all: int
 
 
 def generate(loaded: "LoadedPipeline", request: GenerationRequest) -> Generator[Progress, None, list[Picture]]:
@@ -75,18 +81,20 @@ def _draw(loaded: "LoadedPipeline", request: GenerationRequest, index: int) -> G
     def report_step(running: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         check_finite(tensors["latents"], "what the scheduler made of the step")
         steps = running.num_timesteps
+        share = (index + unet.calls / unet.plan.total) / request.num_images_per_prompt
         done, total = index * steps + step + 1, request.num_images_per_prompt * steps
         if done < total:
             # Each pipeline switches gradients off at its start and back at its end; another one runs in between.
             with torch.set_grad_enabled(is_grad_enabled):
-                work.parent.switch(Progress(done, total, index, step + 1, steps, pipeline.unet))
+                work.parent.switch(Progress(done, total, index, step + 1, steps, unet, share))
         return tensors
 
     pipeline = fork_pipeline(loaded, request)
+    unet: Denoiser = pipeline.unet
     arguments = list_arguments(pipeline, request, index)
     work = greenlet(lambda: pipeline(callback_on_step_end=report_step, **arguments).images[0])
     try:
-        with _name_place(request, index, pipeline.unet):
+        with _name_place(request, index, unet):
             result = work.switch()
             while not work.dead:
                 yield result
@@ -102,7 +110,7 @@ def _draw(loaded: "LoadedPipeline", request: GenerationRequest, index: int) -> G
     finally:
         if not work.dead:
             work.throw()
-    return Picture(keep_protected(result, request), pipeline.unet.calls)
+    return Picture(keep_protected(result, request), unet.calls, len(unet.plan.costs))
 
 
 @contextlib.contextmanager
@@ -112,7 +120,7 @@ def _name_place(request: GenerationRequest, index: int, denoiser: Denoiser) -> I
         yield
     except NotFiniteError as error:
         raise NotFiniteError(
-            f"the picture of seed {request.get_seed(index)} failed in step {denoiser.calls}: {error}"
+            f"the picture of seed {request.get_seed(index)} failed in step {denoiser.done}: {error}"
         ) from error
 
 
@@ -166,9 +174,11 @@ def fork_pipeline(loaded: "LoadedPipeline", request: GenerationRequest) -> Any:
         name = family.image_to_image if request.mask_image is None else family.inpainting
     chosen = getattr(diffusers, name)
     scheduler = make_scheduler(pipeline.scheduler, request)
+    half = price_half(loaded.config, loaded.graphs)
+    plan = plan_calls(scheduler, request, unet_config=pipeline.unet.config, half=half)
     parts = {
         "scheduler": scheduler,
-        "unet": Denoiser(pipeline.unet, loaded.functions["unet"], request, scheduler),
+        "unet": Denoiser(pipeline.unet, loaded.functions["unet"], request, scheduler, plan),
         "vae": Autoencoder(pipeline.vae, loaded.functions),
         **{each: TextEncoder(getattr(pipeline, each), loaded.functions[each]) for each in family.text_encoders},
     }
@@ -198,6 +208,7 @@ def list_arguments(pipeline: Any, request: GenerationRequest, index: int) -> dic
             arguments[name] = value
         elif name not in without_effect and value:
             raise RequestError(f"{name} has no effect with an image here; leave it out", param=name)
+    arguments |= find_schedule(request)
     if request.negative_prompt_2 is not None:
         arguments.setdefault("negative_prompt", "")  # without one diffusers takes zeros for both
     if request.mask_image is not None:

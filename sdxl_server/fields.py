@@ -12,12 +12,20 @@ from enum import Enum
 from typing import Any
 
 from sdxl_server.samplers import Samplers, make_schema, read_sampler
-from sdxl_server.schemas import Schema, choice, nullable, pair, real, switch, text, whole
+from sdxl_server.schemas import Schema, choice, falling, nullable, pair, real, shares, switch, text, whole
 
 MAX_SEED = 2**32 - 1
 RANDOM_SEED = -1
 MIN_SIDE = 64
+MIN_CALLS = 4  # of the UNet, where some are forecast
 PICTURE_FORMATS = ("JPEG", "PNG", "WebP", "AVIF", "GIF", "TIFF", "BMP")  # that are read; each decoder is a surface
+SCHEDULES = (
+    "StableDiffusionTimesteps",
+    "StableDiffusionXLTimesteps",
+    "StableDiffusionSigmas",
+    "StableDiffusionXLSigmas",
+)
+SCHEDULE_FIELDS = ("timesteps", "sigmas", "schedule")  # of which a request has one
 WITH_IMAGE = "with an image, by its aspect unless given"
 PIXELS = {"type": int, "metavar": "PIXELS"}
 COUNT = {"type": int, "metavar": "N"}
@@ -172,6 +180,22 @@ class GenerationRequest:
         value=0.0,
         option=NUMBER,
     )
+    unet_calls: int | None = _declare(
+        Role.PICTURE,
+        lambda bounds: whole(MIN_CALLS, 2 * max(bounds.max_steps, MIN_CALLS)),
+        "calls of the UNet to make, the others forecast (lossy); `strength` and `denoising_end` shorten it",
+        value=None,
+        option=COUNT,
+        is_argument=False,
+    )
+    guidance_interval: tuple[float, float] | None = _declare(
+        Role.PICTURE,
+        lambda _: shares(),
+        "shares of the denoising between which the prompt steers; outside it a step costs half",
+        value=None,
+        option={"type": float, "nargs": 2, "metavar": ("FROM", "TO")},
+        is_argument=False,
+    )
     num_images_per_prompt: int = _declare(
         Role.DELIVERY,
         lambda bounds: whole(1, bounds.max_images),
@@ -202,6 +226,30 @@ class GenerationRequest:
         "share of the denoising after which to stop",
         value=None,
         option={"type": float, "metavar": "SHARE"},
+    )
+    timesteps: tuple[int, ...] | None = _declare(
+        Role.PICTURE,
+        lambda bounds: falling(whole(0, 999), bounds.max_steps, "a list of falling whole numbers from 0 to 999"),
+        "the timesteps themselves, for `num_inference_steps`; some schedulers take them",
+        value=None,
+        option={"type": int, "nargs": "+", "metavar": "T"},
+        is_argument=False,
+    )
+    sigmas: tuple[float, ...] | None = _declare(
+        Role.PICTURE,
+        lambda bounds: falling(real(0, 1e6), bounds.max_steps + 1, "a list of falling numbers from 0 on, the last 0"),
+        "the noise levels themselves, the last 0, for `num_inference_steps`; some schedulers take them",
+        value=None,
+        option={"type": float, "nargs": "+", "metavar": "SIGMA"},
+        is_argument=False,
+    )
+    schedule: str | None = _declare(
+        Role.PICTURE,
+        lambda _: choice(*SCHEDULES),
+        "one of diffusers' AysSchedules, for `num_inference_steps`; for models that predict the noise",
+        value=None,
+        option={"choices": SCHEDULES},
+        is_argument=False,
     )
     original_size: tuple[int, int] | None = _declare(
         Role.PICTURE,
@@ -295,6 +343,11 @@ class GenerationRequest:
         value=0,
         is_argument=False,
     )
+
+    @property
+    def schedule_field(self) -> str | None:
+        """The field that says which steps to make in the place of `num_inference_steps`."""
+        return next((name for name in SCHEDULE_FIELDS if getattr(self, name) is not None), None)
 
     def get_seed(self, index: int) -> int:
         """Return the seed of picture `index`."""

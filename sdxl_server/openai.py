@@ -102,7 +102,7 @@ class OpenAIFace(NativeFace):
         """Return a comment in the place of the native event."""
         return f": {', '.join(parts)} compiled first\n\n".encode()
 
-    def write_step(self, *, done: int, total: int, seconds: float) -> bytes:
+    def write_step(self, *, done: int, total: int, seconds: float, share: float) -> bytes:
         """Return a comment, which keeps the connection alive."""
         return f": step {done} of {total}\n\n".encode()
 

@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sdxl_server import __version__
-from sdxl_server.compiling import VAE_ENCODER, choose_graphs, compile_parts
+from sdxl_server.compiling import VAE_ENCODER, choose_graphs, compile_parts, price_half
 from sdxl_server.drawing import finish, generate
 from sdxl_server.errors import ConfigError, NotFiniteError, RequestError
 from sdxl_server.families import Family, find_family
@@ -20,8 +21,10 @@ from sdxl_server.loading import blame, check_device, check_files, choose_dtype, 
 from sdxl_server.masks import find_mask_warnings
 from sdxl_server.prompts import PROMPTS, find_syntax
 from sdxl_server.request import Contract
-from sdxl_server.schedulers import choose_default, count_calls, find_samplers
+from sdxl_server.samplers import Samplers
+from sdxl_server.schedulers import check_sampling, choose_default, find_samplers, make_scheduler
 from sdxl_server.settings import CompileConfig, HandlerConfig
+from sdxl_server.shortcuts import plan_calls
 
 WARM_UP_STEPS = 2  # Inductor may compile again at the second
 
@@ -68,6 +71,11 @@ class LoadedPipeline:
             "weights_sha256": self.weights_sha256,
             "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
             "versions": {"sdxl_server": __version__, "openvino_backend": openvino_backend.__version__},
+            "shortcuts": {
+                "unet_calls": self.config.unet_calls,
+                "guidance_interval": self.config.guidance_interval,
+                "lossy": self.config.unet_calls is not None or self.config.guidance_interval is not None,
+            },
             "graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
         }
         if self.compilation.backend == "openvino":
@@ -176,6 +184,8 @@ def build_contract(pipeline: Any, family: Family, config: HandlerConfig, *, grap
         "height": size[1],
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
+        "unet_calls": config.unet_calls,
+        "guidance_interval": config.guidance_interval,
         "quality": config.jpeg_quality,
         "scheduler": choose_default(pipeline.scheduler, samplers, config.scheduler),
     }
@@ -193,13 +203,25 @@ def build_contract(pipeline: Any, family: Family, config: HandlerConfig, *, grap
         max_clip_skip=min(getattr(pipeline, each).config.num_hidden_layers for each in family.text_encoders) - 1,
     )
     properties = build_properties(bounds, defaults=defaults, lacking=family.lacks)
-    contract = Contract(properties, bounds, functools.partial(count_calls, pipeline.scheduler))
+    half = price_half(config, graphs)
+    contract = Contract(properties, bounds, functools.partial(_count_calls, pipeline, samplers, half))
     try:
         contract.check({"prompt": "what a request gets that says no more", **defaults})
     except RequestError as error:
         key = error.param if error.param in {each.name for each in dataclasses.fields(config)} else "jpeg_quality"
         raise ConfigError(f"handler.{key}: its defaults are beyond its limits: {error}") from error
     return contract
+
+
+def _count_calls(pipeline: Any, samplers: Samplers, half: float, request: GenerationRequest) -> float:
+    """Return the UNet's calls for one picture of a request.
+
+    Raises:
+        RequestError: there would be none, or the scheduler cannot make them right.
+    """
+    check_sampling(pipeline.scheduler, samplers, request)
+    scheduler = make_scheduler(pipeline.scheduler, request)
+    return plan_calls(scheduler, request, unet_config=pipeline.unet.config, half=half).total
 
 
 def warm_up(loaded: LoadedPipeline) -> None:
@@ -214,8 +236,12 @@ def warm_up(loaded: LoadedPipeline) -> None:
     sizes = [(contract.properties["width"]["default"], contract.properties["height"]["default"])]
     if loaded.graphs == "both":
         sizes.append((MIN_SIDE, next(side for side in (MIN_SIDE, MIN_SIDE + 8) if (MIN_SIDE, side) != sizes[0])))
-    for width, height in contract.bounds.allowed_sizes or sizes:
-        request = _choose_warm_up(loaded, {"prompt": "warm-up", "width": width, "height": height})
+    kinds: list[dict[str, Any]] = [{"guidance_interval": [0, 1]}]
+    # OpenVINO's graphs are for one batch, whatever is asked for, or for any.
+    if loaded.graphs is None and loaded.compilation.backend is not None and loaded.config.guidance_interval is not None:
+        kinds.append({"guidance_scale": 1.0})
+    for (width, height), kind in itertools.product(contract.bounds.allowed_sizes or sizes, kinds):
+        request = _choose_warm_up(loaded, {"prompt": "warm-up", "width": width, "height": height, **kind})
         try:
             encode_picture(finish(generate(loaded, request))[0].image, request)
         except NotFiniteError as error:
@@ -272,7 +298,7 @@ def find_warnings(loaded: LoadedPipeline, request: GenerationRequest, *, told: S
 
 
 def describe_picture(
-    loaded: LoadedPipeline, request: GenerationRequest, index: int, *, unet_calls: int, warnings: Sequence[str] = ()
+    loaded: LoadedPipeline, request: GenerationRequest, index: int, *, unet_calls: float, warnings: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Return what makes picture `index` again: the fields of the request, what was left out of it, and what made it."""
     import diffusers

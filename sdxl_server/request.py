@@ -27,7 +27,7 @@ class Contract:
 
     properties: Mapping[str, dict[str, Any]]
     bounds: Bounds
-    count_calls: Callable[[GenerationRequest], int]
+    count_calls: Callable[[GenerationRequest], float]
 
     def check(self, fields: Mapping[str, Any]) -> GenerationRequest:
         """Return the request with these fields; a field that is null counts as left out.
@@ -73,7 +73,9 @@ class Contract:
             raise RequestError(f"{name} takes Unicode text, not a lone surrogate such as \\ud800", param=name)
         if "integer" in schema["type"]:
             return int(value)
-        return tuple(map(int, value)) if isinstance(value, list) else value
+        if isinstance(value, list):
+            return tuple(map(int if schema["items"]["type"] == "integer" else float, value))
+        return value
 
     def _check_size(self, request: GenerationRequest) -> None:
         size, allowed = (request.width, request.height), self.bounds.allowed_sizes
@@ -87,7 +89,7 @@ class Contract:
         if work > self.bounds.max_megapixel_steps:
             raise RequestError(
                 f"pictures times steps times megapixels may be {self.bounds.max_megapixel_steps:g} at most, not "
-                f"{calls} steps of {request.width}x{request.height} = {work:.4g} (a step is a call of the UNet, of "
+                f"{calls:g} steps of {request.width}x{request.height} = {work:.4g} (a step is a call of the UNet, of "
                 "which some schedulers make two for one); ask for fewer or smaller pictures or for fewer steps",
                 param="num_inference_steps",
             )

@@ -2,13 +2,16 @@
 
 import functools
 import inspect
+import itertools
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from sdxl_server.errors import ConfigError, RequestError
-from sdxl_server.fields import GenerationRequest
+from sdxl_server.fields import SCHEDULE_FIELDS, GenerationRequest
 from sdxl_server.samplers import Samplers, list_options, read_sampler, split_sampler
+from sdxl_server.schemas import shorten
 
 DISTILLED = ("LCMScheduler", "TCDScheduler")  # each draws what was distilled for it, and only that
 TRIAL_STEPS = 10
@@ -16,6 +19,7 @@ TRIAL_SIDE = 64  # of latents of four channels: chance moves the shares below by
 FARTHEST = 0.03  # from the share of the picture, or of the noise, that a timestep is due
 FARTHEST_LEVEL = 0.01  # likewise, in what a scheduler believes; without zero terminal SNR it is up to 0.07
 LEAST_OF_PICTURE = 0.9  # in what a scheduler ends with
+TAKES_NO_SIGMAS = "UniPCMultistepScheduler"  # but for models of flow, although set_timesteps has the argument
 
 
 def find_samplers(own: Any, unet_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,42 +166,102 @@ def make_scheduler(model_own: Any, request: GenerationRequest) -> Any:
     """Return the scheduler that a request names, with the settings of the model's own, set to its steps.
 
     Raises:
-        RequestError: it cannot make so few steps.
+        RequestError: it cannot make so few steps, or not these.
     """
     name, options = split_sampler(request.scheduler or type(model_own).__name__)
     scheduler = build_scheduler(model_own.config, name, options)
+    schedule = find_schedule(request)
+    steps: dict[str, Any] = schedule or {"num_inference_steps": request.num_inference_steps}
     try:
-        scheduler.set_timesteps(request.num_inference_steps)
+        scheduler.set_timesteps(**steps)
     except (IndexError, ValueError) as error:
+        given = f"in {request.num_inference_steps} steps" if not schedule else f"with these {next(iter(schedule))}"
+        key = request.schedule_field or "num_inference_steps"
         raise RequestError(
-            f"num_inference_steps: {name} cannot make a picture in {request.num_inference_steps} steps "
-            f"({error}); give it another number of steps, or another scheduler",
-            param="num_inference_steps",
+            f"{key}: {name} cannot make a picture {given} ({error}); give it "
+            f"{'another number of steps' if not schedule else 'others'}, or another scheduler",
+            param=key,
         ) from error
     return scheduler
 
 
-def count_calls(model_own: Any, request: GenerationRequest) -> int:
-    """Return the UNet's calls for one picture, counted as diffusers' pipelines choose them.
+def find_schedule(request: GenerationRequest) -> dict[str, list[float]]:
+    """Return the schedule that a request names, as diffusers' argument, or nothing."""
+    from diffusers.schedulers import AysSchedules
+
+    name = request.schedule_field
+    if name is None:
+        return {}
+    if name == "schedule":
+        return {"sigmas" if str(request.schedule).endswith("Sigmas") else "timesteps": AysSchedules[request.schedule]}
+    return {name: list(getattr(request, name))}
+
+
+def check_sampling(model_own: Any, samplers: Samplers, request: GenerationRequest) -> None:
+    """Refuse what a request's scheduler cannot draw the model right with.
+
+    Args:
+        samplers: the schedulers on offer.
 
     Raises:
-        RequestError: there would be none, or the scheduler cannot make them right.
+        RequestError: names the options, or the schedule: two of them, one that does not fall, or one that this
+            scheduler or model cannot take.
     """
+    sampler = request.scheduler or type(model_own).__name__
     try:
-        check_options(model_own, request.scheduler or type(model_own).__name__)
+        check_options(model_own, sampler)
     except ValueError as error:
         raise RequestError(f"scheduler {error}", param="scheduler") from error
-    scheduler = make_scheduler(model_own, request)
-    timesteps = scheduler.timesteps.tolist()
+    named = [name for name in SCHEDULE_FIELDS if getattr(request, name) is not None]
+    if len(named) > 1:
+        raise RequestError(f"{' and '.join(named)} are one thing; give one of them", param=named[1])
+    for kind, values in find_schedule(request).items():
+        is_noise = kind == "sigmas"
+        if any(before <= after for before, after in itertools.pairwise(values)) or (is_noise and values[-1] != 0):
+            raise RequestError(
+                f"{named[0]} takes numbers that fall{', to 0 at last' if is_noise else ''}, not {shorten(values)}",
+                param=named[0],
+            )
+        if named == ["schedule"] and model_own.config.prediction_type != "epsilon":
+            raise RequestError(
+                f"schedule takes a model that predicts the noise, not {model_own.config.prediction_type}",
+                param="schedule",
+            )
+        takers, (name, _) = [each for each in samplers if _takes(each, kind)], split_sampler(sampler)
+        if name not in takers:
+            raise RequestError(
+                f"{named[0]} is taken by {', '.join(takers) or 'no scheduler of this model'}, not by {name}"
+                f"{'; name one of them as scheduler' if takers else ''}",
+                param=named[0],
+            )
+
+
+def _takes(scheduler: str, kind: str) -> bool:
+    import diffusers
+
+    taken = inspect.signature(getattr(diffusers, scheduler).set_timesteps).parameters
+    return kind in taken and (kind, scheduler) != ("sigmas", TAKES_NO_SIGMAS)
+
+
+def list_timesteps(scheduler: Any, request: GenerationRequest) -> list[float]:
+    """Return the timesteps of the UNet's calls for one picture, chosen as diffusers' pipelines choose them.
+
+    Args:
+        scheduler: set to the request's steps.
+
+    Raises:
+        RequestError: there would be none.
+    """
+    timesteps: list[float] = scheduler.timesteps.tolist()
     if request.image is not None and request.strength is not None:
-        steps = int(request.num_inference_steps * request.strength)
+        steps_of_all = len(timesteps) if request.schedule_field else request.num_inference_steps
+        steps = int(steps_of_all * request.strength)
         if steps < 1:
             raise RequestError(
-                f"strength times num_inference_steps must be 1 or more, not {request.strength} times "
-                f"{request.num_inference_steps}",
+                f"strength times num_inference_steps must be 1 or more, not {request.strength} times {steps_of_all}",
                 param="strength",
             )
-        timesteps = timesteps[(request.num_inference_steps - steps) * scheduler.order :]
+        timesteps = timesteps[(steps_of_all - steps) * scheduler.order :]
     if request.denoising_end is not None and request.denoising_end < 1:
         trained = scheduler.config.num_train_timesteps
         last = round(trained - request.denoising_end * trained)
@@ -208,16 +272,23 @@ def count_calls(model_own: Any, request: GenerationRequest) -> int:
                 f"at noise level {last} of {trained}, and it begins at {first:.0f}: give more",
                 param="denoising_end",
             )
-    return len(timesteps)
+    return timesteps
 
 
-def find_level(scheduler: Any, timestep: Any) -> tuple[float, float]:
-    """Return the shares of the picture and of the noise that a model was trained on at a timestep, whole or not."""
+def find_sigma(scheduler: Any, timestep: Any) -> float:
+    """Return the noise at a timestep, whole or not, as a share of the picture's own strength."""
+    if hasattr(scheduler, "precondition_outputs"):
+        return math.exp(4 * float(timestep))  # the inverse of EDM's precondition_noise
     alphas = scheduler.alphas_cumprod.double().clamp(min=1e-12)
     sigmas = ((1 - alphas) / alphas) ** 0.5
     low = int(timestep)
     high = min(low + 1, len(sigmas) - 1)
-    sigma = float(sigmas[low] + (float(timestep) - low) * (sigmas[high] - sigmas[low]))
+    return float(sigmas[low] + (float(timestep) - low) * (sigmas[high] - sigmas[low]))
+
+
+def find_level(scheduler: Any, timestep: Any) -> tuple[float, float]:
+    """Return the shares of the picture and of the noise that a model was trained on at a timestep, whole or not."""
+    sigma = find_sigma(scheduler, timestep)
     return (1 / (1 + sigma**2)) ** 0.5, (sigma**2 / (1 + sigma**2)) ** 0.5
 
 
@@ -233,11 +304,9 @@ def predict_original(scheduler: Any, sample: Any, timestep: Any, output: Any) ->
         timestep: likewise, whole or not.
         output: what it returned, guided.
     """
-    import torch
-
     sample, output = sample.float(), output.float()
     if hasattr(scheduler, "precondition_outputs"):
-        sigma = torch.exp(4 * timestep.float())  # the inverse of EDM's precondition_noise
+        sigma = find_sigma(scheduler, timestep)
         scale = (sigma**2 + scheduler.config.sigma_data**2) ** 0.5
         return scheduler.precondition_outputs(sample * scale, output, sigma)
     alpha, noise = find_level(scheduler, timestep)
@@ -247,3 +316,15 @@ def predict_original(scheduler: Any, sample: Any, timestep: Any, output: Any) ->
     if kind == "v_prediction":
         return alpha * sample - noise * output
     return (sample - noise * output) / alpha
+
+
+def find_output(scheduler: Any, sample: Any, timestep: Any, original: Any) -> Any:
+    """Return what the UNet would have to return for its prediction to be these finished latents.
+
+    The prediction is a straight function of the output, whatever its kind.
+    """
+    import torch
+
+    offset = predict_original(scheduler, sample, timestep, torch.zeros_like(sample))
+    slope = predict_original(scheduler, torch.zeros(1), timestep, torch.ones(1)).to(offset.device)
+    return (original - offset) / slope

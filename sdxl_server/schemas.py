@@ -47,6 +47,16 @@ def pair(minimum: int, maximum: int) -> Schema:
     return {"type": "array", "items": items, "minItems": 2, "maxItems": 2}
 
 
+def shares() -> Schema:
+    """Return the schema of two shares of a whole."""
+    return {"type": "array", "items": real(0, 1), "minItems": 2, "maxItems": 2, "x-accepted": "two numbers from 0 to 1"}
+
+
+def falling(items: Schema, most: int, accepted: str) -> Schema:
+    """Return the schema of a list of numbers, of which another check sees that they fall."""
+    return {"type": "array", "items": items, "minItems": 1, "maxItems": most, "x-accepted": accepted}
+
+
 def nullable(schema: Schema) -> Schema:
     """Return a schema that takes null too."""
     kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]

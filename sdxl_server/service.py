@@ -217,7 +217,7 @@ class Service:
         """Return the events of a stream after a step, a preview among them where one is due."""
         if not request.stream:
             return b""
-        events = face.write_step(done=progress.done, total=progress.total, seconds=seconds)
+        events = face.write_step(done=progress.done, total=progress.total, seconds=seconds, share=progress.share)
         due = choose_preview_steps(request.partial_images, steps=progress.steps)
         numbers = [number for number, step in enumerate(due) if step == progress.step]
         if numbers:
@@ -230,9 +230,10 @@ class Service:
         self, request: GenerationRequest, picture: Picture, index: int, *, warnings: Sequence[str]
     ) -> MadePicture:
         described = describe_picture(self.loaded, request, index, unet_calls=picture.unet_calls, warnings=warnings)
+        calls = f"{picture.unet_calls:g} of {picture.calls_of_all}"
         embedded = described if self.loaded.config.embed_parameters else None
         file = encode_picture(picture.image, request, parameters=embedded)
-        return MadePicture(file, request.get_seed(index), described["request"])
+        return MadePicture(file, request.get_seed(index), described["request"], calls)
 
 
 def load_service(settings: Mapping[str, Any], *, model_dir: Path, gpu_id: int | None, archive: str) -> Service:

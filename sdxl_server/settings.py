@@ -8,8 +8,19 @@ from pathlib import Path
 from typing import Any, Self
 
 from sdxl_server.errors import ConfigError, cut
-from sdxl_server.fields import MIN_SIDE
-from sdxl_server.schemas import Schema, choice, describe_schema, is_valid, nullable, real, shorten, switch, whole
+from sdxl_server.fields import MIN_CALLS, MIN_SIDE
+from sdxl_server.schemas import (
+    Schema,
+    choice,
+    describe_schema,
+    is_valid,
+    nullable,
+    real,
+    shares,
+    shorten,
+    switch,
+    whole,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +91,18 @@ class HandlerConfig:
     )
     num_inference_steps: int = _setting(30, whole(1, 1000), "denoising steps")
     guidance_scale: float = _setting(5.0, real(0, 100), "how strongly the prompt steers; at 1 or below not at all")
+    unet_calls: int | None = _setting(
+        None,
+        whole(MIN_CALLS, 2000),
+        "calls of the UNet to make for a picture, the others forecast; lossy, see docs/benchmarks.md",
+        null="all",
+    )
+    guidance_interval: Sequence[float] | None = _setting(
+        None,
+        shares(),
+        "shares of the denoising between which the prompt steers; outside it a step costs half",
+        null="all",
+    )
     width: int | None = _setting(
         None, whole(MIN_SIDE, MAX_SIDE, multiple_of=8), "pixels", null="the model's own, 1024 for SDXL base"
     )
