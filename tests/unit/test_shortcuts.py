@@ -265,14 +265,14 @@ def test_an_interval_of_all_is_none_for_a_scheduler_without_training_timesteps(d
     assert plan_calls(scheduler, request, unet_config={"time_cond_proj_dim": 256}, half=0.5) == plan
 
 
-@pytest.mark.parametrize(("fields", "step"), [({"unet_calls": 4}, 10), ({"guidance_interval": [0.2, 0.8]}, 8)])
+@pytest.mark.parametrize("fields", [{"unet_calls": 4}, {"guidance_interval": [0.2, 0.8]}])
 def test_numbers_that_are_not_finite_name_the_step_and_not_the_call(
-    tiny_model: Path, tmp_path: Path, fields: dict[str, Any], step: int
+    tiny_model: Path, tmp_path: Path, fields: dict[str, Any]
 ) -> None:
     folder = spoil_model(tiny_model, tmp_path / "model", "late")
     config = HandlerConfig(model_path=folder.name, dtype="float32", warm_up=False)
     loaded = load_pipeline(config, CompileConfig(), model_dir=folder.parent)
-    with pytest.raises(NotFiniteError, match=rf"seed 1 failed in step {step}: what the UNet returned"):
+    with pytest.raises(NotFiniteError, match="seed 1 failed in step 7: what the UNet returned"):
         draw(loaded, **{"num_inference_steps": 10, **fields})
 
 
