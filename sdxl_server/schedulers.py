@@ -18,6 +18,7 @@ TRIAL_STEPS = 10
 TRIAL_SIDE = 64  # of latents of four channels: chance moves the shares below by 0.01
 FARTHEST = 0.03  # from the share of the picture, or of the noise, that a timestep is due
 FARTHEST_LEVEL = 0.01  # likewise, in what a scheduler believes; without zero terminal SNR it is up to 0.07
+LEAST_SIGMA = 0.001  # below it a step divides by next to nothing
 LEAST_OF_PICTURE = 0.9  # in what a scheduler ends with
 TAKES_NO_SIGMAS = "UniPCMultistepScheduler"  # but for models of flow, although set_timesteps has the argument
 
@@ -217,9 +218,11 @@ def check_sampling(model_own: Any, samplers: Samplers, request: GenerationReques
         raise RequestError(f"{' and '.join(named)} are one thing; give one of them", param=named[1])
     for kind, values in find_schedule(request).items():
         is_noise = kind == "sigmas"
-        if any(before <= after for before, after in itertools.pairwise(values)) or (is_noise and values[-1] != 0):
+        is_falling = all(before > after for before, after in itertools.pairwise(values))
+        if not is_falling or is_noise and (len(values) < 2 or values[-1] != 0 or values[-2] < LEAST_SIGMA):
+            bounds = f", to {LEAST_SIGMA} or more and then 0" if is_noise else ""
             raise RequestError(
-                f"{named[0]} takes numbers that fall{', to 0 at last' if is_noise else ''}, not {shorten(values)}",
+                f"{named[0]} takes numbers that fall{bounds}, not {shorten(values)}",
                 param=named[0],
             )
         if named == ["schedule"] and model_own.config.prediction_type != "epsilon":

@@ -157,7 +157,10 @@ def test_every_step_of_the_guide(reader: Reader) -> None:
     assert psutil.wait_procs(running, timeout=30)[1] == []
 
 
-@pytest.mark.parametrize(("name", "form"), [("diffusion_fast.mar", "default"), ("diffusion_fast.tar.gz", "tgz")])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("diffusion_fast.mar", "default"), pytest.param("diffusion_fast.tar.gz", "tgz", marks=pytest.mark.soak)],
+)
 def test_archive_with_the_model_packed_in(reader: Reader, name: str, form: str) -> None:
     reader.run("python Download_model.py --output-dir packed/Base_Diffusion_model")
     reader.run("mkdir model_store")

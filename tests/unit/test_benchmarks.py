@@ -157,6 +157,7 @@ def test_what_cannot_be_measured_says_why(tmp_path: Path, tiny_model: Path, monk
     assert run.records[-1]["skipped"] == "openvino-genai makes whole pictures only (--parts picture)"
 
 
+@pytest.mark.soak
 def test_whole_pictures(tmp_path: Path) -> None:
     path = write_configurations(tmp_path, EAGER, OURS)
     command = [

@@ -88,7 +88,7 @@ def test_arithmetic_is_that_of_a_graph_for_one_size(tiny_model: Path, precision:
     options = {"precision": precision, "max_graphs": 9}
     free = CompiledFunction(pipeline.unet.forward, options, dynamic_shapes=DYNAMIC_SHAPES["unet"])
     fixed = CompiledFunction(pipeline.unet.forward, options)
-    for call in CALLS[:2]:
+    for call in CALLS[:1]:
         arguments = make_call(pipeline, "unet", *call)
         expected = exact(**arguments)[0]
         short = {**arguments, **{name: arguments[name].half() for name in ("sample", "encoder_hidden_states")}}
@@ -96,23 +96,23 @@ def test_arithmetic_is_that_of_a_graph_for_one_size(tiny_model: Path, precision:
         errors = [measure_error(function(**short)[0].float(), expected) for function in (free, fixed)]
         assert errors[0] < 1.5 * errors[1] + 1e-3, (call, errors)
         assert errors[0] < 0.1
-    assert (len(free.backend.reports), len(fixed.backend.reports)) == (1, 2)
+    assert (len(free.backend.reports), len(fixed.backend.reports)) == (1, 1)
 
 
 def test_a_single_row_or_column_is_another_graph(pipeline: Any) -> None:
     """In the graph of dynamic lengths OpenVINO is wrong by 13 to 60% at 1×1, on a lower level too."""
     function = CompiledFunction(pipeline.unet.forward, {}, dynamic_shapes=DYNAMIC_SHAPES["unet"])
-    for call in (CALLS[0], (2, 2, 2, 77), (1, 1, 1, 77)):
+    for call in (CALLS[0], (1, 1, 1, 77)):
         assert measure(function, pipeline.unet.forward, make_call(pipeline, "unet", *call)) < 1e-5, call
-    assert len(function.backend.reports) == 3
+    assert len(function.backend.reports) == 2
 
 
 def test_a_shape_can_have_a_graph_of_its_own(pipeline: Any) -> None:
-    method, shape = pipeline.unet.forward, {"sample": (2, 4, 16, 16)}
-    function = CompiledFunction(method, {}, dynamic_shapes=DYNAMIC_SHAPES["unet"], static_shapes=[shape])
+    method, shape = pipeline.vae._decode, {"z": (1, 4, 16, 16)}
+    function = CompiledFunction(method, {}, dynamic_shapes=DYNAMIC_SHAPES["vae"], static_shapes=[shape])
     counts = []
-    for call in (*CALLS[:3], CALLS[0], CALLS[4]):
-        assert measure(function, method, make_call(pipeline, "unet", *call)) < 1e-5
+    for call in (CALLS[0], *CALLS[2:4], CALLS[0], CALLS[4]):
+        assert measure(function, method, make_call(pipeline, "vae", *call)) < 1e-5
         counts.append(len(function.backend.reports))
     assert counts == [1, 2, 2, 2, 2]
 

@@ -97,7 +97,7 @@ def test_outside_the_interval_half_is_run(demo: LoadedPipeline) -> None:
     assert measure_psnr(nothing, unguided) > 50  # half a batch of two, and one alone
 
 
-@pytest.mark.parametrize(("graphs", "price"), [("static", 1), ("dynamic", 0.5)])
+@pytest.mark.parametrize(("graphs", "price"), [("static", 1), pytest.param("dynamic", 0.5, marks=pytest.mark.soak)])
 def test_the_interval_holds_with_each_kind_of_graphs(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graphs: str, price: float
 ) -> None:
@@ -220,7 +220,9 @@ def test_a_schedule_that_is_the_samplers_own_draws_its_picture(demo: LoadedPipel
     ("fields", "told"),
     [
         ({"timesteps": [10, 20]}, "timesteps takes numbers that fall, not"),
-        ({"sigmas": [10, 1]}, "numbers that fall, to 0 at last, not"),
+        ({"sigmas": [10, 1]}, "numbers that fall, to 0.001 or more and then 0, not"),
+        ({"sigmas": [0.0]}, r"to 0.001 or more and then 0, not \[0.0\]"),
+        ({"sigmas": [3.0, 5e-324, 0.0]}, "to 0.001 or more and then 0, not"),
         ({"timesteps": [1000]}, "a list of falling whole numbers from 0 to 999, not"),
         ({"timesteps": TIMESTEPS, "scheduler": "DDIMScheduler"}, "taken by .*EulerDiscreteScheduler.*not by DDIMSch"),
         ({"sigmas": SIGMAS, "scheduler": "UniPC"}, "taken by EulerDiscreteScheduler, not by UniPCMultistepScheduler"),
