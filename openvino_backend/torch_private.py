@@ -174,6 +174,8 @@ def drop_lengths(value: Any, axes: Any) -> Any:
     if isinstance(axes, Mapping):
         return {name: drop_lengths(each, axes.get(name, ())) for name, each in value.items()}
     dynamic = _list_dynamic(value, axes)
+    if not dynamic:
+        return value
     return value.new_empty([0 if axis in dynamic else length for axis, length in enumerate(value.shape)])
 
 
