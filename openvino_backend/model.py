@@ -24,9 +24,9 @@ from openvino_backend.tuning import tune_for_cpu
 
 _FILE, _WEIGHTS_FILE = "model.xml", "model.bin"
 _WEIGHT = "weight:"
-# For how many operators the CPU plug-in keeps the kernels of sizes that it had before. With its own 5000 each new size
-# of the demonstration model takes 2 MB more for each part; a size that is drawn again takes no longer.
-_KERNELS = {"CPU_RUNTIME_CACHE_CAPACITY": "1000"}
+# How many kernels of a kind the CPU plug-in keeps, of sizes that it had before. With its own 5000 each new size of the
+# demonstration model takes 2 MB more for each part. One size of SDXL's UNet needs fewer than 200.
+_KERNELS = {"CPU_RUNTIME_CACHE_CAPACITY": "200"}
 
 
 @dataclass(frozen=True)

@@ -54,19 +54,20 @@ def check_kinds(site: Site, scale: Scale) -> list[Line]:
     handler = read_shipped()["handler"]
     with site.serve() as server:
         before = [process.pid for process in find_workers(server)]
-        for number in range(8):  # some of all kinds
-            ask(server, **make_any_fields(number))
+        clients = handler["max_running"] + handler["max_waiting"]
+        # OpenVINO keeps the kernels of sizes that it had, up to a bound, to which these fill it.
+        first, _ = keep_asking(server, lambda done: done >= scale.kinds // 5, clients=clients, make=make_any_fields)
         with Watch(server) as watch:
             outcomes, seconds = keep_asking(
                 server,
                 lambda done: done >= scale.kinds,
-                clients=handler["max_running"] + handler["max_waiting"],
-                make=make_any_fields,
+                clients=clients,
+                make=lambda number: make_any_fields(scale.kinds + number),
             )
         survived = before == [process.pid for process in find_workers(server)]
     is_flat, growth = judge_growth(watch.samples)
-    passed = survived and {outcome.kind for outcome in outcomes} == {"picture"}
-    told = f"{len(outcomes)} requests of any kind in {seconds:.0f} s: {count(outcomes)}; {growth}"
+    passed = survived and {outcome.kind for outcome in [*first, *outcomes]} == {"picture"}
+    told = f"{len(first)} and {len(outcomes)} requests of any kind in {seconds:.0f} s: {count(outcomes)}; {growth}"
     return [Line("kinds", passed and (is_flat or scale.kinds < FEWEST_FOR_GROWTH), told)]
 
 
