@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from openvino_backend.backend import CompiledGraph, KnownWeights, OpenVINOBackend, check_on_cpu, name_entry
+from openvino_backend.backend import CompiledGraph, OpenVINOBackend, check_on_cpu, name_entry
 from openvino_backend.cache import open_entry, write_entry
 from openvino_backend.conditions import Conditions, describe, is_plain, unwrap_method
 from openvino_backend.errors import CacheMissError
@@ -37,6 +37,7 @@ from openvino_backend.torch_private import (
     read_graph,
     save_function,
 )
+from openvino_backend.weights import KnownWeights
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +159,7 @@ class CompiledFunction:
         self.backend.check_bound()
         check_on_cpu([*self._list_weights(), *flatten_arguments(args, kwargs)[0]])
         with release_memory(self.backend.options, self._list_weights()):  # digesting them reads them all
-            weights = KnownWeights(self._module)
+            weights = KnownWeights(self._module, self.backend.options)
             key = name_entry(self.backend.options, "function", self._name, call, weights.sha256)
             with open_entry(self.backend.options, key) as folder:
                 trace = self._load(folder, weights, args, kwargs)

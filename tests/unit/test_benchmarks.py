@@ -12,6 +12,7 @@ from benchmarks.configurations import GUIDE, Configuration, ConfigurationError, 
 from benchmarks.peak import prepare_openvino
 from benchmarks.report import make_rows, write_report
 from sdxl_server.settings import CompileConfig
+from tools import random_model
 
 MACHINE = {
     "cpu": "a CPU",
@@ -220,6 +221,13 @@ def test_report_is_computed_from_records(tmp_path: Path) -> None:
     assert "no &lt;bfloat16&gt;" in html
     assert 'width: 16.0%"></i>2<' in html  # a fifth of the longest bar, which is the guide's
     assert not any(word in html for word in ("http", "src=", "<script", "<link", "url("))
+
+
+@pytest.mark.parametrize("size", random_model.CONFIGURATIONS)
+def test_random_models_tokenizers_fit_their_text_encoders(size: str) -> None:
+    """The server refuses others."""
+    for text in random_model.CONFIGURATIONS[size]["text"]:
+        assert len(random_model.make_tokenizer(text["vocab_size"])) == text["vocab_size"]
 
 
 def test_real_run(tiny_model: Path, tmp_path: Path) -> None:
