@@ -185,6 +185,7 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="a folder (default: build/benchmarks)")
     parser.add_argument("--configurations", type=Path, default=Path(__file__).with_name("configurations.yaml"))
     parser.add_argument("--shortcuts", action="store_true", help="judge what leaves out calls of the UNet instead")
+    parser.add_argument("--errors", action="store_true", help="tell where the error of 8 bits comes from instead")
     parser.add_argument("--prompts", type=int, default=100, help="with --shortcuts (default: %(default)s)")
     parser.add_argument("--calls", type=int, nargs="+", default=[11, 8], help="with --shortcuts (default: 11 8)")
     parser.add_argument("--guidance", type=float, default=GUIDANCE, help="with --shortcuts (default: %(default)s)")
@@ -202,6 +203,8 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
             f"--model takes the folder of a pipeline, which {options.model} is not; "
             "python -m tools.random_model build/base --size base makes one"
         )
+    if options.errors and PICTURE in options.parts:
+        parser.error(f"--errors takes --parts {', '.join(PARTS)}, not {PICTURE}")
     return options
 
 
@@ -224,10 +227,20 @@ def judge_shortcuts(options: argparse.Namespace) -> None:
     print((output / "shortcuts.md").read_text())
 
 
+def judge_errors(options: argparse.Namespace) -> None:
+    """Write the table of errors, and show it."""
+    from benchmarks.errors import write_errors
+
+    path = options.output / "errors.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_errors(options.model, options.parts, size=options.size, path=path)
+    print(path.read_text())
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     options = read_options(argv)
-    if options.shortcuts:
-        judge_shortcuts(options)
+    if options.shortcuts or options.errors:
+        (judge_shortcuts if options.shortcuts else judge_errors)(options)
         return
     try:
         listed = read_configurations(options.configurations)

@@ -16,6 +16,7 @@ import requests
 import yaml
 
 from scorecard.clients import Watch
+from scorecard.clients import measure as measure_server
 from tools.server import ROOT, LocalServer, make_archive, read_shipped, run_command
 
 
@@ -47,7 +48,7 @@ def measure(
                 answer = requests.post(server.url, data="a red fox", headers=server.get_headers(), timeout=3600)
                 answer.raise_for_status()
                 times.append(time.perf_counter() - started)
-            ran = server.read_document()
+            ran, resident = server.read_document(), measure_server(server)["MB resident"]
             stages = {
                 stage: [
                     float(value)
@@ -66,6 +67,7 @@ def measure(
         "postprocess_ms": [round(value, 1) for value in stages["postprocess"]],
         "outside_ms_median": round(statistics.median(outside[1:]), 1),
         "outside_ms_spread": [round(min(outside[1:]), 1), round(max(outside[1:]), 1)],
+        "resident_gigabytes": round(resident / 1000, 1),
         "peak_gigabytes": round(max(sample["MB resident"] for sample in watch.samples) / 1000, 1),
         "ran": summarise(ran),
     }

@@ -5,7 +5,6 @@ import hashlib
 import logging
 import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from openvino_backend.torch_private import (
     has_plain_outputs,
     trace_inference,
 )
+from openvino_backend.weights import KnownWeights, digest_weights
 
 logger = logging.getLogger(__name__)
 
@@ -67,36 +67,6 @@ class GraphReport:
     operators_outside: tuple[str, ...]
     weights_sha256: str
     traced: bool
-
-
-class KnownWeights:
-    """The weights of a module, digested once for all its graphs.
-
-    Attributes:
-        tensors: them by name: parameters, buffers, and tensors that are plain attributes of the module or a part.
-        sha256: their digest.
-    """
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        plain = (
-            (f"{part}.{name}".lstrip("."), value)
-            for part, each in module.named_modules()
-            for name, value in vars(each).items()
-            if isinstance(value, torch.Tensor)
-        )
-        self.tensors: dict[str, torch.Tensor] = dict([*module.named_parameters(), *module.named_buffers(), *plain])
-        self.sha256 = digest_weights(self.tensors)
-        self._names = {_locate(tensor): name for name, tensor in self.tensors.items()}
-
-    def find_name(self, tensor: torch.Tensor) -> str | None:
-        """Return the name of a weight, or None for a tensor that is none, such as one that the code makes."""
-        return self._names.get(_locate(tensor)) if tensor.numel() else None
-
-    def digest_constants(self, values: Mapping[str, torch.Tensor]) -> str:
-        """Return a digest of a graph's constants, which may be these weights in any order, or none of them."""
-        sources = {name: self.find_name(tensor) for name, tensor in values.items()}
-        others = {name: values[name] for name, source in sources.items() if source is None}
-        return hashlib.sha256(repr((self.sha256, sources, digest_weights(others))).encode()).hexdigest()
 
 
 class CompiledGraph(SerializableCallable):
@@ -303,23 +273,6 @@ def check_on_cpu(values: Iterable[Any]) -> None:
             f"there are tensors on {', '.join(sorted(devices))}, and this backend takes CPU tensors, whatever the "
             "option 'device' names: leave the module and what it is called with on the CPU"
         )
-
-
-def digest_weights(weights: Mapping[str, torch.Tensor]) -> str:
-    """Return the SHA-256 of the tensors in their order, with their types and shapes."""
-
-    def digest(tensor: torch.Tensor) -> bytes:
-        described = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        described.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        return described.digest()
-
-    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
-        return hashlib.sha256(b"".join(pool.map(digest, weights.values()))).hexdigest()
-
-
-def _locate(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return what is one tensor's only: views may begin at one place and have one shape."""
-    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def name_entry(options: Options, *ingredients: Any) -> str:

@@ -1,26 +1,65 @@
 """Lossy changes of an OpenVINO model: weights in 8 bits, and convolutions and linear layers that compute in 8 bits."""
 
+import ctypes
 from collections.abc import Sequence
 
 import numpy as np
 import openvino
+import torch
 from openvino import opset13
 
 from openvino_backend.options import Options
 
+_FLOATING = {openvino.Type.f32: torch.float32, openvino.Type.f16: torch.float16, openvino.Type.bf16: torch.bfloat16}
+_LARGEST = 127  # of weights in 8 bits
 _LEVELS = 256
 _MIDDLE = 128
 # SiLU never goes below -0.2785: with this as zero, 7/8 of the levels are left for what is above it.
 _SILU_MINIMUM, _SILU_ZERO = 0.2785, 32
 _FEWEST_CHANNELS = 32
+_SMALLEST_HALF = 6e-6  # of weights that are all zeros: below it a scale is none in float16
 _SMALLEST_SCALE = 1e-30  # of a picture that is all zeros
 
 
 def compress_weights(model: openvino.Model, mode: str) -> openvino.Model:
-    """Store the weights of linear layers and convolutions in 8 bits."""
-    import nncf
+    """Store the weights of linear layers and convolutions in 8 bits.
 
-    return nncf.compress_weights(model, mode=nncf.CompressWeightsMode(mode))
+    Symmetric ones by a scale for each output, as NNCF does, in a tenth of its time, which is a minute for SDXL's UNet.
+    """
+    if mode != "int8_sym":
+        import nncf
+
+        return nncf.compress_weights(model, mode=nncf.CompressWeightsMode(mode))
+    for node in model.get_ops():
+        is_layer = node.get_type_name() == "MatMul" and node.get_attributes()["transpose_b"]
+        if is_layer or node.get_type_name() == "Convolution":
+            source = node.input_value(1)
+            constant = source.get_node()
+            if constant.get_type_name() == "Convert":
+                constant = constant.input_value(0).get_node()
+            if _is_compressed(constant, of_layer=is_layer):
+                source.replace(_compress(constant).output(0))
+    return model
+
+
+def _is_compressed(constant: openvino.Node, *, of_layer: bool) -> bool:
+    """Say whether weights may be in 8 bits.
+
+    Convolutions of few channels stay: they hold next to nothing, and the last one's error is all the result's.
+    """
+    is_known = constant.get_type_name() == "Constant" and constant.get_element_type() in _FLOATING
+    return is_known and (of_layer or min(list(constant.shape)[:2]) >= _FEWEST_CHANNELS)
+
+
+def _compress(constant: openvino.Node) -> openvino.Node:
+    """Return weights, the first axis of which is that of the outputs, as 8 bits times a scale."""
+    memory = (ctypes.c_byte * constant.get_byte_size()).from_address(constant.data.ctypes.data)
+    weights = torch.frombuffer(memory, dtype=_FLOATING[constant.get_element_type()]).reshape(*constant.shape).float()
+    scales = weights.abs().amax(tuple(range(1, weights.dim())), keepdim=True).clamp(min=_SMALLEST_HALF) / _LARGEST
+    scales = scales.half().float()  # as they are stored
+    whole = (weights / scales).round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
+    widened = opset13.convert(opset13.constant(whole.numpy()), "f16")
+    return opset13.convert(opset13.multiply(widened, opset13.constant(scales.half().numpy())), "f32")
 
 
 def quantize_products(model: openvino.Model, options: Options) -> None:

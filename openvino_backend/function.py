@@ -6,14 +6,15 @@ import json
 import logging
 import pickle
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from openvino_backend.backend import CompiledGraph, KnownWeights, OpenVINOBackend, check_on_cpu, name_entry
+from openvino_backend.backend import CompiledGraph, OpenVINOBackend, check_on_cpu, name_entry
 from openvino_backend.cache import open_entry, write_entry
 from openvino_backend.conditions import Conditions, describe, is_plain, unwrap_method
 from openvino_backend.errors import CacheMissError
@@ -26,6 +27,7 @@ from openvino_backend.torch_private import (
     find_changed_source,
     flatten_arguments,
     guard_hooks,
+    imitate,
     is_keepable,
     keep_lengths_apart,
     list_looks,
@@ -37,6 +39,7 @@ from openvino_backend.torch_private import (
     read_graph,
     save_function,
 )
+from openvino_backend.weights import KnownWeights
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,11 @@ _FILE = "function.bin"
 _CONDITIONS = "conditions.json"
 # The method's own defaults, which torch takes from when it was traced.
 _OWN_LOOKS = ("F.__defaults__", "tuple((F.__kwdefaults__ or {}).items())")
+
+
+# What torch traces, and what it loads of a trace, is read under settings of the whole process.
+_tracing = threading.Lock()
+_ahead: "_Ahead | None" = None
 
 
 @dataclass(frozen=True)
@@ -103,19 +111,35 @@ class CompiledFunction:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the method returns."""
+        if _ahead is not None:
+            return _ahead.call(self, args, kwargs)
         call = self._describe_call(args, kwargs)
         trace = self._find(call, args, kwargs)
         if trace is not None:
             return trace.function.fn(self._module, *args, **kwargs)
         with self._lock:
-            trace = self._find(call, args, kwargs)
-            if trace is None:
-                trace = self._prepare(call, args, kwargs)
-                self._traces[call] = [trace, *self._traces.get(call, [])]
+            trace = self._find_or_prepare(call, args, kwargs)
             # At its first run OpenVINO brings the weights of a dynamic graph into a form of its own.
             files = [part.file for part in read_graph(trace.function).parts]
             with release_memory(self.backend.options, self._list_weights(), files):
                 return trace.function.fn(self._module, *args, **kwargs)
+
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
+        """Have ready what such a call needs, without making it."""
+        with torch.no_grad(), self._lock:
+            self._find_or_prepare(self._describe_call(args, kwargs), args, kwargs)
+
+    def imitate(self, *args: Any, **kwargs: Any) -> Any:
+        """Return zeros in the form of the method's results."""
+        with _tracing:
+            return imitate(self._function, self._module, *args, **kwargs)
+
+    def _find_or_prepare(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+        trace = self._find(call, args, kwargs)
+        if trace is None:
+            trace = self._prepare(call, args, kwargs)
+            self._traces[call] = [trace, *self._traces.get(call, [])]
+        return trace
 
     def _describe_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what tells one kind of call from another: the structure, the tensors' types, the other values."""
@@ -158,12 +182,13 @@ class CompiledFunction:
         self.backend.check_bound()
         check_on_cpu([*self._list_weights(), *flatten_arguments(args, kwargs)[0]])
         with release_memory(self.backend.options, self._list_weights()):  # digesting them reads them all
-            weights = KnownWeights(self._module)
+            weights = KnownWeights(self._module, self.backend.options)
             key = name_entry(self.backend.options, "function", self._name, call, weights.sha256)
             with open_entry(self.backend.options, key) as folder:
                 trace = self._load(folder, weights, args, kwargs)
                 if trace is None:
-                    trace = self._trace(weights, args, kwargs)
+                    with _tracing:
+                        trace = self._trace(weights, args, kwargs)
                     self._save(folder, trace, weights)
                 return trace
 
@@ -252,7 +277,8 @@ class CompiledFunction:
             return None
         try:
             namespace, external = self._function.__globals__, self._find_external()
-            function = load_function(folder / _FILE, namespace=namespace, external=external)
+            with _tracing:
+                function = load_function(folder / _FILE, namespace=namespace, external=external)
             if changed := find_changed_source(function):
                 raise CacheMissError(f"{changed} have changed")
             arguments = self._bind(function, args, kwargs)
@@ -271,6 +297,37 @@ class CompiledFunction:
             return None
         self.backend.add_report(graph, reports, traced=False)
         return Trace(function, conditions)
+
+
+class _Ahead:
+    """Calls that are not made yet: what they need is made ready in a pool."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        self.prepared: list[Future[None]] = []
+
+    def call(self, function: CompiledFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what could be the result."""
+        self.prepared.append(self._pool.submit(function.prepare, *args, **kwargs))
+        return function.imitate(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def compile_ahead() -> Iterator[None]:
+    """Let all calls in the block return zeros, and have what they need ready at its end: OpenVINO compiles on one core.
+
+    Raises:
+        OpenVINOBackendError: what stood in the way of one.
+    """
+    global _ahead
+    with ThreadPoolExecutor() as pool:
+        _ahead = ahead = _Ahead(pool)
+        try:
+            yield
+        finally:
+            _ahead = None
+    for each in ahead.prepared:
+        each.result()
 
 
 def _list_methods(kind: type, traced: set[tuple[str, int]]) -> list[str]:

@@ -91,7 +91,7 @@ def read_shape(node: torch.fx.Node) -> list[Any]:
 
 
 def restore_linear(graph: torch.fx.Graph) -> None:
-    """Write x @ w.t() + b as one linear layer again, which tracing takes apart; NNCF looks for its weight."""
+    """Write x @ w.t() + b as one linear layer again, which tracing takes apart; compression looks for its weight."""
     for transposed in graph.find_nodes(op="call_function", target=aten.t.default):
         for user in list(transposed.users):
             if user.target is aten.mm.default and user.args[1] is transposed:

@@ -110,7 +110,7 @@ class Options:
     weight_compression: str | None = _declare(
         str,
         "int8_sym or int8_asym",
-        "Store the weights of linear layers and convolutions in 8 bits, one scale per channel, by NNCF; lossy.",
+        "Store the weights of linear layers and convolutions in 8 bits, one scale per channel; lossy.",
         default=None,
         accepts=lambda value: value in ("int8_sym", "int8_asym"),
     )

@@ -6,6 +6,7 @@
 - SerializableCallable and what is in a function of torch.compile(...).aot_compile, which keeps a trace in a file: it
   leaves out guards that cannot be kept, modules that it names by their address, and checking the traced source.
 - Guards and how they name what they look at: what a trace depends on is found nowhere else.
+- Fake tensors, by which the shapes of results are found without computing them.
 - pytree, decompositions: the public modules of those have no function for it.
 """
 
@@ -27,7 +28,7 @@ from torch._dynamo.guards import CheckFunctionManager, _get_closure_vars
 from torch._dynamo.package import _hash_sourcelines
 from torch._dynamo.source import get_local_source_name
 from torch._functorch._aot_autograd.schemas import OutputType
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
 # What a graph that is kept in a file must be.
@@ -188,6 +189,13 @@ def flatten_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple
     """Return the values in the arguments, and their structure in words."""
     leaves, structure = pytree.tree_flatten((args, kwargs))
     return leaves, str(structure)
+
+
+def imitate(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return what a function returns, but with zeros in its tensors: only their shapes are computed."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        result = function(*args, **kwargs)
+    return pytree.tree_map_only(torch.Tensor, lambda each: torch.zeros(each.shape, dtype=each.dtype), result)
 
 
 # Keeping a traced function.

@@ -232,6 +232,8 @@ def warm_up(loaded: LoadedPipeline) -> None:
     Raises:
         ConfigError: a part ran in eager PyTorch although it was to be compiled, or a picture is not finite.
     """
+    from openvino_backend import compile_ahead
+
     contract = loaded.contract
     sizes = [contract.size]
     if loaded.graphs == "both":
@@ -242,6 +244,9 @@ def warm_up(loaded: LoadedPipeline) -> None:
         kinds.append({"guidance_scale": 1.0})
     for (width, height), kind in itertools.product(contract.bounds.allowed_sizes or sizes, kinds):
         request = _choose_warm_up(loaded, {"prompt": "warm-up", "width": width, "height": height, **kind})
+        if loaded.compilation.backend == "openvino":
+            with compile_ahead():
+                finish(generate(loaded, request))
         try:
             encode_picture(finish(generate(loaded, request))[0].image, request)
         except NotFiniteError as error:

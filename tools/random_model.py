@@ -9,6 +9,7 @@ weights let it shrink to a third at each layer, so that what a block adds, and t
 
 import argparse
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +94,20 @@ SCHEDULER = {
 }
 
 
-def make_tokenizer() -> Any:
-    """Return a CLIP tokenizer whose vocabulary is the bytes alone, so that any text tokenises."""
+def make_tokenizer(vocab_size: int) -> Any:
+    """Return a CLIP tokenizer: of so many words CLIP's own, and of 514 the bytes alone, so that any text tokenises."""
     from transformers import CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+    from sdxl_server.checkpoints.conversion import write_vocabulary
+
     letters = list(bytes_to_unicode().values())
     tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
+    if vocab_size == len(tokens):
+        return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
+    with tempfile.TemporaryDirectory() as folder:
+        write_vocabulary(Path(folder))
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
 
 
 def make_text_encoder(config: dict[str, Any], tokenizer: Any, with_projection: bool) -> Any:
@@ -139,7 +146,7 @@ def make_pipeline(size: str, *, seed: int = 0) -> Any:
         if size == "base":
             keep_variance(parts["unet"], parts["vae"])
         for suffix, text, projects in zip(("", "_2"), config["text"], (False, True), strict=False):
-            parts["tokenizer" + suffix] = make_tokenizer()
+            parts["tokenizer" + suffix] = make_tokenizer(text["vocab_size"])
             parts["text_encoder" + suffix] = make_text_encoder(text, parts["tokenizer" + suffix], projects)
         if not is_xl:
             parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

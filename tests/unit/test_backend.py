@@ -380,7 +380,7 @@ def test_dynamo_finds_it_by_name() -> None:
 
 
 @needs_bf16
-@pytest.mark.parametrize(("mode", "kind", "tensors"), [("int8_sym", "i8", 1), ("int8_asym", "u8", 2)])
+@pytest.mark.parametrize(("mode", "kind", "tensors"), [("int8_sym", "i8", 1), ("int8_asym", "u8", 4)])
 def test_weight_compression(mode: str, kind: str, tensors: int) -> None:
     module = torch.nn.Sequential(torch.nn.Conv2d(4, 32, 3), torch.nn.Flatten(), torch.nn.Linear(512, 64))
     x = torch.randn(2, 4, 6, 6)
@@ -389,7 +389,8 @@ def test_weight_compression(mode: str, kind: str, tensors: int) -> None:
     backend = OpenVINOBackend({"weight_compression": mode, "config": config})
     result = compile_module(module.half(), backend)(x.half()).float()
     assert 1e-4 < measure_error(result, reference) < 0.02
-    assert backend.reports[0].models[0].constants[kind] == 2 * tensors  # both layers
+    # Of int8_sym the convolution of few channels is none; int8_asym has zero points beside the weights.
+    assert backend.reports[0].models[0].constants[kind] == tensors
 
 
 @pytest.mark.parametrize("activation", [torch.nn.SiLU(), torch.nn.Tanh()])

@@ -5,13 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks import __main__ as benchmarks
 from benchmarks.configurations import GUIDE, Configuration, ConfigurationError, read_configurations
+from benchmarks.errors import measure_errors
+from benchmarks.parts import Part
 from benchmarks.peak import prepare_openvino
 from benchmarks.report import make_rows, write_report
+from openvino_backend import CompiledFunction
 from sdxl_server.settings import CompileConfig
+from tests.unit.modules import measure_error
+from tools import random_model
+from tools.server import ROOT
 
 MACHINE = {
     "cpu": "a CPU",
@@ -222,6 +229,13 @@ def test_report_is_computed_from_records(tmp_path: Path) -> None:
     assert not any(word in html for word in ("http", "src=", "<script", "<link", "url("))
 
 
+@pytest.mark.parametrize("size", random_model.CONFIGURATIONS)
+def test_random_models_tokenizers_fit_their_text_encoders(size: str) -> None:
+    """The server refuses others."""
+    for text in random_model.CONFIGURATIONS[size]["text"]:
+        assert len(random_model.make_tokenizer(text["vocab_size"])) == text["vocab_size"]
+
+
 def test_real_run(tiny_model: Path, tmp_path: Path) -> None:
     broken = {"name": "broken", "arithmetic": "f32", "native": {"config": {"NO_SUCH_PROPERTY": 1}}}
     path = write_configurations(tmp_path, EAGER, OURS, broken)
@@ -238,3 +252,16 @@ def test_real_run(tiny_model: Path, tmp_path: Path) -> None:
         assert 0.2 < record["peak_gigabytes"] < 4
     assert "NO_SUCH_PROPERTY" in failed["failed"]
     assert "| ours |" in (tmp_path / "report.md").read_text()
+
+
+def test_errors_of_8_bits_are_those_of_what_runs() -> None:
+    """In float32 between the products, as --errors has it."""
+    part = Part(ROOT / "demo/model", "unet", "float32", 128)
+    errors = measure_errors(part)
+    options = {"weight_compression": "int8_sym", "quantize_convolutions": True, "quantize_linear_layers": True}
+    with torch.no_grad():
+        (expected,) = part.method(**part.inputs)
+        (result,) = CompiledFunction(part.method, options)(**part.inputs)
+    assert measure_error(result, expected) == pytest.approx(errors["all"], rel=0.2)
+    assert errors["the weights alone"] < errors["all"]
+    assert set(errors) >= {"up_blocks.0", "mid_block", "others", "resnets", "attn1", "ff.net.2"}

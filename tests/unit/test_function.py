@@ -3,13 +3,15 @@
 import subprocess
 import sys
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
-from openvino_backend import CompiledFunction
+from openvino_backend import CompiledFunction, compile_ahead
+from openvino_backend.model import Part
 from tests.unit.modules import Bessel, TimeEmbedding, make_module, measure_error, needs_bf16
 from tools.server import ROOT
 
@@ -284,6 +286,45 @@ def test_each_kind_of_call_is_compiled_once_and_bounded() -> None:
     function(torch.randn(2, 16))
 
 
+def test_calls_ahead_return_zeros_and_leave_nothing_to_compile() -> None:
+    module, x, more = Table(), torch.randn(3, 4), {"shift": torch.randn(4)}
+    function = CompiledFunction(module.forward)
+    with compile_ahead():
+        result = function(x, more=more)
+    assert (result["y"].shape, float(result["y"].abs().sum()), result["name"]) == (x.shape, 0, "table")
+    assert read_origins(function) == [(True, [False])]
+    assert measure_error(function(x, more=more)["y"], module(x, more=more)["y"]) < 1e-6
+    assert len(function.backend.reports) == 1
+
+
+def test_models_of_calls_ahead_are_compiled_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules, x = [make_module(seed=seed) for seed in range(2)], torch.randn(4, 16)
+    for module in modules:
+        CompiledFunction(module.forward, make_options(tmp_path))(x)
+    load, both = Part.load, Barrier(2)
+
+    def wait_and_load(*args: Any) -> Any:
+        both.wait(timeout=60)
+        return load(*args)
+
+    monkeypatch.setattr(Part, "load", wait_and_load)
+    functions = [CompiledFunction(module.forward, make_options(tmp_path)) for module in modules]
+    with compile_ahead():
+        for function in functions:
+            function(x)
+    for module, function in zip(modules, functions, strict=True):
+        assert read_origins(function) == [(False, [True])]
+        assert measure_error(function(x), module(x)) < 1e-6
+
+
+def test_what_stands_in_the_way_of_a_call_ahead_is_raised() -> None:
+    function = CompiledFunction(Bessel().forward)
+    with pytest.raises(Exception, match="aten.special_bessel_j0"), compile_ahead():
+        assert function(torch.randn(4, 16)).shape == (4, 16)
+    with pytest.raises(Exception, match="aten.special_bessel_j0"):  # calls are made again
+        function(torch.randn(4, 16))
+
+
 def test_what_is_no_pure_method_is_refused() -> None:
     class Adding(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -300,7 +341,8 @@ def test_mapped_weights_take_no_memory_once_released(tmp_path: Path) -> None:
     code = """
 import sys, torch
 from safetensors.torch import load_file, save_file
-from openvino_backend import CompiledFunction
+from openvino_backend import CompiledFunction, compile_ahead
+from openvino_backend.model import Part
 
 class Wide(torch.nn.Module):
     def __init__(self, weights):
