@@ -15,7 +15,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m web", description=(__doc__ or "").partition(";")[0])
     parser.add_argument("--url", default="http://127.0.0.1:8080", help="TorchServe's inference address (%(default)s)")
     parser.add_argument("--port", type=int, default=PORT, help="to listen on, on loopback (%(default)s)")
-    parser.add_argument("--key-file", type=Path, default=Path("key_file.json"), help="with TorchServe's token, which the printed address hands over (%(default)s)")
+    parser.add_argument(
+        "--key-file",
+        type=Path,
+        default=Path("key_file.json"),
+        help="with TorchServe's token, which the printed address hands over (%(default)s)",
+    )
     options = parser.parse_args()
     try:
         server = PageServer(options.url, port=options.port)

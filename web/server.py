@@ -111,7 +111,9 @@ class PageHandler(BaseHTTPRequestHandler):
                 self.wfile.write(piece)
         except (OSError, http.client.HTTPException):
             if not is_begun:
-                self._refuse(HTTPStatus.BAD_GATEWAY, "TorchServe does not answer at {}:{}".format(*self.server.upstream))
+                self._refuse(
+                    HTTPStatus.BAD_GATEWAY, "TorchServe does not answer at {}:{}".format(*self.server.upstream)
+                )
         finally:
             upstream.close()
 

@@ -165,7 +165,6 @@ CLOSED = [
     ("OPTIONS", "/"),
     ("POST", "/main.js"),
     ("GET", "/other.js"),
-    ("GET", "/index.html"),
     ("GET", "/web.server.py"),
     ("GET", "/page/main.js"),
     ("GET", "/..%2f..%2ftokens"),

@@ -14,6 +14,7 @@ const MAX_UPLOAD = 22e6; // bytes: in base64, with a mask beside it, they stay b
 const start = { image: null, mask_image: null }; // what the form has beside its fields
 const rows = new Map(); // of the list of work, by job
 let form, gallery, pictures = [], selected = null;
+const { promise: formIsMade, resolve: tellFormIsMade } = Promise.withResolvers();
 const work = new Work({ onChange: showJob, onPicture: keepPicture });
 
 // The server
@@ -39,6 +40,7 @@ function useContract(schema) {
   find("start").hidden = !("image" in schema.properties);
   find("start-paint").hidden = !("mask_image" in schema.properties);
   find("form").hidden = false;
+  tellFormIsMade();
   find("field-prompt").focus({ preventScroll: true });
 }
 
@@ -88,7 +90,8 @@ function tellStart(message) {
 }
 
 async function takeFile(file) {
-  if (!file || !form) return;
+  if (!file) return;
+  await formIsMade;
   const parameters = await readRequest(file);
   if (parameters) return recall({ parameters });
   if (file.size > MAX_UPLOAD) return tellStart(`${file.name} has ${(file.size / 1e6).toFixed(1)} MB; a picture to start from has at most ${MAX_UPLOAD / 1e6} MB.`);
@@ -220,9 +223,9 @@ function showStage() {
   const file = job ? job.preview : entry?.file;
   const figure = find("shown");
   figure.classList.toggle("drawing", Boolean(job));
-  if (figure.file === (file ?? job) && file) return;
-  if (figure.file === job && job) return;
-  figure.file = file ?? job;
+  const shown = file ?? job ?? null; // of a job that has no preview yet the place
+  if (shown !== null && figure.shown === shown) return;
+  figure.shown = shown;
   const old = figure.querySelector("img");
   if (old) showFile(old, null);
   if (!file) return figure.replaceChildren(job ? make("div", { class: "blank" }) : find("empty") ?? makeEmpty());

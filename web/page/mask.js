@@ -73,7 +73,8 @@ class Painting {
 
   #move(event) {
     if (!this.last) return;
-    for (const each of event.getCoalescedEvents?.() ?? [event]) {
+    const passed = event.getCoalescedEvents?.() ?? []; // where the pointer was between two frames
+    for (const each of passed.length ? passed : [event]) {
       const place = this.#place(each);
       this.#stroke(this.last, place, each);
       this.last = place;
@@ -91,7 +92,7 @@ class Painting {
     this.paint.strokeStyle = PAINT;
     this.paint.beginPath();
     this.paint.moveTo(from.x, from.y);
-    this.paint.lineTo(to.x, to.y);
+    this.paint.lineTo(to.x + 0.01, to.y); // a line of no length would be no dot
     this.paint.stroke();
     this.paint.globalCompositeOperation = "source-over";
     this.#show();
@@ -149,9 +150,9 @@ class Painting {
     context.drawImage(this.layer, 0, 0);
     context.globalAlpha = 1;
     if (!canvas.matches(":focus-visible")) return;
-    for (const [colour, extra] of [["black", 0], ["white", canvas.width / 200]]) {
+    context.lineWidth = Math.max(1, canvas.width / 250);
+    for (const [colour, extra] of [["black", 0], ["white", context.lineWidth]]) {
       context.strokeStyle = colour;
-      context.lineWidth = canvas.width / 250;
       context.beginPath();
       context.arc(this.cursor.x, this.cursor.y, this.#width / 2 + extra, 0, 2 * Math.PI);
       context.stroke();
