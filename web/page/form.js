@@ -45,6 +45,11 @@ export class Form {
     return Object.keys(values).filter((name) => !this.fields.has(name) && !OWN.includes(name));
   }
 
+  // With a picture to start from the server chooses the size by its aspect, unless one is given.
+  leaveSize(isByPicture) {
+    for (const name of ["width", "height"]) this.fields.get(name)?.leave(isByPicture, "by the picture");
+  }
+
   clearErrors() {
     for (const field of this.fields.values()) field.showError(null);
   }
@@ -65,7 +70,7 @@ function order(properties) {
 class Field {
   constructor(name, schema, isNeeded) {
     this.isGiven = false;
-    this.initial = schema.default;
+    this.initial = this.usual = schema.default;
     const isFirst = FIRST.includes(name) || WITH_IMAGE.includes(name);
     const id = `field-${name}`;
     this.control = makeControl(id, schema, { name, isSlider: isFirst });
@@ -89,6 +94,13 @@ class Field {
     this.isGiven = value !== undefined;
     this.control.set(value ?? this.initial);
     this.showError(null);
+  }
+
+  // Shows words in the place of the default.
+  leave(isLeft, words) {
+    this.initial = isLeft ? undefined : this.usual;
+    (this.control.input ?? this.control.node).placeholder = isLeft ? words : "";
+    if (!this.isGiven) this.control.set(this.initial);
   }
 
   showError(message) {

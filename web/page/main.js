@@ -75,6 +75,7 @@ function recall({ parameters, uploads = {} }) {
 
 function useStart(image, mask = null) {
   Object.assign(start, { image, mask_image: mask });
+  form.leaveSize(image !== null);
   find("drop").hidden = image !== null;
   find("chosen").hidden = image === null;
   find("start-unmask").hidden = find("start-mask").hidden = mask === null;
@@ -161,6 +162,7 @@ async function keepPicture(job, { warnings, ...picture }) {
   const entry = { ...picture, uploads, made: Date.now() };
   const news = [...warnings.map(sentence)];
   try {
+    if (!gallery) throw new Error("it keeps no data for this page");
     const { kept, leaving } = await gallery.add(entry);
     Object.assign(entry, kept);
     pictures.filter(({ id }) => leaving.includes(id)).forEach(removeTile);
@@ -201,7 +203,7 @@ function tellGallery(text) {
 }
 
 async function discard(entry) {
-  await gallery.remove(entry.id);
+  if (entry.id !== undefined) await gallery.remove(entry.id); // it was not kept
   removeTile(entry);
   selected = null;
   showStage();
@@ -231,19 +233,19 @@ function showStage() {
   if (!file) return figure.replaceChildren(job ? make("div", { class: "blank" }) : find("empty") ?? makeEmpty());
   const image = make("img", { alt: job ? `On the way: ${job.fields.prompt}` : entry.parameters.prompt });
   showFile(image, file);
-  figure.replaceChildren(image, ...(entry ? [makeCaption(entry)] : []));
+  figure.replaceChildren(image, ...(entry ? [makeCaption(entry, image.src)] : []));
 }
 
 const makeEmpty = () => make("p", { id: "empty" }, "Say what the picture shows, and press Draw.");
 
-function makeCaption(entry) {
+function makeCaption(entry, address) {
   const { parameters, calls, uploads } = entry;
   const { seed, ...others } = parameters;
   const actions = [
     button("Use its settings", () => recall(entry), { class: "quiet" }),
     button("Another seed", () => draw({ ...others, ...uploads, partial_images: form.read().partial_images }), { class: "quiet" }),
     button("Start from it", () => (useStart(entry.file), find("start").scrollIntoView({ block: "nearest" }), find("start-paint").focus()), { class: "quiet" }),
-    make("a", { href: URL.createObjectURL(entry.file), download: makeName(entry), class: "quiet button" }, "Download"),
+    make("a", { href: address, download: makeName(entry), class: "quiet button" }, "Download"),
     button("Delete", () => discard(entry), { class: "quiet" }),
   ];
   const told = { ...parameters, ...(calls && { "UNet calls": calls }) };
