@@ -12,7 +12,7 @@ import torch
 
 from sdxl_server.errors import NotFiniteError
 from sdxl_server.fields import GenerationRequest
-from sdxl_server.schedulers import find_output, find_sigma, predict_original
+from sdxl_server.noise import find_output, find_sigma, predict_original
 from sdxl_server.shortcuts import Line, Plan
 
 Functions = Mapping[str, Callable[..., Any]]

@@ -6,12 +6,12 @@ sends. docs/extending.md walks a field through.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
-from sdxl_server.samplers import Samplers, make_schema, read_sampler
+from sdxl_server.declaration import Bounds, Declaration, Role, declare
+from sdxl_server.samplers import make_schema, read_sampler
 from sdxl_server.schemas import Schema, choice, falling, nullable, pair, real, shares, switch, text, whole
 
 MAX_SEED = 2**32 - 1
@@ -30,91 +30,6 @@ WITH_IMAGE = "with an image, by its aspect unless given"
 PIXELS = {"type": int, "metavar": "PIXELS"}
 COUNT = {"type": int, "metavar": "N"}
 NUMBER = {"type": float, "metavar": "X"}
-
-
-class Role(Enum):
-    """What a field decides."""
-
-    PICTURE = "what is drawn"
-    FILE = "what kind of file the picture is put into"
-    DELIVERY = "how, when and how often the answer comes"
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What bounds a request, by the configuration and by the model.
-
-    Attributes:
-        max_prompt_characters: of each of the four prompts.
-        max_side: of a picture, in pixels.
-        own_side: of the model's own square, in pixels; a picture to start from is brought to about its area.
-        multiple: of which a picture's sides are then, in pixels.
-        max_steps: denoising steps of a picture.
-        max_images: pictures of one request.
-        max_megapixel_steps: calls of the UNet x megapixels of one request.
-        max_timeout: seconds that one request may take.
-        allowed_sizes: the only (width, height) to make, in pixels; empty: any.
-        schedulers: diffusers' schedulers that draw the model right, each with its options.
-        max_clip_skip: the layers of the smaller text encoder, less one.
-    """
-
-    max_prompt_characters: int = 2000
-    max_side: int = 2048
-    own_side: int = 1024
-    multiple: int = 32
-    max_steps: int = 150
-    max_images: int = 10
-    max_megapixel_steps: float = 350
-    max_timeout: float = 3600
-    allowed_sizes: tuple[tuple[int, int], ...] = ()
-    schedulers: Samplers = dataclasses.field(default_factory=dict)
-    max_clip_skip: int = 11
-
-
-@dataclass(frozen=True)
-class Declaration:
-    """What is known of a field beside its name and default.
-
-    Attributes:
-        role: what it decides.
-        schema: what it accepts, null aside, under given bounds.
-        words: its meaning.
-        option: argparse's keywords of query.py's option; None where query.py has none of that name.
-        is_argument: diffusers' pipelines have an argument of this name.
-        is_upload: it is a picture, in base64 in JSON and a file in a form.
-        default: of requests under given bounds; None where the configuration, the model or chance gives one, or
-            where there is none.
-        read: returns a value as it is kept, under given bounds; None where the schema says all of what is taken.
-            Raises ValueError with what follows the field's name in a message.
-    """
-
-    role: Role
-    schema: Callable[[Bounds], Schema]
-    words: str
-    option: Mapping[str, Any] | None = None
-    is_argument: bool = True
-    is_upload: bool = False
-    default: Callable[[Bounds], Any] = lambda _: None
-    read: Callable[[Any, Bounds], Any] | None = None
-
-
-def _declare(
-    role: Role,
-    schema: Callable[[Bounds], Schema],
-    words: str,
-    *,
-    value: Any = dataclasses.MISSING,
-    **about: Any,
-) -> Any:
-    """Return a dataclass's field.
-
-    Args:
-        value: of requests that leave it out.
-        about: the other attributes of Declaration.
-    """
-    if value is not dataclasses.MISSING and value is not None:
-        about.setdefault("default", lambda _: value)
-    return dataclasses.field(default=value, metadata={"declaration": Declaration(role, schema, words, **about)})
 
 
 def _prompt(bounds: Bounds) -> Schema:
@@ -138,49 +53,49 @@ def _upload(_: Bounds) -> Schema:
 class GenerationRequest:
     """The pictures to make, every field checked. Names and meanings are diffusers'."""
 
-    prompt: str = _declare(
+    prompt: str = declare(
         Role.PICTURE, lambda bounds: text(bounds.max_prompt_characters, is_needed=True), "what the picture shows"
     )
-    width: int = _declare(Role.PICTURE, _side, f"pixels; {WITH_IMAGE}", option=PIXELS)
-    height: int = _declare(Role.PICTURE, _side, f"pixels; {WITH_IMAGE}", option=PIXELS)
-    seed: int = _declare(
+    width: int = declare(Role.PICTURE, _side, f"pixels; {WITH_IMAGE}", option=PIXELS)
+    height: int = declare(Role.PICTURE, _side, f"pixels; {WITH_IMAGE}", option=PIXELS)
+    seed: int = declare(
         Role.PICTURE,
         lambda _: whole(RANDOM_SEED, MAX_SEED),
         f"of the first picture, each further one has the next (after {MAX_SEED} 0); none or {RANDOM_SEED}: random",
         option=COUNT,
         is_argument=False,
     )
-    prompt_2: str | None = _declare(
+    prompt_2: str | None = declare(
         Role.PICTURE, _prompt, "for the second text encoder; without it, `prompt`", value=None, option={}
     )
-    negative_prompt: str | None = _declare(
+    negative_prompt: str | None = declare(
         Role.PICTURE,
         _prompt,
         "what the picture should not show; without effect at a guidance of 1 or below",
         value=None,
         option={},
     )
-    negative_prompt_2: str | None = _declare(
+    negative_prompt_2: str | None = declare(
         Role.PICTURE, _prompt, "for the second text encoder; without it, `negative_prompt`", value=None, option={}
     )
-    num_inference_steps: int = _declare(
+    num_inference_steps: int = declare(
         Role.PICTURE, lambda bounds: whole(1, bounds.max_steps), "denoising steps", value=30, option=COUNT
     )
-    guidance_scale: float = _declare(
+    guidance_scale: float = declare(
         Role.PICTURE,
         lambda _: real(0, 100),
         "how strongly the prompt steers; at 1 or below not at all",
         value=5.0,
         option=NUMBER,
     )
-    guidance_rescale: float = _declare(
+    guidance_rescale: float = declare(
         Role.PICTURE,
         lambda _: real(0, 1),
         "against overexposed pictures under strong guidance",
         value=0.0,
         option=NUMBER,
     )
-    unet_calls: int | None = _declare(
+    unet_calls: int | None = declare(
         Role.PICTURE,
         lambda bounds: whole(MIN_CALLS, 2 * max(bounds.max_steps, MIN_CALLS)),
         "calls of the UNet to make, the others forecast (lossy); `strength` and `denoising_end` shorten it",
@@ -188,7 +103,7 @@ class GenerationRequest:
         option=COUNT,
         is_argument=False,
     )
-    guidance_interval: tuple[float, float] | None = _declare(
+    guidance_interval: tuple[float, float] | None = declare(
         Role.PICTURE,
         lambda _: shares(),
         "shares of the denoising between which the prompt steers; outside it a step costs half",
@@ -196,7 +111,7 @@ class GenerationRequest:
         option={"type": float, "nargs": 2, "metavar": ("FROM", "TO")},
         is_argument=False,
     )
-    num_images_per_prompt: int = _declare(
+    num_images_per_prompt: int = declare(
         Role.DELIVERY,
         lambda bounds: whole(1, bounds.max_images),
         "pictures, made one by one",
@@ -204,7 +119,7 @@ class GenerationRequest:
         option=COUNT,
         is_argument=False,
     )
-    scheduler: str | Mapping[str, Any] | None = _declare(
+    scheduler: str | Mapping[str, Any] | None = declare(
         Role.PICTURE,
         lambda bounds: make_schema(bounds.schedulers),
         "the sampler: diffusers' name, another program's, or an object of a name and options",
@@ -213,21 +128,21 @@ class GenerationRequest:
         is_argument=False,
         read=lambda value, bounds: read_sampler(value, bounds.schedulers),
     )
-    clip_skip: int | None = _declare(
+    clip_skip: int | None = declare(
         Role.PICTURE,
         lambda bounds: whole(0, bounds.max_clip_skip),
         "last layers of the text encoders to leave out",
         value=None,
         option=COUNT,
     )
-    denoising_end: float | None = _declare(
+    denoising_end: float | None = declare(
         Role.PICTURE,
         lambda _: {**real(0, 1), "exclusiveMinimum": 0},
         "share of the denoising after which to stop",
         value=None,
         option={"type": float, "metavar": "SHARE"},
     )
-    timesteps: tuple[int, ...] | None = _declare(
+    timesteps: tuple[int, ...] | None = declare(
         Role.PICTURE,
         lambda bounds: falling(whole(0, 999), bounds.max_steps, "a list of falling whole numbers from 0 to 999"),
         "the timesteps themselves, for `num_inference_steps`; some schedulers take them",
@@ -235,7 +150,7 @@ class GenerationRequest:
         option={"type": int, "nargs": "+", "metavar": "T"},
         is_argument=False,
     )
-    sigmas: tuple[float, ...] | None = _declare(
+    sigmas: tuple[float, ...] | None = declare(
         Role.PICTURE,
         lambda bounds: falling(real(0, 1e6), bounds.max_steps + 1, "a list of falling numbers from 0 on, the last 0"),
         "the noise levels themselves, the last 0, for `num_inference_steps`; some schedulers take them",
@@ -243,7 +158,7 @@ class GenerationRequest:
         option={"type": float, "nargs": "+", "metavar": "SIGMA"},
         is_argument=False,
     )
-    schedule: str | None = _declare(
+    schedule: str | None = declare(
         Role.PICTURE,
         lambda _: choice(*SCHEDULES),
         "one of diffusers' AysSchedules, for `num_inference_steps`; for models that predict the noise",
@@ -251,28 +166,28 @@ class GenerationRequest:
         option={"choices": SCHEDULES},
         is_argument=False,
     )
-    original_size: tuple[int, int] | None = _declare(
+    original_size: tuple[int, int] | None = declare(
         Role.PICTURE,
         _pair,
         "height and width that the picture passes for; small ones look blurred",
         value=None,
         option={"type": int, "nargs": 2, "metavar": ("HEIGHT", "WIDTH")},
     )
-    crops_coords_top_left: tuple[int, int] | None = _declare(
+    crops_coords_top_left: tuple[int, int] | None = declare(
         Role.PICTURE,
         _pair,
         "top and left of the crop that the picture passes for",
         value=None,
         option={"type": int, "nargs": 2, "metavar": ("TOP", "LEFT")},
     )
-    target_size: tuple[int, int] | None = _declare(
+    target_size: tuple[int, int] | None = declare(
         Role.PICTURE,
         _pair,
         "height and width that the picture is made for",
         value=None,
         option={"type": int, "nargs": 2, "metavar": ("HEIGHT", "WIDTH")},
     )
-    image: Any = _declare(
+    image: Any = declare(
         Role.PICTURE,
         _upload,
         "a picture to start from (image-to-image); what is transparent counts as white",
@@ -280,7 +195,7 @@ class GenerationRequest:
         option={"type": "Path", "metavar": "FILE"},
         is_upload=True,
     )
-    mask_image: Any = _declare(
+    mask_image: Any = declare(
         Role.PICTURE,
         _upload,
         "a mask: transparent, or without transparency white, where `image` is painted anew (inpainting)",
@@ -288,7 +203,7 @@ class GenerationRequest:
         option={"type": "Path", "metavar": "FILE"},
         is_upload=True,
     )
-    resize_mode: str | None = _declare(
+    resize_mode: str | None = declare(
         Role.PICTURE,
         lambda _: choice("crop", "pad"),
         "how `image` is brought to another aspect: cut at its edges, or with white bars; crop unless given",
@@ -296,14 +211,14 @@ class GenerationRequest:
         option={"choices": ("crop", "pad")},
         is_argument=False,
     )
-    strength: float | None = _declare(
+    strength: float | None = declare(
         Role.PICTURE,
         lambda _: real(0, 1),
         "how far to go from `image`, and without effect where there is none; 0.8 unless given, with a mask 1",
         value=None,
         option=NUMBER,
     )
-    output_format: str = _declare(
+    output_format: str = declare(
         Role.FILE,
         lambda _: choice("jpeg", "png", "webp"),
         "of the answer",
@@ -311,17 +226,17 @@ class GenerationRequest:
         option={"choices": ("jpeg", "png", "webp")},
         is_argument=False,
     )
-    quality: int = _declare(
+    quality: int = declare(
         Role.FILE, lambda _: whole(1, 100), "of a JPEG or WebP", value=90, option=COUNT, is_argument=False
     )
-    response_format: str = _declare(
+    response_format: str = declare(
         Role.DELIVERY,
         lambda _: choice("b64_json", "url"),
         "of a picture in JSON: `b64_json`, base64; `url`, a data: URL",
         value="b64_json",
         is_argument=False,
     )
-    timeout: float = _declare(
+    timeout: float = declare(
         Role.DELIVERY,
         lambda bounds: real(1, bounds.max_timeout),
         "seconds of work in which its last step must have been made",
@@ -329,14 +244,14 @@ class GenerationRequest:
         default=lambda bounds: bounds.max_timeout,
         is_argument=False,
     )
-    stream: bool = _declare(
+    stream: bool = declare(
         Role.DELIVERY,
         lambda _: switch(),
         "answer with server-sent events: one for each step, the previews, each picture",
         value=False,
         is_argument=False,
     )
-    partial_images: int = _declare(
+    partial_images: int = declare(
         Role.DELIVERY,
         lambda _: whole(0, 3),
         "previews of each picture in a stream; a picture of one step has none",

@@ -5,8 +5,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from sdxl_server.declaration import Bounds
 from sdxl_server.errors import RequestError
-from sdxl_server.fields import MIN_SIDE, Bounds
+from sdxl_server.fields import MIN_SIDE
 from sdxl_server.masks import decide_pixels, read_mask
 from sdxl_server.uploads import MASK
 

@@ -11,10 +11,11 @@ from typing import Any
 
 from sdxl_server import __version__
 from sdxl_server.compiling import VAE_ENCODER, choose_graphs, compile_parts, price_half
+from sdxl_server.declaration import Bounds
 from sdxl_server.drawing import finish, generate
 from sdxl_server.errors import ConfigError, NotFiniteError, RequestError
 from sdxl_server.families import Family, find_family
-from sdxl_server.fields import MIN_SIDE, Bounds, GenerationRequest, build_properties
+from sdxl_server.fields import MIN_SIDE, GenerationRequest, build_properties
 from sdxl_server.files import can_hold, encode_picture
 from sdxl_server.folders import check_texts, check_whole, write_remedy
 from sdxl_server.loading import blame, check_device, check_files, choose_dtype, read_pipeline
@@ -154,8 +155,7 @@ def load_pipeline(
             pipeline.to(device)
         contract = build_contract(pipeline, family, config, graphs=graphs)
     with blame(f"pt2.backend: {compilation.backend} cannot run this model"):
-        size = contract.properties["width"]["default"], contract.properties["height"]["default"]
-        functions, parts = compile_parts(pipeline, family, config, compilation, size=size)
+        functions, parts = compile_parts(pipeline, family, config, compilation, size=contract.size)
         loaded = LoadedPipeline(pipeline, config, compilation, dtype, graphs, family, functions, parts, contract)
         if config.warm_up:
             warm_up(loaded)
@@ -233,7 +233,7 @@ def warm_up(loaded: LoadedPipeline) -> None:
         ConfigError: a part ran in eager PyTorch although it was to be compiled, or a picture is not finite.
     """
     contract = loaded.contract
-    sizes = [(contract.properties["width"]["default"], contract.properties["height"]["default"])]
+    sizes = [contract.size]
     if loaded.graphs == "both":
         sizes.append((MIN_SIDE, next(side for side in (MIN_SIDE, MIN_SIDE + 8) if (MIN_SIDE, side) != sizes[0])))
     kinds: list[dict[str, Any]] = [{"guidance_interval": [0, 1]}]

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sdxl_server.declaration import Bounds
 from sdxl_server.errors import RequestError
-from sdxl_server.fields import DECLARATIONS, MAX_SEED, RANDOM_SEED, Bounds, GenerationRequest
+from sdxl_server.fields import DECLARATIONS, MAX_SEED, RANDOM_SEED, GenerationRequest
 from sdxl_server.fitting import fit_images
 from sdxl_server.schemas import describe_schema, is_valid, shorten
 from sdxl_server.uploads import MASK, read_upload
@@ -28,6 +29,11 @@ class Contract:
     properties: Mapping[str, dict[str, Any]]
     bounds: Bounds
     count_calls: Callable[[GenerationRequest], float]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The width and height of requests that name none, in pixels."""
+        return self.properties["width"]["default"], self.properties["height"]["default"]
 
     def check(self, fields: Mapping[str, Any]) -> GenerationRequest:
         """Return the request with these fields; a field that is null counts as left out.

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from sdxl_server.answers import NativeFace
+from sdxl_server.declaration import Bounds
 from sdxl_server.errors import RequestError
 from sdxl_server.families import FAMILIES
-from sdxl_server.fields import DECLARATIONS, MAX_SEED, Bounds, GenerationRequest, build_properties
+from sdxl_server.fields import DECLARATIONS, MAX_SEED, GenerationRequest, build_properties
 from sdxl_server.openapi import build_openapi
 from sdxl_server.request import Contract
 from sdxl_server.schemas import switch

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image, ImageCms
 
 from sdxl_server.bodies import check_parts
+from sdxl_server.declaration import Bounds
 from sdxl_server.errors import RequestError
-from sdxl_server.fields import Bounds
 from sdxl_server.fitting import choose_size, list_sizes
 from sdxl_server.limits import MAX_NUMBERS, MAX_PIECES, MAX_RUNS, check_pieces
 from sdxl_server.masks import blend, cover_cells
