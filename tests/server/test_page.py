@@ -436,6 +436,7 @@ def test_worker_that_dies_in_mid_picture_is_told_and_asked_again(page: Page, ser
     page.get_by_role("button", name="Draw", exact=True).click()  # it waits for the next worker by itself
     expect(page.locator("#pictures li")).to_have_count(1, timeout=60_000)
     expect(lost.locator(".said")).to_contain_text(re.compile("The connection to the server broke|worker"))
+    expect(page.locator("#server")).to_have_text("Ready")
     page.get_by_role("button", name="Draw again").click()
     expect(page.locator("#work .said")).to_contain_text("Step")
     page.get_by_role("button", name="Cancel").click()

@@ -1,6 +1,6 @@
 // The page: the form, the requests in work, the picture that is shown, and the gallery, put together.
 
-import { keepToken, readContract, takeToken } from "./api.js";
+import { keepToken, readContract, ServerError, takeToken } from "./api.js";
 import { announce, button, find, make } from "./dom.js";
 import { Form } from "./form.js";
 import { MAX_PICTURES, openGallery } from "./gallery.js";
@@ -13,19 +13,26 @@ const MAX_UPLOAD = 22e6; // bytes: in base64, with a mask beside it, they stay b
 
 const start = { image: null, mask_image: null }; // what the form has beside its fields
 const rows = new Map(); // of the list of work, by job
-let form, gallery, pictures = [], selected = null;
+let form, gallery, connecting = null, pictures = [], selected = null;
 const { promise: formIsMade, resolve: tellFormIsMade } = Promise.withResolvers();
 const work = new Work({ onChange: showJob, onPicture: keepPicture });
 
 // The server
 
-async function connect() {
+// Once at a time, however many requests have found the server gone.
+function connect() {
+  connecting ??= reachServer().finally(() => (connecting = null));
+  return connecting;
+}
+
+async function reachServer() {
   for (;;) {
     try {
       return useContract(await readContract());
     } catch (error) {
       if (error.isRefused) return askForToken(error.message);
-      find("server").textContent = `${sentence(error.message)}. Asks again in 5 s`;
+      const said = error instanceof ServerError ? sentence(error.message) : "The server does not answer";
+      find("server").textContent = `${said}. Asks again in 5 s`;
       await new Promise((resolve) => setTimeout(resolve, 5000));
     }
   }
@@ -150,6 +157,7 @@ function makeJobActions(job) {
 
 function tellFailure(job) {
   announce(job.said);
+  if (job.state === "lost") connect(); // it tells when the server is there again
   if (job.error?.isRefused) askForToken(job.error.message);
   else if (job.error?.param && UPLOADS.includes(job.error.param)) tellStart(job.said);
   else if (job.error?.param) form.showError(job.error.param, job.said);
@@ -282,6 +290,7 @@ function listen() {
   find("token").querySelector("form").addEventListener("submit", () => (keepToken(find("token-input").value.trim()), connect()));
   for (const kind of ["dragover", "dragleave", "drop"]) {
     addEventListener(kind, (event) => {
+      if (!event.dataTransfer.types.includes("Files")) return; // a text, which fields take
       event.preventDefault();
       find("over").hidden = kind !== "dragover";
       if (kind === "drop") takeFile(event.dataTransfer.files[0]);
