@@ -23,8 +23,8 @@ def main() -> int:
     )
     options = parser.parse_args()
     try:
-        server = PageServer(options.url, port=options.port)
         token = read_token(options.key_file, "inference")
+        server = PageServer(options.url, port=options.port)
     except (OSError, ValueError, NotReadyError) as error:
         print(error, file=sys.stderr)
         return 1
