@@ -53,8 +53,8 @@ def save_picture(server: LocalServer) -> None:
         folder=ROOT,
         capture_output=True,
     )
-    print(f"The picture is {ROOT / query.stdout.strip()}")
     print(f"make page serves the model to a browser, at http://127.0.0.1:{PORT}/")
+    print(f"The picture is {ROOT / query.stdout.strip()}")
 
 
 if __name__ == "__main__":

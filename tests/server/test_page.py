@@ -274,6 +274,7 @@ def test_full_gallery_says_so(page: Page) -> None:
     expect(page.locator("#pictures li")).to_have_count(200)
     draw(page, num_inference_steps=2)
     expect(page.locator("#gallery-news")).to_contain_text("The gallery holds 200 pictures: the oldest has left it")
+    page.reload()
     expect(page.locator("#pictures li")).to_have_count(200)
 
 
