@@ -329,7 +329,7 @@ def test_mask_is_painted_by_keyboard_and_by_touch(page: Page) -> None:
         const canvas = new OffscreenCanvas(node.naturalWidth, node.naturalHeight);
         const context = canvas.getContext("2d");
         context.drawImage(await createImageBitmap(node), 0, 0);
-        return [[2, 6], [64, 64], [47, 64], [120, 120]].map(([x, y]) => context.getImageData(x, y, 1, 1).data[0]);
+        return [[3, 22], [64, 64], [47, 64], [120, 120]].map(([x, y]) => context.getImageData(x, y, 1, 1).data[0]);
     }"""
     touched, erased, painted, bare = mask.evaluate(script)
     assert (touched, erased, painted, bare) == (0, 255, 0, 255)  # inverted at the end
