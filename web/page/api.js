@@ -68,13 +68,16 @@ async function readError(answer) {
 
 // Of server-sent events the data, which holds the type too. EventSource cannot send a POST.
 async function* readEvents(body) {
-  let held = "";
+  let held = [];
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   for (;;) {
     const { value, done } = await reader.read();
     if (done) return;
-    const blocks = (held + value).split("\n\n");
-    held = blocks.pop();
+    held.push(value);
+    // An event with a picture comes in hundreds of pieces, which are joined once, at its end.
+    if (!((held.at(-2) ?? "").slice(-1) + value).includes("\n\n")) continue;
+    const blocks = held.join("").split("\n\n");
+    held = [blocks.pop()];
     for (const block of blocks) {
       const line = block.split("\n").find((each) => each.startsWith("data: "));
       if (line) yield JSON.parse(line.slice(6));
@@ -91,5 +94,8 @@ async function encode(blob) {
 }
 
 export function decode(text, kind) {
-  return new Blob([Uint8Array.from(atob(text), (each) => each.charCodeAt(0))], { type: `image/${kind}` });
+  const bytes = atob(text);
+  const file = new Uint8Array(bytes.length);
+  for (let index = 0; index < bytes.length; index += 1) file[index] = bytes.charCodeAt(index);
+  return new Blob([file], { type: `image/${kind}` });
 }
