@@ -248,13 +248,13 @@ def test_gallery_survives_a_reload_and_gives_all_back(page: Page) -> None:
     first = download(page)
     made = page.locator("figcaption summary")
     expect(made).to_contain_text("Seed 5,")
-    page.get_by_role("button", name="Another seed").click()
+    page.get_by_role("button", name="New seed").click()
     wait_for_picture(page, 2)
     expect(made).not_to_contain_text("Seed 5,")
     page.reload()
     expect(page.locator("#pictures li")).to_have_count(2)
     page.locator("#pictures button").nth(1).click()
-    page.get_by_role("button", name="Use its settings").click()
+    page.get_by_role("button", name="Use settings").click()
     assert read_form(page)["seed"] == "5"
     page.get_by_role("button", name="Draw", exact=True).click()
     wait_for_picture(page, 3)
@@ -354,7 +354,7 @@ def test_hostile_texts_stay_texts(page: Page) -> None:
     hostile = "<img src=x onerror=alert(1)><script>alert(2)</script>\"'><b>a ring</b>"
     draw(page, hostile, num_inference_steps=3)
     wait_for_picture(page)
-    page.get_by_role("button", name="Use its settings").click()
+    page.get_by_role("button", name="Use settings").click()
     assert read_form(page)["prompt"] == hostile
     draw(page, hostile, width=100)
     expect(page.locator("#work .failed .prompt")).to_have_text(hostile)

@@ -250,8 +250,8 @@ function makeCaption(entry, address) {
   const { parameters, calls, uploads } = entry;
   const { seed, ...others } = parameters;
   const actions = [
-    button("Use its settings", () => recall(entry), { class: "quiet" }),
-    button("Another seed", () => draw({ ...others, ...uploads, partial_images: form.read().partial_images }), { class: "quiet" }),
+    button("Use settings", () => recall(entry), { class: "quiet" }),
+    button("New seed", () => draw({ ...others, ...uploads, partial_images: form.read().partial_images }), { class: "quiet" }),
     button("Start from it", () => (useStart(entry.file), find("start").scrollIntoView({ block: "nearest" }), find("start-paint").focus()), { class: "quiet" }),
     make("a", { href: address, download: makeName(entry), class: "quiet button" }, "Download"),
     button("Delete", () => discard(entry), { class: "quiet" }),
