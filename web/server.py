@@ -137,6 +137,7 @@ class PageHandler(BaseHTTPRequestHandler):
 def _hang_up(client: socket.socket, upstream: socket.socket) -> None:
     """Wait until a client has left, then end the connection that works for it, so that TorchServe ends the work."""
     with contextlib.suppress(OSError):
-        client.recv(1, socket.MSG_PEEK)
+        while client.recv(4096):  # more than was asked for, such as a GET's body, is no news of its leaving
+            pass
     with contextlib.suppress(OSError):
         upstream.shutdown(socket.SHUT_RDWR)

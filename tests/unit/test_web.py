@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -34,6 +35,7 @@ class UpstreamHandler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.seen.append((self.path, {name.lower(): value for name, value in self.headers.items()}, body))
+        time.sleep(0.05)  # in which a client that is still there could be taken for one that has left
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
