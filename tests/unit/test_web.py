@@ -130,6 +130,14 @@ def test_client_that_leaves_ends_the_work(page: PageServer, upstream: Upstream) 
     assert upstream.is_left.wait(timeout=5)
 
 
+def test_what_a_client_sends_beside_its_request_is_no_leaving(page: PageServer) -> None:
+    with socket.create_connection(("127.0.0.1", page.server_address[1])) as client:
+        client.sendall(f"GET {PREDICTIONS}/1.0/openapi.json HTTP/1.1\r\nHost: {page.hosts[0]}\r\n\r\n".encode())
+        time.sleep(0.02)
+        client.sendall(b"{}")
+        assert client.recv(4096).startswith(b"HTTP/1.0 200 ")
+
+
 def test_requests_that_cannot_be_passed_on_are_told_why(page: PageServer) -> None:
     address = f"http://{page.hosts[0]}"
     assert requests.post(f"{address}/workflows", data=b"{}", timeout=10).status_code == 404
