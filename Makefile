@@ -1,4 +1,5 @@
 # make demo    serve a small model and save a picture
+# make page    serve a small model with the page for people, until Ctrl-C
 # make test    the tests, but for those of pytest -m soak
 # make lint    ruff and mypy
 # make soak    an hour of load, faults and hostile input, with a scorecard; make soak QUICK=--quick: minutes
@@ -10,10 +11,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 
-.PHONY: audit bench demo lint lock peers soak test
+.PHONY: audit bench demo lint lock page peers soak test
 
 demo: $(VENV)/served
 	$(RUN) demo
+
+page: $(VENV)/served
+	$(RUN) demo --page
 
 test: $(VENV)/tested
 	$(RUN) pytest

@@ -1,5 +1,9 @@
-"""Serve the demonstration model on this machine, ask it for a picture, save the picture, stop the server."""
+"""Serve the demonstration model on this machine, ask it for a picture, save the picture, stop the server.
 
+python -m demo --page     serve it and the page for people until Ctrl-C
+"""
+
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -7,33 +11,50 @@ from pathlib import Path
 import yaml
 
 from demo.measure import GUIDANCE
+from sdxl_server.ready import read_token
 from tools.server import ROOT, LocalServer, ServerError, make_archive, read_shipped, run_command
+from web.__main__ import serve
+from web.server import PORT, PageServer
 
 PROMPT = "a large yellow star on a blue background, left"
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m demo", description="Serve the demonstration model.")
+    parser.add_argument("--page", action="store_true", help="with the page for people, until Ctrl-C")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         print("Making the archive")
         settings = read_shipped()
         settings["handler"]["guidance_scale"] = GUIDANCE
         make_archive(folder, ROOT / "demo/model", yaml.safe_dump(settings, sort_keys=False))
-        print("Starting TorchServe; the model is compiled for OpenVINO")
+        print("Starting TorchServe; the model is compiled for OpenVINO", flush=True)
         try:
             with LocalServer(folder) as server:
-                print(f"Asking for {PROMPT!r}", flush=True)
-                key_file = folder / "key_file.json"
-                query = run_command(
-                    *(sys.executable, "query.py", "--url", server.url, "--prompt", PROMPT, "--key-file", key_file),
-                    folder=ROOT,
-                    capture_output=True,
-                )
-        except ServerError as error:
+                (serve_page if options.page else save_picture)(server)
+        except (ServerError, OSError) as error:
             print(error, file=sys.stderr)
             return 1
-    print(f"The server is stopped; the picture is {ROOT / query.stdout.strip()}")
     return 0
+
+
+def serve_page(server: LocalServer) -> None:
+    """Serve the page for people until Ctrl-C."""
+    with PageServer(server.url) as page:
+        serve(page, read_token(server.key_file, "inference"))
+
+
+def save_picture(server: LocalServer) -> None:
+    """Ask for a picture and save it."""
+    print(f"Asking for {PROMPT!r}", flush=True)
+    query = run_command(
+        *(sys.executable, "query.py", "--url", server.url, "--prompt", PROMPT, "--key-file", server.key_file),
+        folder=ROOT,
+        capture_output=True,
+    )
+    print(f"make page serves the model to a browser, at http://127.0.0.1:{PORT}/")
+    print(f"The picture is {ROOT / query.stdout.strip()}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Self
 import psutil
 
 from tools.server import ROOT, find_free_ports
+from web.server import PAGE
 
 CONFIGURATION = ROOT / "deploy" / "nginx.conf"
 PASS_KEY = ROOT / "deploy" / "pass-key"
@@ -88,6 +89,7 @@ class LocalProxy:
         )
         self.tls = ssl.create_default_context(cafile=self.certificate)
         (self.folder / "nginx.conf").write_text(self.make_configuration())
+        shutil.copytree(PAGE, self.folder / "page")  # nginx's account need not see where this project lies
         self.write_tokens({self.token: "local"})
         self.pass_key()
         self.command()
@@ -117,6 +119,7 @@ class LocalProxy:
             "/etc/nginx/tls/privkey.pem": str(self.folder / "privkey.pem"),
             "/etc/nginx/sdxl/tokens": str(self.folder / "tokens"),
             "include /etc/nginx/sdxl/torchserve_key": f"include {self.folder / 'torchserve_key'}",
+            "/opt/sdxl/web/page": str(self.folder / "page"),
             "/var/log/nginx/access.log": str(self.folder / "access.log"),
             "/var/log/nginx/error.log": str(self.folder / "error.log"),
             "\nhttp {\n": f"\nhttp {{\n{temporary}",

@@ -161,8 +161,13 @@ def test_numbers_agree_with_the_servers_settings() -> None:
 
 
 CLOSED = [
-    ("GET", "/"),
+    ("POST", "/"),
     ("OPTIONS", "/"),
+    ("POST", "/main.js"),
+    ("GET", "/other.js"),
+    ("GET", "/web.server.py"),
+    ("GET", "/page/main.js"),
+    ("GET", "/..%2f..%2ftokens"),
     ("GET", "/api-description"),
     ("GET", "/ping"),
     ("GET", "/models"),

@@ -184,6 +184,7 @@ def test_demo_on_a_machine_without_java(tmp_path: Path) -> None:
         [sys.executable, "-m", "demo"], cwd=ROOT, env=environment, text=True, capture_output=True, check=False
     )
     assert done.returncode == 0, done.stderr
+    assert "make page serves the model to a browser, at http://127.0.0.1:8088/" in done.stdout
     path = Path(done.stdout.split()[-1])
     assert path.parent == ROOT
     assert path not in before

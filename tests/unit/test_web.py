@@ -1,0 +1,153 @@
+"""What serves the page on one machine: its files, whom it answers, and what it passes on."""
+
+import contextlib
+import http.client
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+import requests
+
+from tools.server import ROOT, find_free_ports
+from web.server import HEADERS, MAX_REQUEST, PAGE, PASSED, PREDICTIONS, PageServer
+
+MAX_PAGE = 100_000  # bytes of all its files
+
+
+class Upstream(ThreadingHTTPServer):
+    """In TorchServe's place: notes what it is sent, answers with one event, and notes when the client has left."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), UpstreamHandler)
+        self.seen: list[tuple[str, dict[str, str], bytes]] = []
+        self.is_left = threading.Event()
+
+
+class UpstreamHandler(BaseHTTPRequestHandler):
+    server: Upstream
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.seen.append((self.path, {name.lower(): value for name, value in self.headers.items()}, body))
+        time.sleep(0.05)  # in which a client that is still there could be taken for one that has left
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        self.wfile.write(b"event: progress\ndata: {}\n\n")
+        if b"long" in body and self.connection.recv(1) == b"":
+            self.server.is_left.set()
+
+    do_GET = do_POST
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def run(server: ThreadingHTTPServer) -> Iterator[None]:
+    with server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield
+        server.shutdown()
+
+
+@pytest.fixture
+def upstream() -> Iterator[Upstream]:
+    server = Upstream()
+    with run(server):
+        yield server
+
+
+@pytest.fixture
+def page(upstream: Upstream) -> Iterator[PageServer]:
+    server = PageServer(f"http://127.0.0.1:{upstream.server_address[1]}", port=0)
+    with run(server):
+        yield server
+
+
+def test_page_is_small_and_comes_with_its_headers(page: PageServer) -> None:
+    assert sum(path.stat().st_size for path in PAGE.iterdir()) <= MAX_PAGE
+    for path in PAGE.iterdir():
+        answer = requests.get(f"http://{page.hosts[0]}/{path.name}", timeout=10)
+        assert answer.content == path.read_bytes()
+        assert HEADERS.items() <= dict(answer.headers).items()
+    assert requests.get(f"http://{page.hosts[1]}/", timeout=10).content == (PAGE / "index.html").read_bytes()
+    for closed in ("/server.py", "/../server.py", "/page", "/..", "/%2e%2e/server.py", "/ping", "/models"):
+        connection = http.client.HTTPConnection(page.hosts[0])
+        connection.request("GET", closed)
+        assert connection.getresponse().status == 404, closed
+
+
+def test_page_holds_nothing_inline_and_nothing_from_elsewhere() -> None:
+    for path in PAGE.iterdir():
+        text = path.read_text().replace("http://www.w3.org/2000/svg", "")
+        assert not re.search(r"https?:|innerHTML|\bstyle=|<script>|\son\w+=\"|eval\(", text), path
+
+
+def test_nginx_sends_the_same_headers_and_passes_on_as_much() -> None:
+    text = (ROOT / "deploy/nginx.conf").read_text()
+    sent = re.findall(r'add_header (Content-Security-Policy|X-Content\S+|Referrer\S+|Cache\S+) "?([^"\n]+?)"?;\n', text)
+    assert dict(sent) == HEADERS
+    assert re.findall(r"client_max_body_size (\d+);", text) == [str(MAX_REQUEST)]
+
+
+def test_only_three_headers_are_passed_on_and_none_is_added(page: PageServer, upstream: Upstream) -> None:
+    for method, path in PASSED:
+        told = {"Authorization": "Bearer a", "Content-Type": "application/json", "Cookie": "b", "explain": "1"}
+        answer = requests.request(method, f"http://{page.hosts[0]}{path}", headers=told, data=b"{}", timeout=10)
+        assert (answer.status_code, answer.headers["Content-Type"]) == (200, "text/event-stream")
+    requests.post(f"http://{page.hosts[0]}{PREDICTIONS}", data=b"{}", timeout=10)
+    paths, headers, bodies = zip(*upstream.seen, strict=True)
+    assert paths == (*(path for _, path in PASSED), PREDICTIONS)
+    assert bodies == (b"{}", b"", b"{}")
+    assert headers[0]["authorization"] == "Bearer a"
+    assert not any({"cookie", "explain"} & each.keys() for each in headers)
+    assert "authorization" not in headers[2]
+
+
+@pytest.mark.parametrize("told", [{"Host": "example.org"}, {"Host": "127.0.0.1"}, {"Origin": "http://example.org"}])
+def test_other_names_and_other_pages_are_refused(page: PageServer, upstream: Upstream, told: dict[str, str]) -> None:
+    for method, path in (("GET", "/"), *PASSED):
+        answer = requests.request(method, f"http://{page.hosts[0]}{path}", headers=told, data=b"{}", timeout=10)
+        assert answer.status_code == 403
+        assert "answers to 127.0.0.1:" in answer.json()["error"]["message"]
+    assert upstream.seen == []
+
+
+def test_client_that_leaves_ends_the_work(page: PageServer, upstream: Upstream) -> None:
+    with socket.create_connection(("127.0.0.1", page.server_address[1])) as client:
+        head = f"POST {PREDICTIONS} HTTP/1.1\r\nHost: {page.hosts[0]}\r\nContent-Length: 4\r\n\r\n"
+        client.sendall(head.encode() + b"long")
+        while b"progress" not in client.recv(4096):
+            pass
+        assert not upstream.is_left.is_set()
+    assert upstream.is_left.wait(timeout=5)
+
+
+def test_what_a_client_sends_beside_its_request_is_no_leaving(page: PageServer) -> None:
+    with socket.create_connection(("127.0.0.1", page.server_address[1])) as client:
+        client.sendall(f"GET {PREDICTIONS}/1.0/openapi.json HTTP/1.1\r\nHost: {page.hosts[0]}\r\n\r\n".encode())
+        time.sleep(0.02)
+        client.sendall(b"{}")
+        assert client.recv(4096).startswith(b"HTTP/1.0 200 ")
+
+
+def test_requests_that_cannot_be_passed_on_are_told_why(page: PageServer) -> None:
+    address = f"http://{page.hosts[0]}"
+    assert requests.post(f"{address}/workflows", data=b"{}", timeout=10).status_code == 404
+    for body in (iter([b"{}"]), None):  # in chunks, and nothing at all but for a length that is a lie
+        length = {} if body else {"Content-Length": str(MAX_REQUEST + 1)}
+        answer = requests.post(f"{address}{PREDICTIONS}", data=body, headers=length, timeout=10)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, 413)
+    (port,) = find_free_ports(1)
+    alone = PageServer(f"http://127.0.0.1:{port}", port=0)
+    with run(alone):
+        answer = requests.post(f"http://{alone.hosts[0]}{PREDICTIONS}", data=b"{}", timeout=10)
+    assert answer.status_code == 502
+    assert json.loads(answer.content)["error"]["message"] == f"TorchServe does not answer at 127.0.0.1:{port}"

@@ -1,0 +1,46 @@
+"""Serve the page for people beside a TorchServe of this machine; see docs/page.md.
+
+python -m web --url http://127.0.0.1:8080 --key-file key_file.json
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from sdxl_server.ready import NotReadyError, read_token
+from web.server import PORT, PageServer
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m web", description=(__doc__ or "").partition(";")[0])
+    parser.add_argument("--url", default="http://127.0.0.1:8080", help="TorchServe's inference address (%(default)s)")
+    parser.add_argument("--port", type=int, default=PORT, help="to listen on, on loopback (%(default)s)")
+    parser.add_argument(
+        "--key-file",
+        type=Path,
+        default=Path("key_file.json"),
+        help="with TorchServe's token, which the printed address hands over (%(default)s)",
+    )
+    options = parser.parse_args()
+    try:
+        token = read_token(options.key_file, "inference")
+        server = PageServer(options.url, port=options.port)
+    except (OSError, ValueError, NotReadyError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    with server:
+        serve(server, token)
+    return 0
+
+
+def serve(server: PageServer, token: str) -> None:
+    """Print the page's address, and serve it until Ctrl-C."""
+    print(f"The page is at {server.make_url(token)}\nCtrl-C ends it", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

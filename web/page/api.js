@@ -1,0 +1,101 @@
+// The server: its contract, and the events of a picture that is being made.
+
+const MODEL = "/predictions/diffusion_fast";
+const TOKEN = "token";
+
+export class ServerError extends Error {
+  constructor(message, { status = 0, param = null, retryAfter = 5, isRefused = false } = {}) {
+    super(message);
+    Object.assign(this, { status, param, retryAfter, isRefused });
+  }
+
+  // It has not been begun: asking again draws nothing twice.
+  get isBusy() {
+    return this.status === 503 || this.status === 429;
+  }
+}
+
+// `python -m web` and `make page` hand the token over in the address's fragment, which no request holds.
+export function takeToken() {
+  const given = new URLSearchParams(location.hash.slice(1)).get("token");
+  if (!given) return;
+  keepToken(given);
+  history.replaceState(null, "", location.pathname);
+}
+
+export function keepToken(token) {
+  sessionStorage.setItem(TOKEN, token);
+}
+
+export async function readContract() {
+  const answer = await ask(`${MODEL}/1.0/openapi.json`);
+  return (await answer.json()).components.schemas.GenerationRequest;
+}
+
+// Yields the events of a stream. Pictures among the fields are Blobs; aborting ends the work on the server.
+export async function* draw(fields, signal) {
+  const body = { ...fields, stream: true };
+  for (const [name, value] of Object.entries(body)) {
+    if (value instanceof Blob) body[name] = await encode(value);
+  }
+  const headers = { "Content-Type": "application/json" };
+  const answer = await ask(MODEL, { method: "POST", headers, body: JSON.stringify(body), signal });
+  for await (const event of readEvents(answer.body)) {
+    if (event.type === "error") throw new ServerError(event.error.message, { status: event.error.code, param: event.error.param });
+    yield event;
+  }
+}
+
+async function ask(path, options = {}) {
+  const token = sessionStorage.getItem(TOKEN);
+  const headers = { ...options.headers, ...(token ? { Authorization: `Bearer ${token}` } : {}) };
+  const answer = await fetch(path, { ...options, headers, cache: "no-store", credentials: "omit" });
+  if (!answer.ok) throw await readError(answer);
+  return answer;
+}
+
+// The handler's errors and nginx's have `error`; TorchServe's own stand at the top.
+async function readError(answer) {
+  const told = await answer.json().catch(() => ({}));
+  const error = told.error ?? told;
+  return new ServerError(error.message ?? `the server answered with status ${answer.status}`, {
+    status: answer.status,
+    param: error.param ?? null,
+    retryAfter: Number(answer.headers.get("Retry-After")) || 5,
+    isRefused: answer.status === 401 || error.type === "InvalidKeyException",
+  });
+}
+
+// Of server-sent events the data, which holds the type too. EventSource cannot send a POST.
+async function* readEvents(body) {
+  let held = [];
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    held.push(value);
+    // An event with a picture comes in hundreds of pieces, which are joined once, at its end.
+    if (!((held.at(-2) ?? "").slice(-1) + value).includes("\n\n")) continue;
+    const blocks = held.join("").split("\n\n");
+    held = [blocks.pop()];
+    for (const block of blocks) {
+      const line = block.split("\n").find((each) => each.startsWith("data: "));
+      if (line) yield JSON.parse(line.slice(6));
+    }
+  }
+}
+
+async function encode(blob) {
+  const reader = new FileReader();
+  const done = new Promise((resolve, reject) => Object.assign(reader, { onload: resolve, onerror: () => reject(reader.error) }));
+  reader.readAsDataURL(blob);
+  await done;
+  return reader.result.slice(reader.result.indexOf(",") + 1);
+}
+
+export function decode(text, kind) {
+  const bytes = atob(text);
+  const file = new Uint8Array(bytes.length);
+  for (let index = 0; index < bytes.length; index += 1) file[index] = bytes.charCodeAt(index);
+  return new Blob([file], { type: `image/${kind}` });
+}

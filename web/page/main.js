@@ -1,0 +1,316 @@
+// The page: the form, the requests in work, the picture that is shown, and the gallery, put together.
+
+import { keepToken, readContract, ServerError, takeToken } from "./api.js";
+import { announce, button, find, make } from "./dom.js";
+import { Form } from "./form.js";
+import { MAX_PICTURES, openGallery } from "./gallery.js";
+import { paintMask } from "./mask.js";
+import { readRequest } from "./metadata.js";
+import { isOpen, sentence, Work } from "./work.js";
+
+const UPLOADS = ["image", "mask_image"];
+const MAX_UPLOAD = 22e6; // bytes: in base64, with a mask beside it, they stay below the server's 32 MiB
+
+const start = { image: null, mask_image: null }; // what the form has beside its fields
+const rows = new Map(); // of the list of work, by job
+let form, gallery, connecting = null, pictures = [], selected = null;
+const { promise: formIsMade, resolve: tellFormIsMade } = Promise.withResolvers();
+const work = new Work({ onChange: showJob, onPicture: keepPicture });
+
+// The server
+
+// Once at a time, however many requests have found the server gone.
+function connect() {
+  connecting ??= reachServer().finally(() => (connecting = null));
+  return connecting;
+}
+
+async function reachServer() {
+  for (;;) {
+    try {
+      return useContract(await readContract());
+    } catch (error) {
+      if (error.isRefused) return askForToken(error.message);
+      const said = error instanceof ServerError ? sentence(error.message) : "The server does not answer";
+      find("server").textContent = `${said}. Asks again in 5 s`;
+      await new Promise((resolve) => setTimeout(resolve, 5000));
+    }
+  }
+}
+
+function useContract(schema) {
+  find("server").textContent = "Ready";
+  if (form) return;
+  const places = { first: find("first"), withImage: find("with-image"), others: find("others") };
+  // Previews are what this page is for: as many as there can be, unless fewer are asked for.
+  form = new Form(schema, places, { partial_images: schema.properties.partial_images?.maximum });
+  find("start").hidden = !("image" in schema.properties);
+  find("start-paint").hidden = !("mask_image" in schema.properties);
+  find("form").hidden = false;
+  tellFormIsMade();
+  find("field-prompt").focus({ preventScroll: true });
+}
+
+function askForToken(message) {
+  find("server").textContent = "Needs a token";
+  if (message) find("token-message").textContent = `${sentence(message)}.`.replace("..", ".");
+  find("token-input").value = "";
+  if (!find("token").open) find("token").showModal();
+}
+
+// The form
+
+function submit() {
+  form.clearErrors();
+  const uploads = Object.entries(start).filter(([, file]) => file);
+  draw({ ...form.read(), ...Object.fromEntries(uploads) });
+}
+
+function draw(fields) {
+  selected = null;
+  work.add(fields);
+  if (matchMedia("(max-width: 59.99rem)").matches) find("stage").scrollIntoView({ block: "start" });
+}
+
+function recall({ parameters, uploads = {} }) {
+  const unknown = form.write(parameters);
+  useStart(uploads.image ?? null, uploads.mask_image ?? null);
+  const rest = unknown.length ? ` This server has no field for ${unknown.join(", ")}.` : "";
+  announce(`The form has the settings of that picture.${rest}`);
+  find("field-prompt").focus();
+}
+
+function useStart(image, mask = null) {
+  Object.assign(start, { image, mask_image: mask });
+  form.leaveSize(image !== null);
+  find("drop").hidden = image !== null;
+  find("chosen").hidden = image === null;
+  find("start-unmask").hidden = find("start-mask").hidden = mask === null;
+  find("start-paint").textContent = mask ? "Paint on" : "Paint a mask";
+  showFile(find("start-image"), image);
+  showFile(find("start-mask"), mask);
+  tellStart(null);
+}
+
+function tellStart(message) {
+  find("start-error").textContent = message ?? "";
+  find("start-error").hidden = message === null;
+}
+
+async function takeFile(file) {
+  if (!file) return;
+  await formIsMade;
+  const parameters = await readRequest(file);
+  if (parameters) return recall({ parameters });
+  if (file.size > MAX_UPLOAD) return tellStart(`${file.name} has ${(file.size / 1e6).toFixed(1)} MB; a picture to start from has at most ${MAX_UPLOAD / 1e6} MB.`);
+  const image = await createImageBitmap(file).catch(() => null);
+  if (!image) return tellStart(`${file.name} is no picture that this browser can read.`);
+  useStart(file);
+  announce(`${file.name} is the picture to start from.`);
+}
+
+function showFile(image, file) {
+  if (image.src) URL.revokeObjectURL(image.src);
+  if (file) image.src = URL.createObjectURL(file);
+  else image.removeAttribute("src");
+}
+
+// Work
+
+function showJob(job) {
+  if (job.state === "done" || job.state === "cancelled") {
+    rows.get(job)?.node.remove();
+    rows.delete(job);
+    announce(job.state === "done" ? "The picture is done." : "Cancelled.");
+  } else {
+    const row = rows.get(job) ?? addRow(job);
+    row.said.textContent = job.said;
+    row.node.className = job.state;
+    if (job.share === null) row.bar.removeAttribute("value");
+    else row.bar.value = job.share;
+    row.bar.hidden = !isOpen(job);
+    row.actions.replaceChildren(...makeJobActions(job));
+    if (!isOpen(job)) tellFailure(job);
+  }
+  if (selected === null) showStage();
+}
+
+function addRow(job) {
+  const row = { said: make("p", { class: "said" }), bar: make("progress", { max: 1, "aria-label": "Progress" }), actions: make("div", { class: "row" }) };
+  row.node = make("li", {}, make("div", { class: "about" }, make("p", { class: "prompt" }, job.fields.prompt ?? ""), row.said), row.actions, row.bar);
+  rows.set(job, row);
+  find("work").append(row.node);
+  return row;
+}
+
+function makeJobActions(job) {
+  if (isOpen(job)) return rows.get(job).actions.children.length ? [...rows.get(job).actions.children] : [button("Cancel", () => work.cancel(job), { class: "quiet" })];
+  const remove = () => {
+    rows.get(job).node.remove();
+    rows.delete(job);
+    work.dismiss(job);
+  };
+  const again = () => (remove(), job.uploads?.length ? recall({ parameters: job.fields }) : draw(job.fields));
+  const words = job.uploads?.length ? "Take its settings" : "Draw again"; // a reload keeps no files
+  return [button(words, again, { class: "quiet" }), button("Dismiss", remove, { class: "quiet" })];
+}
+
+function tellFailure(job) {
+  announce(job.said);
+  if (job.state === "lost") connect(); // it tells when the server is there again
+  if (job.error?.isRefused) askForToken(job.error.message);
+  else if (job.error?.param && UPLOADS.includes(job.error.param)) tellStart(job.said);
+  else if (job.error?.param) form.showError(job.error.param, job.said);
+}
+
+// Gallery
+
+async function keepPicture(job, { warnings, ...picture }) {
+  const uploads = Object.fromEntries(UPLOADS.filter((name) => job.fields[name]).map((name) => [name, job.fields[name]]));
+  const entry = { ...picture, uploads, made: Date.now() };
+  const news = [...warnings.map(sentence)];
+  try {
+    if (!gallery) throw new Error("it keeps no data for this page");
+    const { kept, leaving } = await gallery.add(entry);
+    Object.assign(entry, kept);
+    pictures.filter(({ id }) => leaving.includes(id)).forEach(removeTile);
+    if (leaving.length) news.push(`The gallery holds ${MAX_PICTURES} pictures: the oldest has left it. Download what you want to keep`);
+  } catch (error) {
+    news.push(`This browser keeps no more pictures (${error.message}): download this one`);
+  }
+  addTile(entry);
+  tellGallery(news.join(". "));
+  showStage();
+}
+
+function addTile(entry) {
+  const image = make("img", { alt: entry.parameters.prompt, loading: "lazy", decoding: "async" });
+  showFile(image, entry.file);
+  entry.tile = make("li", {}, button("", () => select(entry), { "aria-label": `Show: ${entry.parameters.prompt}` }));
+  entry.tile.firstChild.append(image);
+  pictures.unshift(entry);
+  find("pictures").prepend(entry.tile);
+  countPictures();
+}
+
+function removeTile(entry) {
+  showFile(entry.tile.querySelector("img"), null);
+  entry.tile.remove();
+  pictures = pictures.filter((each) => each !== entry);
+  countPictures();
+}
+
+function countPictures() {
+  find("gallery").hidden = pictures.length === 0;
+  find("gallery-count").textContent = `${pictures.length} of at most ${MAX_PICTURES}, in this browser`;
+}
+
+function tellGallery(text) {
+  find("gallery-news").textContent = text ? `${text}.` : "";
+  find("gallery-news").hidden = !text;
+}
+
+async function discard(entry) {
+  if (entry.id !== undefined) await gallery.remove(entry.id); // it was not kept
+  removeTile(entry);
+  selected = null;
+  showStage();
+  find("stage").focus();
+}
+
+// The picture that is shown: the one that was chosen, else that in work, else the newest
+
+function select(entry) {
+  selected = entry;
+  showStage();
+  find("stage").scrollIntoView({ block: "nearest" });
+}
+
+function showStage() {
+  const job = selected === null && work.jobs.find((each) => isOpen(each));
+  const entry = job ? null : selected ?? pictures[0];
+  for (const { tile } of pictures) tile.firstChild.toggleAttribute("aria-current", tile === entry?.tile);
+  const file = job ? job.preview : entry?.file;
+  const figure = find("shown");
+  figure.classList.toggle("drawing", Boolean(job));
+  const shown = file ?? job ?? null; // of a job that has no preview yet the place
+  if (shown !== null && figure.shown === shown) return;
+  figure.shown = shown;
+  const old = figure.querySelector("img");
+  if (old) showFile(old, null);
+  if (!file) return figure.replaceChildren(job ? make("div", { class: "blank" }) : find("empty") ?? makeEmpty());
+  const image = make("img", { alt: job ? `On the way: ${job.fields.prompt}` : entry.parameters.prompt });
+  showFile(image, file);
+  figure.replaceChildren(image, ...(entry ? [makeCaption(entry, image.src)] : []));
+}
+
+const makeEmpty = () => make("p", { id: "empty" }, "Say what the picture shows, and press Draw.");
+
+function makeCaption(entry, address) {
+  const { parameters, calls, uploads } = entry;
+  const { seed, ...others } = parameters;
+  const actions = [
+    button("Use settings", () => recall(entry), { class: "quiet" }),
+    button("New seed", () => draw({ ...others, ...uploads, partial_images: form.read().partial_images }), { class: "quiet" }),
+    button("Start from it", () => (useStart(entry.file), find("start").scrollIntoView({ block: "nearest" }), find("start-paint").focus()), { class: "quiet" }),
+    make("a", { href: address, download: makeName(entry), class: "quiet button" }, "Download"),
+    button("Delete", () => discard(entry), { class: "quiet" }),
+  ];
+  const told = { ...parameters, ...(calls && { "UNet calls": calls }) };
+  const list = Object.entries(told).filter(([name]) => name !== "prompt").map(([name, value]) =>
+    make("div", {}, make("dt", {}, name.replaceAll("_", " ")), make("dd", {}, typeof value === "object" ? JSON.stringify(value) : String(value))));
+  return make("figcaption", {},
+    make("div", { class: "row wrap" }, ...actions),
+    make("p", { class: "prompt" }, parameters.prompt),
+    make("details", {}, make("summary", {}, `Seed ${seed}, and how it was made`), make("dl", {}, ...list)));
+}
+
+function makeName({ file, parameters: { prompt, seed } }) {
+  const words = prompt.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? ["picture"];
+  return `${words.slice(0, 6).join("-")}-${seed}.${file.type.split("/")[1].replace("jpeg", "jpg")}`;
+}
+
+// Events
+
+function listen() {
+  find("form").addEventListener("submit", (event) => (event.preventDefault(), submit()));
+  find("form").addEventListener("reset", (event) => (event.preventDefault(), form.write({}), useStart(null)));
+  find("form").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) submit();
+  });
+  find("start-file").addEventListener("change", ({ target }) => takeFile(target.files[0]).then(() => (target.value = "")));
+  find("start-remove").addEventListener("click", () => (useStart(null), find("start-file").focus()));
+  find("start-unmask").addEventListener("click", () => (useStart(start.image), find("start-paint").focus()));
+  find("start-paint").addEventListener("click", async () => {
+    const mask = await paintMask(start.image, start.mask_image);
+    if (mask) useStart(start.image, mask);
+  });
+  find("token-change").addEventListener("click", () => askForToken());
+  find("token-cancel").addEventListener("click", () => find("token").close());
+  find("token").querySelector("form").addEventListener("submit", () => (keepToken(find("token-input").value.trim()), connect()));
+  for (const kind of ["dragover", "dragleave", "drop"]) {
+    addEventListener(kind, (event) => {
+      if (!event.dataTransfer.types.includes("Files")) return; // a text, which fields take
+      event.preventDefault();
+      find("over").hidden = kind !== "dragover";
+      if (kind === "drop") takeFile(event.dataTransfer.files[0]);
+    });
+  }
+  addEventListener("hashchange", () => (takeToken(), connect()));
+}
+
+async function begin() {
+  takeToken();
+  listen();
+  try {
+    gallery = await openGallery();
+    (await gallery.list()).reverse().forEach(addTile);
+  } catch (error) {
+    tellGallery(`This browser keeps no pictures (${error.message})`);
+  }
+  await connect();
+  work.recoverLost();
+  showStage();
+}
+
+begin();

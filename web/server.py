@@ -1,0 +1,143 @@
+"""Serve the page on loopback, and pass what it asks on to a TorchServe, so that both are of one origin.
+
+deploy/nginx.conf does the same for users. This program adds nothing to a request: who has no token draws nothing.
+"""
+
+import contextlib
+import http.client
+import json
+import socket
+import threading
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+PAGE = Path(__file__).resolve().parent / "page"
+PORT = 8088
+PREDICTIONS = "/predictions/diffusion_fast"
+PASSED = (("POST", PREDICTIONS), ("GET", f"{PREDICTIONS}/1.0/openapi.json"))
+MAX_REQUEST = 33_554_432  # bytes; max_request_size of config.properties
+TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+# As in deploy/nginx.conf. Trusted types: no text can become HTML or a script in the page.
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+class PageServer(ThreadingHTTPServer):
+    """The page's server on 127.0.0.1.
+
+    Args:
+        upstream: the address of TorchServe's inference API, such as http://127.0.0.1:8080.
+        port: to listen on; 0 is any that is free.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, upstream: str, *, port: int = PORT) -> None:
+        super().__init__(("127.0.0.1", port), PageHandler)
+        parts = urlsplit(upstream)
+        self.upstream = parts.hostname or "127.0.0.1", parts.port or 80
+        self.hosts = tuple(f"{name}:{self.server_address[1]}" for name in ("127.0.0.1", "localhost"))
+
+    def make_url(self, token: str) -> str:
+        """Return the page's address with the token in its fragment, which browsers keep to themselves."""
+        return f"http://{self.hosts[0]}/#token={token}"
+
+
+class PageHandler(BaseHTTPRequestHandler):
+    """One connection, which ends with its answer: HTTP/1.0."""
+
+    server: PageServer
+    timeout = 60  # seconds between two pieces of a request
+
+    def do_GET(self) -> None:
+        """Send a file of the page, or what TorchServe answers."""
+        path = PAGE / (self.path[1:] or "index.html")
+        if not self._is_ours():
+            return
+        if ("GET", self.path) in PASSED:
+            self._pass_on(None)
+        elif path in PAGE.iterdir():
+            self._send(HTTPStatus.OK, path.read_bytes(), f"{TYPES[path.suffix]}; charset=utf-8", HEADERS)
+        else:
+            self._refuse(HTTPStatus.NOT_FOUND, f"there is nothing here; the page is at http://{self.server.hosts[0]}/")
+
+    def do_POST(self) -> None:
+        """Send what TorchServe answers."""
+        length = self.headers.get("Content-Length", "")
+        if not self._is_ours():
+            return
+        if ("POST", self.path) not in PASSED:
+            self._refuse(HTTPStatus.NOT_FOUND, f"only {PREDICTIONS} takes requests")
+        elif not length.isdecimal() or int(length) > MAX_REQUEST:
+            told = f"a request takes a Content-Length of at most {MAX_REQUEST} bytes"
+            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, told)
+        else:
+            self._pass_on(self.rfile.read(int(length)))
+
+    def _is_ours(self) -> bool:
+        """Refuse what comes by another name, as another site's page asks whose name was made to mean this machine."""
+        hosts = self.server.hosts
+        origin = self.headers.get("Origin", f"http://{hosts[0]}")
+        if self.headers.get("Host") in hosts and origin in [f"http://{host}" for host in hosts]:
+            return True
+        self._refuse(HTTPStatus.FORBIDDEN, f"this page answers to {' and '.join(hosts)} only, and to no other site's")
+        return False
+
+    def _pass_on(self, body: bytes | None) -> None:
+        upstream = http.client.HTTPConnection(*self.server.upstream)
+        kept = {name: self.headers[name] for name in ("Authorization", "Content-Type", "Accept") if self.headers[name]}
+        self.connection.settimeout(None)  # a step may take minutes
+        is_begun = False
+        try:
+            upstream.request(self.command, self.path, body, kept)
+            threading.Thread(target=_hang_up, args=(self.connection, upstream.sock), daemon=True).start()
+            answer = upstream.getresponse()
+            is_begun = True
+            self.send_response(answer.status)
+            for name in ("Content-Type", "Retry-After", "X-Warning"):
+                if value := answer.headers[name]:
+                    self.send_header(name, value)
+            self.end_headers()
+            while piece := answer.read1(65536):
+                self.wfile.write(piece)
+        except (OSError, http.client.HTTPException):
+            if not is_begun:
+                self._refuse(
+                    HTTPStatus.BAD_GATEWAY, "TorchServe does not answer at {}:{}".format(*self.server.upstream)
+                )
+        finally:
+            upstream.close()
+
+    def _refuse(self, status: HTTPStatus, message: str) -> None:
+        kind = "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+        error = {"message": message, "type": kind, "param": None, "code": status}
+        self._send(status, json.dumps({"error": error}).encode(), "application/json", {})
+
+    def _send(self, status: HTTPStatus, content: bytes, kind: str, headers: dict[str, str]) -> None:
+        with contextlib.suppress(ConnectionError):
+            self.send_response(status)
+            for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        """Log nothing: TorchServe logs what it is asked."""
+
+
+def _hang_up(client: socket.socket, upstream: socket.socket) -> None:
+    """Wait until a client has left, then end the connection that works for it, so that TorchServe ends the work."""
+    with contextlib.suppress(OSError):
+        while client.recv(4096):  # more than was asked for, such as a GET's body, is no news of its leaving
+            pass
+    with contextlib.suppress(OSError):
+        upstream.shutdown(socket.SHUT_RDWR)
