@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_server import __version__
+from sdxl_server.adapters.registry import Adapter, load_adapters
 from sdxl_server.compiling import VAE_ENCODER, choose_graphs, compile_parts, price_half
 from sdxl_server.declaration import Bounds
 from sdxl_server.drawing import finish, generate
@@ -44,6 +45,7 @@ class LoadedPipeline:
         functions: what runs each part, compiled or not.
         parts: the compiled parts by name, each with its OpenVINOBackend, or None where another backend compiled it.
         contract: what requests may ask of it.
+        adapters: that are fused into the weights.
     """
 
     pipeline: Any
@@ -55,6 +57,7 @@ class LoadedPipeline:
     functions: Mapping[str, Callable[..., Any]]
     parts: Mapping[str, Any]
     contract: Contract
+    adapters: tuple[Adapter, ...]
 
     def describe(self) -> dict[str, Any]:
         """Return what runs, read off what was compiled so far; without a warm-up that is nothing before a request."""
@@ -70,6 +73,7 @@ class LoadedPipeline:
             "graphs_for": self.graphs,
             "compiled_parts": list(self.parts),
             "weights_sha256": self.weights_sha256,
+            "adapters": [each.describe() for each in self.adapters],
             "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
             "versions": {"sdxl_server": __version__, "openvino_backend": openvino_backend.__version__},
             "shortcuts": {
@@ -153,10 +157,13 @@ def load_pipeline(
         check_texts(pipeline, family, folder)
         if device != "cpu":
             pipeline.to(device)
+        adapters = load_adapters(pipeline, family, config, model_dir=model_dir)
         contract = build_contract(pipeline, family, config, graphs=graphs)
     with blame(f"pt2.backend: {compilation.backend} cannot run this model"):
         functions, parts = compile_parts(pipeline, family, config, compilation, size=contract.size)
-        loaded = LoadedPipeline(pipeline, config, compilation, dtype, graphs, family, functions, parts, contract)
+        loaded = LoadedPipeline(
+            pipeline, config, compilation, dtype, graphs, family, functions, parts, contract, adapters
+        )
         if config.warm_up:
             warm_up(loaded)
     if config.weights_sha256 is not None and config.weights_sha256 != loaded.weights_sha256:
@@ -176,7 +183,7 @@ def build_contract(pipeline: Any, family: Family, config: HandlerConfig, *, grap
     Raises:
         ConfigError: the defaults are beyond the limits; names the key.
     """
-    samplers = find_samplers(pipeline.scheduler, pipeline.unet.config)
+    samplers = find_samplers(pipeline.scheduler, pipeline.unet.config, is_adapted=bool(config.adapters))
     own_side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     size = (config.width or own_side, config.height or own_side)
     defaults = {
@@ -311,6 +318,7 @@ def describe_picture(
         "made_with": {
             "model": loaded.config.model_path,
             "weights_sha256": loaded.weights_sha256,
+            **({"adapters": [each.describe() for each in loaded.adapters]} if loaded.adapters else {}),
             "dtype": loaded.dtype,
             "unet_calls": unet_calls,
             "backend": loaded.compilation.backend or "eager",

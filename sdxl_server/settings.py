@@ -35,6 +35,7 @@ PUBLISHED_KEYS_WITHOUT_EFFECT = {
     "no_sdpa": "scaled_dot_product_attention is always used",
     "upcast_vae": "beside weights in float16 the VAE is in float32 already",
 }
+NEEDED = dataclasses.MISSING  # the default of a setting that has none
 # `openvino` is this project's backend; the one that comes with OpenVINO stays selectable for comparison.
 BACKEND_NAMES = {"openvino": "openvino_backend", "openvino_stock": "openvino"}
 
@@ -53,6 +54,27 @@ def _setting(value: Any, schema: Schema, words: str, *, null: str = "") -> Any:
 
 def _any_text(accepted: str) -> Schema:
     return {"type": "string", "minLength": 1, "x-accepted": accepted}
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """An entry of `adapters` in the handler section."""
+
+    name: str = _setting(
+        NEEDED,
+        {"type": "string", "pattern": r"^[\w.-]{1,64}$", "x-accepted": "a name of letters, digits, - _ and ."},
+        "by which pictures tell it",
+    )
+    path: str = _setting(
+        NEEDED, _any_text("a .safetensors file"), "of the adapter, inside the archive or absolute; LoRA only"
+    )
+    scale: float = _setting(1.0, real(-100, 100), "how strongly it is applied")
+    fuse: bool = _setting(
+        False,
+        switch(),
+        "true: it is added to the weights when they are loaded, for all requests, and costs no time; adapters that "
+        "each request chooses are not served, so that false is refused",
+    )
 
 
 @dataclass(frozen=True)
@@ -88,6 +110,11 @@ class HandlerConfig:
         {"type": ["string", "object"], "minLength": 1, "x-accepted": "a scheduler as requests name it"},
         "the sampler of requests that name none, such as DPM++ 2M Karras or {name: UniPC, solver_order: 3}",
         null="the model's own",
+    )
+    adapters: Sequence[Any] = _setting(
+        (),
+        {"type": "array", "maxItems": 100, "x-accepted": "a list of adapters, each of the keys below"},
+        "adapters (LoRA), in the order in which they are applied",
     )
     num_inference_steps: int = _setting(30, whole(1, 1000), "denoising steps")
     guidance_scale: float = _setting(5.0, real(0, 100), "how strongly the prompt steers; at 1 or below not at all")
@@ -174,6 +201,12 @@ class HandlerConfig:
                 )
                 raw = {key: value for key, value in raw.items() if key not in ignored}
         config: Self = _read_section(cls, raw, "handler")
+        adapters = tuple(
+            _read_section(AdapterConfig, each, f"handler.adapters[{index}]")
+            for index, each in enumerate(config.adapters)
+        )
+        _check_names(adapters)
+        config = dataclasses.replace(config, adapters=adapters)
         for width, height in config.read_sizes():
             if width % 8 or height % 8 or not MIN_SIDE <= min(width, height) <= max(width, height) <= config.max_side:
                 raise ConfigError(
@@ -308,7 +341,17 @@ def _read_section(cls: type[Any], raw: Any, section: str) -> Any:
         if not is_valid(value, schema):
             raise ConfigError(f"{section}.{name} takes {describe_setting(settings[name])}, not {shorten(value)}")
         read[name] = int(value) if "integer" in schema["type"] and value is not None else value
+    for setting in dataclasses.fields(cls):
+        if setting.default is NEEDED and setting.name not in read:
+            raise ConfigError(f"{section}.{setting.name} is missing; it takes {describe_setting(setting.metadata)}")
     return cls(**read)
+
+
+def _check_names(adapters: Sequence[AdapterConfig]) -> None:
+    names = [each.name for each in adapters]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise ConfigError(f"handler.adapters[{index}].name takes a name that no other has, not {shorten(name)}")
 
 
 def describe_setting(declared: Mapping[str, Any]) -> str:
