@@ -63,18 +63,35 @@ class AdapterConfig:
     name: str = _setting(
         NEEDED,
         {"type": "string", "pattern": r"^[\w.-]{1,64}$", "x-accepted": "a name of letters, digits, - _ and ."},
-        "by which pictures tell it",
+        "by which requests name it",
     )
     path: str = _setting(
         NEEDED, _any_text("a .safetensors file"), "of the adapter, inside the archive or absolute; LoRA only"
     )
-    scale: float = _setting(1.0, real(-100, 100), "how strongly it is applied")
+    scale: float = _setting(1.0, real(-100, 100), "how strongly it is applied, unless a request says otherwise")
     fuse: bool = _setting(
         False,
         switch(),
-        "true: it is added to the weights when they are loaded, for all requests, and costs no time; adapters that "
-        "each request chooses are not served, so that false is refused",
+        "true: it is added to the weights when they are loaded, for all requests, none of which can name it, and costs "
+        "no time; false: it is applied, by openvino only, in requests that name it",
     )
+    scheduler: str | Mapping[str, Any] | None = _setting(
+        None,
+        {"type": ["string", "object"], "minLength": 1, "x-accepted": "a scheduler as requests name it"},
+        "the sampler of requests that name the adapter and no sampler",
+        null="that of all requests",
+    )
+    num_inference_steps: int | None = _setting(
+        None, whole(1, 1000), "denoising steps of such requests", null="those of all requests"
+    )
+    guidance_scale: float | None = _setting(
+        None, real(0, 100), "guidance of such requests", null="that of all requests"
+    )
+
+    def list_defaults(self) -> dict[str, Any]:
+        """Return the defaults of requests that name it."""
+        values = {name: getattr(self, name) for name in ("scheduler", "num_inference_steps", "guidance_scale")}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -114,8 +131,9 @@ class HandlerConfig:
     adapters: Sequence[Any] = _setting(
         (),
         {"type": "array", "maxItems": 100, "x-accepted": "a list of adapters, each of the keys below"},
-        "adapters (LoRA), in the order in which they are applied",
+        "adapters (LoRA)",
     )
+    max_adapter_rank: int = _setting(128, whole(1, 1024), "sum of the ranks of the adapters that a request names")
     num_inference_steps: int = _setting(30, whole(1, 1000), "denoising steps")
     guidance_scale: float = _setting(5.0, real(0, 100), "how strongly the prompt steers; at 1 or below not at all")
     unet_calls: int | None = _setting(
@@ -205,7 +223,7 @@ class HandlerConfig:
             _read_section(AdapterConfig, each, f"handler.adapters[{index}]")
             for index, each in enumerate(config.adapters)
         )
-        _check_names(adapters)
+        _check_entries(adapters)
         config = dataclasses.replace(config, adapters=adapters)
         for width, height in config.read_sizes():
             if width % 8 or height % 8 or not MIN_SIDE <= min(width, height) <= max(width, height) <= config.max_side:
@@ -347,11 +365,17 @@ def _read_section(cls: type[Any], raw: Any, section: str) -> Any:
     return cls(**read)
 
 
-def _check_names(adapters: Sequence[AdapterConfig]) -> None:
+def _check_entries(adapters: Sequence[AdapterConfig]) -> None:
     names = [each.name for each in adapters]
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            raise ConfigError(f"handler.adapters[{index}].name takes a name that no other has, not {shorten(name)}")
+    for index, entry in enumerate(adapters):
+        key = f"handler.adapters[{index}]"
+        if entry.name in names[:index]:
+            raise ConfigError(f"{key}.name takes a name that no other has, not {shorten(entry.name)}")
+        if entry.fuse and entry.list_defaults():
+            name = next(iter(entry.list_defaults()))
+            raise ConfigError(
+                f"{key}.{name} is for requests that name the adapter, as none can with fuse: true; give handler.{name}"
+            )
 
 
 def describe_setting(declared: Mapping[str, Any]) -> str:

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from sdxl_server.adapters.files import DIFFUSERS, PEFT
 from sdxl_server.adapters.names import PROCESSORS, Layer, list_layers
 from sdxl_server.checkpoints.names import name_originals
-from sdxl_server.errors import ConfigError
+from sdxl_server.drawing import finish, generate
+from sdxl_server.errors import ConfigError, RequestError
 from sdxl_server.pipeline import LoadedPipeline, describe_picture
 from sdxl_server.settings import HandlerConfig
 from tests.unit.test_pipeline import load, make_picture
@@ -83,8 +84,11 @@ def write_processors(matrices: Matrices) -> dict[str, torch.Tensor]:
 
 def write_settings(matrices: Matrices) -> dict[str, str]:
     """Return the metadata in which diffusers keeps PEFT's settings."""
-    settings = {"r": RANK, "lora_alpha": ALPHA, "target_modules": []}
-    return {DIFFUSERS: json.dumps({f"{part}.{key}": value for part in PARTS for key, value in settings.items()})}
+    settings: dict[str, Any] = {}
+    for part in PARTS:
+        names = [layer.name for layer in matrices if layer.part == part]
+        settings |= {f"{part}.r": RANK, f"{part}.lora_alpha": ALPHA, f"{part}.target_modules": names}
+    return {DIFFUSERS: json.dumps(settings)}
 
 
 def save(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> Path:
@@ -147,7 +151,7 @@ def test_each_naming_is_read_whole(
     assert np.abs(make_picture(loaded) - reference).max() <= 1  # a rounding of the last bit
     assert np.abs(make_picture(load(tiny_model)) - reference).mean() > 1  # and it does change the picture
     digest = hashlib.sha256(files[naming].read_bytes()).hexdigest()
-    told = {"name": "outline", "sha256": digest, "scale": 0.8, "rank": RANK, "layers": len(held)}
+    told = {"name": "outline", "sha256": digest, "scale": 0.8, "fused": True, "rank": RANK, "layers": len(held)}
     assert loaded.describe()["adapters"] == [told]
     request = loaded.contract.check({"prompt": "a fox"})
     assert describe_picture(loaded, request, 0, unet_calls=1)["made_with"]["adapters"] == [told]
@@ -288,3 +292,103 @@ def test_names_are_given_once() -> None:
     entry = {"name": "a", "path": "a", "fuse": True}
     with pytest.raises(ConfigError, match=r"^handler\.adapters\[1\]\.name takes a name that no other has, not 'a'"):
         HandlerConfig.parse({"adapters": [entry, entry]})
+
+
+# Chosen by each request.
+
+
+@pytest.fixture(scope="module")
+def chosen(tiny_model: Path, files: Mapping[str, Path], matrices: Matrices, tmp_path_factory: Any) -> LoadedPipeline:
+    """The small pipeline with two adapters of all layers on offer, and one of few that brings defaults."""
+    other = save(
+        {DOWN: torch.ones(4, 64) * 0.1, UP: torch.ones(64, 4)}, tmp_path_factory.mktemp("other") / "few.safetensors"
+    )
+    entries = [
+        {"name": "a", "path": str(files["kohya"]), "scale": 0.75},
+        {"name": "b", "path": str(files["diffusers"])},
+        {"name": "few", "path": str(other), "num_inference_steps": 2, "guidance_scale": 0.0, "scheduler": "LCM"},
+    ]
+    adapters = HandlerConfig.parse({"adapters": entries}).adapters
+    return load(tiny_model, "openvino", adapters=adapters, max_adapter_rank=11, warm_up=True)
+
+
+def name_adapters(**scales: float) -> list[dict[str, Any]]:
+    return [{"name": name, "scale": scale} for name, scale in scales.items()]
+
+
+@pytest.mark.parametrize("scales", [{}, {"a": 0.8}, {"a": -0.5}, {"a": 1.0, "b": -0.25}])
+def test_a_request_draws_with_its_adapters(
+    tiny_model: Path, matrices: Matrices, chosen: LoadedPipeline, scales: dict[str, float]
+) -> None:
+    reference = draw_reference(tiny_model, matrices, scale=sum(scales.values()) * ALPHA / RANK)
+    report = chosen.describe()
+    assert np.abs(make_picture(chosen, adapters=name_adapters(**scales)) - reference).max() <= 1
+    assert chosen.describe() == report  # nothing was compiled for it
+    request = chosen.contract.check({"prompt": "a fox", "adapters": name_adapters(**scales)})
+    told = describe_picture(chosen, request, 0, unet_calls=1)
+    applied = told["made_with"].get("adapters", [])
+    assert {each["name"]: each["scale"] for each in applied} == scales
+    assert all(len(each["sha256"]) == 64 for each in applied)
+    assert chosen.contract.check(json.loads(json.dumps(told["request"]))) == request  # the picture can be made again
+
+
+def test_requests_in_flight_do_not_see_each_others(chosen: LoadedPipeline) -> None:
+    kinds = [{}, {"a": 1.0}, {"b": 0.5}, {"a": 0.3, "b": 0.3}, {"few": 1.0}]
+    fields = [{"adapters": name_adapters(**each), "seed": 1} for each in kinds]
+    expected = [make_picture(chosen, **each) for each in fields]
+    requests = [chosen.contract.check({"prompt": "a red fox", **each}) for each in fields]
+    running = [generate(chosen, request) for request in requests]
+    for steps in running * 2:  # of the shortest there is but one more
+        next(steps, None)
+    for steps, request, picture in zip(running[:4], requests, expected, strict=False):
+        assert np.array_equal(np.asarray(finish(steps)[0].image).astype(int), picture), request.adapters
+
+
+def test_an_adapter_brings_defaults(chosen: LoadedPipeline) -> None:
+    plain = chosen.contract.check({"prompt": "a fox"})
+    request = chosen.contract.check({"prompt": "a fox", "adapters": [{"name": "few"}]})
+    assert (request.num_inference_steps, request.guidance_scale, request.scheduler) == (2, 0.0, "LCMScheduler")
+    assert (plain.num_inference_steps, plain.guidance_scale) == (4, 5.0)
+    assert request.adapters == ({"name": "few", "scale": 1.0},)
+    assert chosen.contract.check({"prompt": "a fox", "adapters": '[{"name": "a"}]'}).adapters == (
+        {"name": "a", "scale": 0.75},
+    )
+    own = chosen.contract.check({"prompt": "a fox", "adapters": [{"name": "few"}], "num_inference_steps": 3})
+    assert own.num_inference_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("a", "Expecting value"),
+        ({"name": "a"}, r"a list of names and scales such as .*, of the adapters a, b, few, not \{'name': 'a'\}"),
+        ([{"name": "c"}], r"of the adapters a, b, few, .* not \{'name': 'c'\}"),
+        ([{"scale": 1}], r"not \{'scale': 1\}"),
+        ([{"name": "a", "scale": float("nan")}], "each scale a number from -100 to 100, not .*nan"),
+        ([{"name": "a", "scale": 101}], "not .*101"),
+        ([{"name": "a", "path": "/etc/passwd"}], "not .*passwd"),
+        ([{"name": "a"}, {"name": "a"}], "takes each adapter once, not a, a"),
+        ([{"name": "a"}, {"name": "b"}, {"name": "few"}], "whose ranks are 11 together at most, not 12: a, b, few"),
+        ([7], "not 7"),
+    ],
+)
+def test_wrong_adapters_of_a_request_are_told_in_a_line(chosen: LoadedPipeline, given: Any, told: str) -> None:
+    with pytest.raises(RequestError, match=f"^adapters .*{told}") as error:
+        chosen.contract.check({"prompt": "a fox", "adapters": given})
+    assert error.value.param == "adapters"
+    assert "\n" not in str(error.value)
+
+
+def test_where_requests_cannot_choose_the_load_fails(tiny_model: Path, files: Mapping[str, Path]) -> None:
+    def attempt(pt2: Any, **settings: Any) -> None:
+        entry = {"name": "a", "path": str(files["kohya"])}
+        load(tiny_model, pt2, adapters=HandlerConfig.parse({"adapters": [entry]}).adapters, **settings)
+
+    with pytest.raises(ConfigError, match=r"adapters\[0\]\.fuse: false takes a model that openvino compiles"):
+        attempt(None)
+    with pytest.raises(ConfigError, match="does not compile text_encoder, text_encoder_2: use fuse: true"):
+        attempt("openvino", compile_text_encoders=False)
+    with pytest.raises(ConfigError, match="its rank is 4, and handler.max_adapter_rank is 3"):
+        attempt("openvino", max_adapter_rank=3)
+    with pytest.raises(ConfigError, match=r"adapters\[0\]\.guidance_scale is for requests that name"):
+        HandlerConfig.parse({"adapters": [{"name": "a", "path": "a", "fuse": True, "guidance_scale": 0}]})
