@@ -244,9 +244,8 @@ def _list_offers(adapters: Sequence[Adapter], config: HandlerConfig, own: Any, s
         ConfigError: the defaults of one do not fit the model; names the key.
     """
     offers = {}
-    for adapter in adapters:
-        defaults = adapter.config.list_defaults()
-        key = f"handler.adapters[{config.adapters.index(adapter.config)}]"
+    for index, adapter in enumerate(adapters):
+        key, defaults = f"handler.adapters[{index}]", adapter.config.list_defaults()
         if "scheduler" in defaults:
             try:
                 defaults["scheduler"] = read_sampler(defaults["scheduler"], samplers)

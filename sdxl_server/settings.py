@@ -128,10 +128,11 @@ class HandlerConfig:
         "the sampler of requests that name none, such as DPM++ 2M Karras or {name: UniPC, solver_order: 3}",
         null="the model's own",
     )
-    adapters: Sequence[Any] = _setting(
-        (),
+    adapters: Sequence[Any] | None = _setting(
+        None,
         {"type": "array", "maxItems": 100, "x-accepted": "a list of adapters, each of the keys below"},
         "adapters (LoRA)",
+        null="none",
     )
     max_adapter_rank: int = _setting(128, whole(1, 1024), "sum of the ranks of the adapters that a request names")
     num_inference_steps: int = _setting(30, whole(1, 1000), "denoising steps")
@@ -221,10 +222,10 @@ class HandlerConfig:
         config: Self = _read_section(cls, raw, "handler")
         adapters = tuple(
             _read_section(AdapterConfig, each, f"handler.adapters[{index}]")
-            for index, each in enumerate(config.adapters)
+            for index, each in enumerate(config.adapters or ())
         )
         _check_entries(adapters)
-        config = dataclasses.replace(config, adapters=adapters)
+        config = dataclasses.replace(config, adapters=adapters or None)
         for width, height in config.read_sizes():
             if width % 8 or height % 8 or not MIN_SIDE <= min(width, height) <= max(width, height) <= config.max_side:
                 raise ConfigError(
