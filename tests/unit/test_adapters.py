@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -342,6 +343,28 @@ def test_requests_in_flight_do_not_see_each_others(chosen: LoadedPipeline) -> No
         next(steps, None)
     for steps, request, picture in zip(running[:4], requests, expected, strict=False):
         assert np.array_equal(np.asarray(finish(steps)[0].image).astype(int), picture), request.adapters
+
+
+@pytest.mark.soak
+def test_two_hundred_mixed_requests(chosen: LoadedPipeline) -> None:
+    kinds: list[dict[str, float]] = [{}, {"a": 1.0}, {"b": 0.5}, {"a": 0.3, "b": 0.3}, {"a": -0.7}, {"few": 1.0}]
+    fields = [{"adapters": name_adapters(**each), "seed": 1} for each in kinds]
+    expected = [make_picture(chosen, **each) for each in fields]
+    generator = random.Random(0)
+    waiting = [generator.randrange(len(kinds)) for _ in range(200)]
+    running: list[tuple[int, Any]] = []
+    while waiting or running:
+        while waiting and len(running) < 4:
+            kind = waiting.pop()
+            running.append((kind, generate(chosen, chosen.contract.check({"prompt": "a red fox", **fields[kind]}))))
+        kind, steps = running.pop(generator.randrange(len(running)))
+        ended = object()
+        if generator.random() < 0.8 and next(steps, ended) is not ended:
+            running.append((kind, steps))
+            continue
+        if steps.gi_frame is not None:
+            picture = np.asarray(finish(steps)[0].image).astype(int)
+            assert np.array_equal(picture, expected[kind]), kinds[kind]
 
 
 def test_an_adapter_brings_defaults(chosen: LoadedPipeline) -> None:
