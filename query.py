@@ -103,6 +103,10 @@ FIELDS: dict[str, dict[str, Any]] = {
         "metavar": "NAME",
         "help": "the sampler: diffusers' name, another program's, or an object of a name and options",
     },
+    "adapters": {
+        "metavar": "JSON",
+        "help": "adapters (LoRA) to draw with, each with its scale; they may bring other defaults",
+    },
     "clip_skip": {"type": int, "metavar": "N", "help": "last layers of the text encoders to leave out"},
     "denoising_end": {"type": float, "metavar": "SHARE", "help": "share of the denoising after which to stop"},
     "timesteps": {

@@ -25,6 +25,7 @@ from openvino_backend.graph import (
     widen,
     write_out_sizes,
 )
+from openvino_backend.low_rank import check_found, name_layers
 from openvino_backend.memory import release_memory
 from openvino_backend.model import ModelReport, Part, convert_graph
 from openvino_backend.options import Options
@@ -84,6 +85,10 @@ class CompiledGraph(SerializableCallable):
         self.is_plain = is_plain
         self.parts = [each for each in split.children() if isinstance(each, Part)]
 
+    def find_side_inputs(self) -> set[str]:
+        """Return the names of the weights beside which it takes matrices."""
+        return {slot.name for part in self.parts for slot in part.side_inputs.slots}
+
     def __call__(self, *arguments: torch.Tensor) -> Any:
         with torch.no_grad():
             return self.split(*arguments)
@@ -104,14 +109,15 @@ class OpenVINOBackend:
 
     Attributes:
         options: what it was made with.
+        ranks: of the side inputs by the names of weights, see low_rank.py; none where torch.compile calls it.
         reports: one entry per compiled graph.
 
     Raises:
         OptionsError: wrong options.
     """
 
-    def __init__(self, options: Mapping[str, Any] | None = None) -> None:
-        self.options = Options.parse(options)
+    def __init__(self, options: Mapping[str, Any] | None = None, *, ranks: Mapping[str, int] | None = None) -> None:
+        self.options, self.ranks = Options.parse(options), dict(ranks or {})
         self.reports: list[GraphReport] = []
 
     def __call__(self, graph: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -135,7 +141,12 @@ class OpenVINOBackend:
         return compiled
 
     def add_report(self, graph: CompiledGraph, models: Sequence[ModelReport], *, traced: bool) -> None:
-        """Note and log what became of a graph."""
+        """Note and log what became of a graph.
+
+        Raises:
+            OpenVINOBackendError: a layer for side inputs is not in it.
+        """
+        check_found(self.ranks, graph.find_side_inputs())
         report = GraphReport(tuple(models), graph.operators_outside, graph.weights_sha256, traced)
         if report.operators_outside:
             logger.warning("These operators run in PyTorch, not on OpenVINO: %s", ", ".join(report.operators_outside))
@@ -199,7 +210,7 @@ class OpenVINOBackend:
         outside = frozenset(self.options.disabled_ops)
         while True:
             try:
-                split, models = self._compile_parts(graph, values, outside, weight_ids, salt=salt)
+                split, models = self._compile_parts(graph, values, outside, weight_ids, weights, salt=salt)
                 break
             except UnsupportedOperatorsError as error:
                 if self.options.strict:
@@ -216,6 +227,7 @@ class OpenVINOBackend:
         values: Mapping[str, torch.Tensor],
         outside: frozenset[str],
         weight_ids: frozenset[int],
+        weights: KnownWeights | None,
         *,
         salt: str,
     ) -> tuple[torch.fx.GraphModule, list[ModelReport]]:
@@ -229,7 +241,8 @@ class OpenVINOBackend:
             if not node.target.endswith("pytorch"):
                 in_float32 = node.target.endswith("float32")
                 part = self._make_part(module, weight_ids, in_float32=in_float32, salt=salt)
-                reports.append(part.load(self.options, functools.partial(self._convert, module, in_float32=in_float32)))
+                convert = functools.partial(self._convert, module, weights, in_float32=in_float32)
+                reports.append(part.load(self.options, convert, ranks=self.ranks))
                 split.set_submodule(node.target, part)
         split.recompile()
         return split, reports
@@ -246,9 +259,13 @@ class OpenVINOBackend:
         weights = {name: tensor for name, tensor in module.named_buffers() if id(tensor) in weight_ids}
         return Part(key, properties, weights)
 
-    def _convert(self, module: torch.fx.GraphModule, *, in_float32: bool) -> openvino.Model:
+    def _convert(
+        self, module: torch.fx.GraphModule, weights: KnownWeights | None, *, in_float32: bool
+    ) -> openvino.Model:
         widen(module)
         model = convert_graph(module)
+        if weights:
+            name_layers(model, {(each.data_ptr(), tuple(each.shape)): name for name, each in weights.tensors.items()})
         if self.options.weight_compression and not in_float32:
             model = compress_weights(model, self.options.weight_compression)
         return model

@@ -18,6 +18,7 @@ from openvino_backend.backend import CompiledGraph, OpenVINOBackend, check_on_cp
 from openvino_backend.cache import open_entry, write_entry
 from openvino_backend.conditions import Conditions, describe, is_plain, unwrap_method
 from openvino_backend.errors import CacheMissError
+from openvino_backend.low_rank import Products, use
 from openvino_backend.memory import release_memory
 from openvino_backend.torch_private import (
     bind_arguments,
@@ -79,6 +80,8 @@ class CompiledFunction:
         dynamic_shapes: the axes of any length, by the argument's name and for a dictionary of tensors by its keys, such
             as `{"sample": (0, 2, 3), "added_cond_kwargs": {"time_ids": (0,)}}`.
         static_shapes: of arguments by name; a call in which they have these has a graph of its own nevertheless.
+        ranks: by the names of the module's weights, beside which a call may bring low-rank matrices, the largest sum of
+            their ranks; see `bind`.
 
     Attributes:
         backend: its `reports` tell what runs.
@@ -94,10 +97,11 @@ class CompiledFunction:
         options: Mapping[str, Any] | None = None,
         dynamic_shapes: Mapping[str, Any] | None = None,
         static_shapes: Iterable[Mapping[str, tuple[int, ...]]] = (),
+        ranks: Mapping[str, int] | None = None,
     ) -> None:
         if not isinstance(getattr(method, "__self__", None), torch.nn.Module):
             raise TypeError(f"CompiledFunction takes a method of a torch.nn.Module, not {method!r}")
-        self.backend = OpenVINOBackend(options)
+        self.backend = OpenVINOBackend(options, ranks=ranks)
         self._module, original = method.__self__, method.__func__  # type: ignore[attr-defined]
         self._name, self._function = f"{original.__module__}.{original.__qualname__}", make_traceable(original)
         self._signature = inspect.signature(self._function)
@@ -140,6 +144,19 @@ class CompiledFunction:
             trace = self._prepare(call, args, kwargs)
             self._traces[call] = [trace, *self._traces.get(call, [])]
         return trace
+
+    def bind(self, products: Products) -> Callable[..., Any]:
+        """Return the function with matrices that are added to the module's weights, W + up · down, in calls of it only.
+
+        Args:
+            products: by the name of a weight down, rank × inputs (× height × width), and up, results × rank; float32.
+        """
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with use(products):
+                return self(*args, **kwargs)
+
+        return call
 
     def _describe_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what tells one kind of call from another: the structure, the tensors' types, the other values."""
@@ -291,7 +308,7 @@ class CompiledFunction:
             reports = []
             for part in graph.parts:
                 part.weights = {each: weights.tensors[name].detach() for each, name in part.sources.items()}
-                reports.append(part.load(self.backend.options))
+                reports.append(part.load(self.backend.options, ranks=self.backend.ranks))
         except Exception as error:  # whatever is wrong with the file, tracing anew is the answer
             logger.warning("The cache entry %s does not fit and is made anew: %s", folder, error)
             return None

@@ -16,6 +16,7 @@ from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 from openvino_backend.cache import open_entry, write_entry
 from openvino_backend.compression import quantize_products
 from openvino_backend.errors import CacheMissError, OpenVINOBackendError, UnsupportedOperatorsError
+from openvino_backend.low_rank import SideInputs, add_side_inputs
 from openvino_backend.options import Options, split_device
 from openvino_backend.precision import PRECISION
 from openvino_backend.processors import find_processors, limit_openvino
@@ -68,6 +69,7 @@ class Part(torch.nn.Module):
         weights: the tensors compiled in, by their name in the graph.
         sources: for each of these, its name in the module that was compiled, set before pickling.
         file: the one in the cache that OpenVINO maps, with the weights that are not these.
+        side_inputs: what it takes beside its inputs.
     """
 
     def __init__(self, key: str, properties: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
@@ -75,6 +77,7 @@ class Part(torch.nn.Module):
         self.key, self.properties, self.weights = key, properties, weights
         self.sources: Mapping[str, str] = {}
         self.file: Path | None = None
+        self.side_inputs = SideInputs(())
 
     def __getstate__(self) -> dict[str, Any]:
         return {"key": self.key, "properties": self.properties, "sources": self.sources}
@@ -83,8 +86,17 @@ class Part(torch.nn.Module):
         self.__init__(state["key"], state["properties"], {})  # type: ignore[misc]
         self.sources = state["sources"]
 
-    def load(self, options: Options, convert: Callable[[], openvino.Model] | None = None) -> ModelReport:
+    def load(
+        self,
+        options: Options,
+        convert: Callable[[], openvino.Model] | None = None,
+        *,
+        ranks: Mapping[str, int],
+    ) -> ModelReport:
         """Compile the model that is in the cache, or else the one that `convert` makes.
+
+        Args:
+            ranks: of side inputs, see add_side_inputs.
 
         Raises:
             CacheMissError: it is in no cache, and there is no `convert`.
@@ -106,6 +118,8 @@ class Part(torch.nn.Module):
             devices = split_device(options.device)[1]
             if devices == ["CPU"]:
                 tune_for_cpu(model)
+            if ranks:
+                self.side_inputs = add_side_inputs(model, ranks)
             quantize_products(model, options)
             # OpenVINO's own cache holds what a GPU compiles. For a CPU it holds the weights again, and saves no time.
             blob = {} if folder is None or devices == ["CPU"] else {"CACHE_DIR": str(folder)}
@@ -119,7 +133,7 @@ class Part(torch.nn.Module):
                 f"OpenVINO's {options.device} computes in {precision} here, not in {self.properties[PRECISION]}; "
                 f"accept it with config: {{'{PRECISION}': '{precision}'}}"
             )
-        self.forward = CompiledModel(compiled)
+        self._run = CompiledModel(compiled)
         executed = compiled.get_runtime_model().get_ops()
         return ModelReport(
             devices=tuple(compiled.get_property("EXECUTION_DEVICES")),
@@ -133,6 +147,10 @@ class Part(torch.nn.Module):
             loaded_from_cache=is_cached and (not blob or bool(compiled.get_property("LOADED_FROM_CACHE"))),
             seconds=round(time.perf_counter() - started, 3),
         )
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        """Return the results."""
+        return self._run(*inputs, kept=self.side_inputs.find())
 
 
 def _read_precision(compiled: openvino.CompiledModel, device: str) -> str:

@@ -29,15 +29,26 @@ class CompiledModel:
             (None if port.partial_shape.is_dynamic else tuple(port.shape), dtypes[port.element_type])
             for port in compiled.outputs
         ]
+        self._kept: tuple[torch.Tensor, ...] = ()
         self._lock = threading.Lock()
 
-    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Return the results, in memory of their own that no later call touches."""
+    def __call__(
+        self, *inputs: torch.Tensor, kept: tuple[torch.Tensor, ...] = ()
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Return the results, in memory of their own that no later call touches.
+
+        Args:
+            kept: further inputs, contiguous; the same tuple as at the last call is not set again.
+        """
         inputs = tuple(tensor.contiguous() for tensor in inputs)
         outputs = [None if shape is None else torch.empty(shape, dtype=dtype) for shape, dtype in self._outputs]
         with self._lock:
             for index, tensor in enumerate(inputs):
                 self._request.set_input_tensor(index, share_memory(tensor))
+            if kept is not self._kept:
+                for index, tensor in enumerate(kept, start=len(inputs)):
+                    self._request.set_input_tensor(index, share_memory(tensor))
+                self._kept = kept
             for index, tensor in enumerate(outputs):
                 if tensor is not None:
                     self._request.set_output_tensor(index, share_memory(tensor))

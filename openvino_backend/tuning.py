@@ -11,6 +11,8 @@ import numpy as np
 import openvino
 from openvino import opset13
 
+from openvino_backend.low_rank import name_piece
+
 
 def tune_for_cpu(model: openvino.Model) -> None:
     """Write attention as products, and each linear layer whose result is split as one layer for each piece."""
@@ -73,6 +75,7 @@ def _split_layer(layer: openvino.Node, *, count: int) -> list[openvino.Node]:
         if weights is None or (layer is not product and bias is None):
             return []
         piece = opset13.matmul(product.input_value(0), weights, transpose_a=False, transpose_b=True)
+        name_piece(piece, product, index)
         pieces.append(piece if bias is None else opset13.add(piece, bias))
     return pieces
 

@@ -55,8 +55,25 @@ def price_half(config: HandlerConfig, graphs: str | None) -> float:
     return 1.0 if graphs == "static" and config.compile_unet and config.guidance_scale > 1 else 0.5
 
 
+def list_parts(family: Family, config: HandlerConfig) -> list[str]:
+    """Return the parts of which the configuration wants a compiled one."""
+    wanted = {
+        "unet": config.compile_unet,
+        "vae": config.compile_vae,
+        VAE_ENCODER: config.compile_vae,
+        **dict.fromkeys(family.text_encoders, config.compile_text_encoders),
+    }
+    return [name for name, is_wanted in wanted.items() if is_wanted]
+
+
 def compile_parts(
-    pipeline: Any, family: Family, config: HandlerConfig, compilation: CompileConfig, *, size: tuple[int, int]
+    pipeline: Any,
+    family: Family,
+    config: HandlerConfig,
+    compilation: CompileConfig,
+    *,
+    size: tuple[int, int],
+    ranks: Mapping[str, Mapping[str, int]],
 ) -> tuple[Mapping[str, Callable[..., Any]], Mapping[str, Any]]:
     """Compile the UNet, the VAE's two halves and the text encoders as configured; see LoadedPipeline.
 
@@ -64,6 +81,7 @@ def compile_parts(
 
     Args:
         size: the configured width and height in pixels.
+        ranks: by part, of the layers that requests can change; see find_ranks.
 
     Returns:
         The function of each part, and of the compiled ones the OpenVINOBackend, or None where it is another's.
@@ -88,16 +106,17 @@ def compile_parts(
         # Past so many halvings the UNet's way up takes its sizes from the way down, as a graph of any size must.
         pipeline.unet.num_upsamplers = 30
     methods = {
-        "unet": (pipeline.unet.forward, config.compile_unet),
-        "vae": (pipeline.vae._decode, config.compile_vae),
-        VAE_ENCODER: (pipeline.vae._encode, config.compile_vae),
-        **{name: (getattr(pipeline, name).forward, config.compile_text_encoders) for name in family.text_encoders},
+        "unet": pipeline.unet.forward,
+        "vae": pipeline.vae._decode,
+        VAE_ENCODER: pipeline.vae._encode,
+        **{name: getattr(pipeline, name).forward for name in family.text_encoders},
     }
+    wanted = list_parts(family, config)
     functions: dict[str, Callable[..., Any]] = {}
     backends: dict[str, Any] = {}
-    for name, (method, is_wanted) in methods.items():
+    for name, method in methods.items():
         functions[name] = method
-        if compilation.backend is None or not is_wanted:
+        if compilation.backend is None or name not in wanted:
             continue
         if name in family.text_encoders:
             # At its first call transformers hooks up the hidden states, behind a lock that dynamo cannot trace.
@@ -108,6 +127,7 @@ def compile_parts(
             compilation,
             dynamic_shapes=None if graphs == "static" else DYNAMIC_SHAPES.get(name),
             static_shapes=[shapes[name]] if graphs == "both" and name in shapes else [],
+            ranks=ranks.get(name),
         )
         backends[name] = functions[name].backend if compilation.backend == "openvino" else None  # type: ignore[attr-defined]
     if graphs == "static" and "unet" in backends:
@@ -125,6 +145,10 @@ class FixedBatch:
 
     def __init__(self, run: Callable[..., Any], batch: int) -> None:
         self._run, self._batch = run, batch
+
+    def bind(self, products: Mapping[str, Any]) -> "FixedBatch":
+        """Return it with low-rank matrices, see CompiledFunction."""
+        return FixedBatch(self._run.bind(products), self._batch)  # type: ignore[attr-defined]
 
     def __call__(self, sample: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the prediction in a tuple."""
@@ -153,15 +177,18 @@ def compile_method(
     *,
     dynamic_shapes: Mapping[str, Any] | None = None,
     static_shapes: Sequence[Mapping[str, Any]] = (),
+    ranks: Mapping[str, int] | None = None,
 ) -> Any:
-    """Return a method of a module, compiled as configured; the shapes are openvino's, see CompiledFunction."""
+    """Return a method of a module, compiled as configured; shapes and ranks are openvino's, see CompiledFunction."""
     import torch
 
     if compilation.backend == "openvino":
         from openvino_backend import CompiledFunction
 
         options = {"release_weights": True, **(compilation.options or {})}
-        return CompiledFunction(method, options, dynamic_shapes=dynamic_shapes, static_shapes=static_shapes)
+        return CompiledFunction(
+            method, options, dynamic_shapes=dynamic_shapes, static_shapes=static_shapes, ranks=ranks
+        )
     keywords = {name: getattr(compilation, name) for name in ("mode", "dynamic", "options")}
     backend = BACKEND_NAMES.get(str(compilation.backend), compilation.backend)
     return torch.compile(method, backend=backend, fullgraph=compilation.fullgraph or False, **keywords)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from sdxl_server.adapters.offers import Offer
 from sdxl_server.samplers import Samplers
 from sdxl_server.schemas import Schema
 
@@ -34,6 +35,8 @@ class Bounds:
         allowed_sizes: the only (width, height) to make, in pixels; empty: any.
         schedulers: diffusers' schedulers that draw the model right, each with its options.
         max_clip_skip: the layers of the smaller text encoder, less one.
+        adapters: that requests can name.
+        max_adapter_rank: the sum of the ranks of those that one request names.
     """
 
     max_prompt_characters: int = 2000
@@ -47,6 +50,8 @@ class Bounds:
     allowed_sizes: tuple[tuple[int, int], ...] = ()
     schedulers: Samplers = dataclasses.field(default_factory=dict)
     max_clip_skip: int = 11
+    adapters: Mapping[str, Offer] = dataclasses.field(default_factory=dict)
+    max_adapter_rank: int = 128
 
 
 @dataclass(frozen=True)

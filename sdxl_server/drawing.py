@@ -6,8 +6,9 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sdxl_server.adapters.registry import choose_products
 from sdxl_server.compiling import price_half
-from sdxl_server.denoiser import Autoencoder, Denoiser, TextEncoder, check_finite
+from sdxl_server.denoiser import Autoencoder, Denoiser, Functions, TextEncoder, check_finite
 from sdxl_server.errors import NotFiniteError, RequestError
 from sdxl_server.fields import DECLARATIONS, GenerationRequest
 from sdxl_server.masks import blend, cover_cells
@@ -176,17 +177,27 @@ def fork_pipeline(loaded: "LoadedPipeline", request: GenerationRequest) -> Any:
     scheduler = make_scheduler(pipeline.scheduler, request)
     half = price_half(loaded.config, loaded.graphs)
     plan = plan_calls(scheduler, request, unet_config=pipeline.unet.config, half=half)
+    functions = bind_adapters(loaded, request)
     parts = {
         "scheduler": scheduler,
-        "unet": Denoiser(pipeline.unet, loaded.functions["unet"], request, scheduler, plan),
-        "vae": Autoencoder(pipeline.vae, loaded.functions),
-        **{each: TextEncoder(getattr(pipeline, each), loaded.functions[each]) for each in family.text_encoders},
+        "unet": Denoiser(pipeline.unet, functions["unet"], request, scheduler, plan),
+        "vae": Autoencoder(pipeline.vae, functions),
+        **{each: TextEncoder(getattr(pipeline, each), functions[each]) for each in family.text_encoders},
     }
     given = {**pipeline.config, **pipeline.components, **parts}
     accepted = inspect.signature(chosen.__init__).parameters
     forked = chosen(**{each: value for each, value in given.items() if each in accepted})
     forked.set_progress_bar_config(disable=True)
     return forked
+
+
+def bind_adapters(loaded: "LoadedPipeline", request: GenerationRequest) -> Functions:
+    """Return the functions of the parts, those with the adapters that a request names that these change."""
+    products = choose_products(loaded.adapters, request.adapters or ())
+    return {
+        name: run.bind(products[name]) if name in products else run  # type: ignore[attr-defined]
+        for name, run in loaded.functions.items()
+    }
 
 
 def list_arguments(pipeline: Any, request: GenerationRequest, index: int) -> dict[str, Any]:

@@ -43,6 +43,14 @@ FAMILIES = {
         ),
     ),
 }
+# Pipelines that are published and not served.
+OTHERS = {
+    "StableDiffusionXLImg2ImgPipeline": "the refiner of Stable Diffusion XL, which finishes pictures that a base began",
+    "StableDiffusionXLInstructPix2PixPipeline": "an instruct-pix2pix model, which edits pictures by instruction",
+    "StableDiffusionInstructPix2PixPipeline": "an instruct-pix2pix model, which edits pictures by instruction",
+    "StableDiffusionXLInpaintPipeline": "an inpainting model of nine channels",
+    "StableDiffusionInpaintPipeline": "an inpainting model of nine channels",
+}
 XL = {True: "sdxl", False: "sd"}  # what `is_xl` stands for
 
 
@@ -63,6 +71,8 @@ def find_family(folder: Path, *, is_xl: bool | None) -> Family:
             f"model_index.json; python Download_model.py makes one ({error})"
         ) from error
     held = index.get("_class_name") if isinstance(index, dict) else None
+    if isinstance(held, str) and held in OTHERS:
+        raise ConfigError(f"handler.model_path: {folder} holds {OTHERS[held]} ({held}); that is not served")
     if is_xl is not None and held != FAMILIES[XL[is_xl]].text_to_image:
         raise ConfigError(
             f"handler.is_xl: {str(is_xl).lower()} takes a {FAMILIES[XL[is_xl]].text_to_image}, "

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sdxl_server.adapters.offers import make_adapter_schema, read_adapters
 from sdxl_server.declaration import Bounds, Declaration, Role, declare
 from sdxl_server.samplers import make_schema, read_sampler
 from sdxl_server.schemas import Schema, choice, falling, nullable, pair, real, shares, switch, text, whole
@@ -127,6 +128,15 @@ class GenerationRequest:
         option={"metavar": "NAME"},
         is_argument=False,
         read=lambda value, bounds: read_sampler(value, bounds.schedulers),
+    )
+    adapters: tuple[Mapping[str, Any], ...] | None = declare(
+        Role.PICTURE,
+        lambda bounds: make_adapter_schema(bounds.adapters),
+        "adapters (LoRA) to draw with, each with its scale; they may bring other defaults",
+        value=None,
+        option={"metavar": "JSON"},
+        is_argument=False,
+        read=lambda value, bounds: read_adapters(value, bounds.adapters, max_rank=bounds.max_adapter_rank),
     )
     clip_skip: int | None = declare(
         Role.PICTURE,

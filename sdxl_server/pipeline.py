@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_server import __version__
-from sdxl_server.compiling import VAE_ENCODER, choose_graphs, compile_parts, price_half
+from sdxl_server.adapters.offers import Offer
+from sdxl_server.adapters.registry import Adapter, find_ranks, load_adapters
+from sdxl_server.compiling import VAE_ENCODER, choose_graphs, compile_parts, list_parts, price_half
 from sdxl_server.declaration import Bounds
 from sdxl_server.drawing import finish, generate
 from sdxl_server.errors import ConfigError, NotFiniteError, RequestError
@@ -22,8 +24,8 @@ from sdxl_server.loading import blame, check_device, check_files, choose_dtype, 
 from sdxl_server.masks import find_mask_warnings
 from sdxl_server.prompts import PROMPTS, find_syntax
 from sdxl_server.request import Contract
-from sdxl_server.samplers import Samplers
-from sdxl_server.schedulers import check_sampling, choose_default, find_samplers, make_scheduler
+from sdxl_server.samplers import Samplers, read_sampler
+from sdxl_server.schedulers import check_options, check_sampling, choose_default, find_samplers, make_scheduler
 from sdxl_server.settings import CompileConfig, HandlerConfig
 from sdxl_server.shortcuts import plan_calls
 
@@ -44,6 +46,7 @@ class LoadedPipeline:
         functions: what runs each part, compiled or not.
         parts: the compiled parts by name, each with its OpenVINOBackend, or None where another backend compiled it.
         contract: what requests may ask of it.
+        adapters: that are fused into the weights, or named by requests.
     """
 
     pipeline: Any
@@ -55,6 +58,7 @@ class LoadedPipeline:
     functions: Mapping[str, Callable[..., Any]]
     parts: Mapping[str, Any]
     contract: Contract
+    adapters: tuple[Adapter, ...]
 
     def describe(self) -> dict[str, Any]:
         """Return what runs, read off what was compiled so far; without a warm-up that is nothing before a request."""
@@ -70,6 +74,7 @@ class LoadedPipeline:
             "graphs_for": self.graphs,
             "compiled_parts": list(self.parts),
             "weights_sha256": self.weights_sha256,
+            "adapters": [each.describe() for each in self.adapters],
             "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
             "versions": {"sdxl_server": __version__, "openvino_backend": openvino_backend.__version__},
             "shortcuts": {
@@ -107,6 +112,15 @@ class LoadedPipeline:
             elif module is not None:
                 digests.append(digest_weights(dict([*module.named_parameters(), *module.named_buffers()])))
         return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    def list_applied(self, request: GenerationRequest) -> list[dict[str, Any]]:
+        """Return the adapters of a picture: those that are fused, and those that its request names."""
+        scales = {each["name"]: each["scale"] for each in request.adapters or ()}
+        return [
+            adapter.describe(scales.get(adapter.config.name))
+            for adapter in self.adapters
+            if adapter.config.fuse or adapter.config.name in scales
+        ]
 
     def list_uncompiled(self, request: GenerationRequest) -> list[str]:
         """Return the parts that OpenVINO compiles when this request is the first to need them."""
@@ -153,10 +167,16 @@ def load_pipeline(
         check_texts(pipeline, family, folder)
         if device != "cpu":
             pipeline.to(device)
-        contract = build_contract(pipeline, family, config, graphs=graphs)
+        compiled = list_parts(family, config) if compilation.backend == "openvino" else []
+        adapters = load_adapters(pipeline, family, config, model_dir=model_dir, compiled=compiled)
+        contract = build_contract(pipeline, family, config, graphs=graphs, adapters=adapters)
     with blame(f"pt2.backend: {compilation.backend} cannot run this model"):
-        functions, parts = compile_parts(pipeline, family, config, compilation, size=contract.size)
-        loaded = LoadedPipeline(pipeline, config, compilation, dtype, graphs, family, functions, parts, contract)
+        functions, parts = compile_parts(
+            pipeline, family, config, compilation, size=contract.size, ranks=find_ranks(adapters, config)
+        )
+        loaded = LoadedPipeline(
+            pipeline, config, compilation, dtype, graphs, family, functions, parts, contract, adapters
+        )
         if config.warm_up:
             warm_up(loaded)
     if config.weights_sha256 is not None and config.weights_sha256 != loaded.weights_sha256:
@@ -167,7 +187,9 @@ def load_pipeline(
     return loaded
 
 
-def build_contract(pipeline: Any, family: Family, config: HandlerConfig, *, graphs: str | None) -> Contract:
+def build_contract(
+    pipeline: Any, family: Family, config: HandlerConfig, *, graphs: str | None, adapters: Sequence[Adapter] = ()
+) -> Contract:
     """Return what requests may ask of this pipeline under this configuration.
 
     Args:
@@ -176,7 +198,7 @@ def build_contract(pipeline: Any, family: Family, config: HandlerConfig, *, grap
     Raises:
         ConfigError: the defaults are beyond the limits; names the key.
     """
-    samplers = find_samplers(pipeline.scheduler, pipeline.unet.config)
+    samplers = find_samplers(pipeline.scheduler, pipeline.unet.config, is_adapted=bool(config.adapters))
     own_side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     size = (config.width or own_side, config.height or own_side)
     defaults = {
@@ -201,6 +223,8 @@ def build_contract(pipeline: Any, family: Family, config: HandlerConfig, *, grap
         allowed_sizes=config.read_sizes() or ((size,) if graphs == "static" else ()),
         schedulers=samplers,
         max_clip_skip=min(getattr(pipeline, each).config.num_hidden_layers for each in family.text_encoders) - 1,
+        adapters=_list_offers(adapters, config, pipeline.scheduler, samplers),
+        max_adapter_rank=config.max_adapter_rank,
     )
     properties = build_properties(bounds, defaults=defaults, lacking=family.lacks)
     half = price_half(config, graphs)
@@ -211,6 +235,31 @@ def build_contract(pipeline: Any, family: Family, config: HandlerConfig, *, grap
         key = error.param if error.param in {each.name for each in dataclasses.fields(config)} else "jpeg_quality"
         raise ConfigError(f"handler.{key}: its defaults are beyond its limits: {error}") from error
     return contract
+
+
+def _list_offers(adapters: Sequence[Adapter], config: HandlerConfig, own: Any, samplers: Samplers) -> dict[str, Offer]:
+    """Return the adapters that requests can name.
+
+    Raises:
+        ConfigError: the defaults of one do not fit the model; names the key.
+    """
+    offers = {}
+    for index, adapter in enumerate(adapters):
+        key, defaults = f"handler.adapters[{index}]", adapter.config.list_defaults()
+        if "scheduler" in defaults:
+            try:
+                defaults["scheduler"] = read_sampler(defaults["scheduler"], samplers)
+                check_options(own, defaults["scheduler"])
+            except ValueError as error:
+                raise ConfigError(f"{key}.scheduler {error}") from error
+        if defaults.get("num_inference_steps", 1) > config.max_steps:
+            raise ConfigError(
+                f"{key}.num_inference_steps takes a whole number from 1 to max_steps, {config.max_steps}, not "
+                f"{defaults['num_inference_steps']}"
+            )
+        if not adapter.config.fuse:
+            offers[adapter.config.name] = Offer(adapter.config.scale, adapter.rank, defaults)
+    return offers
 
 
 def _count_calls(pipeline: Any, samplers: Samplers, half: float, request: GenerationRequest) -> float:
@@ -316,6 +365,7 @@ def describe_picture(
         "made_with": {
             "model": loaded.config.model_path,
             "weights_sha256": loaded.weights_sha256,
+            **({"adapters": applied} if (applied := loaded.list_applied(request)) else {}),
             "dtype": loaded.dtype,
             "unet_calls": unet_calls,
             "backend": loaded.compilation.backend or "eager",

@@ -49,7 +49,10 @@ class Contract:
                     f"{shorten(name)} is not a field; {hint}the fields are {', '.join(self.properties)}", param=name
                 )
         used = {name: schema["default"] for name, schema in self.properties.items() if "default" in schema}
-        used |= {name: self._check_field(name, value) for name, value in fields.items() if value is not None}
+        read = {name: self._check_field(name, value) for name, value in fields.items() if value is not None}
+        for each in reversed(read.get("adapters") or ()):  # of several the first decides
+            used |= self.bounds.adapters[each["name"]].defaults
+        used |= read
         if "prompt" not in used:
             raise RequestError("prompt is missing; it takes a text", param="prompt")
         if used.get("seed", RANDOM_SEED) == RANDOM_SEED:

@@ -13,7 +13,7 @@ from sdxl_server.noise import find_level
 from sdxl_server.samplers import Samplers, list_options, read_sampler, split_sampler
 from sdxl_server.schemas import shorten
 
-DISTILLED = ("LCMScheduler", "TCDScheduler")  # each draws what was distilled for it, and only that
+DISTILLED = ("LCMScheduler", "TCDScheduler")  # each draws what was distilled for it only
 TRIAL_STEPS = 10
 TRIAL_SIDE = 64  # of latents of four channels: chance moves the shares below by 0.01
 FARTHEST = 0.03  # from the share of the picture, or of the noise, that a timestep is due
@@ -23,12 +23,13 @@ LEAST_OF_PICTURE = 0.9  # in what a scheduler ends with
 TAKES_NO_SIGMAS = "UniPCMultistepScheduler"  # but for models of flow, although set_timesteps has the argument
 
 
-def find_samplers(own: Any, unet_config: Mapping[str, Any]) -> dict[str, Any]:
+def find_samplers(own: Any, unet_config: Mapping[str, Any], *, is_adapted: bool = False) -> dict[str, Any]:
     """Return the options of each scheduler that draws a model right, by its name.
 
     Args:
         own: the scheduler in the model's folder.
         unet_config: tells of a UNet that was distilled to few steps with the guidance in it.
+        is_adapted: adapters are in its weights, which may have distilled it.
     """
     import diffusers
 
@@ -38,6 +39,8 @@ def find_samplers(own: Any, unet_config: Mapping[str, Any]) -> dict[str, Any]:
         candidates = [diffusers.LCMScheduler]
     else:
         candidates = sorted({*own.compatibles, type(own)}, key=lambda each: each.__name__)
+        if is_adapted:
+            candidates += [getattr(diffusers, each) for each in DISTILLED]
     source = _write_config(own)
     return {
         each.__name__: list_options(each) for each in candidates if not _find_fault(source, each.__name__, options="{}")

@@ -35,6 +35,7 @@ PUBLISHED_KEYS_WITHOUT_EFFECT = {
     "no_sdpa": "scaled_dot_product_attention is always used",
     "upcast_vae": "beside weights in float16 the VAE is in float32 already",
 }
+NEEDED = dataclasses.MISSING  # the default of a setting that has none
 # `openvino` is this project's backend; the one that comes with OpenVINO stays selectable for comparison.
 BACKEND_NAMES = {"openvino": "openvino_backend", "openvino_stock": "openvino"}
 
@@ -53,6 +54,44 @@ def _setting(value: Any, schema: Schema, words: str, *, null: str = "") -> Any:
 
 def _any_text(accepted: str) -> Schema:
     return {"type": "string", "minLength": 1, "x-accepted": accepted}
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """An entry of `adapters` in the handler section."""
+
+    name: str = _setting(
+        NEEDED,
+        {"type": "string", "pattern": r"^[\w.-]{1,64}$", "x-accepted": "a name of letters, digits, - _ and ."},
+        "by which requests name it",
+    )
+    path: str = _setting(
+        NEEDED, _any_text("a .safetensors file"), "of the adapter, inside the archive or absolute; LoRA only"
+    )
+    scale: float = _setting(1.0, real(-100, 100), "how strongly it is applied, unless a request says otherwise")
+    fuse: bool = _setting(
+        False,
+        switch(),
+        "true: it is added to the weights when they are loaded, for all requests, none of which can name it, and costs "
+        "no time; false: it is applied, by openvino only, in requests that name it",
+    )
+    scheduler: str | Mapping[str, Any] | None = _setting(
+        None,
+        {"type": ["string", "object"], "minLength": 1, "x-accepted": "a scheduler as requests name it"},
+        "the sampler of requests that name the adapter and no sampler",
+        null="that of all requests",
+    )
+    num_inference_steps: int | None = _setting(
+        None, whole(1, 1000), "denoising steps of such requests", null="those of all requests"
+    )
+    guidance_scale: float | None = _setting(
+        None, real(0, 100), "guidance of such requests", null="that of all requests"
+    )
+
+    def list_defaults(self) -> dict[str, Any]:
+        """Return the defaults of requests that name it."""
+        values = {name: getattr(self, name) for name in ("scheduler", "num_inference_steps", "guidance_scale")}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -89,6 +128,13 @@ class HandlerConfig:
         "the sampler of requests that name none, such as DPM++ 2M Karras or {name: UniPC, solver_order: 3}",
         null="the model's own",
     )
+    adapters: Sequence[Any] | None = _setting(
+        None,
+        {"type": "array", "maxItems": 100, "x-accepted": "a list of adapters, each of the keys below"},
+        "adapters (LoRA)",
+        null="none",
+    )
+    max_adapter_rank: int = _setting(128, whole(1, 1024), "sum of the ranks of the adapters that a request names")
     num_inference_steps: int = _setting(30, whole(1, 1000), "denoising steps")
     guidance_scale: float = _setting(5.0, real(0, 100), "how strongly the prompt steers; at 1 or below not at all")
     unet_calls: int | None = _setting(
@@ -174,6 +220,12 @@ class HandlerConfig:
                 )
                 raw = {key: value for key, value in raw.items() if key not in ignored}
         config: Self = _read_section(cls, raw, "handler")
+        adapters = tuple(
+            _read_section(AdapterConfig, each, f"handler.adapters[{index}]")
+            for index, each in enumerate(config.adapters or ())
+        )
+        _check_entries(adapters)
+        config = dataclasses.replace(config, adapters=adapters or None)
         for width, height in config.read_sizes():
             if width % 8 or height % 8 or not MIN_SIDE <= min(width, height) <= max(width, height) <= config.max_side:
                 raise ConfigError(
@@ -308,7 +360,23 @@ def _read_section(cls: type[Any], raw: Any, section: str) -> Any:
         if not is_valid(value, schema):
             raise ConfigError(f"{section}.{name} takes {describe_setting(settings[name])}, not {shorten(value)}")
         read[name] = int(value) if "integer" in schema["type"] and value is not None else value
+    for setting in dataclasses.fields(cls):
+        if setting.default is NEEDED and setting.name not in read:
+            raise ConfigError(f"{section}.{setting.name} is missing; it takes {describe_setting(setting.metadata)}")
     return cls(**read)
+
+
+def _check_entries(adapters: Sequence[AdapterConfig]) -> None:
+    names = [each.name for each in adapters]
+    for index, entry in enumerate(adapters):
+        key = f"handler.adapters[{index}]"
+        if entry.name in names[:index]:
+            raise ConfigError(f"{key}.name takes a name that no other has, not {shorten(entry.name)}")
+        if entry.fuse and entry.list_defaults():
+            name = next(iter(entry.list_defaults()))
+            raise ConfigError(
+                f"{key}.{name} is for requests that name the adapter, as none can with fuse: true; give handler.{name}"
+            )
 
 
 def describe_setting(declared: Mapping[str, Any]) -> str:

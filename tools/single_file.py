@@ -9,26 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-UNET_NAMES = {
-    "conv_in.": "input_blocks.0.0.",
-    "time_embedding.linear_1.": "time_embed.0.",
-    "time_embedding.linear_2.": "time_embed.2.",
-    "add_embedding.linear_1.": "label_emb.0.0.",
-    "add_embedding.linear_2.": "label_emb.0.2.",
-    "mid_block.resnets.0.": "middle_block.0.",
-    "mid_block.attentions.0.": "middle_block.1.",
-    "mid_block.resnets.1.": "middle_block.2.",
-    "conv_norm_out.": "out.0.",
-    "conv_out.": "out.2.",
-}
-UNET_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
+from sdxl_server.checkpoints.names import name_originals, replace_all
+
 VAE_NAMES = {
     r"\.conv_norm_out\.": ".norm_out.",
     r"\.mid_block\.resnets\.0\.": ".mid.block_1.",
@@ -54,50 +36,9 @@ OPEN_CLIP_NAMES = {
 Weights = Mapping[str, Any]
 
 
-def replace_all(name: str, patterns: Mapping[str, str]) -> str:
-    for pattern, new in patterns.items():
-        name = re.sub(pattern, new, name)
-    return name
-
-
-def name_unet(name: str, layers: int) -> str:
-    """Return the original's name of one of diffusers' weights of a UNet.
-
-    Args:
-        layers: of each block on the way down; a block on the way up has one more.
-    """
-    for new, old in UNET_NAMES.items():
-        if name.startswith(new):
-            name = old + name.removeprefix(new)
-    found = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.", name)
-    if found:
-        way, block, kind, layer = found[1], int(found[2]), found[3], int(found[4])
-        rest = name[found.end() :]
-        first = block * (layers + 1)
-        if kind == "downsamplers":
-            name = f"input_blocks.{first + layers + 1}.0.op.{rest.removeprefix('conv.')}"
-        elif kind == "upsamplers":
-            name = f"output_blocks.{first + layers}.UPSAMPLER.{rest}"
-        else:
-            place = f"input_blocks.{first + layer + 1}" if way == "down" else f"output_blocks.{first + layer}"
-            name = f"{place}.{0 if kind == 'resnets' else 1}.{rest}"
-    if re.match(r"(input_blocks\.\d+\.0|middle_block\.[02]|output_blocks\.\d+\.0)\.", name):
-        name = replace_all(name, {rf"\.{new}\.": f".{old}." for new, old in UNET_RESNET.items()})
-    return name
-
-
 def convert_unet(unet: Any) -> dict[str, Any]:
-    layers = unet.config.layers_per_block
-    renamed = {name_unet(name, layers): weight for name, weight in unet.state_dict().items()}
-    # In a block with attention the upsampler comes third, in another second
-    return {
-        re.sub(
-            r"(output_blocks\.\d+)\.UPSAMPLER",
-            lambda found: f"{found[1]}.{2 if any(name.startswith(found[1] + '.1.') for name in renamed) else 1}",
-            name,
-        ): weight
-        for name, weight in renamed.items()
-    }
+    weights = unet.state_dict()
+    return {name: weights[own] for own, name in name_originals(weights, unet.config.layers_per_block).items()}
 
 
 def convert_vae(vae: Any) -> dict[str, Any]:

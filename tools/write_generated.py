@@ -21,7 +21,14 @@ from sdxl_server.pipeline import build_contract
 from sdxl_server.request import Contract
 from sdxl_server.samplers import ALIASES, split_sampler
 from sdxl_server.schemas import describe_schema
-from sdxl_server.settings import PUBLISHED_KEYS_WITHOUT_EFFECT, CompileConfig, HandlerConfig, describe_setting
+from sdxl_server.settings import (
+    NEEDED,
+    PUBLISHED_KEYS_WITHOUT_EFFECT,
+    AdapterConfig,
+    CompileConfig,
+    HandlerConfig,
+    describe_setting,
+)
 from tools.random_model import make_pipeline
 from tools.server import ROOT
 
@@ -67,7 +74,12 @@ def make_alias_table() -> str:
 def make_settings_table(section: Any) -> str:
     """Return the settings of a section of model-config.yaml as a table."""
     rows = [
-        [f"`{each.name}`", each.metadata["words"], describe_setting(each.metadata), f"`{json.dumps(each.default)}`"]
+        [
+            f"`{each.name}`",
+            each.metadata["words"],
+            describe_setting(each.metadata),
+            "none: it is needed" if each.default is NEEDED else f"`{json.dumps(each.default)}`",
+        ]
         for each in dataclasses.fields(section)
     ]
     return make_table(["key", "meaning", "takes", "default"], rows)
@@ -90,6 +102,7 @@ def make_settings_page() -> str:
     page = (ROOT / "tools/settings.md").read_text()
     tables: Mapping[str, str] = {
         "handler": make_settings_table(HandlerConfig),
+        "adapters": make_settings_table(AdapterConfig),
         "published": make_table(["key", "instead"], ([f"`{k}`", v] for k, v in PUBLISHED_KEYS_WITHOUT_EFFECT.items())),
         "pt2": make_settings_table(CompileConfig),
         "options": make_options_table(),

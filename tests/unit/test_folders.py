@@ -121,3 +121,18 @@ def test_shard_that_is_missing(folder: Path) -> None:
     path.with_name(f"{path.name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
     message = refuse(folder)
     assert "index.json names x-00002-of-00002.safetensors, which is not there: python Download_model.py" in message
+
+
+@pytest.mark.parametrize(
+    ("held", "told"),
+    [
+        ("StableDiffusionXLImg2ImgPipeline", "the refiner of Stable Diffusion XL"),
+        ("StableDiffusionXLInstructPix2PixPipeline", "an instruct-pix2pix model"),
+        ("StableDiffusionXLInpaintPipeline", "an inpainting model of nine channels"),
+    ],
+)
+def test_a_pipeline_that_is_not_served_is_told_by_name(folder: Path, held: str, told: str) -> None:
+    edit(folder / "model_index.json", _class_name=held)
+    line = refuse(folder)
+    assert told in line
+    assert f"({held}); that is not served" in line

@@ -1,0 +1,417 @@
+"""Adapters (LoRA) in each naming, fused into the weights; the reference is diffusers with PEFT, in eager PyTorch."""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sdxl_server.adapters.files import DIFFUSERS, PEFT
+from sdxl_server.adapters.names import PROCESSORS, Layer, list_layers
+from sdxl_server.checkpoints.names import name_originals
+from sdxl_server.drawing import finish, generate
+from sdxl_server.errors import ConfigError, RequestError
+from sdxl_server.pipeline import LoadedPipeline, describe_picture
+from sdxl_server.settings import HandlerConfig
+from tests.unit.test_pipeline import load, make_picture
+from tools.random_model import make_pipeline
+
+RANK, ALPHA = 4, 2.0
+PARTS = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+Matrices = Mapping[Layer, tuple[torch.Tensor, torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def matrices() -> Matrices:
+    """Return matrices for every layer of the small pipeline, convolutions among them: down and up."""
+    generator = torch.Generator().manual_seed(3)
+    pipeline = make_pipeline("tiny")
+    layers = [layer for part in PARTS for layer in list_layers(part, getattr(pipeline, part))]
+    return {
+        layer: (
+            torch.randn(RANK, *layer.shape[1:], generator=generator) / torch.tensor(layer.shape[1:]).prod() ** 0.5,
+            torch.randn(layer.shape[0], RANK, *[1] * (len(layer.shape) - 2), generator=generator) * 0.2,
+        )
+        for layer in layers
+    }
+
+
+def get_name(layer: Layer) -> str:
+    """Return a layer's name as files have it, whatever today's transformers calls it."""
+    name = layer.name.removeprefix("text_model.")
+    return name if layer.part == "unet" or name == "text_projection" else f"text_model.{name}"
+
+
+def write_kohya(matrices: Matrices, *, is_original: bool) -> dict[str, torch.Tensor]:
+    originals = name_originals([each.weight for each in matrices if each.part == "unet"], 1)
+    tensors: dict[str, torch.Tensor] = {}
+    for layer, (down, up) in matrices.items():
+        name = get_name(layer)
+        if is_original and layer.part == "unet":
+            name = originals[layer.weight].removesuffix(".weight")
+        flat = PARTS[layer.part] + name.replace(".", "_")
+        tensors |= {
+            f"{flat}.lora_down.weight": down,
+            f"{flat}.lora_up.weight": up,
+            f"{flat}.alpha": torch.tensor(ALPHA),
+        }
+    return tensors
+
+
+def write_diffusers(matrices: Matrices) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for layer, (down, up) in matrices.items():
+        name = f"{layer.part}.{get_name(layer)}"
+        tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    return tensors
+
+
+def write_processors(matrices: Matrices) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for layer, (down, up) in matrices.items():
+        if "attn" in layer.name.rpartition(".to_")[0] or "self_attn" in layer.name:
+            name = f"{layer.part}.{get_name(layer)}"
+            for new, old in PROCESSORS.items():
+                name = name.replace(new, old)
+            tensors |= {f"{name}_lora.down.weight": down, f"{name}_lora.up.weight": up}
+    return tensors
+
+
+def write_settings(matrices: Matrices) -> dict[str, str]:
+    """Return the metadata in which diffusers keeps PEFT's settings."""
+    settings: dict[str, Any] = {}
+    for part in PARTS:
+        names = [layer.name for layer in matrices if layer.part == part]
+        settings |= {f"{part}.r": RANK, f"{part}.lora_alpha": ALPHA, f"{part}.target_modules": names}
+    return {DIFFUSERS: json.dumps(settings)}
+
+
+def save(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> Path:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(matrices: Matrices, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return the file of each naming."""
+    folder = tmp_path_factory.mktemp("adapters")
+    peft = {
+        f"base_model.model.{get_name(layer)}.lora_{kind}.weight": matrix
+        for layer, pair in matrices.items()
+        if layer.part == "unet"
+        for kind, matrix in zip("AB", pair, strict=True)
+    }
+    (folder / PEFT).write_text(json.dumps({"r": RANK, "lora_alpha": ALPHA, "peft_type": "LORA"}))
+    return {
+        "kohya": save(write_kohya(matrices, is_original=False), folder / "kohya.safetensors"),
+        "kohya, original": save(write_kohya(matrices, is_original=True), folder / "original.safetensors"),
+        "diffusers": save(write_diffusers(matrices), folder / "diffusers.safetensors", write_settings(matrices)),
+        "processors": save(write_processors(matrices), folder / "processors.safetensors"),
+        "PEFT": save(peft, folder / "peft.safetensors"),
+    }
+
+
+def adapt(tiny_model: Path, path: Path, pt2: Any = None, *, scale: float = 1.0, **settings: Any) -> LoadedPipeline:
+    entry = {"name": "outline", "path": str(path), "scale": scale, "fuse": True}
+    return load(tiny_model, pt2, adapters=HandlerConfig.parse({"adapters": [entry]}).adapters, **settings)
+
+
+def draw_reference(tiny_model: Path, matrices: Matrices, *, scale: float) -> np.ndarray[Any, Any]:
+    """Return the picture of eager PyTorch with the formula written out: W + scale · up · down."""
+    loaded = load(tiny_model)
+    for layer, (down, up) in matrices.items():
+        weight = getattr(loaded.pipeline, layer.part).get_submodule(layer.name).weight
+        weight.data += scale * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+    return make_picture(loaded)
+
+
+def choose(matrices: Matrices, naming: str) -> Matrices:
+    """Return the matrices that the file of a naming holds."""
+    if naming == "processors":
+        return {layer: each for layer, each in matrices.items() if "attn" in layer.name}
+    return {layer: each for layer, each in matrices.items() if naming != "PEFT" or layer.part == "unet"}
+
+
+NAMINGS = ("kohya", "kohya, original", "diffusers", "processors", "PEFT")
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_each_naming_is_read_whole(
+    tiny_model: Path, matrices: Matrices, files: Mapping[str, Path], naming: str
+) -> None:
+    held = choose(matrices, naming)
+    strength = 1.0 if naming == "processors" else ALPHA / RANK  # such files have no alpha
+    reference = draw_reference(tiny_model, held, scale=0.8 * strength)
+    loaded = adapt(tiny_model, files[naming], scale=0.8)
+    assert np.abs(make_picture(loaded) - reference).max() <= 1  # a rounding of the last bit
+    assert np.abs(make_picture(load(tiny_model)) - reference).mean() > 1  # and it does change the picture
+    digest = hashlib.sha256(files[naming].read_bytes()).hexdigest()
+    told = {"name": "outline", "sha256": digest, "scale": 0.8, "fused": True, "rank": RANK, "layers": len(held)}
+    assert loaded.describe()["adapters"] == [told]
+    request = loaded.contract.check({"prompt": "a fox"})
+    assert describe_picture(loaded, request, 0, unet_calls=1)["made_with"]["adapters"] == [told]
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.0, 0.5])
+def test_the_picture_is_that_of_diffusers_with_peft(tiny_model: Path, files: Mapping[str, Path], scale: float) -> None:
+    own = load(tiny_model)
+    own.pipeline.load_lora_weights(files["diffusers"], adapter_name="outline")
+    own.pipeline.set_adapters(["outline"], [scale])
+    loaded = adapt(tiny_model, files["diffusers"], scale=scale)
+    assert np.abs(make_picture(loaded) - make_picture(own)).max() <= 1
+    assert (loaded.weights_sha256 == load(tiny_model).weights_sha256) == (scale == 0)
+
+
+def test_openvino_draws_eagers_picture(tiny_model: Path, files: Mapping[str, Path]) -> None:
+    reference = make_picture(adapt(tiny_model, files["kohya"]))
+    loaded = adapt(tiny_model, files["kohya"], "openvino", warm_up=True)
+    assert np.abs(make_picture(loaded) - reference).max() <= 1
+
+
+def test_a_convolution_in_three_steps(tiny_model: Path, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(4)
+    down, mid, up = (torch.randn(*shape, generator=generator) for shape in ((4, 32, 1, 1), (4, 4, 3, 3), (32, 4, 1, 1)))
+    flat = "lora_unet_down_blocks_0_resnets_0_conv1"
+    tensors = {f"{flat}.lora_{name}.weight": each for name, each in {"down": down, "mid": mid, "up": up}.items()}
+    before = load(tiny_model).pipeline.unet.down_blocks[0].resnets[0].conv1
+    after = adapt(tiny_model, save(tensors, tmp_path / "locon.safetensors"), scale=0.5).pipeline.unet
+    x = torch.randn(1, 32, 8, 8, generator=generator)
+    steps = torch.nn.functional.conv2d(torch.nn.functional.conv2d(x, down), mid, padding=1)
+    expected = before(x) + 0.5 * torch.nn.functional.conv2d(steps, up)
+    torch.testing.assert_close(after.down_blocks[0].resnets[0].conv1(x), expected, atol=1e-3, rtol=1e-4)
+
+
+def test_two_are_added_in_turn(tiny_model: Path, matrices: Matrices, files: Mapping[str, Path]) -> None:
+    entries = [
+        {"name": name, "path": str(files[name]), "scale": scale, "fuse": True}
+        for name, scale in (("kohya", 0.75), ("diffusers", -0.25))
+    ]
+    loaded = load(tiny_model, adapters=HandlerConfig.parse({"adapters": entries}).adapters)
+    reference = draw_reference(tiny_model, matrices, scale=0.5 * ALPHA / RANK)
+    assert np.abs(make_picture(loaded) - reference).max() <= 1
+    assert [each["name"] for each in loaded.describe()["adapters"]] == ["kohya", "diffusers"]
+
+
+def test_distilled_schedulers_are_offered_with_adapters(tiny_model: Path, files: Mapping[str, Path]) -> None:
+    loaded = adapt(tiny_model, files["kohya"], scheduler="LCM", guidance_scale=0.0)
+    assert loaded.describe()["scheduler"] == "LCMScheduler"
+    assert make_picture(loaded).shape == (128, 128, 3)
+    with pytest.raises(ConfigError, match="handler.scheduler takes one of"):
+        load(tiny_model, scheduler="LCM")
+
+
+LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+DOWN, UP = f"{LAYER}.lora_down.weight", f"{LAYER}.lora_up.weight"
+GOOD = {DOWN: (4, 64), UP: (64, 4)}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "told"),
+    [
+        ({}, "holds no tensor"),
+        ({DOWN: (4, 64)}, r"lacks a matrix of unet\.mid_block.*attn2\.to_k: up"),
+        ({**GOOD, "lora_unet_down_blocks_9.lora_up.weight": (1, 1)}, r"no layer: lora_unet_down_blocks_9\.lora_up"),
+        ({**GOOD, f"{LAYER}.scale": (1,)}, rf"this model has no layer: {LAYER}\.scale"),
+        ({**GOOD, f"{LAYER}.dora_scale": (64, 1)}, "holds DoRA, and only LoRA is served"),
+        ({f"{LAYER}.hada_w1_a": (4, 64)}, "holds LoHa"),
+        ({f"{LAYER}.lokr_w1": (4, 64)}, "holds LoKr"),
+        ({f"{LAYER}.diff": (64, 64)}, "holds whole weights"),
+        ({DOWN: (4, 768), UP: (64, 4)}, r"made for Stable Diffusion 1\.x: unet.* has weights of 64×64, .* down 4×768"),
+        (
+            {DOWN: (4, 768), UP: (64, 4), "lora_te_text_model_encoder_layers_9_mlp_fc1.lora_up.weight": (4, 4)},
+            r"made for Stable Diffusion 1\.x: lora_te_",
+        ),
+        ({DOWN: (4, 64), UP: (64, 8)}, "down 4×64, up 64×8"),
+        ({**GOOD, f"unet.{LAYER}": (1,)}, "no layer"),
+        (
+            {**GOOD, "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight": (4, 64)},
+            "two tensors for one matrix",
+        ),
+    ],
+)
+def test_a_file_that_does_not_fit_is_told_in_a_line(
+    tiny_model: Path, tmp_path: Path, shapes: Mapping[str, tuple[int, ...]], told: str
+) -> None:
+    path = save({name: torch.ones(shape) for name, shape in shapes.items()}, tmp_path / "wrong.safetensors")
+    with pytest.raises(ConfigError, match=rf"handler\.adapters\[0\]\.path: .*wrong\.safetensors .*{told}") as error:
+        adapt(tiny_model, path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "is damaged, or was not fetched whole"),
+        (lambda path: path.write_bytes(b"PK\x03\x04"), "pickle"),
+        (lambda path: path.unlink(), "cannot be read"),
+        (lambda path: save({DOWN: torch.full((4, 64), torch.nan), UP: torch.ones(64, 4)}, path), "not finite: down"),
+        (lambda path: save({DOWN: torch.ones(4, 64), UP: torch.full((64, 4), 1e38)}, path), "is too large for torch"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_told_in_a_line(
+    tiny_model: Path, tmp_path: Path, spoil: Callable[[Path], Any], told: str
+) -> None:
+    path = save({name: torch.ones(shape) for name, shape in GOOD.items()}, tmp_path / "wrong.safetensors")
+    spoil(path)
+    with pytest.raises(ConfigError, match=rf"handler\.adapters\[0\]\.path: .*{told}"):
+        adapt(tiny_model, path, scale=100)
+
+
+def test_a_file_of_peft_needs_its_settings(tiny_model: Path, files: Mapping[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(files["PEFT"].read_bytes())
+    with pytest.raises(ConfigError, match="adapter_config.json beside it, and there is none"):
+        adapt(tiny_model, path)
+    (tmp_path / PEFT).write_text(json.dumps({"r": RANK, "lora_alpha": 8, "use_dora": True}))
+    with pytest.raises(ConfigError, match="holds DoRA"):
+        adapt(tiny_model, path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ({}, r"adapters\[0\]\.name is missing; it takes a name of letters"),
+        ({"name": "a"}, r"adapters\[0\]\.path is missing; it takes a \.safetensors file"),
+        ({"name": "a b", "path": "a"}, r"adapters\[0\]\.name takes a name of letters, digits, - _ and \., not 'a b'"),
+        ({"name": "a", "path": "a", "scale": float("nan")}, r"adapters\[0\]\.scale takes a number from -100 to 100"),
+        ({"name": "a", "path": "a", "strength": 1}, r"adapters\[0\]\.strength is not a key; the keys are name, path"),
+        (3, r"adapters\[0\] takes keys and values, not 3"),
+    ],
+)
+def test_a_wrong_entry_is_told_in_a_line(entry: Any, told: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^handler\.{told}"):
+        HandlerConfig.parse({"adapters": [entry]})
+
+
+def test_names_are_given_once() -> None:
+    entry = {"name": "a", "path": "a", "fuse": True}
+    with pytest.raises(ConfigError, match=r"^handler\.adapters\[1\]\.name takes a name that no other has, not 'a'"):
+        HandlerConfig.parse({"adapters": [entry, entry]})
+
+
+# Chosen by each request.
+
+
+@pytest.fixture(scope="module")
+def chosen(tiny_model: Path, files: Mapping[str, Path], matrices: Matrices, tmp_path_factory: Any) -> LoadedPipeline:
+    """The small pipeline with two adapters of all layers on offer, and one of few that brings defaults."""
+    other = save(
+        {DOWN: torch.ones(4, 64) * 0.1, UP: torch.ones(64, 4)}, tmp_path_factory.mktemp("other") / "few.safetensors"
+    )
+    entries = [
+        {"name": "a", "path": str(files["kohya"]), "scale": 0.75},
+        {"name": "b", "path": str(files["diffusers"])},
+        {"name": "few", "path": str(other), "num_inference_steps": 2, "guidance_scale": 0.0, "scheduler": "LCM"},
+    ]
+    adapters = HandlerConfig.parse({"adapters": entries}).adapters
+    return load(tiny_model, "openvino", adapters=adapters, max_adapter_rank=11, warm_up=True)
+
+
+def name_adapters(**scales: float) -> list[dict[str, Any]]:
+    return [{"name": name, "scale": scale} for name, scale in scales.items()]
+
+
+@pytest.mark.parametrize("scales", [{}, {"a": 0.8}, {"a": -0.5}, {"a": 1.0, "b": -0.25}])
+def test_a_request_draws_with_its_adapters(
+    tiny_model: Path, matrices: Matrices, chosen: LoadedPipeline, scales: dict[str, float]
+) -> None:
+    reference = draw_reference(tiny_model, matrices, scale=sum(scales.values()) * ALPHA / RANK)
+    report = chosen.describe()
+    assert np.abs(make_picture(chosen, adapters=name_adapters(**scales)) - reference).max() <= 1
+    assert chosen.describe() == report  # nothing was compiled for it
+    request = chosen.contract.check({"prompt": "a fox", "adapters": name_adapters(**scales)})
+    told = describe_picture(chosen, request, 0, unet_calls=1)
+    applied = told["made_with"].get("adapters", [])
+    assert {each["name"]: each["scale"] for each in applied} == scales
+    assert all(len(each["sha256"]) == 64 for each in applied)
+    assert chosen.contract.check(json.loads(json.dumps(told["request"]))) == request  # the picture can be made again
+
+
+def test_requests_in_flight_do_not_see_each_others(chosen: LoadedPipeline) -> None:
+    kinds = [{}, {"a": 1.0}, {"b": 0.5}, {"a": 0.3, "b": 0.3}, {"few": 1.0}]
+    fields = [{"adapters": name_adapters(**each), "seed": 1} for each in kinds]
+    expected = [make_picture(chosen, **each) for each in fields]
+    requests = [chosen.contract.check({"prompt": "a red fox", **each}) for each in fields]
+    running = [generate(chosen, request) for request in requests]
+    for steps in running * 2:  # of the shortest there is but one more
+        next(steps, None)
+    for steps, request, picture in zip(running[:4], requests, expected, strict=False):
+        assert np.array_equal(np.asarray(finish(steps)[0].image).astype(int), picture), request.adapters
+
+
+@pytest.mark.soak
+def test_two_hundred_mixed_requests(chosen: LoadedPipeline) -> None:
+    kinds: list[dict[str, float]] = [{}, {"a": 1.0}, {"b": 0.5}, {"a": 0.3, "b": 0.3}, {"a": -0.7}, {"few": 1.0}]
+    fields = [{"adapters": name_adapters(**each), "seed": 1} for each in kinds]
+    expected = [make_picture(chosen, **each) for each in fields]
+    generator = random.Random(0)
+    waiting = [generator.randrange(len(kinds)) for _ in range(200)]
+    running: list[tuple[int, Any]] = []
+    while waiting or running:
+        while waiting and len(running) < 4:
+            kind = waiting.pop()
+            running.append((kind, generate(chosen, chosen.contract.check({"prompt": "a red fox", **fields[kind]}))))
+        kind, steps = running.pop(generator.randrange(len(running)))
+        ended = object()
+        if generator.random() < 0.8 and next(steps, ended) is not ended:
+            running.append((kind, steps))
+            continue
+        if steps.gi_frame is not None:
+            picture = np.asarray(finish(steps)[0].image).astype(int)
+            assert np.array_equal(picture, expected[kind]), kinds[kind]
+
+
+def test_an_adapter_brings_defaults(chosen: LoadedPipeline) -> None:
+    plain = chosen.contract.check({"prompt": "a fox"})
+    request = chosen.contract.check({"prompt": "a fox", "adapters": [{"name": "few"}]})
+    assert (request.num_inference_steps, request.guidance_scale, request.scheduler) == (2, 0.0, "LCMScheduler")
+    assert (plain.num_inference_steps, plain.guidance_scale) == (4, 5.0)
+    assert request.adapters == ({"name": "few", "scale": 1.0},)
+    assert chosen.contract.check({"prompt": "a fox", "adapters": '[{"name": "a"}]'}).adapters == (
+        {"name": "a", "scale": 0.75},
+    )
+    own = chosen.contract.check({"prompt": "a fox", "adapters": [{"name": "few"}], "num_inference_steps": 3})
+    assert own.num_inference_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("a", "Expecting value"),
+        ({"name": "a"}, r"a list of names and scales such as .*, of the adapters a, b, few, not \{'name': 'a'\}"),
+        ([{"name": "c"}], r"of the adapters a, b, few, .* not \{'name': 'c'\}"),
+        ([{"scale": 1}], r"not \{'scale': 1\}"),
+        ([{"name": "a", "scale": float("nan")}], "each scale a number from -100 to 100, not .*nan"),
+        ([{"name": "a", "scale": 101}], "not .*101"),
+        ([{"name": "a", "path": "/etc/passwd"}], "not .*passwd"),
+        ([{"name": "a"}, {"name": "a"}], "takes each adapter once, not a, a"),
+        ([{"name": "a"}, {"name": "b"}, {"name": "few"}], "whose ranks are 11 together at most, not 12: a, b, few"),
+        ([7], "not 7"),
+    ],
+)
+def test_wrong_adapters_of_a_request_are_told_in_a_line(chosen: LoadedPipeline, given: Any, told: str) -> None:
+    with pytest.raises(RequestError, match=f"^adapters .*{told}") as error:
+        chosen.contract.check({"prompt": "a fox", "adapters": given})
+    assert error.value.param == "adapters"
+    assert "\n" not in str(error.value)
+
+
+def test_where_requests_cannot_choose_the_load_fails(tiny_model: Path, files: Mapping[str, Path]) -> None:
+    def attempt(pt2: Any, **settings: Any) -> None:
+        entry = {"name": "a", "path": str(files["kohya"])}
+        load(tiny_model, pt2, adapters=HandlerConfig.parse({"adapters": [entry]}).adapters, **settings)
+
+    with pytest.raises(ConfigError, match=r"adapters\[0\]\.fuse: false takes a model that openvino compiles"):
+        attempt(None)
+    with pytest.raises(ConfigError, match="does not compile text_encoder, text_encoder_2: use fuse: true"):
+        attempt("openvino", compile_text_encoders=False)
+    with pytest.raises(ConfigError, match="its rank is 4, and handler.max_adapter_rank is 3"):
+        attempt("openvino", max_adapter_rank=3)
+    with pytest.raises(ConfigError, match=r"adapters\[0\]\.guidance_scale is for requests that name"):
+        HandlerConfig.parse({"adapters": [{"name": "a", "path": "a", "fuse": True, "guidance_scale": 0}]})
