@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -70,8 +71,10 @@ def ask_for_kind(server: Metered, number: int) -> str:
 
 
 def wait_until_idle(server: Metered) -> dict[str, float]:
+    deadline = time.monotonic() + 60
     while (read := server.read_metrics())["sdxl_requests_in_flight"]:
-        pass
+        assert time.monotonic() < deadline, "somebody is in flight for ever"
+        time.sleep(0.1)
     return read
 
 
@@ -87,6 +90,13 @@ def test_metrics_are_what_clients_have_counted(server: Metered, count: int) -> N
     assert min(seen["picture"], seen["refused"], seen["timeout"], seen["left"]) > 0
     assert after["sdxl_picture_seconds_count"] - before["sdxl_picture_seconds_count"] == seen["picture"]
     assert after["sdxl_requests_waiting"] == 0
+
+
+def test_who_leaves_last_is_not_in_flight_for_ever(server: Metered) -> None:
+    """TorchServe tells of it with the next call only."""
+    assert ask_for_kind(server, 5) == "left"
+    wait_until_idle(server)
+    assert server.ask().status_code == 200
 
 
 def test_calls_of_the_unet_are_those_that_were_made(server: Metered) -> None:
