@@ -25,6 +25,7 @@ from jobs.sweeping import Sweeper
 from jobs.tasks import work
 from sdxl_server.schemas import describe_schema, is_valid, shorten
 
+FEW_TRIES = 3  # a client asks again, and the sweeper must know when Redis was away
 SCHEMA_SECONDS = 60  # that the server's fields are remembered
 NOT_OF_JOBS = ("stream", "response_format")
 MEDIA = {b"\x89P": "image/png", b"\xff\xd8": "image/jpeg", b"RI": "image/webp"}
@@ -62,8 +63,9 @@ class Jobs:
 
     def __init__(self) -> None:
         self.settings = Settings.read()
-        self.store, self.results = Store(self.settings.redis), Results(self.settings.folder)
-        self.sweeper = Sweeper(Store(self.settings.redis), self.results, self.settings)
+        self.store = Store(self.settings.redis, tries=FEW_TRIES)
+        self.results = Results(self.settings.folder)
+        self.sweeper = Sweeper(self.store, self.results, self.settings)
         self._schema: tuple[float, dict[str, Any]] = (float("-inf"), {})
 
     def read_fields(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from redis.retry import Retry
 WAITING, AGAIN, RUNNING, ENDED, COUNTER = "jobs:waiting", "jobs:again", "jobs:running", "jobs:ended", "jobs:counter"
 MAX_ATTEMPTS = 2
 LOST = "its worker was lost, twice"
-TRIES = 60  # of a command while Redis is away: about a minute
+TRIES = 60  # of a worker's command while Redis is away: about a minute
 
 _SUBMIT = """
 if redis.call('EXISTS', KEYS[1]) == 1 then return 'known' end
@@ -81,14 +81,15 @@ class Store:
 
     Args:
         url: its address.
+        tries: of a command while it is away.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, tries: int = TRIES) -> None:
         self.redis: Any = redis.Redis.from_url(
             url,
             decode_responses=True,
             socket_timeout=5,
-            retry=Retry(ExponentialBackoff(cap=1), TRIES),
+            retry=Retry(ExponentialBackoff(cap=1), tries),
             retry_on_error=[redis.ConnectionError, redis.TimeoutError],
         )
         scripts = {"submit": _SUBMIT, "claim": _CLAIM, "beat": _BEAT, "end": _END, "cancel": _CANCEL}
