@@ -103,6 +103,7 @@ def test_nobody_waits_while_an_instance_is_idle(site: Site) -> None:
             assert busy > (each.begun - each.accepted) - 0.3, (name, each)
 
 
+@pytest.mark.soak
 def test_documents_wait_for_no_picture(site: Site) -> None:
     with ThreadPoolExecutor(6) as pool:
         pictures = [pool.submit(site.ask, seed, steps=100) for seed in range(6)]
@@ -110,22 +111,6 @@ def test_documents_wait_for_no_picture(site: Site) -> None:
         assert requests.get(f"{site.balancer.url}/1.0/v1/models", timeout=30).status_code == 200
         assert not all(each.done() for each in pictures)
     assert {each.result() for each in pictures} == {200}
-
-
-def test_an_instance_that_is_killed_loses_its_picture_only(site: Site) -> None:
-    """And maybe one that is handed to it in the moment of its death, which the kernel still accepts for it."""
-    with ThreadPoolExecutor(6) as pool:
-        asked = [pool.submit(site.ask, seed, steps=50) for seed in range(18)]
-        time.sleep(0.5)
-        for process in site.instances["two"].find_processes():
-            process.kill()
-        statuses = Counter(each.result() for each in asked)
-    assert statuses[0] + statuses[500] <= 1
-    assert statuses[502] <= 1
-    assert statuses[200] >= 16, statuses
-    assert sum(each.server == "two" for each in read_log(site)[-18:]) < 6
-    site.instances["two"].__enter__()
-    wait_until_up(site)
 
 
 @pytest.mark.soak
@@ -168,3 +153,20 @@ def test_a_rolling_restart_loses_none_of_300(site: Site, tmp_path: Path, capsys:
     assert under_load > 0
     assert statuses == {200: 300}
     assert not {each.find_processes()[0].pid for each in site.instances.values()} & set(before.values())
+
+
+def test_an_instance_that_is_killed_loses_its_picture_only(site: Site) -> None:
+    """And maybe one that is handed to it in the moment of its death, which the kernel still accepts for it.
+
+    The last test here: it is not started again.
+    """
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(site.ask, seed, steps=50) for seed in range(18)]
+        time.sleep(0.5)
+        for process in site.instances["two"].find_processes():
+            process.kill()
+        statuses = Counter(each.result() for each in asked)
+    assert statuses[0] + statuses[500] <= 1
+    assert statuses[502] <= 1
+    assert statuses[200] >= 16, statuses
+    assert sum(each.server == "two" for each in read_log(site)[-18:]) < 6

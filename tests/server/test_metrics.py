@@ -18,7 +18,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.test_backends import make_settings
-from tools.server import ROOT, LocalServer, ServerError, find_free_ports, make_archive
+from tools.server import ROOT, LocalServer, find_free_ports, make_archive
 
 OUTCOMES = {200: "picture", 400: "refused", 503: "busy", 504: "timeout"}
 # TorchServe's about a call of the handler
@@ -143,12 +143,3 @@ def test_the_dashboard_names_what_there_is(server: Metered) -> None:
     )
     assert len(asked) > 8
     assert asked <= told
-
-
-def test_a_port_that_is_taken_is_told_in_one_line(server: Metered, tmp_path: Path, tiny_model: Path) -> None:
-    other = Metered(tmp_path, tiny_model, metrics_address=f"127.0.0.1:{server.port}")
-    with (
-        pytest.raises(ServerError, match=f"ConfigError: handler.metrics_address takes .* not 127.0.0.1:{server.port}"),
-        other,
-    ):
-        pytest.fail("it was to find the port taken")

@@ -5,17 +5,21 @@ import json
 import logging
 import runpy
 import shutil
+import socket
 import sys
+import threading
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from ts.utils.util import PredictionException
 
 from sdxl_server import __version__, answers
 from sdxl_server.answers import NativeFace
 from sdxl_server.errors import ConfigError, RequestError, VersionError
+from sdxl_server.metrics import serve_metrics
 from sdxl_server.service import Answer, Call, choose_preview_steps, load_service, read_header
 from sdxl_server.waiting import Pace, Queue
 from stable_diffusion_handler import MADE_FOR, StableDiffusionHandler
@@ -395,3 +399,20 @@ def test_a_package_that_cannot_be_imported_is_told_in_one_line(monkeypatch: pyte
     monkeypatch.delitem(sys.modules, "pipeline_utils", raising=False)
     with pytest.raises(RuntimeError, match=f"made for sdxl_server {MADE_FOR}, which cannot be imported.*pip install"):
         StableDiffusionHandler().initialize(Context())
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1"])
+def test_an_address_for_metrics_that_cannot_be_had_is_told(host: str) -> None:
+    """One that is taken, and one that is not this machine's."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"{host}:{taken.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"metrics_address takes a free address .* not {address}"):
+            serve_metrics(address, threading.Event())
+
+
+def test_readiness_is_told_beside_metrics() -> None:
+    is_ready = threading.Event()
+    port = serve_metrics("127.0.0.1:0", is_ready)
+    assert requests.get(f"http://127.0.0.1:{port}/ready", timeout=10).status_code == 503
+    is_ready.set()
+    assert requests.get(f"http://127.0.0.1:{port}/ready", timeout=10).status_code == 200
