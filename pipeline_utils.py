@@ -2,7 +2,7 @@
 
 from sdxl_server.errors import ConfigError, RequestError, VersionError
 from sdxl_server.pipeline import LoadedPipeline, load_pipeline
-from sdxl_server.service import Answer, Call, Service, State, explain, load_service
+from sdxl_server.service import Answer, Call, Service, State, explain, load_service, read_id
 from sdxl_server.settings import CompileConfig, HandlerConfig, check_is_text
 from sdxl_server.waiting import Pace, Queue, Ticket, Turn
 
@@ -25,4 +25,5 @@ __all__ = [
     "explain",
     "load_pipeline",
     "load_service",
+    "read_id",
 ]

@@ -16,6 +16,7 @@ import struct
 import sys
 import threading
 import time
+import urllib.parse
 import uuid
 import warnings
 import zlib
@@ -36,6 +37,8 @@ MAX_ERROR_BYTES = 2**16
 BUSY_TYPE = "ServiceUnavailableException"  # its message, "no worker to serve", is the same for a full queue
 TOKEN_VARIABLE = "TORCHSERVE_TOKEN"
 SUFFIXES = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png", ".webp": "webp"}
+JOB_ID = re.compile(r"[A-Za-z0-9_-]{8,64}")
+JOB_PAUSE_SECONDS = 1.0
 FAILED, REFUSED, TRY_LATER, INTERRUPTED = 1, 2, 3, 130
 JPEG_MARKER = re.compile(rb"\xff+([^\xff])")
 JPEG_FRAMES = {bytes([marker]) for marker in range(0xC0, 0xD0)} - {b"\xc4", b"\xc8", b"\xcc"}
@@ -253,7 +256,7 @@ def parse_seconds(text: str) -> float:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="query.py",
-        usage="%(prog)s (--prompt TEXT | --prompts FILE | --like PICTURE) [options]",
+        usage="%(prog)s (--prompt TEXT | --prompts FILE | --like PICTURE | --job ID) [options]",
         description=(__doc__ or "").partition("\n")[0],
         epilog=EPILOG + EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -305,12 +308,24 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=60,
         help="how long to go on asking a server that is busy or not there (default: %(default)s; 0: not at all)",
     )
+    add = parser.add_argument_group("jobs (docs/scaling.md)").add_argument
+    add(
+        "--job",
+        metavar="ID",
+        help="order a job under an id of your choice, 8 to 64 letters, digits, - or _, and wait for it; the same order "
+        "again, or the id alone, comes back for it",
+    )
+    add("--leave", action="store_true", help="do not wait for the job")
     options = parser.parse_args(argv)
+    if options.job is not None and not JOB_ID.fullmatch(options.job):
+        parser.error(f"--job takes 8 to 64 letters, digits, - or _, not {options.job[:100]!r}")
+    if options.leave and not options.job or options.job and options.prompts:
+        parser.error("--leave goes with --job, and --prompts does not")
     options.overwrite &= options.filename is not None  # a name with the time in it replaces nothing
     if options.prompt is not None and options.prompts:
         parser.error("--prompt and --prompts do not go together")
-    if options.prompt is None and not (options.prompts or options.like):
-        parser.error("one of --prompt, --prompts and --like is needed")
+    if options.prompt is None and not (options.prompts or options.like or options.job):
+        parser.error("one of --prompt, --prompts, --like and --job is needed")
     if options.concurrency < 1:
         parser.error(f"--concurrency must be 1 or more, not {options.concurrency}")
     return options
@@ -456,7 +471,7 @@ def request_events(job: Job, options: argparse.Namespace) -> Iterator[dict[str, 
     start, tries = time.monotonic(), 0
     while True:
         try:
-            yield from post_request(job, options, token=token)
+            yield from (follow_order if options.job else post_request)(job, options, token=token)
             return
         except RefusedTokenError:
             new_token = None if given else read_key(options.key_file)  # a server that was restarted has made new keys
@@ -529,6 +544,63 @@ def post_request(job: Job, options: argparse.Namespace, *, token: str | None) ->
         if place:
             raise QueryError(f"the connection broke {place}; the server's log says why", code=TRY_LATER) from error
         raise explain_silence(error, options.url) from error
+
+
+def follow_order(job: Job, options: argparse.Namespace, *, token: str | None) -> Iterator[dict[str, Any]]:
+    """Order a job, or come back for it, and yield what happens to it as events of a stream.
+
+    Raises:
+        QueryError: it has failed, or was cancelled; or as above.
+    """
+    import requests
+    from urllib3.exceptions import HTTPError
+
+    address = urllib.parse.urljoin(options.url, f"/jobs/{options.job}")
+    try:
+        with requests.Session() as session:
+            session.trust_env = False
+            session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
+            session.headers.update({"Authorization": f"Bearer {token}"} if token else {})
+            told = read_answer(session, options, "PUT" if job.fields.get("prompt") else "GET", address, job.fields)
+            while (state := told.get("state")) in ("waiting", "running"):
+                if options.leave:
+                    job.saved = len(job.paths)
+                    yield {"type": "warning", "message": f"{address}: {state}; --job {options.job} comes back for it"}
+                    return
+                if state == "waiting" and told.get("place") != job.place:
+                    job.place = told.get("place")
+                    yield {"type": "queue", "place": job.place}
+                if told.get("step"):
+                    yield {"type": "progress", "step": told["step"], "total": told["total"]}
+                if job.is_over.wait(JOB_PAUSE_SECONDS):
+                    return
+                told = read_answer(session, options, "GET", address)
+            if state != "done":
+                raise QueryError(f"the job is {state}: {str(told.get('message'))[:1000]}")
+            first = job.paths[0]
+            job.paths += [first.with_stem(f"{first.stem}-{k}") for k in range(len(job.paths), len(told["pictures"]))]
+            for index, path in enumerate(told["pictures"]):
+                with session.get(urllib.parse.urljoin(address, path), timeout=CONNECT_SECONDS, stream=True) as response:
+                    content = response.raw.read(MAX_EVENT_BYTES)
+                yield {"type": "job.completed", "index": index, "b64_json": base64.b64encode(content).decode()}
+    except (requests.RequestException, HTTPError) as error:
+        raise explain_silence(error, address) from error
+
+
+def read_answer(
+    session: Any, options: argparse.Namespace, method: str, address: str, fields: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return what the jobs' API tells of a job.
+
+    Raises:
+        QueryError: it refuses.
+    """
+    body = fields if method == "PUT" else None
+    timeout = (CONNECT_SECONDS, options.timeout)
+    with session.request(method, address, json=body, timeout=timeout, allow_redirects=False, stream=True) as response:
+        if response.status_code not in (200, 202):
+            check_status(response, options)
+        return load_object(read_start(response))
 
 
 def explain_silence(error: Exception, url: str) -> QueryError:
@@ -753,7 +825,8 @@ def handle_event(job: Job, event: Any, *, overwrite: bool) -> None:
         path = save_picture(picture, path, overwrite=overwrite)
         show_line(str(path), file=sys.stdout if number is None else sys.stderr)
         if number is None:
-            show_line(f"{path}: seed {event.get('seed')!s:.100}", file=sys.stderr)
+            if "seed" in event:
+                show_line(f"{path}: seed {event['seed']!s:.100}", file=sys.stderr)
             job.saved += 1
             job.done = job.total if job.saved == len(job.paths) else job.done
 

@@ -41,7 +41,6 @@ class StableDiffusionHandler:
 
     context: Any
     service: "Service"
-    explain: Any
 
     def __init__(self) -> None:
         """Refuse a model-config.yaml that TorchServe cannot read, before it tries and fails without naming the file.
@@ -60,7 +59,7 @@ class StableDiffusionHandler:
         """
         # TorchServe would decode bodies before the handler sees them, and log what it cannot decode.
         os.environ["TS_DECODE_INPUT_REQUEST"] = "false"
-        self.context, self.explain = context, self.package.explain
+        self.context = context
         self.answered: set[str] = set()
         self.questioned: set[str] = set()
         settings = context.model_yaml_config or {}
@@ -83,6 +82,7 @@ class StableDiffusionHandler:
         try:
             return self.make_replies(data, context)
         finally:
+            self.queue.end_call()
             self.pace.note(time.monotonic() - start)
 
     def make_replies(self, data: list[dict[str, Any]], context: Any) -> list[Any]:
@@ -180,7 +180,7 @@ class StableDiffusionHandler:
         except Exception as error:  # one request must not take down the worker or its neighbours
             self.queue.tickets.pop(request_id)
             if ticket.has_begun and self.is_continuous:
-                return ticket.answer.write_failure(self.explain(error)), self.package.State.LAST
+                return ticket.answer.write_failure(self.explain(error, index)), self.package.State.LAST
             return self.report(error, index), self.package.State.WHOLE
         ticket.has_stepped = ticket.has_begun = True
         return ticket.note_sent(body) if self.is_continuous else body, self.package.State.MORE
@@ -190,7 +190,7 @@ class StableDiffusionHandler:
         # An answer in one piece has no such header, and TorchServe ends the worker for it (GRPCJob.response, 0.12.0).
         self.context.set_response_header(index, "ts_stream_next", "false")
         error = self.package.RequestError(GRPC_MESSAGE, status=HTTPStatus.NOT_IMPLEMENTED)
-        return json.dumps(self.explain(error)).encode()
+        return json.dumps(self.explain(error, index)).encode()
 
     def tell_headers(self, index: int, ticket: "Ticket") -> None:
         """Tell TorchServe the headers of an answer, in the call in which the response begins."""
@@ -204,33 +204,25 @@ class StableDiffusionHandler:
         Raises:
             RequestError: the request is wrong.
         """
-        call = self.package.Call(
-            values=row,
-            path=self.read_header(index, "url_path"),
-            content_type=self.read_header(index, "content-type"),
-            content_length=self.read_header(index, "content-length"),
-            accept=self.read_header(index, "accept"),
-            model=self.context.model_name,
-        )
+        headers, own_id = self.context.get_all_request_header(index), self.context.get_request_id(index)
+        call = self.package.Call.read(row, headers, model=self.context.model_name, own_id=own_id)
         return self.service.answer(call)
+
+    def explain(self, error: Exception, index: int) -> dict[str, Any]:
+        """Return what the client of a request that has failed is told."""
+        headers, own_id = self.context.get_all_request_header(index), self.context.get_request_id(index)
+        explained: dict[str, Any] = self.package.explain(error, self.package.read_id(headers, own_id))
+        return explained
 
     def report(self, error: Exception, index: int) -> bytes:
         """Return an error as JSON, and set the status of the answer, which has not begun."""
-        explained = self.explain(error)
+        explained = self.explain(error, index)
         status = explained["error"]["code"]
         self.context.set_response_status(status, HTTPStatus(status).phrase, index)
         self.context.set_response_content_type(index, "application/json")
         if status == HTTPStatus.SERVICE_UNAVAILABLE:
             self.context.set_response_header(index, "Retry-After", RETRY_AFTER)
         return json.dumps(explained).encode()
-
-    def read_header(self, index: int, wanted: str) -> str:
-        """Return a request's header, whose name may be in any case, empty where there is none.
-
-        A form's field or a query's parameter of that name stands among the headers too, as a mapping.
-        """
-        headers = self.context.get_all_request_header(index).items()
-        return next((value for name, value in headers if name.lower() == wanted and isinstance(value, str)), "")
 
     def add_times(self, answer: "Answer") -> None:
         """Log the time of each stage of a request that is over, in milliseconds."""

@@ -5,11 +5,13 @@ ones are functions, compiled or not. Each has what diffusers reads of a model be
 """
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from sdxl_server import metrics
 from sdxl_server.errors import NotFiniteError
 from sdxl_server.fields import GenerationRequest
 from sdxl_server.noise import find_output, find_sigma, predict_original
@@ -66,10 +68,14 @@ class Denoiser(Part):
         """Call the shared UNet, or forecast what it would return, as planned."""
         cost, is_guided = self.plan.costs[self.done], self.plan.guided[self.done]
         if cost:
+            start = time.perf_counter()
             output = self._call(sample, timestep, *inputs, is_guided=is_guided, **options)
+            metrics.CALL_SECONDS.observe(time.perf_counter() - start)
         else:
             output = self._forecast(sample, timestep, is_guided=is_guided)
         self.calls += cost
+        metrics.CALLS_MADE.inc(cost)
+        metrics.CALLS_SKIPPED.inc(1 - cost)
         self.done += 1
         check_finite(output, "what the UNet returned" if cost else "what was forecast of the UNet")
         self._last = (sample, timestep, output)

@@ -13,6 +13,7 @@ def build_openapi(contract: Contract, *, model: str = "diffusion_fast") -> dict[
     binary = {"schema": {"type": "string", "format": "binary"}}
     headers = {
         "X-Seed": {"description": "the first picture's seed", "schema": {"type": "string"}},
+        "X-Request-Id": {"description": "what the server's log calls the request", "schema": {"type": "string"}},
         "X-Warning": {
             "description": "what was left out, such as the end of a long prompt",
             "schema": {"type": "string"},

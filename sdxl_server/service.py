@@ -4,14 +4,16 @@ import dataclasses
 import enum
 import json
 import logging
+import re
+import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from sdxl_server import __version__
+from sdxl_server import __version__, metrics
 from sdxl_server.answers import JSON, MadePicture, NativeFace, split_pieces
 from sdxl_server.bodies import check_parts
 from sdxl_server.drawing import Picture, Progress, draw_preview, generate, keep_protected
@@ -26,6 +28,9 @@ from sdxl_server.schemas import shorten
 from sdxl_server.settings import CompileConfig, HandlerConfig, check_server_keys
 
 logger = logging.getLogger(__name__)
+
+REQUEST_ID = "X-Request-Id"
+HARMLESS_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)  # may stand in a log and in a header
 
 FACES: Mapping[str, NativeFace] = {
     "": NativeFace(),
@@ -51,6 +56,10 @@ class Call:
         path: what follows the model's version in the address.
         content_type, content_length, accept: the headers of these names, empty where there is none.
         model: the name that the client knows the model by.
+        request_id: what the log calls it. TorchServe writes its own into the answer's header X-Request-Id, over
+            any other; nginx puts this one there.
+        is_id_given: the id came with the request, so that the picture's metadata holds it too; without one, the same
+            request gets the same file.
     """
 
     values: Mapping[str, Any]
@@ -59,6 +68,24 @@ class Call:
     content_length: str = ""
     accept: str = ""
     model: str = "diffusion_fast"
+    request_id: str = ""
+    is_id_given: bool = False
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], headers: Mapping[str, Any], *, model: str, own_id: str) -> Self:
+        """Return the call of a body and its headers; see `read_id`."""
+        given = read_header(headers, REQUEST_ID)
+        request_id = read_id(headers, own_id)
+        return cls(
+            values,
+            path=read_header(headers, "url_path"),
+            content_type=read_header(headers, "content-type"),
+            content_length=read_header(headers, "content-length"),
+            accept=read_header(headers, "accept"),
+            model=model,
+            request_id=request_id,
+            is_id_given=request_id == given,
+        )
 
 
 @dataclass
@@ -132,12 +159,12 @@ class Service:
             request, warnings = face.read(call.values, content_type=call.content_type, contract=self.loaded.contract)
             warnings += find_warnings(self.loaded, request, told=warnings)
         # As JSON a prompt has no line breaks, so that it cannot forge a line of the log.
-        logger.info("Request: %s", json.dumps(request.describe()))
+        logger.info("Request: %s", json.dumps({"id": call.request_id, **request.describe()}))
         kind = face.choose_type(request, call.accept)
         headers = {"X-Seed": str(request.seed)} | ({"X-Warning": "; ".join(warnings)} if warnings else {})
         answer = Answer(kind, headers, face, _send_whole(b""))
         answer.seconds["preprocess"] = time.perf_counter() - start
-        answer.steps = self._draw(request, answer, warnings)
+        answer.steps = self._draw(call, request, answer, warnings)
         return answer
 
     def read_document(self, call: Call) -> bytes:
@@ -157,10 +184,12 @@ class Service:
         names = ", ".join(("describe", "openapi.json", "v1/models", f"v1/models/{call.model}", *filter(None, FACES)))
         raise RequestError(f"there is no {shorten(call.path)} here; there are {names}", status=404)
 
-    def _draw(self, request: GenerationRequest, answer: Answer, warnings: list[str]) -> Generator[bytes, None, bytes]:
+    def _draw(
+        self, call: Call, request: GenerationRequest, answer: Answer, warnings: list[str]
+    ) -> Generator[bytes, None, bytes]:
         """Yield after each step what to send then; return the rest."""
         face, seconds = answer.face, answer.seconds
-        steps = self._make_steps(request, seconds)
+        steps = self._make_steps(call, request, seconds)
         uncompiled = self.loaded.list_uncompiled(request)
         if uncompiled and request.stream:  # of any other answer the beginning waits, and with it the status
             yield face.write_compiling(uncompiled)
@@ -175,15 +204,22 @@ class Service:
         except StopIteration as end:
             answer.may_pause = False
             resumed = time.perf_counter()
-            made = [self._finish(request, picture, index, warnings=warnings) for index, picture in enumerate(end.value)]
+            made = [
+                self._finish(call, request, picture, index, warnings=warnings)
+                for index, picture in enumerate(end.value)
+            ]
             seconds["postprocess"] = time.perf_counter() - resumed
             written = face.write_pictures(request, made, kind=answer.content_type, warnings=warnings)
-            return (yield from _leave_last(split_pieces(written)))
+            last = yield from _leave_last(split_pieces(written))
+            for _ in made:
+                metrics.PICTURE_SECONDS.observe((seconds["inference"] + seconds["postprocess"]) / len(made))
+            metrics.REQUESTS.labels("picture").inc()
+            return last
         finally:
             steps.close()
 
     def _make_steps(
-        self, request: GenerationRequest, seconds: dict[str, float]
+        self, call: Call, request: GenerationRequest, seconds: dict[str, float]
     ) -> Generator[Progress, None, list[Picture]]:
         """Make the pictures; the time that counts is the work on them, without that on other requests between."""
         steps, progress = generate(self.loaded, request), None
@@ -207,7 +243,10 @@ class Service:
         except GeneratorExit:
             if progress is not None:
                 logger.info(
-                    "The client has left; its work has ended after step %d of %d", progress.done, progress.total
+                    "The client has left; its work has ended after step %d of %d, request %s",
+                    progress.done,
+                    progress.total,
+                    call.request_id,
                 )
             raise
         finally:
@@ -227,9 +266,11 @@ class Service:
         return events
 
     def _finish(
-        self, request: GenerationRequest, picture: Picture, index: int, *, warnings: Sequence[str]
+        self, call: Call, request: GenerationRequest, picture: Picture, index: int, *, warnings: Sequence[str]
     ) -> MadePicture:
         described = describe_picture(self.loaded, request, index, unet_calls=picture.unet_calls, warnings=warnings)
+        if call.is_id_given:
+            described["request_id"] = call.request_id
         calls = f"{picture.unet_calls:g} of {picture.calls_of_all}"
         embedded = described if self.loaded.config.embed_parameters else None
         file = encode_picture(picture.image, request, parameters=embedded)
@@ -260,12 +301,17 @@ def load_service(settings: Mapping[str, Any], *, model_dir: Path, gpu_id: int | 
     check_server_keys(settings)
     limit_torch(find_processors())
     device = f"cuda:{gpu_id}" if gpu_id is not None and torch.cuda.is_available() else "cpu"
+    config, is_ready = HandlerConfig.parse(settings.get("handler")), threading.Event()
+    if config.metrics_address is not None:
+        metrics.serve_metrics(config.metrics_address, is_ready)
     loaded = load_pipeline(
-        HandlerConfig.parse(settings.get("handler")),
+        config,
         CompileConfig.parse(settings.get("pt2")),
         model_dir=model_dir,
         device=device,
     )
+    metrics.watch_parts(loaded.measure_parts)
+    is_ready.set()
     return Service(loaded, archive=archive)
 
 
@@ -276,8 +322,23 @@ def choose_preview_steps(count: int, *, steps: int) -> list[int]:
     return [min(max(round(steps * (i + 1) / (count + 1)), 1), steps - 1) for i in range(count)]
 
 
-def explain(error: Exception) -> dict[str, Any]:
-    """Return what a client is told of an error, in which `code` is the HTTP status."""
+def read_header(headers: Mapping[str, Any], wanted: str) -> str:
+    """Return a header, whose name may be in any case, empty where there is none.
+
+    A form's field or a query's parameter of that name stands among TorchServe's headers too, as a mapping.
+    """
+    found = (value for name, value in headers.items() if name.lower() == wanted.lower() and isinstance(value, str))
+    return next(found, "")
+
+
+def read_id(headers: Mapping[str, Any], own_id: str) -> str:
+    """Return a request's id: what it brought along, where that is harmless, or else TorchServe's own."""
+    given = read_header(headers, REQUEST_ID)
+    return given if HARMLESS_ID.fullmatch(given) else own_id
+
+
+def explain(error: Exception, request_id: str) -> dict[str, Any]:
+    """Count a request that ended with an error; return what its client is told, in which `code` is the HTTP status."""
     if isinstance(error, RequestError):
         kind = "server_busy" if error.status == HTTPStatus.SERVICE_UNAVAILABLE else "invalid_request_error"
         status, message = error.status, str(error)
@@ -285,10 +346,11 @@ def explain(error: Exception) -> dict[str, Any]:
         status, kind, message = 504, "timeout_error", str(error)
     elif isinstance(error, NotFiniteError):
         status, kind, message = 500, "server_error", str(error)
-        logger.error("%s; the request is in the line before its first step", message)
+        logger.error("%s; request %s", message, request_id)
     else:
-        logger.error("The picture failed: %s", format_error(error))
+        logger.error("The picture failed: %s; request %s", format_error(error), request_id)
         status, kind, message = 500, "server_error", "the picture failed; the server's log says why"
+    metrics.count_failure(status)
     return {"error": {"message": message, "type": kind, "param": getattr(error, "param", None), "code": status}}
 
 

@@ -201,6 +201,13 @@ class HandlerConfig:
         "before the worker is ready make one picture of each of `allowed_sizes`, or of the size above, in as few steps "
         "as compile everything, so that no user waits for compilation; the VAE's encoder is left to the first image",
     )
+    metrics_address: str | None = _setting(
+        None,
+        {"type": "string", "pattern": r"^[\w.-]+:\d{1,5}$", "x-accepted": "host:port"},
+        "where each worker answers GET /metrics, for Prometheus, and /ready, without a token; one for each worker, of "
+        "loopback or a network that is closed to others, such as 127.0.0.1:9108",
+        null="nowhere",
+    )
     profile: bool = _setting(False, switch(), "log the time of each stage of each request, in milliseconds")
 
     @classmethod

@@ -2,16 +2,19 @@
 
 import enum
 import logging
+import math
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from http import HTTPStatus
 
+from sdxl_server import metrics
 from sdxl_server.errors import RequestError
 from sdxl_server.service import Answer
 
 logger = logging.getLogger(__name__)
 
+ALONE_SECONDS = 2.0  # without a call, after which nobody is in the queue any more
 SILENT_SECONDS = 5.0  # after which an answer that is still to come shows a sign of life, at the next step
 
 
@@ -72,6 +75,17 @@ class Queue:
         self._max_running, self._max_waiting = max_running, max_waiting
         self._oldest: str | None = None
         self._may_begin = True
+        self._call_ended_at = math.inf  # while one is made
+        metrics.IN_FLIGHT.set_function(lambda: len(self._list_alive()))
+        metrics.WAITING.set_function(lambda: sum(not each.has_stepped for each in self._list_alive()))
+
+    def _list_alive(self) -> list[Ticket]:
+        """Return the tickets of those who are there: when the last client leaves, no call comes to tell of it."""
+        return [] if time.monotonic() - self._call_ended_at > ALONE_SECONDS else list(self.tickets.values())
+
+    def end_call(self) -> None:
+        """Note that a call is over; while requests are in flight the next one follows at once."""
+        self._call_ended_at = time.monotonic()
 
     def begin_call(self, in_flight: Collection[str]) -> None:
         """End the work for those who are no longer there, and begin a call."""
@@ -80,7 +94,8 @@ class Queue:
             if not ticket.has_stepped:
                 logger.info("The client has left the queue; there were %d requests before its own", ticket.place)
             ticket.answer.steps.close()
-        self._oldest, self._may_begin = next(iter(self.tickets), None), True
+            metrics.REQUESTS.labels("left").inc()
+        self._oldest, self._may_begin, self._call_ended_at = next(iter(self.tickets), None), True, math.inf
 
     def add(self, request_id: str, answer: Answer, *, is_bounded: bool) -> None:
         """Give a request the last place.

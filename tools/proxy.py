@@ -33,6 +33,7 @@ class LocalProxy:
 
     Args:
         upstream: the port of TorchServe's inference API.
+        jobs: the port of the jobs' API; without it nobody listens there.
         key_file: that TorchServe's keys; without it, it is one that asks for none.
 
     Attributes:
@@ -41,8 +42,9 @@ class LocalProxy:
         tls: what trusts that certificate.
     """
 
-    def __init__(self, upstream: int, *, key_file: Path | None = None) -> None:
+    def __init__(self, upstream: int, *, key_file: Path | None = None, jobs: int | None = None) -> None:
         self.upstream, self.key_file = upstream, key_file
+        self.jobs = jobs or find_free_ports(1)[0]
         self.token = secrets.token_hex(32)
         (self.port,) = find_free_ports(1)
         # Other temporary folders, such as pytest's, are closed to the account that nginx's workers run as.
@@ -114,6 +116,7 @@ class LocalProxy:
         )
         for shipped, changed in {
             "server 127.0.0.1:8080;": f"server 127.0.0.1:{self.upstream};",
+            "server 127.0.0.1:8090;": f"server 127.0.0.1:{self.jobs};",
             "        listen 443 ": f"        listen 127.0.0.1:{self.port} ",
             "/etc/nginx/tls/fullchain.pem": str(self.certificate),
             "/etc/nginx/tls/privkey.pem": str(self.folder / "privkey.pem"),

@@ -91,6 +91,7 @@ class LocalServer:
         self.archive = archive
         self.timeout = timeout
         self.ports = write_properties(ROOT / "config.properties", folder / "config.properties", **(properties or {}))
+        shutil.copy(ROOT / "log4j2.xml", folder)
         # TorchServe unpacks archives here, and keeps its process id and its workers' sockets, so that it must not be
         # shared with other accounts; a socket's path has 108 characters at most.
         self.temporary = Path(tempfile.mkdtemp(prefix="ts-"))

@@ -157,7 +157,9 @@ def test_numbers_agree_with_the_servers_settings() -> None:
     (timeout,) = re.findall(r"proxy_read_timeout (\d+)s;", text)
     queue = settings["handler"]["max_running"] + settings["handler"]["max_waiting"]
     assert int(timeout) >= settings["responseTimeout"] * queue
-    assert re.findall(r"server (127\S+);", text) == re.findall(r"^inference_address=http://(.+)$", properties, re.M)
+    assert re.findall(r"upstream torchserve \{\s+server (127\S+);", text) == re.findall(
+        r"^inference_address=http://(.+)$", properties, re.M
+    )
 
 
 CLOSED = [
@@ -173,6 +175,12 @@ CLOSED = [
     ("GET", "/models"),
     ("POST", "/models?url=https://example.org/x.mar"),
     ("GET", "/metrics"),
+    ("GET", "/ready"),
+    ("GET", "/jobs"),
+    ("POST", "/jobs/a-long-id"),
+    ("GET", "/jobs/short"),
+    ("GET", "/jobs/a-long-id/request.json"),
+    ("GET", "/jobs/a-long-id/pictures/../../../metrics"),
     ("GET", "/workflows"),
     ("POST", "/workflows"),
     ("POST", "/workflows?url=https://example.org/x.war"),
@@ -226,13 +234,16 @@ def test_all_but_the_listed_paths_are_closed(server: LocalServer, nginx: Nginx, 
 
 
 @needs_nginx
-def test_listed_paths_are_open(nginx: Nginx, address: str) -> None:
+def test_listed_paths_are_open(server: LocalServer, nginx: Nginx, address: str) -> None:
     for path in (PREDICTIONS, f"{PREDICTIONS}/1.0"):
-        answer = nginx.ask("POST", path, address=address, body=make_body(2), **nginx.headers)
+        headers = {**nginx.headers, "X-Request-Id": f"order{path.count('/')}"}
+        answer = nginx.ask("POST", path, address=address, body=make_body(2), **headers)
         assert answer.status == 200, answer.body
         assert (answer.headers["Content-Type"], answer.headers["Server"]) == ("image/jpeg", "nginx")
         assert "X-Seed" in answer.headers
+        assert answer.headers.get_all("X-Request-Id") == [f"order{path.count('/')}"]
         check_picture(answer.body)
+    wait_for(lambda: all(f'Request: {{"id": "order{number}"' in server.log for number in (2, 3)))
     below = f"{PREDICTIONS}/1.0"
     for path in ("describe", "openapi.json", "v1/models", "v1/models/diffusion_fast"):
         answer = nginx.ask("GET", f"{below}/{path}", address=address, **nginx.get_headers())
@@ -352,19 +363,27 @@ def stubbed() -> Iterator[tuple[Stub, Nginx]]:
 
 
 @needs_nginx
-def test_only_the_path_and_two_headers_are_passed_on(stubbed: tuple[Stub, Nginx], address: str) -> None:
-    """The path as it was compared with the list, and without a query."""
+def test_only_the_path_and_three_headers_are_passed_on(stubbed: tuple[Stub, Nginx], address: str) -> None:
+    """The path as it was compared with the list, and without a query; an id that could do harm is replaced."""
     stub, nginx = stubbed
     passed = {"Content-Type": "text/plain", "Accept": "image/*"}
     dropped = ("describe", "explain", "url_path", "ts_request_sequence_id", "X-Forwarded-For", "Cookie", "Expect-CT")
     connection = nginx.connect(address)
     path = f"/workflows/..//{PREDICTIONS}?customized=true&prompt=a+cat"
-    connection.request("POST", path, b"a red fox", {**nginx.get_headers(), **passed, **dict.fromkeys(dropped, "True")})
+    connection.request(
+        "POST",
+        path,
+        b"a red fox",
+        {**nginx.get_headers(), **passed, **dict.fromkeys(dropped, "True"), "X-Request-Id": "a b"},
+    )
     answer = connection.getresponse()
     assert (answer.status, answer.headers["X-Warning"]) == (200, "the query of the address is ignored")
     connection.close()
     line, headers, body = stub.seen[-1]
     assert (line, body) == (f"POST {PREDICTIONS} HTTP/1.1", b"a red fox")
+    request_id = headers.pop("X-Request-Id")
+    assert re.fullmatch(r"[0-9a-f]{32}", request_id)
+    assert answer.headers.get_all("X-Request-Id") == [request_id]
     assert headers == {**passed, "Host": "torchserve", "Connection": "close", "Content-Length": "9"}
     wait_for(lambda: nginx.read_log(address))
     assert "cat" not in nginx.read_log(address)[0]

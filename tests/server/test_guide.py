@@ -22,7 +22,7 @@ from tools.server import ROOT, LocalServer, make_environment, write_properties
 
 SHIPPED = (
     *("stable_diffusion_handler.py", "pipeline_utils.py", "Download_model.py", "query.py"),
-    *("model-config.yaml", "config.properties", "requirements.txt", "constraints.txt"),
+    *("model-config.yaml", "config.properties", "log4j2.xml", "requirements.txt", "constraints.txt"),
 )
 ARCHIVER = (
     "torch-model-archiver --model-name diffusion_fast --version 1.0 --handler stable_diffusion_handler.py"

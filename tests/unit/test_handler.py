@@ -5,18 +5,22 @@ import json
 import logging
 import runpy
 import shutil
+import socket
 import sys
+import threading
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from ts.utils.util import PredictionException
 
 from sdxl_server import __version__, answers
 from sdxl_server.answers import NativeFace
 from sdxl_server.errors import ConfigError, RequestError, VersionError
-from sdxl_server.service import Answer, Call, choose_preview_steps, explain, load_service
+from sdxl_server.metrics import serve_metrics
+from sdxl_server.service import Answer, Call, choose_preview_steps, load_service, read_header
 from sdxl_server.waiting import Pace, Queue
 from stable_diffusion_handler import MADE_FOR, StableDiffusionHandler
 from tools.server import ROOT
@@ -85,7 +89,7 @@ class Service:
 
 def make_handler(*, is_continuous: bool = True, max_running: int = 3) -> StableDiffusionHandler:
     handler = StableDiffusionHandler()
-    handler.explain, handler.is_continuous = explain, is_continuous
+    handler.is_continuous = is_continuous
     handler.service = Service()  # type: ignore[assignment]
     handler.answered, handler.questioned = set(), set()
     handler.queue, handler.pace = Queue(max_running=max_running, max_waiting=5), Pace(900.0)
@@ -298,11 +302,18 @@ def test_without_continuous_batching_an_answer_is_all_in_one_piece(
 
 def test_fields_that_are_called_as_headers_are_none() -> None:
     """TorchServe puts the content type of each part of a form, and of each parameter of a query, among the headers."""
-    handler, context = make_handler(), Context("a")
     told = {"content-type": {"content-type": "text/plain"}, "url_path": {"content-type": ""}, "Content-Type": "x/y"}
-    context.get_all_request_header = lambda index: told  # type: ignore[method-assign]
-    handler.context = context
-    assert [handler.read_header(0, name) for name in ("content-type", "url_path", "accept")] == ["x/y", "", ""]
+    assert [read_header(told, name) for name in ("content-type", "url_path", "accept")] == ["x/y", "", ""]
+
+
+@pytest.mark.parametrize("given", ["", "a b", "a\r\nX-Seed: 7", "é", "a" * 65, "[METRICS]a.Count:1"])
+def test_an_id_that_could_do_harm_is_replaced(given: str) -> None:
+    assert Call.read({}, {"X-Request-ID": given}, model="m", own_id="own").request_id == "own"
+
+
+def test_an_id_that_came_with_the_request_is_kept() -> None:
+    read = Call.read({}, {"x-request-id": "job-7.a_B"}, model="m", own_id="own")
+    assert (read.request_id, read.is_id_given) == ("job-7.a_B", True)
 
 
 def test_steps_that_come_near_to_the_limit_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -388,3 +399,20 @@ def test_a_package_that_cannot_be_imported_is_told_in_one_line(monkeypatch: pyte
     monkeypatch.delitem(sys.modules, "pipeline_utils", raising=False)
     with pytest.raises(RuntimeError, match=f"made for sdxl_server {MADE_FOR}, which cannot be imported.*pip install"):
         StableDiffusionHandler().initialize(Context())
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1"])
+def test_an_address_for_metrics_that_cannot_be_had_is_told(host: str) -> None:
+    """One that is taken, and one that is not this machine's."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"{host}:{taken.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"metrics_address takes a free address .* not {address}"):
+            serve_metrics(address, threading.Event())
+
+
+def test_readiness_is_told_beside_metrics() -> None:
+    is_ready = threading.Event()
+    port = serve_metrics("127.0.0.1:0", is_ready)
+    assert requests.get(f"http://127.0.0.1:{port}/ready", timeout=10).status_code == 503
+    is_ready.set()
+    assert requests.get(f"http://127.0.0.1:{port}/ready", timeout=10).status_code == 200

@@ -37,7 +37,7 @@ def read(hostile: Hostile) -> tuple[float, str]:
     try:
         FACES[hostile.path].read({"body": bytearray(hostile.body)}, content_type=kind, contract=CONTRACT)
     except RequestError as error:
-        told = json.dumps(explain(error))
+        told = json.dumps(explain(error, "a"))
     return time.process_time() - start, told
 
 
@@ -87,7 +87,7 @@ def test_messages_in_the_log_have_one_line_each(caplog: pytest.LogCaptureFixture
             raise ValueError(prompt) from error
     except ValueError as error:
         with caplog.at_level(logging.ERROR):
-            explain(error)
+            explain(error, "a")
     (told,) = caplog.messages
     lines = told.splitlines()
     assert len(told) < 3 * MAX_MESSAGE

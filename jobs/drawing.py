@@ -1,0 +1,163 @@
+"""One attempt at a job: TorchServe is asked for the pictures as a stream, which shows steps and previews."""
+
+import base64
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from jobs.results import Results
+from jobs.settings import Settings
+from jobs.store import Claim, Store
+from sdxl_server.ready import NotReadyError, read_token
+
+logger = logging.getLogger(__name__)
+
+BEAT_SECONDS = 5.0
+PAUSE_SECONDS = 1.0
+# Between two bytes of a stream; TorchServe gives up on its worker before, after responseTimeout.
+SILENT_SECONDS = 3600
+
+
+class JobError(RuntimeError):
+    """A job has failed, and would fail again."""
+
+
+class LostError(RuntimeError):
+    """TorchServe has not finished what it had begun; another attempt may succeed."""
+
+
+class StoppedError(RuntimeError):
+    """The job is cancelled, or another worker's by now."""
+
+
+class Pulse:
+    """Shows signs of life of a job while its work goes on, also between steps that take minutes."""
+
+    def __init__(self, store: Store, claim: Claim) -> None:
+        self._store, self._claim, self._is_over = store, claim, threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def _beat(self) -> None:
+        while not self._is_over.wait(BEAT_SECONDS):
+            self._store.beat(self._claim)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+
+
+def make_headers(settings: Settings) -> dict[str, str]:
+    """Return the header with TorchServe's token, which is another one after each of its starts.
+
+    Raises:
+        LostError: there is none.
+    """
+    if not settings.key_file:
+        return {}
+    try:
+        return {"Authorization": f"Bearer {read_token(Path(settings.key_file), 'inference')}"}
+    except NotReadyError as error:
+        raise LostError(str(error)) from error
+
+
+def is_free(settings: Settings) -> bool:
+    """Say whether TorchServe answers; its worker may have jobs of others."""
+    try:
+        answer = requests.get(f"{settings.predictions}/1.0/v1/models", headers=make_headers(settings), timeout=30)
+    except (requests.RequestException, LostError):
+        return False
+    return answer.status_code == HTTPStatus.OK
+
+
+def work_on(claim: Claim, store: Store, results: Results, settings: Settings) -> None:
+    """Make one attempt at a job, and write how it ended."""
+    with Pulse(store, claim):
+        try:
+            pictures = draw(claim, store, results, settings)
+            results.write_pictures(claim.job, claim.attempt, pictures)
+            store.end(claim, "done")
+        except JobError as error:
+            store.end(claim, "failed", str(error))
+        except (LostError, requests.RequestException) as error:
+            logger.warning("Job %s, attempt %d: %s", claim.job, claim.attempt, error)
+            store.end(claim, "again", f"TorchServe was lost, twice: {error}")
+        except StoppedError:
+            store.end(claim, "cancelled")
+        except Exception as error:  # a job must end, and its worker go on
+            logger.exception("Job %s failed", claim.job)
+            store.end(claim, "failed", f"{type(error).__name__} in the worker, whose log says more")
+
+
+def draw(claim: Claim, store: Store, results: Results, settings: Settings) -> list[bytes]:
+    """Return the pictures of a job.
+
+    Raises:
+        JobError, LostError, StoppedError, requests.RequestException: there are none.
+    """
+    fields = {**results.read_request(claim.job, store.read(claim.job)["digest"]), "stream": True}
+    headers = {"X-Request-Id": claim.job, **make_headers(settings)}
+    while True:
+        if not store.beat(claim):
+            raise StoppedError
+        with requests.post(
+            settings.predictions, json=fields, headers=headers, stream=True, timeout=(10, SILENT_SECONDS)
+        ) as answer:
+            if answer.status_code == HTTPStatus.OK:
+                return follow(answer, claim, store, results)
+            if answer.status_code != HTTPStatus.SERVICE_UNAVAILABLE:
+                refuse(answer)
+        time.sleep(PAUSE_SECONDS)
+
+
+def follow(answer: requests.Response, claim: Claim, store: Store, results: Results) -> list[bytes]:
+    """Read a stream to its end; return the pictures.
+
+    Raises:
+        JobError, LostError, StoppedError, requests.RequestException: there are none.
+    """
+    pictures: dict[int, bytes] = {}
+    for event in read_events(answer):
+        kind = str(event["type"])
+        if kind == "error":
+            raise JobError(event["error"]["message"])
+        if kind.endswith(".completed"):
+            pictures[event["index"]] = base64.b64decode(event["b64_json"])
+        elif kind.endswith(".partial_image"):
+            results.write_preview(claim.job, base64.b64decode(event["b64_json"]))
+        figures = {name: event[name] for name in ("step", "total", "seconds_left") if kind == "progress"}
+        if not store.beat(claim, figures):
+            raise StoppedError
+    if not pictures:
+        raise LostError("the stream ended before the picture")
+    return [pictures[index] for index in sorted(pictures)]
+
+
+def read_events(answer: requests.Response) -> Iterator[Mapping[str, Any]]:
+    """Yield the events of a stream, each of which has one line of data here."""
+    for line in answer.iter_lines(chunk_size=2**20):
+        if line.startswith(b"data: "):
+            yield json.loads(line.removeprefix(b"data: "))
+
+
+def refuse(answer: requests.Response) -> None:
+    """Raise what an answer without a stream means.
+
+    Raises:
+        JobError: the job is wrong, or took too long.
+        LostError: TorchServe lost it.
+    """
+    try:
+        message = answer.json()["error"]["message"]
+    except (ValueError, LookupError, TypeError):
+        message = f"TorchServe answered {answer.status_code}"
+    is_final = answer.status_code < 500 or answer.status_code == HTTPStatus.GATEWAY_TIMEOUT
+    raise JobError(message) if is_final else LostError(message)

@@ -1,0 +1,55 @@
+"""What a container runs: SIGTERM lets the requests under way finish."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from tools.server import ROOT, find_free_ports, make_environment
+
+
+@pytest.mark.soak
+def test_sigterm_drains(tmp_path: Path, tiny_model: Path) -> None:
+    """Started where nothing else may be written, on TorchServe's own ports for management but others for the rest."""
+    port, metrics_port = find_free_ports(2)
+    (tmp_path / "tmp").mkdir(mode=0o700)
+    environment = {**make_environment(), "TEMP": str(tmp_path / "tmp"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "sdxl_server.contained", "--source", str(ROOT), "--model", str(tiny_model)]
+    command += ["--address", "127.0.0.1", "--port", str(port), "--metrics-port", str(metrics_port)]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
+    try:
+        wait_until_ready(metrics_port, process)
+        children = psutil.Process(process.pid).children(recursive=True)
+        with ThreadPoolExecutor(3) as pool:
+            body = {"prompt": "a red fox", "num_inference_steps": 150, "num_images_per_prompt": 3}
+            url = f"http://127.0.0.1:{port}/predictions/diffusion_fast"
+            asked = [pool.submit(requests.post, url, json=body, timeout=120) for _ in range(3)]
+            time.sleep(1)
+            os.kill(process.pid, signal.SIGTERM)
+            assert [each.result().status_code for each in asked] == [200] * 3
+            assert all("data" in each.result().json() for each in asked)
+        assert process.wait(timeout=60) == 0
+        assert psutil.wait_procs(children, timeout=10)[1] == []
+    finally:
+        process.kill()
+
+
+def wait_until_ready(port: int, process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            if requests.get(f"http://127.0.0.1:{port}/ready", timeout=5).status_code == 200:
+                return
+        except requests.RequestException:
+            pass
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.3)

@@ -1,0 +1,172 @@
+"""Several instances behind the shipped haproxy.cfg: one queue, a kill, a rolling restart."""
+
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import requests
+import yaml
+
+from sdxl_server import rolling
+from tests.server.test_backends import make_settings
+from tools.instances import NAMES, Instance, LocalBalancer, find_haproxy
+from tools.server import find_free_ports, make_archive
+
+pytestmark = pytest.mark.skipif(find_haproxy() is None, reason="haproxy is not installed")
+# accepted, where it went, and ms: reading, waiting, connecting, until the answer's header, in all; the status
+LINE = re.compile(r"\[(\S+)\] entrance pictures/(\S+) \d+/(\d+)/-?\d+/-?\d+/\+?(\d+) (\d+)")
+
+
+class Site(NamedTuple):
+    instances: dict[str, Instance]
+    balancer: LocalBalancer
+
+    def ask(self, seed: int, *, steps: int = 20) -> int:
+        """Return the status of a request, 0 where the connection broke."""
+        body = {"prompt": "a red fox", "seed": seed, "num_inference_steps": steps}
+        try:
+            return requests.post(self.balancer.url, json=body, timeout=120).status_code
+        except requests.RequestException:
+            return 0
+
+
+class Logged(NamedTuple):
+    server: str
+    accepted: float
+    begun: float
+    ended: float
+    status: int
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Site]:
+    instances = {}
+    for name in NAMES:
+        folder, (port,) = tmp_path_factory.mktemp(name), find_free_ports(1)
+        settings = yaml.safe_load(make_settings(None))
+        settings["handler"]["metrics_address"] = f"127.0.0.1:{port}"
+        make_archive(folder, tiny_model, yaml.safe_dump(settings, sort_keys=False))
+        instances[name] = Instance(folder, metrics_port=port)
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        with ThreadPoolExecutor(len(NAMES)) as pool:
+            for each in pool.map(lambda instance: instance.__enter__(), instances.values()):
+                stack.push(each)
+        site = Site(instances, stack.enter_context(LocalBalancer(list(instances.values()))))
+        wait_until_up(site)
+        yield site
+
+
+def wait_until_up(site: Site) -> None:
+    """Wait until HAProxy sends requests to all."""
+    haproxy, deadline = rolling.Haproxy(site.balancer.socket, "pictures"), time.monotonic() + 60
+    while True:
+        try:
+            if {each["status"] for each in haproxy.read_servers().values()} == {"UP"}:
+                return
+        except rolling.RollingError:
+            pass
+        assert time.monotonic() < deadline, site.balancer.log
+        time.sleep(0.1)
+
+
+def read_log(site: Site) -> list[Logged]:
+    found = []
+    for at, server, waited, total, status in LINE.findall(site.balancer.log):
+        accepted = datetime.strptime(at, "%d/%b/%Y:%H:%M:%S.%f").timestamp()
+        begun, ended = accepted + int(waited) / 1000, accepted + int(total) / 1000
+        found.append(Logged(server, accepted, begun, ended, int(status)))
+    return found
+
+
+def test_nobody_waits_while_an_instance_is_idle(site: Site) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        assert set(pool.map(lambda seed: site.ask(seed, steps=60), range(36))) == {200}
+    logged = read_log(site)[-36:]
+    assert min(Counter(each.server for each in logged).values()) > 3
+    waited = [each for each in logged if each.begun - each.accepted > 0.5]
+    assert len(waited) > 10
+    for each in waited:
+        for name in NAMES:
+            spans = [
+                (max(one.begun, each.accepted), min(one.ended, each.begun)) for one in logged if one.server == name
+            ]
+            busy = sum(max(end - start, 0) for start, end in spans)
+            assert busy > (each.begun - each.accepted) - 0.3, (name, each)
+
+
+@pytest.mark.soak
+def test_documents_wait_for_no_picture(site: Site) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        pictures = [pool.submit(site.ask, seed, steps=100) for seed in range(6)]
+        time.sleep(0.3)
+        assert requests.get(f"{site.balancer.url}/1.0/v1/models", timeout=30).status_code == 200
+        assert not all(each.done() for each in pictures)
+    assert {each.result() for each in pictures} == {200}
+
+
+@pytest.mark.soak
+def test_a_worker_that_is_killed_loses_its_picture_only(site: Site) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(site.ask, seed, steps=50) for seed in range(60)]
+        time.sleep(0.5)
+        (worker,) = (each for each in site.instances["one"].find_processes() if "--sock-type" in each.cmdline())
+        worker.kill()
+        statuses = Counter(each.result() for each in asked)
+    assert sum(statuses.values()) - statuses[200] <= 1, statuses
+    wait_until_up(site)
+
+
+@pytest.mark.soak
+def test_a_rolling_restart_loses_none_of_300(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command leaves a file with the instance's name, and waits until it has gone."""
+    before = {name: each.find_processes()[0].pid for name, each in site.instances.items()}
+    is_over = threading.Event()
+
+    def restart_wanted() -> None:
+        while not is_over.wait(0.05):
+            for path in tmp_path.iterdir():
+                instance = site.instances[path.name]
+                instance._stop()
+                instance.__enter__()
+                path.unlink()
+
+    watcher = threading.Thread(target=restart_wanted)
+    watcher.start()
+    command = f"touch {tmp_path}/{{}}; while [ -e {tmp_path}/{{}} ]; do sleep 0.1; done"
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(site.ask, seed, steps=50) for seed in range(300)]
+        code = rolling.main(["--socket", str(site.balancer.socket), "--restart", command, "--wait", "120"])
+        under_load = sum(not each.done() for each in asked)
+        statuses = Counter(each.result() for each in asked)
+    is_over.set()
+    watcher.join()
+    assert (code, capsys.readouterr().out.split()[::2]) == (0, [f"{name}:" for name in NAMES])
+    assert under_load > 0
+    assert statuses == {200: 300}
+    assert not {each.find_processes()[0].pid for each in site.instances.values()} & set(before.values())
+
+
+def test_an_instance_that_is_killed_loses_its_picture_only(site: Site) -> None:
+    """And maybe one that is handed to it in the moment of its death, which the kernel still accepts for it.
+
+    The last test here: it is not started again.
+    """
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(site.ask, seed, steps=50) for seed in range(18)]
+        time.sleep(0.5)
+        for process in site.instances["two"].find_processes():
+            process.kill()
+        statuses = Counter(each.result() for each in asked)
+    assert statuses[0] + statuses[500] <= 1
+    assert statuses[502] <= 1
+    assert statuses[200] >= 16, statuses
+    assert sum(each.server == "two" for each in read_log(site)[-18:]) < 6

@@ -1,0 +1,311 @@
+"""Jobs with a real Redis, real workers of Celery and a real TorchServe; kills of each of them."""
+
+import contextlib
+import io
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openapi_spec_validator
+import psutil
+import pytest
+import requests
+import yaml
+from PIL import Image
+
+from jobs.results import Results, remove_old
+from jobs.settings import Settings
+from jobs.store import LOST, Store
+from tests.server.test_backends import make_settings
+from tools.instances import Instance
+from tools.proxy import LocalProxy, find_nginx
+from tools.server import ROOT, find_free_ports, make_archive
+
+REDIS = shutil.which("redis-server")
+pytestmark = pytest.mark.skipif(REDIS is None, reason="redis-server is not installed")
+ENDED = {"done", "failed", "cancelled"}
+
+
+class Site:
+    """Redis with its persistence on, the API, and workers, each with a TorchServe."""
+
+    def __init__(self, folder: Path, instances: list[Instance]) -> None:
+        self.folder, self.instances = folder, instances
+        self.redis_port, self.api_port = find_free_ports(2)
+        self.processes: dict[str, psutil.Popen] = {}
+
+    @property
+    def names(self) -> list[str]:
+        return [f"worker{index}" for index in range(len(self.instances))]
+
+    def start(self, name: str) -> None:
+        """Start one of its programs."""
+        environment = {
+            **os.environ,
+            "JOBS_REDIS": f"redis://127.0.0.1:{self.redis_port}/0",
+            "JOBS_RESULTS": str(self.folder / "results"),
+            "JOBS_LOST_SECONDS": "8",
+            "JOBS_PREDICTIONS": self.instances[0].url,
+            "PYTHONPATH": str(ROOT),
+        }
+        python = (sys.executable, "-m")
+        if name == "redis":
+            command: tuple[str, ...] = (
+                str(REDIS),
+                "--port",
+                str(self.redis_port),
+                "--bind",
+                "127.0.0.1",
+                "--appendonly",
+                "yes",
+            )
+            command += ("--appendfsync", "always", "--dir", str(self.folder))
+        elif name == "api":
+            command = (*python, "uvicorn", "jobs.api:app", "--port", str(self.api_port), "--log-level", "warning")
+        else:
+            environment["JOBS_PREDICTIONS"] = self.instances[int(name[-1])].url
+            command = (*python, "celery", "--app", "jobs.tasks", "worker", "--hostname", name, "--loglevel", "info")
+        with (self.folder / f"{name}.log").open("a") as log:
+            self.processes[name] = psutil.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log)
+
+    def kill(self, name: str) -> None:
+        """Kill one of its programs as the kernel does."""
+        self.processes[name].send_signal(signal.SIGKILL)
+        self.processes[name].wait(timeout=10)
+
+    def ask(self, method: str, path: str = "", body: Any = None) -> requests.Response:
+        return requests.request(method, f"http://127.0.0.1:{self.api_port}/jobs{path}", json=body, timeout=120)
+
+    def order(self, job: str = "", *, steps: int = 5, **fields: Any) -> dict[str, Any]:
+        body = {"prompt": "a red fox", "num_inference_steps": steps, **fields}
+        answer = self.ask("PUT", f"/{job}", body) if job else self.ask("POST", "", body)
+        assert answer.status_code == 202, answer.text
+        told: dict[str, Any] = answer.json()
+        return told
+
+    def read(self, job: str) -> dict[str, Any]:
+        told: dict[str, Any] = self.ask("GET", f"/{job}").json()
+        return told
+
+    def wait(self, condition: Callable[[], Any], *, seconds: float = 60) -> Any:
+        deadline = time.monotonic() + seconds
+        while not (value := condition()):
+            assert time.monotonic() < deadline, "it has not come about in time"
+            time.sleep(0.1)
+        return value
+
+    def wait_for(self, job: str, *states: str, seconds: float = 60) -> dict[str, Any]:
+        def find() -> dict[str, Any] | None:
+            told = self.read(job)
+            return told if told.get("state") in states else None
+
+        told: dict[str, Any] = self.wait(find, seconds=seconds)
+        return told
+
+    def fetch(self, job: str) -> bytes:
+        (address,) = self.read(job)["pictures"]
+        answer = requests.get(f"http://127.0.0.1:{self.api_port}{address}", timeout=30)
+        with Image.open(io.BytesIO(answer.content)) as picture:
+            picture.load()
+        return answer.content
+
+
+def serve(folder: Path, model: Path, count: int) -> Iterator[Site]:
+    with contextlib.ExitStack() as stack:
+        # on cores that others use too, several threads wait for each other at each step
+        stack.enter_context(pytest.MonkeyPatch.context()).setenv("OMP_NUM_THREADS", "1")
+        instances = []
+        for index in range(count):
+            place, (port,) = folder / str(index), find_free_ports(1)
+            place.mkdir()
+            settings = yaml.safe_load(make_settings(None))
+            settings["handler"]["metrics_address"] = f"127.0.0.1:{port}"
+            make_archive(place, model, yaml.safe_dump(settings, sort_keys=False))
+            instances.append(stack.enter_context(Instance(place, metrics_port=port)))
+        site = Site(folder, instances)
+        try:
+            for name in ("redis", "api", *site.names):
+                site.start(name)
+            site.wait(lambda: is_up(site))
+            yield site
+        finally:
+            for process in site.processes.values():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+
+def is_up(site: Site) -> bool:
+    with contextlib.suppress(requests.RequestException):
+        return site.ask("GET", "/no-such-job").status_code == 404
+    return False
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Site]:
+    yield from serve(tmp_path_factory.mktemp("jobs"), tiny_model, 1)
+
+
+def test_a_job_becomes_a_picture(site: Site) -> None:
+    told = site.order(seed=7)
+    assert site.wait_for(told["id"], "done")["step"] == 4  # the last step is the picture itself
+    site.fetch(told["id"])
+    assert f'"id": "{told["id"]}"' in site.instances[0].log
+
+
+def test_the_same_id_twice_is_one_job(site: Site) -> None:
+    job = uuid.uuid4().hex
+    site.order(job, seed=1)
+    site.order(job, seed=1)
+    site.wait_for(job, "done")
+    assert site.order(job, seed=1)["state"] == "done"
+    assert site.instances[0].log.count(f'"id": "{job}"') == 1
+    other = site.ask("PUT", f"/{job}", {"prompt": "something else"})
+    assert (other.status_code, other.json()["error"]["param"]) == (409, "id")
+
+
+def test_a_client_leaves_and_comes_back(site: Site, tmp_path: Path) -> None:
+    job = uuid.uuid4().hex
+    command = [
+        sys.executable,
+        str(ROOT / "query.py"),
+        "--url",
+        f"http://127.0.0.1:{site.api_port}/predictions/diffusion_fast",
+    ]
+    order = [*command, "--job", job, "--prompt", "a red fox", "--filename", "fox.jpg"]
+    for more, saved in ((["--leave"], False), ([], True)):
+        done = subprocess.run([*order, *more], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "fox.jpg").exists() == saved
+    back = subprocess.run([*command, "--job", job], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    (name,) = back.stdout.split()
+    assert (tmp_path / name).read_bytes() == (tmp_path / "fox.jpg").read_bytes() == site.fetch(job)
+    lost = subprocess.run([*command, "--job", "no-such-job"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (lost.returncode, "there is no job" in lost.stderr) == (2, True)
+
+
+@pytest.mark.skipif(find_nginx() is None, reason="nginx and openssl are not installed")
+def test_jobs_through_nginx_need_a_token(site: Site) -> None:
+    with LocalProxy(site.instances[0].ports["inference_address"], jobs=site.api_port) as proxy:
+        address = f"https://127.0.0.1:{proxy.port}/jobs"
+        given: dict[str, Any] = {"json": {"prompt": "a red fox"}, "verify": str(proxy.certificate), "timeout": 30}
+        assert requests.post(address, **given).status_code == 401
+        told = requests.post(address, headers=proxy.get_headers(), **given)
+        assert told.status_code == 202
+        job = told.json()["id"]
+        site.wait_for(job, "done")
+        address = f"https://127.0.0.1:{proxy.port}{told.headers['Location']}/pictures/0"
+        assert requests.get(address, **given).status_code == 401
+        assert requests.get(address, headers=proxy.get_headers(), **given).content == site.fetch(job)
+
+
+def test_the_document_is_openapi(site: Site) -> None:
+    document = requests.get(f"http://127.0.0.1:{site.api_port}/openapi.json", timeout=30).json()
+    openapi_spec_validator.validate(document)
+    assert set(document["paths"]["/jobs/{job}"]) == {"get", "put", "delete"}
+
+
+def test_results_are_bounded(site: Site) -> None:
+    jobs = [site.order(seed=seed)["id"] for seed in range(3)]
+    for job in jobs:
+        site.wait_for(job, "done")
+    store, results = Store(f"redis://127.0.0.1:{site.redis_port}/0"), Results(site.folder / "results")
+    size = results.measure(jobs[-1])
+    removed = remove_old(store, results, Settings(keep_bytes=int(2.5 * size)))
+    assert removed[-1] == jobs[0]
+    assert [site.ask("GET", f"/{job}").status_code for job in jobs] == [404, 200, 200]
+    assert remove_old(store, results, Settings(keep_seconds=0)) == jobs[1:]
+    assert list((site.folder / "results").iterdir()) == []
+
+
+def test_mistakes_are_told_at_once(site: Site) -> None:
+    for body, words in (
+        ({"prompt": "a", "width": 65}, "width takes"),
+        ({}, "prompt is missing"),
+        ({"x": 1}, "'x' is not"),
+    ):
+        answer = site.ask("POST", "", body)
+        assert answer.status_code == 400
+        assert words in answer.json()["error"]["message"]
+
+
+def test_jobs_wait_in_order_and_are_cancelled(site: Site) -> None:
+    first, *others = [site.order(steps=150, seed=seed, num_images_per_prompt=10)["id"] for seed in range(4)]
+    site.wait_for(first, "running")
+    assert [site.read(job)["place"] for job in others] == [0, 1, 2]
+    assert site.ask("DELETE", f"/{others[0]}").json()["state"] == "cancelled"
+    assert [site.read(job)["place"] for job in others[1:]] == [0, 1]
+    site.wait(lambda: site.read(first)["step"])
+    for job in (first, *others[1:]):
+        site.ask("DELETE", f"/{job}")
+    for job in (first, *others):
+        site.wait_for(job, "cancelled", seconds=10)
+    site.wait_for(site.order()["id"], "done")  # TorchServe tells of who has left with the next call
+    assert "The client has left" in site.instances[0].log
+
+
+@pytest.mark.parametrize(
+    ("kills", "state", "message"), [(1, "done", None), pytest.param(2, "failed", LOST, marks=pytest.mark.soak)]
+)
+def test_a_job_whose_worker_is_killed_is_taken_up_once(site: Site, kills: int, state: str, message: str | None) -> None:
+    job = site.order(steps=100, num_images_per_prompt=2)["id"]
+    for attempt in range(1, kills + 1):
+        site.wait(lambda: site.read(job)["state"] == "running" and site.read(job)["attempt"] == attempt)  # noqa: B023
+        site.kill("worker0")
+        site.start("worker0")
+    told = site.wait_for(job, "done", "failed")
+    assert (told["state"], told["attempt"], told["message"]) == (state, 2, message)
+
+
+@pytest.mark.soak
+def test_every_job_ends_whatever_is_killed(tmp_path: Path, tiny_model: Path) -> None:
+    """100 jobs on two workers, while workers, TorchServe, Redis and the API are killed."""
+    chance = random.Random(7)
+    for site in serve(tmp_path, tiny_model, 2):
+        jobs = [site.order(f"order-{number:03d}", seed=number, steps=60)["id"] for number in range(100)]
+        places: dict[str, int] = {}
+        kills: Counter[str] = Counter()
+        next_kill, deadline = time.monotonic() + 3, time.monotonic() + 900
+        while True:
+            told = {}
+            with contextlib.suppress(requests.RequestException, KeyError, ValueError):
+                told = {job: site.read(job) for job in jobs}
+                for job, each in told.items():
+                    if each["state"] == "waiting":
+                        assert each["place"] <= places.get(job, each["place"])
+                        places[job] = each["place"]
+                if all(each["state"] in ENDED for each in told.values()):
+                    break
+            assert time.monotonic() < deadline, Counter(each.get("state") for each in told.values())
+            if time.monotonic() > next_kill and sum(kills.values()) < 12:
+                name = ("worker0", "redis", "worker1", "api", "torchserve")[sum(kills.values()) % 5]
+                kills[name] += 1
+                if name == "torchserve":
+                    instance = chance.choice(site.instances)
+                    for process in instance.find_processes():
+                        process.kill()
+                    instance._stop()
+                    instance.__enter__()
+                else:
+                    site.kill(name)
+                    site.start(name)
+                next_kill = time.monotonic() + 4
+            time.sleep(0.2)
+        ended = Counter(each["state"] for each in told.values())
+        assert set(ended) <= {"done", "failed"}
+        assert all(each["message"] for each in told.values() if each["state"] == "failed")
+        assert ended["done"] > 80
+        for job, each in told.items():
+            if each["state"] == "done":
+                site.fetch(job)
+        sys.stdout.write(
+            f"{dict(ended)}, {dict(kills)}, attempts {Counter(each['attempt'] for each in told.values())}\n"
+        )

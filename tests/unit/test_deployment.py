@@ -1,0 +1,93 @@
+"""What is shipped for HAProxy, containers and Kubernetes, as far as it can be checked without a cluster."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from tools.instances import find_haproxy
+from tools.server import ROOT, read_shipped
+from tools.simulate_queue import find_workers, simulate
+
+DEPLOY = ROOT / "deploy"
+KUBERNETES = DEPLOY / "kubernetes"
+VERSION = "1.37"
+
+
+def read_resources() -> list[dict[str, Any]]:
+    """Return the resources of the base."""
+    names = yaml.safe_load((KUBERNETES / "base/kustomization.yaml").read_text())["resources"]
+    return [each for name in names for each in yaml.safe_load_all((KUBERNETES / "base" / name).read_text())]
+
+
+@pytest.mark.parametrize("resource", read_resources(), ids=lambda each: f"{each['kind']}-{each['metadata']['name']}")
+def test_resources_are_as_kubernetes_takes_them(resource: dict[str, Any]) -> None:
+    kubernetes_validate.validate(resource, VERSION, strict=True)
+
+
+def test_a_misspelt_key_is_refused() -> None:
+    resource = read_resources()[0]
+    resource["spec"]["template"]["spec"]["containers"][0]["readynessProbe"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(resource, VERSION, strict=True)
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+@pytest.mark.parametrize("name", ["base", "keda"])
+def test_kustomize_puts_them_together(name: str) -> None:
+    done = subprocess.run(["kubectl", "kustomize", KUBERNETES / name], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    made = {(each["kind"], each["metadata"]["name"]): each for each in yaml.safe_load_all(done.stdout)}
+    assert ("replicas" in made["Deployment", "instances"]["spec"]) == (name == "base")
+    assert (("ScaledObject", "instances") in made) == (name == "keda")
+
+
+def test_probes_ask_for_readiness() -> None:
+    (instances,) = (
+        each for each in read_resources() if each["metadata"]["name"] == "instances" and "replicas" in each["spec"]
+    )
+    (container,) = instances["spec"]["template"]["spec"]["containers"]
+    probes = {name: container[name] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
+    assert {each["httpGet"]["path"] for each in probes.values()} == {"/ready"}
+    startup = probes["startupProbe"]
+    assert startup["periodSeconds"] * startup["failureThreshold"] >= read_shipped()["startupTimeout"]
+
+
+def test_numbers_of_the_balancers_agree() -> None:
+    balancer = (KUBERNETES / "base/haproxy.cfg").read_text()
+    scaled = yaml.safe_load((KUBERNETES / "keda/scaledobject.yaml").read_text())
+    assert set(re.findall(r"server-template sdxl (\d+)", balancer)) == {str(scaled["spec"]["maxReplicaCount"])}
+    (query,) = (each["metadata"]["query"] for each in scaled["spec"]["triggers"])
+    assert set(re.findall(r'proxy="(\w+)"', query)) <= set(re.findall(r"^backend (\w+)", balancer, re.M))
+    limit = re.findall(r"queue\(pictures\) ge (\d+)", balancer)
+    assert limit == re.findall(r"queue\(pictures\) ge (\d+)", (DEPLOY / "haproxy.cfg").read_text())
+
+
+@pytest.mark.skipif(find_haproxy() is None, reason="haproxy is not installed")
+@pytest.mark.parametrize("path", [DEPLOY / "haproxy.cfg", KUBERNETES / "base/haproxy.cfg"])
+def test_haproxy_takes_its_configuration(path: Path) -> None:
+    done = subprocess.run([find_haproxy() or "", "-c", "-f", path], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_image_is_made_of_what_there_is() -> None:
+    text = (DEPLOY / "container/Dockerfile").read_text()
+    taken = {name for line in re.findall(r"^COPY (.*) \S+$", text, re.M) for name in line.split()}
+    assert all((ROOT / name).exists() for name in taken)
+    let_in = re.findall(r"^!(\S+)$", (DEPLOY / "container/Dockerfile.dockerignore").read_text(), re.M)
+    assert taken == set(let_in)
+    compose = yaml.safe_load((DEPLOY / "container/compose.yaml").read_text())
+    assert compose["services"]["sdxl"]["read_only"]
+
+
+def test_waits_are_those_of_theory() -> None:
+    """One worker, all pictures of the same time: the mean wait is u / (2 (1 - u)) pictures."""
+    wait = simulate(1, 0.5, seconds=10, spread=0, requests=100_000)
+    assert wait.mean == pytest.approx(5, rel=0.05)
+    assert simulate(100, 0.9, seconds=10, spread=0, requests=50_000).mean < 0.2
+    assert find_workers(60, seconds=1, spread=0, requests=5_000) == 2

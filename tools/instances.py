@@ -1,0 +1,95 @@
+"""Run several TorchServes behind the shipped haproxy.cfg on this machine, for the tests."""
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+import requests
+
+from tools.server import ROOT, LocalServer, find_free_ports
+
+CONFIGURATION = ROOT / "deploy" / "haproxy.cfg"
+NAMES = ("one", "two", "three")
+
+
+def find_haproxy() -> str | None:
+    """Return the program's path, None where it is missing."""
+    return shutil.which("haproxy", path=f"{os.environ['PATH']}{os.pathsep}/usr/sbin{os.pathsep}/usr/local/sbin")
+
+
+class Instance(LocalServer):
+    """A server of several: it asks for no token, since HAProxy could show each its own only by a detour.
+
+    Args:
+        folder: see LocalServer.
+        metrics_port: of the metrics_address in its archive's settings.
+    """
+
+    def __init__(self, folder: Path, *, metrics_port: int) -> None:
+        super().__init__(folder, properties={"disable_token_authorization": "true"})
+        self.metrics_port = metrics_port
+
+    def is_ready(self) -> bool:
+        """Say whether its worker has loaded the model."""
+        try:
+            return requests.get(f"http://127.0.0.1:{self.metrics_port}/ready", timeout=5).status_code == 200
+        except requests.RequestException:
+            return False
+
+
+class LocalBalancer:
+    """HAProxy with the shipped configuration before these instances, started on entry and stopped on exit.
+
+    Only ports, the socket's place and where the log goes are changed.
+
+    Attributes:
+        port: where it is asked.
+        socket: where it takes orders.
+    """
+
+    def __init__(self, instances: Sequence[Instance]) -> None:
+        self.port, self.metrics_port = find_free_ports(2)
+        self.folder = Path(tempfile.mkdtemp(prefix="haproxy-"))
+        self.socket = self.folder / "admin.sock"
+        text = CONFIGURATION.read_text().replace("127.0.0.1:8079", f"127.0.0.1:{self.port}")
+        text = text.replace("127.0.0.1:8405", f"127.0.0.1:{self.metrics_port}")
+        text = text.replace("/run/haproxy/admin.sock", str(self.socket)).replace(
+            "log /dev/log local0", "log stdout format raw local0"
+        )
+        for name, instance in zip(NAMES, instances, strict=True):
+            port = instance.ports["inference_address"]
+            text = re.sub(
+                rf"server {name} \S+ port \d+", f"server {name} 127.0.0.1:{port} port {instance.metrics_port}", text
+            )
+            text = re.sub(rf"server {name} \S+ track", f"server {name} 127.0.0.1:{port} track", text)
+        (self.folder / "haproxy.cfg").write_text(text)
+
+    @property
+    def url(self) -> str:
+        """The address of the model's predictions."""
+        return f"http://127.0.0.1:{self.port}/predictions/diffusion_fast"
+
+    @property
+    def log(self) -> str:
+        """A line for each request that is over."""
+        return (self.folder / "log").read_text()
+
+    def __enter__(self) -> Self:
+        with (self.folder / "log").open("w") as log:
+            command = (find_haproxy() or "haproxy", "-db", "-f", str(self.folder / "haproxy.cfg"))
+            self.process = psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.process.terminate()
+        self.process.wait(timeout=30)
+        shutil.rmtree(self.folder)
