@@ -303,9 +303,9 @@ def test_models_of_calls_ahead_are_compiled_at_the_same_time(tmp_path: Path, mon
         CompiledFunction(module.forward, make_options(tmp_path))(x)
     load, both = Part.load, Barrier(2)
 
-    def wait_and_load(*args: Any) -> Any:
+    def wait_and_load(*args: Any, **about: Any) -> Any:
         both.wait(timeout=60)
-        return load(*args)
+        return load(*args, **about)
 
     monkeypatch.setattr(Part, "load", wait_and_load)
     functions = [CompiledFunction(module.forward, make_options(tmp_path)) for module in modules]
