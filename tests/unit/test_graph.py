@@ -92,7 +92,7 @@ def test_graph_is_no_longer_than_openvinos_own(
 
 
 @pytest.mark.parametrize("name", ["unet", "vae"])
-def test_the_weights_of_every_layer_are_compressed(pipeline: Any, name: str) -> None:
+def test_the_weights_of_every_layer_but_convolutions_of_few_channels_are_compressed(pipeline: Any, name: str) -> None:
     module, inputs = make_case(pipeline, name)
     module.requires_grad_(False)  # torch traces it otherwise than with gradients
     called: set[torch.nn.Module] = set()
@@ -104,7 +104,9 @@ def test_the_weights_of_every_layer_are_compressed(pipeline: Any, name: str) -> 
     backend = OpenVINOBackend({"weight_compression": "int8_sym", "config": {"INFERENCE_PRECISION_HINT": "f32"}})
     torch.compile(module, backend=backend, fullgraph=True, dynamic=False)(*inputs)
     gates = sum(isinstance(each, GEGLU) for each in module.modules())  # whose layer is two here
-    assert sum(model.constants.get("i8", 0) for model in backend.reports[0].models) == len(called) + gates
+    compressed = [each for each in called if isinstance(each, torch.nn.Linear) or min(each.weight.shape[:2]) >= 32]
+    assert 0 < len(compressed) < len(called)
+    assert sum(model.constants.get("i8", 0) for model in backend.reports[0].models) == len(compressed) + gates
 
 
 def run_on_openvino(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], precision: str) -> torch.Tensor:
