@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from http import HTTPStatus
 
 from sdxl_server import metrics
+from sdxl_server.calls import Answer
 from sdxl_server.errors import RequestError
-from sdxl_server.service import Answer
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,10 @@ from ts.utils.util import PredictionException
 
 from sdxl_server import __version__, answers
 from sdxl_server.answers import NativeFace
+from sdxl_server.calls import Answer, Call, read_header
 from sdxl_server.errors import ConfigError, RequestError, VersionError
 from sdxl_server.metrics import serve_metrics
-from sdxl_server.service import Answer, Call, choose_preview_steps, load_service, read_header
+from sdxl_server.service import choose_preview_steps, load_service
 from sdxl_server.waiting import Pace, Queue
 from stable_diffusion_handler import MADE_FOR, StableDiffusionHandler
 from tools.server import ROOT

@@ -19,13 +19,14 @@ from PIL import Image, ImageFilter
 from demo.measure import choose_prompts
 from demo.oracle import judge_picture
 from openvino_backend import CompiledFunction, GraphLimitError
+from sdxl_server.calls import Call
 from sdxl_server.compiling import VAE_ENCODER, choose_graphs
 from sdxl_server.drawing import draw_preview, finish, fork_pipeline, generate, keep_protected
 from sdxl_server.errors import ConfigError, NotFiniteError, RequestError
 from sdxl_server.files import encode_picture
 from sdxl_server.loading import check_files, choose_dtype
 from sdxl_server.pipeline import LoadedPipeline, describe_picture, find_warnings, load_pipeline
-from sdxl_server.service import Call, Service
+from sdxl_server.service import Service
 from sdxl_server.settings import CompileConfig, HandlerConfig
 from tests.spoiled import spoil_model
 from tests.unit.modules import HAS_BF16
