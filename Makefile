@@ -20,7 +20,9 @@ page: $(VENV)/served
 	$(RUN) demo --page
 
 test: $(VENV)/tested
-	$(RUN) pytest
+	# two at a time, but for those of real servers: how long things take there is part of what is tested
+	$(RUN) pytest tests/unit --numprocesses 2 --dist loadfile
+	$(RUN) pytest tests/server
 
 lint: $(VENV)/tested
 	$(RUN) ruff check
