@@ -34,6 +34,7 @@ from tests.unit.test_samplers import ALL, ZERO_SNR
 from tools.server import ROOT
 
 EAGER = HandlerConfig(dtype="float32", num_inference_steps=4, warm_up=False)
+UNET_ONLY = {"compile_vae": False, "compile_text_encoders": False}
 PARTS = ["unet", "vae", VAE_ENCODER, "text_encoder", "text_encoder_2"]
 
 
@@ -83,10 +84,12 @@ def make_picture(loaded: LoadedPipeline, **fields: Any) -> np.ndarray[Any, Any]:
 
 
 @pytest.mark.parametrize("is_xl", [True, False])
-def test_openvino_draws_eagers_picture(tiny_model: Path, tiny_sd_model: Path, is_xl: bool) -> None:
+def test_openvino_draws_eagers_picture(
+    tiny_model: Path, tiny_sd_model: Path, cached: dict[str, Any], is_xl: bool
+) -> None:
     folder = tiny_model if is_xl else tiny_sd_model
     reference = make_picture(load(folder, is_xl=is_xl))
-    loaded = load(folder, "openvino", is_xl=is_xl, warm_up=True)
+    loaded = load(folder, cached, is_xl=is_xl, warm_up=True)
     report = loaded.describe()
     assert reference.shape == (128, 128, 3)
     assert np.abs(make_picture(loaded) - reference).max() <= 1  # a rounding of the last bit
@@ -100,9 +103,9 @@ def test_openvino_draws_eagers_picture(tiny_model: Path, tiny_sd_model: Path, is
         assert graph["operators_outside"] == ()
 
 
-def test_auto_is_near_the_float32_picture(tiny_model: Path, cached: dict[str, Any]) -> None:
+def test_auto_is_near_the_float32_picture(tiny_model: Path) -> None:
     reference = make_picture(load(tiny_model))
-    loaded = load(tiny_model, cached, dtype="auto", warm_up=True)
+    loaded = load(tiny_model, "openvino", dtype="auto", graphs="static", warm_up=True)
     assert loaded.dtype == ("float16" if HAS_BF16 else "float32")
     (unet,) = loaded.describe()["openvino"]["unet"]
     assert [model["precision"] for model in unet["models"]] == ["f32", "bf16" if HAS_BF16 else "f32"]
@@ -128,9 +131,9 @@ def test_auto_leaves_the_arithmetic_to_precision(precision: str, dtype: str) -> 
     assert choose_dtype(HandlerConfig(dtype="bfloat16"), compilation, device="cpu") == ("bfloat16", compilation)
 
 
-def test_a_picture_tells_the_arithmetic_that_made_it(tiny_model: Path, cached: dict[str, Any]) -> None:
-    pt2 = {**cached, "options": {**cached["options"], "precision": "int8"}}
-    loaded = load(tiny_model, pt2, dtype="auto", warm_up=True)
+def test_a_picture_tells_the_arithmetic_that_made_it(tiny_model: Path) -> None:
+    pt2 = {"backend": "openvino", "options": {"precision": "int8"}}
+    loaded = load(tiny_model, pt2, dtype="auto", graphs="static", warm_up=True, **UNET_ONLY)
     request = loaded.contract.check({"prompt": "a fox"})
     told = describe_picture(loaded, request, 0, unet_calls=1)["made_with"]["arithmetic"]
     assert told == loaded.describe()["arithmetic"]
@@ -537,7 +540,8 @@ def test_graphs_of_another_backend_are_refused(tiny_model: Path, pt2: Any) -> No
 def test_numbers_that_are_not_finite_are_no_picture(
     tiny_model: Path, tmp_path: Path, kind: str, pt2: Any, told: str
 ) -> None:
-    loaded = load(spoil_model(tiny_model, tmp_path / "model", kind), pt2)
+    settings = {} if pt2 is None else {"graphs": "static", **UNET_ONLY}
+    loaded = load(spoil_model(tiny_model, tmp_path / "model", kind), pt2, **settings)
     fields = {"image": encode(Image.new("RGB", (128, 128)))} if kind == "encoder" else {}
     request = loaded.contract.check({"prompt": "a red fox", "seed": 7, **fields})
     with pytest.raises(NotFiniteError) as caught:
@@ -556,7 +560,7 @@ def test_numbers_that_are_not_finite_end_the_warm_up(tiny_model: Path, tmp_path:
     with pytest.raises(
         ConfigError, match="^handler.dtype: float32: at the warm-up the picture of seed .* not finite; eit"
     ):
-        load(folder, pt2, warm_up=True)
+        load(folder, pt2, compile_unet=pt2 is None, compile_text_encoders=False, warm_up=True)
 
 
 @pytest.mark.parametrize(("path", "told"), [("", b"event: compiling\n"), ("v1/images/generations", b": vae_encoder ")])
@@ -645,7 +649,7 @@ from sdxl_server.pipeline import load_pipeline
 from sdxl_server.settings import CompileConfig, HandlerConfig
 pt2 = {"backend": "openvino", "options": {"weight_compression": "int8_sym"}}
 folder = pathlib.Path(sys.argv[1])
-config = HandlerConfig(model_path=folder.name, num_inference_steps=1, compile_text_encoders=False)
+config = HandlerConfig(model_path=folder.name, num_inference_steps=1, compile_text_encoders=False, graphs="static")
 load_pipeline(config, CompileConfig.parse(pt2), model_dir=folder.parent)
 time.sleep(1)
 """
