@@ -7,7 +7,7 @@ import logging
 import pickle
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,10 @@ _CONDITIONS = "conditions.json"
 _OWN_LOOKS = ("F.__defaults__", "tuple((F.__kwdefaults__ or {}).items())")
 
 
-# What torch traces, and what it loads of a trace, is read under settings of the whole process.
+# While torch traces, and while it loads a trace, settings of the whole process and the call of every module are others.
 _tracing = threading.Lock()
-_ahead: "_Ahead | None" = None
+# The calls of compile_ahead's block: the function, its arguments by place and by name.
+_ahead: list[tuple["CompiledFunction", tuple[Any, ...], dict[str, Any]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ class CompiledFunction:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the method returns."""
         if _ahead is not None:
-            return _ahead.call(self, args, kwargs)
+            _ahead.append((self, args, kwargs))
+            return imitate(self._function, self._module, *args, **kwargs)
         call = self._describe_call(args, kwargs)
         trace = self._find(call, args, kwargs)
         if trace is not None:
@@ -132,11 +134,6 @@ class CompiledFunction:
         """Have ready what such a call needs, without making it."""
         with torch.no_grad(), self._lock:
             self._find_or_prepare(self._describe_call(args, kwargs), args, kwargs)
-
-    def imitate(self, *args: Any, **kwargs: Any) -> Any:
-        """Return zeros in the form of the method's results."""
-        with _tracing:
-            return imitate(self._function, self._module, *args, **kwargs)
 
     def _find_or_prepare(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
         trace = self._find(call, args, kwargs)
@@ -316,34 +313,25 @@ class CompiledFunction:
         return Trace(function, conditions)
 
 
-class _Ahead:
-    """Calls that are not made yet: what they need is made ready in a pool."""
-
-    def __init__(self, pool: ThreadPoolExecutor) -> None:
-        self._pool = pool
-        self.prepared: list[Future[None]] = []
-
-    def call(self, function: CompiledFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what could be the result."""
-        self.prepared.append(self._pool.submit(function.prepare, *args, **kwargs))
-        return function.imitate(*args, **kwargs)
-
-
 @contextlib.contextmanager
 def compile_ahead() -> Iterator[None]:
-    """Let all calls in the block return zeros, and have what they need ready at its end: OpenVINO compiles on one core.
+    """Let all calls in the block return zeros, and have what they need ready at its end, several at the same time.
+
+    OpenVINO compiles on one core. No call is made while something is traced: torch would take it for a part of that.
 
     Raises:
         OpenVINOBackendError: what stood in the way of one.
     """
     global _ahead
+    calls: list[tuple[CompiledFunction, tuple[Any, ...], dict[str, Any]]] = []
+    _ahead = calls
+    try:
+        yield
+    finally:
+        _ahead = None
     with ThreadPoolExecutor() as pool:
-        _ahead = ahead = _Ahead(pool)
-        try:
-            yield
-        finally:
-            _ahead = None
-    for each in ahead.prepared:
+        prepared = [pool.submit(function.prepare, *args, **kwargs) for function, args, kwargs in calls]
+    for each in prepared:
         each.result()
 
 
