@@ -3,8 +3,9 @@
 from sdxl_server.calls import Answer, Call, State, read_id
 from sdxl_server.errors import ConfigError, RequestError, VersionError
 from sdxl_server.pipeline import LoadedPipeline, load_pipeline
+from sdxl_server.sections import check_is_text
 from sdxl_server.service import Service, explain, load_service
-from sdxl_server.settings import CompileConfig, HandlerConfig, check_is_text
+from sdxl_server.settings import CompileConfig, HandlerConfig
 from sdxl_server.waiting import Pace, Queue, Ticket, Turn
 
 __all__ = [

@@ -4,23 +4,22 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
-from sdxl_server.errors import ConfigError, cut
+from sdxl_server.adapters.entries import read_adapters
+from sdxl_server.errors import ConfigError
 from sdxl_server.fields import MIN_CALLS, MIN_SIDE
 from sdxl_server.schemas import (
-    Schema,
     choice,
     describe_schema,
     is_valid,
-    nullable,
     real,
     shares,
     shorten,
     switch,
     whole,
 )
+from sdxl_server.sections import any_text, read_section, setting
 
 logger = logging.getLogger(__name__)
 
@@ -35,129 +34,74 @@ PUBLISHED_KEYS_WITHOUT_EFFECT = {
     "no_sdpa": "scaled_dot_product_attention is always used",
     "upcast_vae": "beside weights in float16 the VAE is in float32 already",
 }
-NEEDED = dataclasses.MISSING  # the default of a setting that has none
 # `openvino` is this project's backend; the one that comes with OpenVINO stays selectable for comparison.
 BACKEND_NAMES = {"openvino": "openvino_backend", "openvino_stock": "openvino"}
-
-
-def _setting(value: Any, schema: Schema, words: str, *, null: str = "") -> Any:
-    """Declare a setting.
-
-    Args:
-        value: its default.
-        null: what null stands for, where it is taken.
-    """
-    return dataclasses.field(
-        default=value, metadata={"schema": nullable(schema) if null else schema, "words": words, "null": null}
-    )
-
-
-def _any_text(accepted: str) -> Schema:
-    return {"type": "string", "minLength": 1, "x-accepted": accepted}
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """An entry of `adapters` in the handler section."""
-
-    name: str = _setting(
-        NEEDED,
-        {"type": "string", "pattern": r"^[\w.-]{1,64}$", "x-accepted": "a name of letters, digits, - _ and ."},
-        "by which requests name it",
-    )
-    path: str = _setting(
-        NEEDED, _any_text("a .safetensors file"), "of the adapter, inside the archive or absolute; LoRA only"
-    )
-    scale: float = _setting(1.0, real(-100, 100), "how strongly it is applied, unless a request says otherwise")
-    fuse: bool = _setting(
-        False,
-        switch(),
-        "true: it is added to the weights when they are loaded, for all requests, none of which can name it, and costs "
-        "no time; false: it is applied, by openvino only, in requests that name it",
-    )
-    scheduler: str | Mapping[str, Any] | None = _setting(
-        None,
-        {"type": ["string", "object"], "minLength": 1, "x-accepted": "a scheduler as requests name it"},
-        "the sampler of requests that name the adapter and no sampler",
-        null="that of all requests",
-    )
-    num_inference_steps: int | None = _setting(
-        None, whole(1, 1000), "denoising steps of such requests", null="those of all requests"
-    )
-    guidance_scale: float | None = _setting(
-        None, real(0, 100), "guidance of such requests", null="that of all requests"
-    )
-
-    def list_defaults(self) -> dict[str, Any]:
-        """Return the defaults of requests that name it."""
-        values = {name: getattr(self, name) for name in ("scheduler", "num_inference_steps", "guidance_scale")}
-        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class HandlerConfig:
     """The `handler` section of model-config.yaml."""
 
-    model_path: str = _setting(
+    model_path: str = setting(
         "Base_Diffusion_model",
-        _any_text("a folder"),
+        any_text("a folder"),
         "folder of the diffusers pipeline, inside the archive or absolute",
     )
-    weights_sha256: str | None = _setting(
+    weights_sha256: str | None = setting(
         None,
         {"type": "string", "pattern": "^[0-9a-f]{64}$", "x-accepted": "a SHA-256 in 64 hexadecimal digits"},
         "the digest that the weights must have, as `describe` tells it (it depends on `dtype`)",
         null="any weights",
     )
-    is_xl: bool | None = _setting(
+    is_xl: bool | None = setting(
         None,
         switch(),
         "true: Stable Diffusion XL; false: Stable Diffusion 1.x or 2.x; the load fails where the model is another",
         null="as the model says",
     )
-    dtype: str = _setting(
+    dtype: str = setting(
         "auto",
         choice("auto", "float32", "bfloat16", "float16"),
         "type of the weights, and of the arithmetic where `pt2` says no other; `auto`: float16 on a GPU and for "
         "OpenVINO on a CPU, which computes in bfloat16 or 8 bits from it, bfloat16 for other backends, and float32 "
         "where the arithmetic is float32",
     )
-    scheduler: str | Mapping[str, Any] | None = _setting(
+    scheduler: str | Mapping[str, Any] | None = setting(
         None,
         {"type": ["string", "object"], "minLength": 1, "x-accepted": "a scheduler as requests name it"},
         "the sampler of requests that name none, such as DPM++ 2M Karras or {name: UniPC, solver_order: 3}",
         null="the model's own",
     )
-    adapters: Sequence[Any] | None = _setting(
+    adapters: Sequence[Any] | None = setting(
         None,
         {"type": "array", "maxItems": 100, "x-accepted": "a list of adapters, each of the keys below"},
         "adapters (LoRA)",
         null="none",
     )
-    max_adapter_rank: int = _setting(128, whole(1, 1024), "sum of the ranks of the adapters that a request names")
-    num_inference_steps: int = _setting(30, whole(1, 1000), "denoising steps")
-    guidance_scale: float = _setting(5.0, real(0, 100), "how strongly the prompt steers; at 1 or below not at all")
-    unet_calls: int | None = _setting(
+    max_adapter_rank: int = setting(128, whole(1, 1024), "sum of the ranks of the adapters that a request names")
+    num_inference_steps: int = setting(30, whole(1, 1000), "denoising steps")
+    guidance_scale: float = setting(5.0, real(0, 100), "how strongly the prompt steers; at 1 or below not at all")
+    unet_calls: int | None = setting(
         None,
         whole(MIN_CALLS, 2000),
         "calls of the UNet to make for a picture, the others forecast; lossy, see docs/benchmarks.md",
         null="all",
     )
-    guidance_interval: Sequence[float] | None = _setting(
+    guidance_interval: Sequence[float] | None = setting(
         None,
         shares(),
         "shares of the denoising between which the prompt steers; outside it a step costs half",
         null="all",
     )
-    width: int | None = _setting(
+    width: int | None = setting(
         None, whole(MIN_SIDE, MAX_SIDE, multiple_of=8), "pixels", null="the model's own, 1024 for SDXL base"
     )
-    height: int | None = _setting(None, whole(MIN_SIDE, MAX_SIDE, multiple_of=8), "pixels", null="the model's own")
-    jpeg_quality: int = _setting(90, whole(1, 100), "of JPEG and WebP")
-    embed_parameters: bool = _setting(
+    height: int | None = setting(None, whole(MIN_SIDE, MAX_SIDE, multiple_of=8), "pixels", null="the model's own")
+    jpeg_quality: int = setting(90, whole(1, 100), "of JPEG and WebP")
+    embed_parameters: bool = setting(
         True, switch(), "keep prompt, seed and all else that makes a picture again in its file"
     )
-    allowed_sizes: Sequence[str] | None = _setting(
+    allowed_sizes: Sequence[str] | None = setting(
         None,
         {
             "type": "array",
@@ -168,15 +112,15 @@ class HandlerConfig:
         "no others are made, and each of these is made once at the start",
         null="any",
     )
-    max_side: int = _setting(2048, whole(MIN_SIDE, MAX_SIDE), "of a picture, in pixels")
-    max_steps: int = _setting(150, whole(1, 1000), "denoising steps of a request")
-    max_images: int = _setting(10, whole(1, 100), "pictures of a request")
-    max_megapixel_steps: float = _setting(
+    max_side: int = setting(2048, whole(MIN_SIDE, MAX_SIDE), "of a picture, in pixels")
+    max_steps: int = setting(150, whole(1, 1000), "denoising steps of a request")
+    max_images: int = setting(10, whole(1, 100), "pictures of a request")
+    max_megapixel_steps: float = setting(
         350, real(0.001, 1e6), "pictures × calls of the UNet × megapixels of a request; a step is one call or two"
     )
-    max_prompt_characters: int = _setting(2000, whole(1, 3000), "of each of its prompts")
-    max_timeout: float = _setting(3600, real(1, 1e6), "seconds of work on a request")
-    graphs: str | None = _setting(
+    max_prompt_characters: int = setting(2000, whole(1, 3000), "of each of its prompts")
+    max_timeout: float = setting(3600, real(1, 1e6), "seconds of work on a request")
+    graphs: str | None = setting(
         None,
         choice("static", "dynamic", "both"),
         "of openvino, which sizes a graph is for: `dynamic`: one graph for all sizes; `static`: one for each of "
@@ -184,31 +128,31 @@ class HandlerConfig:
         "size above and one for all others",
         null="static where `allowed_sizes` holds one size, or else dynamic",
     )
-    max_running: int = _setting(
+    max_running: int = setting(
         3, whole(1, 1000), "requests that make steps: the picture under way, and those behind it, which make the first"
     )
-    max_waiting: int = _setting(
+    max_waiting: int = setting(
         5, whole(0, 1000), "requests behind them that wait, told their place; one more is answered with 503"
     )
-    compile_unet: bool = _setting(True, switch(), "compile the UNet with `pt2`")
-    compile_vae: bool = _setting(
+    compile_unet: bool = setting(True, switch(), "compile the UNet with `pt2`")
+    compile_vae: bool = setting(
         True, switch(), "compile the VAE with `pt2`; its encoder at the first request with an image"
     )
-    compile_text_encoders: bool = _setting(True, switch(), "compile the text encoders with `pt2`")
-    warm_up: bool = _setting(
+    compile_text_encoders: bool = setting(True, switch(), "compile the text encoders with `pt2`")
+    warm_up: bool = setting(
         True,
         switch(),
         "before the worker is ready make one picture of each of `allowed_sizes`, or of the size above, in as few steps "
         "as compile everything, so that no user waits for compilation; the VAE's encoder is left to the first image",
     )
-    metrics_address: str | None = _setting(
+    metrics_address: str | None = setting(
         None,
         {"type": "string", "pattern": r"^[\w.-]+:\d{1,5}$", "x-accepted": "host:port"},
         "where each worker answers GET /metrics, for Prometheus, and /ready, without a token; one for each worker, of "
         "loopback or a network that is closed to others, such as 127.0.0.1:9108",
         null="nowhere",
     )
-    profile: bool = _setting(False, switch(), "log the time of each stage of each request, in milliseconds")
+    profile: bool = setting(False, switch(), "log the time of each stage of each request, in milliseconds")
 
     @classmethod
     def parse(cls, raw: Any) -> Self:
@@ -226,13 +170,8 @@ class HandlerConfig:
                     "; ".join(f"{key} ({advice})" for key, advice in ignored.items()),
                 )
                 raw = {key: value for key, value in raw.items() if key not in ignored}
-        config: Self = _read_section(cls, raw, "handler")
-        adapters = tuple(
-            _read_section(AdapterConfig, each, f"handler.adapters[{index}]")
-            for index, each in enumerate(config.adapters or ())
-        )
-        _check_entries(adapters)
-        config = dataclasses.replace(config, adapters=adapters or None)
+        config: Self = read_section(cls, raw, "handler")
+        config = dataclasses.replace(config, adapters=read_adapters(config.adapters or ()) or None)
         for width, height in config.read_sizes():
             if width % 8 or height % 8 or not MIN_SIDE <= min(width, height) <= max(width, height) <= config.max_side:
                 raise ConfigError(
@@ -251,17 +190,17 @@ class HandlerConfig:
 class CompileConfig:
     """torch.compile's keywords as the `pt2` section gives them. `backend` None means eager PyTorch."""
 
-    backend: str | None = _setting(
+    backend: str | None = setting(
         None,
-        _any_text("the name of a torch.compile backend"),
+        any_text("the name of a torch.compile backend"),
         "openvino, inductor, openvino_stock, or another of torch.compile's",
     )
-    mode: str | None = _setting(
-        None, _any_text("a mode of torch.compile"), "of inductor, such as reduce-overhead; not beside `options`"
+    mode: str | None = setting(
+        None, any_text("a mode of torch.compile"), "of inductor, such as reduce-overhead; not beside `options`"
     )
-    dynamic: bool | None = _setting(None, switch(), "torch.compile's; openvino takes false only", null="its default")
-    fullgraph: bool | None = _setting(None, switch(), "torch.compile's; openvino takes true only", null="its default")
-    options: Mapping[str, Any] | None = _setting(
+    dynamic: bool | None = setting(None, switch(), "torch.compile's; openvino takes false only", null="its default")
+    fullgraph: bool | None = setting(None, switch(), "torch.compile's; openvino takes true only", null="its default")
+    options: Mapping[str, Any] | None = setting(
         None,
         {"type": "object", "x-accepted": "the backend's options by name"},
         "the backend's own; those of openvino stand below",
@@ -291,7 +230,7 @@ class CompileConfig:
                 return cls()
         if isinstance(raw, Mapping):
             raw = {"backend": "inductor", **raw}  # torch.compile's own default
-        config: Self = _read_section(cls, raw, section)
+        config: Self = read_section(cls, raw, section)
         config._check_backend(section)
         return config
 
@@ -319,24 +258,6 @@ class CompileConfig:
             raise ConfigError(f"{section}.mode takes one of {', '.join(modes)}, not {shorten(self.mode)}")
 
 
-def check_is_text(file: Path) -> None:
-    """Refuse a model-config.yaml that TorchServe cannot read, if it is there.
-
-    Raises:
-        ConfigError: it is not UTF-8, with or without a byte order mark.
-    """
-    raw = file.read_bytes() if file.exists() else b""
-    try:
-        is_text = "\0" not in raw.decode("utf-8")
-    except UnicodeDecodeError:
-        is_text = False
-    if not is_text:
-        raise ConfigError(
-            f"{file.name} is not UTF-8 (PowerShell's > and some editors write UTF-16): save it as UTF-8, for "
-            "example with `iconv -f UTF-16 -t UTF-8`, and make the archive again"
-        )
-
-
 def check_server_keys(settings: Any) -> None:
     """Refuse keys of TorchServe's that it reads as something else.
 
@@ -351,42 +272,3 @@ def check_server_keys(settings: Any) -> None:
                 f"{key} takes {describe_schema(COUNT)}, not {shorten(settings[key])}, in whose place TorchServe would "
                 "take a number of its own"
             )
-
-
-def _read_section(cls: type[Any], raw: Any, section: str) -> Any:
-    """Return the dataclass made from one section of model-config.yaml, every key checked."""
-    if not isinstance(raw, Mapping):
-        raise ConfigError(f"{section} takes keys and values, not {shorten(raw)}")
-    settings = {setting.name: setting.metadata for setting in dataclasses.fields(cls)}
-    read = {}
-    for name, value in raw.items():
-        if name not in settings:
-            shown = cut(name, 100) if isinstance(name, str) else shorten(name)
-            raise ConfigError(f"{section}.{shown} is not a key; the keys are {', '.join(settings)}")
-        schema = settings[name]["schema"]
-        if not is_valid(value, schema):
-            raise ConfigError(f"{section}.{name} takes {describe_setting(settings[name])}, not {shorten(value)}")
-        read[name] = int(value) if "integer" in schema["type"] and value is not None else value
-    for setting in dataclasses.fields(cls):
-        if setting.default is NEEDED and setting.name not in read:
-            raise ConfigError(f"{section}.{setting.name} is missing; it takes {describe_setting(setting.metadata)}")
-    return cls(**read)
-
-
-def _check_entries(adapters: Sequence[AdapterConfig]) -> None:
-    names = [each.name for each in adapters]
-    for index, entry in enumerate(adapters):
-        key = f"handler.adapters[{index}]"
-        if entry.name in names[:index]:
-            raise ConfigError(f"{key}.name takes a name that no other has, not {shorten(entry.name)}")
-        if entry.fuse and entry.list_defaults():
-            name = next(iter(entry.list_defaults()))
-            raise ConfigError(
-                f"{key}.{name} is for requests that name the adapter, as none can with fuse: true; give handler.{name}"
-            )
-
-
-def describe_setting(declared: Mapping[str, Any]) -> str:
-    """Say in words what a setting accepts, from its field's metadata."""
-    accepted = describe_schema(declared["schema"])
-    return f"{accepted}, or null for {declared['null']}" if declared["null"] else accepted

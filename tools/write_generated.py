@@ -14,20 +14,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdxl_server.adapters.entries import AdapterConfig
+from sdxl_server.contract import build_contract
 from sdxl_server.families import FAMILIES
 from sdxl_server.fields import DECLARATIONS
 from sdxl_server.openapi import build_openapi
-from sdxl_server.pipeline import build_contract
 from sdxl_server.request import Contract
 from sdxl_server.samplers import ALIASES, split_sampler
 from sdxl_server.schemas import describe_schema
+from sdxl_server.sections import NEEDED, describe_setting
 from sdxl_server.settings import (
-    NEEDED,
     PUBLISHED_KEYS_WITHOUT_EFFECT,
-    AdapterConfig,
     CompileConfig,
     HandlerConfig,
-    describe_setting,
 )
 from tools.random_model import make_pipeline
 from tools.server import ROOT

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdxl_server.adapters.entries import AdapterConfig
 from sdxl_server.adapters.files import LowRank, read_adapter
 from sdxl_server.adapters.names import Layer, spell_layers
 from sdxl_server.errors import ConfigError
 from sdxl_server.families import Family
-from sdxl_server.settings import AdapterConfig, HandlerConfig
+from sdxl_server.settings import HandlerConfig
 
 Products = dict[str, tuple[Any, Any]]  # by the name of a layer's weights, see openvino_backend
 
