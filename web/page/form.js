@@ -25,6 +25,7 @@ export class Form {
     this.fields = new Map();
     this.own = own;
     for (const name of order(schema.properties)) {
+      if (schema.properties[name].maxItems === 0) continue; // nothing of it is on offer here
       const field = new Field(name, schema.properties[name], schema.required?.includes(name));
       this.fields.set(name, field);
       const place = FIRST.includes(name) ? places.first : WITH_IMAGE.includes(name) ? places.withImage : places.others;
