@@ -431,7 +431,17 @@ def test_keyboard_reaches_everything(page: Page) -> None:
     expect(page.get_by_label("Prompt", exact=True)).to_be_focused()
 
 
-@pytest.mark.soak
+def test_addresses_of_the_page_are_open_without_a_token(nginx: LocalProxy) -> None:
+    origin = nginx.url.removesuffix("/predictions/diffusion_fast")
+    for path in ("", "main.js", "style.css", "icon.svg"):
+        answer = requests.get(f"{origin}/{path}", verify=str(nginx.certificate), timeout=10)
+        assert answer.status_code == 200, path
+        assert "script-src 'self'" in answer.headers["Content-Security-Policy"]
+        assert "unsafe" not in answer.headers["Content-Security-Policy"]
+    contract = f"{nginx.url}/1.0/openapi.json"
+    assert requests.get(contract, verify=str(nginx.certificate), timeout=10).status_code == 401
+
+
 def test_worker_that_dies_in_mid_picture_is_told_and_asked_again(page: Page, server: LocalServer) -> None:
     """The last test here, since TorchServe needs some seconds to start another."""
     draw(page, num_inference_steps=LONG)
@@ -447,14 +457,3 @@ def test_worker_that_dies_in_mid_picture_is_told_and_asked_again(page: Page, ser
     page.get_by_role("button", name="Draw again").click()
     expect(page.locator("#work .said")).to_contain_text("Step")
     page.get_by_role("button", name="Cancel").click()
-
-
-def test_addresses_of_the_page_are_open_without_a_token(nginx: LocalProxy) -> None:
-    origin = nginx.url.removesuffix("/predictions/diffusion_fast")
-    for path in ("", "main.js", "style.css", "icon.svg"):
-        answer = requests.get(f"{origin}/{path}", verify=str(nginx.certificate), timeout=10)
-        assert answer.status_code == 200, path
-        assert "script-src 'self'" in answer.headers["Content-Security-Policy"]
-        assert "unsafe" not in answer.headers["Content-Security-Policy"]
-    contract = f"{nginx.url}/1.0/openapi.json"
-    assert requests.get(contract, verify=str(nginx.certificate), timeout=10).status_code == 401
