@@ -60,9 +60,9 @@ def build_contract(
     )
     properties = build_properties(bounds, defaults=defaults, lacking=family.lacks)
     half = price_half(config, graphs)
-    contract = Contract(properties, bounds, functools.partial(_count_calls, pipeline, samplers, half))
+    contract = Contract(properties, bounds, functools.partial(_count_calls, pipeline, samplers, half), family.needs)
     try:
-        contract.check({"prompt": "what a request gets that says no more", **defaults})
+        contract.check_sample({"prompt": "what a request gets that says no more", **defaults})
     except RequestError as error:
         key = error.param if error.param in {each.name for each in dataclasses.fields(config)} else "jpeg_quality"
         raise ConfigError(f"handler.{key}: its defaults are beyond its limits: {error}") from error

@@ -186,7 +186,7 @@ def load_pipeline(
 def warm_up(loaded: LoadedPipeline) -> None:
     """Make one picture of each size that is allowed, which compiles every part, and check that all were compiled.
 
-    The VAE's encoder is left to the first request with an image.
+    The VAE's encoder is left to the first request with an image, but of a model that draws nothing else.
 
     Raises:
         ConfigError: a part ran in eager PyTorch although it was to be compiled, or a picture is not finite.
@@ -214,7 +214,7 @@ def warm_up(loaded: LoadedPipeline) -> None:
                 f"{loaded.config.model_path} are damaged, or they overflow in {loaded.dtype} and need dtype: float32"
             ) from error
     report = loaded.describe()
-    warm = [name for name in loaded.parts if name != VAE_ENCODER]
+    warm = [name for name in loaded.parts if name != VAE_ENCODER or loaded.family.needs]
     idle = [name for name, graphs in report.get("openvino", {}).items() if name in warm and not graphs]
     if idle or report["graphs"] < len(warm):
         raise ConfigError(
@@ -228,7 +228,7 @@ def _choose_warm_up(loaded: LoadedPipeline, fields: Mapping[str, Any]) -> Genera
     steps = 1 if loaded.compilation.backend == "openvino" else min(WARM_UP_STEPS, most)
     while True:
         try:
-            return loaded.contract.check({**fields, "num_inference_steps": steps})
+            return loaded.contract.check_sample({**fields, "num_inference_steps": steps})
         except RequestError:
             if steps >= most:
                 raise

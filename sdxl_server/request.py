@@ -3,7 +3,7 @@
 import copy
 import difflib
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from sdxl_server.errors import RequestError
 from sdxl_server.fields import DECLARATIONS, MAX_SEED, RANDOM_SEED, GenerationRequest
 from sdxl_server.fitting import fit_images
 from sdxl_server.schemas import describe_schema, is_valid, shorten
-from sdxl_server.uploads import MASK, read_upload
+from sdxl_server.uploads import MASK, make_white, read_upload
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,13 @@ class Contract:
         bounds: what they were made from, and what bounds several fields together.
         count_calls: the UNet's calls for one picture of a request; raises RequestError where the scheduler can make
             no picture of it.
+        needs: the fields that a request must have beside the prompt, those of an inpainting model.
     """
 
     properties: Mapping[str, dict[str, Any]]
     bounds: Bounds
     count_calls: Callable[[GenerationRequest], float]
+    needs: Sequence[str] = ()
 
     @property
     def size(self) -> tuple[int, int]:
@@ -55,6 +57,13 @@ class Contract:
         used |= read
         if "prompt" not in used:
             raise RequestError("prompt is missing; it takes a text", param="prompt")
+        for name in self.needs:
+            if name not in used:
+                raise RequestError(
+                    f"{name} is missing: this model is for inpainting, which paints an image anew where a mask says "
+                    f"so, and takes {' and '.join(self.needs)}",
+                    param=name,
+                )
         if used.get("seed", RANDOM_SEED) == RANDOM_SEED:
             used["seed"] = secrets.randbelow(MAX_SEED + 1)
         if MASK in used and "image" not in used:
@@ -66,6 +75,14 @@ class Contract:
         self._check_size(request)
         self._check_work(request)
         return request
+
+    def check_sample(self, fields: Mapping[str, Any]) -> GenerationRequest:
+        """Return the request with these fields, with white pictures for those that it must have.
+
+        Raises:
+            RequestError: see `check`.
+        """
+        return self.check({**fields, **dict.fromkeys(self.needs, make_white())})
 
     def _check_field(self, name: str, value: Any) -> Any:
         schema, declaration = self.properties[name], DECLARATIONS[name]
@@ -117,7 +134,7 @@ class Contract:
         return {
             "type": "object",
             "additionalProperties": False,
-            "required": ["prompt"],
+            "required": ["prompt", *self.needs],
             "properties": properties,
             "dependentRequired": {MASK: ["image"]},
         }

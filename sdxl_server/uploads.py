@@ -39,6 +39,13 @@ class Upload:
     alpha: Any = None
 
 
+def make_white() -> Upload:
+    """Return a picture all white, which is also a mask that protects nothing."""
+    from PIL import Image
+
+    return Upload(Image.new("RGB", (64, 64), "white"))
+
+
 def read_bytes(name: str, value: Any) -> bytes:
     """Return the file in a field: bytes from a form, base64 from JSON; both may hold base64 or a data URL as text.
 

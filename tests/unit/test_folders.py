@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from sdxl_server.errors import ConfigError
+from sdxl_server.families import FAMILIES, find_family
 from sdxl_server.folders import write_remedy
 from tests.unit.test_pipeline import load, make_picture
 from tools.server import ROOT
@@ -128,7 +129,6 @@ def test_shard_that_is_missing(folder: Path) -> None:
     [
         ("StableDiffusionXLImg2ImgPipeline", "the refiner of Stable Diffusion XL"),
         ("StableDiffusionXLInstructPix2PixPipeline", "an instruct-pix2pix model"),
-        ("StableDiffusionXLInpaintPipeline", "an inpainting model of nine channels"),
     ],
 )
 def test_a_pipeline_that_is_not_served_is_told_by_name(folder: Path, held: str, told: str) -> None:
@@ -136,3 +136,20 @@ def test_a_pipeline_that_is_not_served_is_told_by_name(folder: Path, held: str, 
     line = refuse(folder)
     assert told in line
     assert f"({held}); that is not served" in line
+
+
+@pytest.mark.parametrize(
+    ("held", "channels", "family"),
+    [
+        ("StableDiffusionXLInpaintPipeline", 9, "sdxl-inpainting"),
+        ("StableDiffusionXLPipeline", 9, "sdxl-inpainting"),
+        ("StableDiffusionXLInpaintPipeline", 4, "sdxl"),
+        ("StableDiffusionInpaintPipeline", 9, "sd-inpainting"),
+    ],
+)
+def test_channels_tell_an_inpainting_model(folder: Path, held: str, channels: int, family: str) -> None:
+    edit(folder / "model_index.json", _class_name=held)
+    edit(folder / "unet/config.json", in_channels=channels)
+    assert find_family(folder, is_xl=None) is find_family(folder, is_xl="XL" in held) is FAMILIES[family]
+    edit(folder / "unet/config.json", in_channels=8)
+    assert "holds a UNet of 8 channels; those of 4, and of 9 for inpainting, are served" in refuse(folder)
