@@ -6,9 +6,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from cloudcoil.models.keda.v1alpha1 import ScaledObject
 
 from tools.instances import find_haproxy
 from tools.server import ROOT, read_shipped
@@ -35,6 +37,24 @@ def test_a_misspelt_key_is_refused() -> None:
     resource["spec"]["template"]["spec"]["containers"][0]["readynessProbe"] = {}
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(resource, VERSION, strict=True)
+
+
+def make_strict(schema: Any) -> Any:
+    """Return a schema that refuses the keys that it does not name."""
+    if isinstance(schema, dict):
+        known = {"additionalProperties": False} if "properties" in schema else {}
+        return {**known, **{key: make_strict(value) for key, value in schema.items()}}
+    return [make_strict(each) for each in schema] if isinstance(schema, list) else schema
+
+
+def test_keda_takes_what_scales() -> None:
+    """By the schema of KEDA 2.16, the newest that a package has."""
+    schema = jsonschema.Draft202012Validator(make_strict(ScaledObject.model_json_schema()))
+    scaled = yaml.safe_load((KUBERNETES / "keda/scaledobject.yaml").read_text())
+    schema.validate(scaled)
+    scaled["spec"]["pollInterval"] = scaled["spec"].pop("pollingInterval")
+    with pytest.raises(jsonschema.ValidationError, match="'pollInterval' was unexpected"):
+        schema.validate(scaled)
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
