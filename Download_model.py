@@ -4,7 +4,8 @@ The weights of the fp16 variant (`model.fp16.safetensors`) are saved under the p
 any diffusers program loads the folder without being told of a variant. An interrupted download continues with the same
 command. model_index.json comes last: a folder that has it is whole. source.json says what the folder holds.
 
-A model in one .safetensors, as it is published for other programs, becomes such a folder too, offline.
+A model in one .safetensors, as it is published for other programs, becomes such a folder too, offline. --vae without
+--model fetches a VAE alone, for vae_path in model-config.yaml.
 """
 
 import argparse
@@ -22,7 +23,9 @@ from typing import Any, BinaryIO
 DEFAULT_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
 DEFAULT_REVISION = "462165984030d82259a11f4367a4eed129e94a7b"
 DEMO_FOLDER = Path(__file__).parent / "demo/model"
+DEFAULT_FOLDER, DEFAULT_VAE_FOLDER = Path("Base_Diffusion_model"), Path("VAE")
 INDEX = "model_index.json"
+CONFIG = "config.json"
 RECORD = "source.json"
 SETTINGS = (".json", ".txt", ".model")
 PICKLES = (".bin", ".ckpt", ".msgpack", ".pt", ".pth")
@@ -293,16 +296,41 @@ def start_folder(folder: Path, record: dict[str, str]) -> None:
 
 def fetch_pipeline(source: Source, folder: Path, dtype: str) -> None:
     """Bring the folder to hold the whole pipeline, whatever it holds of it now."""
-    index_file = next((each for each in source.files if each.name == INDEX), None)
-    if index_file is None:
-        raise DownloadError(f"{source.model} is not a diffusers pipeline: it has no {INDEX}")
-    index = io.BytesIO()
-    source.fetch(index_file, index)
-    files = select_files(json.loads(index.getvalue()), source.files, dtype)
+    index, content = read_json(source, INDEX, "a diffusers pipeline")
+    fetch_files(source, [*select_files(content, source.files, dtype), index], folder, dtype)
+
+
+def fetch_vae(source: Source, folder: Path, dtype: str) -> None:
+    """Bring the folder to hold a VAE, whatever it holds of it now."""
+    from sdxl_server.autoencoders import FULL, TINY
+
+    config, content = read_json(source, CONFIG, "the folder of a VAE")
+    held = content.get("_class_name") if isinstance(content, dict) else None
+    if held not in (FULL, TINY):
+        raise DownloadError(f"--vae takes an {FULL} or {TINY}, but {source.model} holds {held}")
+    inside = {each.name: each for each in source.files}
+    weights = select_weights(inside, dtype)
+    if not weights:
+        raise DownloadError(f"{source.model} has no weights in safetensors under the name that diffusers reads")
+    fetch_files(source, [*(inside[name] for name in weights), config], folder, dtype)
+
+
+def read_json(source: Source, name: str, what: str) -> tuple[SourceFile, Any]:
+    """Return a file at the source, and what it holds."""
+    file = next((each for each in source.files if each.name == name), None)
+    if file is None:
+        raise DownloadError(f"{source.model} is not {what}: it has no {name}")
+    content = io.BytesIO()
+    source.fetch(file, content)
+    return file, json.loads(content.getvalue())
+
+
+def fetch_files(source: Source, files: Sequence[SourceFile], folder: Path, dtype: str) -> None:
+    """Bring the folder to hold these files, whatever it holds of them now; the last of them says that it is whole."""
     record = {"model": source.model, "revision": source.revision, "dtype": dtype}
     check_folder(folder, record)
 
-    targets = {folder / each.saved_name: each for each in [*files, index_file]}
+    targets = {folder / each.saved_name: each for each in files}
     missing = {target: each for target, each in targets.items() if not target.exists()}
     if not missing:
         print(f"{folder} already holds {source.model} ({dtype}): nothing to fetch")
@@ -312,7 +340,9 @@ def fetch_pipeline(source: Source, folder: Path, dtype: str) -> None:
     check_disk_space(folder, needed)
     print(f"{source.model} at {source.revision}: {needed / 1e9:.2f} GB to fetch, {len(missing)} files into {folder}")
     plain = {
-        each.name.split("/")[0] for each in files if each.name.endswith(".safetensors") and VARIANT not in each.name
+        each.name.rpartition("/")[0] or "the VAE"
+        for each in files
+        if each.name.endswith(".safetensors") and VARIANT not in each.name
     }
     if dtype == "fp16" and plain:
         print(f"no fp16 variant of {', '.join(sorted(plain))}: taking the weights that are there")
@@ -324,15 +354,19 @@ def fetch_pipeline(source: Source, folder: Path, dtype: str) -> None:
 
 
 def download_model(
-    model: str,
+    model: str | None,
     revision: str | None,
     *,
     folder: Path,
     dtype: str,
     prediction: str | None = None,
-    vae: Path | None = None,
+    vae: str | None = None,
 ) -> None:
     """Fetch a pipeline from the hub, copy it from a local folder (`demo`: the demonstration's) or make it of one file.
+
+    Args:
+        model: None: of a VAE alone, which `vae` then names, or else the default.
+        vae: in the place of the one in a file.
 
     Raises:
         DownloadError: with the reason, in one line.
@@ -341,13 +375,21 @@ def download_model(
 
     from sdxl_server.checkpoints.recognition import CheckpointError
 
+    is_vae = model is None and vae is not None
+    model = vae if model is None and vae is not None else model or DEFAULT_MODEL
     local = DEMO_FOLDER if model == "demo" else Path(model)
     try:
-        if is_single_file(model):
-            make_from_single_file(model, revision, folder=folder, dtype=dtype, prediction=prediction, vae=vae)
+        if is_vae and is_single_file(model):
+            raise DownloadError(f"--vae without --model takes a folder or a hub id, not {model}")
+        if not is_vae and is_single_file(model):
+            place = None if vae is None else Path(vae)
+            make_from_single_file(model, revision, folder=folder, dtype=dtype, prediction=prediction, vae=place)
             return
-        if prediction or vae:
-            raise DownloadError(f"--prediction-type and --vae are for a model in one file, which {model} is not")
+        if prediction or vae and not is_vae:
+            raise DownloadError(
+                f"--prediction-type and --vae are for a model in one file, which {model} is not; --vae without --model "
+                "fetches a VAE alone, for vae_path in model-config.yaml"
+            )
         if local.is_dir():
             if revision:
                 raise DownloadError(f"--revision is for a model on the hub; {model} is a local folder")
@@ -355,7 +397,7 @@ def download_model(
         else:
             revision = revision or (DEFAULT_REVISION if model == DEFAULT_MODEL else "main")
             source = open_hub(model, revision)
-        fetch_pipeline(source, folder, dtype)
+        (fetch_vae if is_vae else fetch_pipeline)(source, folder, dtype)
     except CheckpointError as error:
         raise DownloadError(str(error)) from error
     except errors.GatedRepoError as error:
@@ -378,15 +420,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model",
-        default=DEFAULT_MODEL,
         help="hub id, local folder, a model in one .safetensors (here, owner/name/file.safetensors on the hub, or the "
-        "address of its page), or demo for the demonstration model (default: %(default)s)",
+        f"address of its page), or demo for the demonstration model (default: {DEFAULT_MODEL})",
     )
     parser.add_argument(
         "--revision", help="the hub's branch, tag or commit (default: a pinned commit; other models: main)"
     )
     parser.add_argument(
-        "--output-dir", type=Path, default=Path("Base_Diffusion_model"), help="where to save it (default: %(default)s)"
+        "--output-dir",
+        type=Path,
+        help=f"where to save it (default: {DEFAULT_FOLDER}; of a VAE alone: {DEFAULT_VAE_FOLDER})",
     )
     parser.add_argument(
         "--dtype", choices=("fp16", "fp32"), default="fp16", help="fp16 halves the download (default: %(default)s)"
@@ -399,19 +442,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--vae",
-        type=Path,
-        help="of a model in one file: a .safetensors or a folder whose VAE to take in place of its own",
+        help="without --model: the hub id or folder of a VAE to fetch alone, such as madebyollin/sdxl-vae-fp16-fix or, "
+        "tiny, madebyollin/taesdxl; of a model in one file: a .safetensors or a folder whose VAE to take in place of "
+        "its own",
     )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    is_model = arguments.model is not None or arguments.vae is None
     try:
         download_model(
             arguments.model,
             arguments.revision,
-            folder=arguments.output_dir,
+            folder=arguments.output_dir or (DEFAULT_FOLDER if is_model else DEFAULT_VAE_FOLDER),
             dtype=arguments.dtype,
             prediction=arguments.prediction_type,
             vae=arguments.vae,

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from sdxl_server.autoencoders import find_methods
 from sdxl_server.errors import ConfigError
 from sdxl_server.families import Family
 from sdxl_server.settings import BACKEND_NAMES, CompileConfig, HandlerConfig
@@ -105,10 +106,11 @@ def compile_parts(
     if graphs in ("dynamic", "both"):
         # Past so many halvings the UNet's way up takes its sizes from the way down, as a graph of any size must.
         pipeline.unet.num_upsamplers = 30
+    decode, encode = find_methods(pipeline.vae)
     methods = {
         "unet": pipeline.unet.forward,
-        "vae": pipeline.vae._decode,
-        VAE_ENCODER: pipeline.vae._encode,
+        "vae": decode,
+        VAE_ENCODER: encode,
         **{name: getattr(pipeline, name).forward for name in family.text_encoders},
     }
     wanted = list_parts(family, config)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sdxl_server import metrics
+from sdxl_server.autoencoders import is_tiny, wrap_encoded
 from sdxl_server.errors import NotFiniteError
 from sdxl_server.fields import GenerationRequest
 from sdxl_server.noise import find_output, find_sigma, predict_original
@@ -134,6 +135,7 @@ class Autoencoder(Part):
     def __init__(self, model: Any, functions: Functions) -> None:
         super().__init__(model)
         self._decode, self._encode = functions["vae"], functions["vae_encoder"]
+        self._is_tiny = is_tiny(model)
 
     def decode(self, latents: Any, return_dict: bool = True, generator: Any = None) -> Any:
         """Return the pixels of latents in a tuple, whatever `return_dict`; the decoder has no use for a generator."""
@@ -142,13 +144,10 @@ class Autoencoder(Part):
         return decoded
 
     def encode(self, pixels: Any) -> Any:
-        """Return the distribution of an image's latents."""
-        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-        from diffusers.models.modeling_outputs import AutoencoderKLOutput
-
-        moments = self._encode(pixels.to(self.dtype))
-        check_finite(moments, "what the VAE made of the image")
-        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments))
+        """Return an image's latents, of the full VAE their distribution, as diffusers has them."""
+        encoded = self._encode(pixels.to(self.dtype))
+        check_finite(encoded, "what the VAE made of the image")
+        return wrap_encoded(encoded, tiny=self._is_tiny)
 
 
 class TextEncoder(Part):

@@ -33,6 +33,11 @@ def write_copy(folder: Path) -> str:
     return shlex.join(["python", "Download_model.py", "--model", str(folder), "--output-dir", f"{folder}-whole"])
 
 
+def write_vae_copy(folder: Path) -> str:
+    """Return the command that copies of a folder what a VAE needs."""
+    return shlex.join(["python", "Download_model.py", "--vae", str(folder), "--output-dir", f"{folder}-whole"])
+
+
 def check_whole(folder: Path) -> None:
     """Refuse a folder that lacks weights, in one line with the command that mends it.
 

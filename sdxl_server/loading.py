@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sdxl_server.autoencoders import check_vae, read_vae
 from sdxl_server.errors import ConfigError
 from sdxl_server.families import Family
-from sdxl_server.folders import find_variant, write_copy
+from sdxl_server.folders import find_variant
 from sdxl_server.schemas import shorten
 from sdxl_server.settings import CompileConfig, HandlerConfig
 
@@ -34,10 +35,13 @@ def blame(what: str) -> Iterator[None]:
         raise ConfigError(f"{what}: {type(error).__name__}: {reason}") from error
 
 
-def check_files(folder: Path) -> None:
+def check_files(folder: Path, *, remedy: str) -> None:
     """Refuse a folder with files of other kinds than a pipeline has, since they could run code when they are loaded.
 
     Subfolders that are links are looked into as well.
+
+    Args:
+        remedy: the command that copies what is needed of it.
 
     Raises:
         ConfigError: names the file.
@@ -53,9 +57,9 @@ def check_files(folder: Path) -> None:
         for name in sorted(names):
             if os.path.splitext(name)[1] not in SUFFIXES and name not in NAMES:
                 raise ConfigError(
-                    f"{os.path.join(place, name)} could run code when it is loaded; the folder of a pipeline takes "
-                    f"weights in .safetensors, and {', '.join(sorted(SUFFIXES - {'.safetensors'}))}; what a pipeline "
-                    f"needs of it is copied by: {write_copy(folder)}"
+                    f"{os.path.join(place, name)} could run code when it is loaded; the folder of a model takes "
+                    f"weights in .safetensors, and {', '.join(sorted(SUFFIXES - {'.safetensors'}))}; what is needed of "
+                    f"it is copied by: {remedy}"
                 )
 
 
@@ -102,10 +106,16 @@ def choose_dtype(config: HandlerConfig, compilation: CompileConfig, *, device: s
     return "float16", dataclasses.replace(compilation, options=options)
 
 
-def read_pipeline(folder: Path, dtype: str, family: Family) -> Any:
+def read_pipeline(folder: Path, dtype: str, family: Family, *, vae: Path | None = None) -> Any:
     """Read the pipeline from its safetensors; nothing is downloaded and no code of the folder runs.
 
     Each library raises errors of its own where a part is missing or broken.
+
+    Args:
+        vae: the folder of a VAE in the place of the pipeline's own.
+
+    Raises:
+        ConfigError: the VAE is another model's.
     """
     import diffusers
     import torch
@@ -118,9 +128,11 @@ def read_pipeline(folder: Path, dtype: str, family: Family) -> Any:
     # In float16 SDXL's VAE overflows. diffusers would convert it there and back for each picture, compiled or not.
     dtypes = {"default": torch.float16, "vae": torch.float32} if dtype == "float16" else getattr(torch, dtype)
     pipeline_class = getattr(diffusers, family.text_to_image)
+    others = {} if vae is None else {"vae": read_vae(vae, dtypes["vae"] if isinstance(dtypes, dict) else dtypes)}
     pipeline = pipeline_class.from_pretrained(
-        folder, dtype=dtypes, variant=find_variant(folder), use_safetensors=True, local_files_only=True
+        folder, dtype=dtypes, variant=find_variant(folder), use_safetensors=True, local_files_only=True, **others
     )
+    check_vae(pipeline.vae, channels=pipeline.unet.config.out_channels, own=folder / "vae")
     pipeline.set_progress_bar_config(disable=True)
     # The VAE has the type that it is to run in; with this set, diffusers would convert it for each image it encodes.
     pipeline.vae.register_to_config(force_upcast=False)

@@ -11,6 +11,7 @@ from typing import Any
 
 from sdxl_server import __version__
 from sdxl_server.adapters.registry import Adapter, find_ranks, load_adapters
+from sdxl_server.autoencoders import is_tiny
 from sdxl_server.compiling import VAE_ENCODER, choose_graphs, compile_parts, list_parts
 from sdxl_server.contract import build_contract
 from sdxl_server.drawing import finish, generate
@@ -18,7 +19,7 @@ from sdxl_server.errors import ConfigError, NotFiniteError, RequestError
 from sdxl_server.families import Family, find_family
 from sdxl_server.fields import MIN_SIDE, GenerationRequest
 from sdxl_server.files import can_hold, encode_picture
-from sdxl_server.folders import check_texts, check_whole, write_remedy
+from sdxl_server.folders import check_texts, check_whole, write_copy, write_remedy, write_vae_copy
 from sdxl_server.loading import blame, check_device, check_files, choose_dtype, read_pipeline
 from sdxl_server.masks import find_mask_warnings
 from sdxl_server.prompts import PROMPTS, find_syntax
@@ -70,6 +71,7 @@ class LoadedPipeline:
             "graphs_for": self.graphs,
             "compiled_parts": list(self.parts),
             "weights_sha256": self.weights_sha256,
+            "vae": self.describe_vae(),
             "adapters": [each.describe() for each in self.adapters],
             "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
             "versions": {"sdxl_server": __version__, "openvino_backend": openvino_backend.__version__},
@@ -87,6 +89,11 @@ class LoadedPipeline:
             }
             report["graphs"] = sum(len(graphs) for graphs in report["openvino"].values())
         return report
+
+    def describe_vae(self) -> dict[str, Any]:
+        """Return which VAE it has, with whether that is lossy."""
+        vae = self.pipeline.vae
+        return {"class": type(vae).__name__, "path": self.config.vae_path, "lossy": is_tiny(vae)}
 
     @functools.cached_property
     def arithmetic(self) -> Mapping[str, Any] | None:
@@ -153,13 +160,16 @@ def load_pipeline(
     """
     folder = model_dir / config.model_path
     family = find_family(folder, is_xl=config.is_xl)
-    check_files(folder)
+    check_files(folder, remedy=write_copy(folder))
     check_whole(folder)
+    vae = None if config.vae_path is None else model_dir / config.vae_path
+    if vae is not None:
+        check_files(vae, remedy=write_vae_copy(vae))
     check_device(compilation, device=device)
     graphs = choose_graphs(config, compilation)
     dtype, compilation = choose_dtype(config, compilation, device=device)
     with blame(f"cannot read the pipeline in {folder} (it is made anew by: {write_remedy(folder)})"):
-        pipeline = read_pipeline(folder, dtype, family)
+        pipeline = read_pipeline(folder, dtype, family, vae=vae)
         check_texts(pipeline, family, folder)
         if device != "cpu":
             pipeline.to(device)
@@ -276,6 +286,7 @@ def describe_picture(
             "model": loaded.config.model_path,
             "weights_sha256": loaded.weights_sha256,
             **({"adapters": applied} if (applied := loaded.list_applied(request)) else {}),
+            **({"vae": vae} if (vae := loaded.describe_vae())["path"] or vae["lossy"] else {}),
             "dtype": loaded.dtype,
             "unet_calls": unet_calls,
             "backend": loaded.compilation.backend or "eager",

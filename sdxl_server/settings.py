@@ -47,6 +47,13 @@ class HandlerConfig:
         any_text("a folder"),
         "folder of the diffusers pipeline, inside the archive or absolute",
     )
+    vae_path: str | None = setting(
+        None,
+        any_text("a folder"),
+        "folder of a VAE in the place of the model's own, inside the archive or absolute, such as sdxl-vae-fp16-fix; "
+        "with a tiny one (AutoencoderTiny, TAESDXL) pictures are decoded sooner and lack fine detail: lossy",
+        null="the model's own",
+    )
     weights_sha256: str | None = setting(
         None,
         {"type": "string", "pattern": "^[0-9a-f]{64}$", "x-accepted": "a SHA-256 in 64 hexadecimal digits"},

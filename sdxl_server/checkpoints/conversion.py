@@ -196,7 +196,10 @@ def read_vae(path: Path, described: Path, dtype: str) -> Any:
                 raise CheckpointError(f"{path} is no folder of a VAE: it has no config.json")
             held = json.loads((inside / "config.json").read_text()).get("_class_name")
             if held != kind.__name__:
-                raise CheckpointError(f"--vae takes an {kind.__name__}, but {path} holds {held}")
+                raise CheckpointError(
+                    f"--vae takes an {kind.__name__} beside a model in one file, but {path} holds {held}; name a tiny "
+                    "VAE as vae_path in model-config.yaml"
+                )
             vae = kind.from_pretrained(inside, dtype=wanted, use_safetensors=True, local_files_only=True)
         else:
             if not any(name.removeprefix(VAE).startswith("decoder.conv_in.") for name in read_header(path).shapes):

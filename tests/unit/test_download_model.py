@@ -327,3 +327,42 @@ def test_demonstration_model_is_copied(hub: Hub, download: Download, tmp_path: P
 def test_local_folder_without_a_pipeline(download: Download, tmp_path: Path) -> None:
     (tmp_path / "local").mkdir()
     check_refused(download("--model", "local"), "local is not a diffusers pipeline", "model_index.json")
+
+
+VAE_FILES = {
+    "config.json": json.dumps({"_class_name": "AutoencoderTiny"}).encode(),
+    "diffusion_pytorch_model.safetensors": b"tiny",
+}
+VAE_ID = "madebyollin/taesdxl"
+
+
+@pytest.fixture
+def vae_hub() -> Iterator[Hub]:
+    unneeded = ("taesdxl_decoder.safetensors", "diffusion_pytorch_model.bin", "README.md")
+    with Hub(VAE_ID, "f" * 40, {**VAE_FILES, **dict.fromkeys(unneeded, b"not needed")}) as hub:
+        yield hub
+
+
+def test_vae_alone(vae_hub: Hub, download: Download, tmp_path: Path) -> None:
+    result = download("--vae", VAE_ID, HF_ENDPOINT=vae_hub.url)
+    assert result.returncode == 0, result.stderr
+    assert vae_hub.get_fetched()[-1] == "config.json"
+    assert read_folder(tmp_path / "VAE") == VAE_FILES
+    record = json.loads((tmp_path / "VAE/source.json").read_text())
+    assert record == {"model": VAE_ID, "revision": "f" * 40, "dtype": "fp16"}
+    assert "nothing to fetch" in download("--vae", VAE_ID, HF_ENDPOINT=vae_hub.url).stdout
+    assert download("--vae", "VAE", "--output-dir", "copy").returncode == 0
+    assert read_folder(tmp_path / "copy") == VAE_FILES
+
+
+def test_what_is_no_vae_is_refused(vae_hub: Hub, download: Download, tmp_path: Path) -> None:
+    vae_hub.files["config.json"] = json.dumps({"_class_name": "UNet2DConditionModel"}).encode()
+    told = "--vae takes an AutoencoderKL or AutoencoderTiny, but madebyollin/taesdxl holds UNet2DConditionModel"
+    check_refused(download("--vae", VAE_ID, HF_ENDPOINT=vae_hub.url), told)
+    del vae_hub.files["config.json"]
+    check_refused(
+        download("--vae", VAE_ID, HF_ENDPOINT=vae_hub.url), "is not the folder of a VAE: it has no config.json"
+    )
+    check_refused(download("--vae", "x.safetensors"), "--vae without --model takes a folder or a hub id")
+    check_refused(download("--model", VAE_ID, "--vae", "VAE"), "--vae without --model fetches a VAE alone")
+    assert not (tmp_path / "VAE").exists()
