@@ -24,6 +24,7 @@ from sdxl_server.loading import blame, check_device, check_files, choose_dtype, 
 from sdxl_server.masks import find_mask_warnings
 from sdxl_server.prompts import PROMPTS, find_syntax
 from sdxl_server.request import Contract
+from sdxl_server.schedulers import find_sampling_warnings
 from sdxl_server.settings import CompileConfig, HandlerConfig
 
 WARM_UP_STEPS = 2  # Inductor may compile again at the second
@@ -260,6 +261,7 @@ def find_warnings(loaded: LoadedPipeline, request: GenerationRequest, *, told: S
         count = len(tokenizer(value).input_ids) if value else 0
         if count > most:
             warnings.append(f"{name} has {count} tokens; the text encoder reads the first {most}")
+    warnings += find_sampling_warnings(loaded.pipeline.scheduler, request)
     for name in ("strength", "resize_mode"):
         if getattr(request, name) is not None and request.image is None:
             warnings.append(f"{name} has no effect without an image")

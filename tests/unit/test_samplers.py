@@ -1,5 +1,6 @@
 """Schedulers by their names and options, and which of them draw a model right."""
 
+import dataclasses
 import functools
 import json
 from typing import Any
@@ -10,9 +11,11 @@ from PIL import Image
 
 from demo.measure import choose_prompts, draw_prompts, draw_with, load_pipeline, score_pictures
 from sdxl_server.errors import ConfigError
-from sdxl_server.samplers import ALIASES, list_options, make_schema, read_sampler
-from sdxl_server.schedulers import _try_levels, build_scheduler, check_options, choose_default, find_samplers
+from sdxl_server.samplers import ALIASES, list_options, make_schema, read_sampler, split_sampler
+from sdxl_server.schedulers import check_options, choose_default, find_samplers, find_sampling_warnings
 from sdxl_server.schemas import is_valid
+from sdxl_server.trials import build_scheduler, try_levels
+from tests.unit.test_request import CONTRACT
 from tools.random_model import SCHEDULER
 from tools.server import ROOT
 
@@ -95,8 +98,8 @@ def test_each_fault_is_found(change: dict[str, Any], told: str) -> None:
     sigma = change.pop("init_noise_sigma", 1.0)
     spoiled = build_scheduler(make_own("DDIMScheduler", **{"clip_sample": False, **change}).config, "DDIMScheduler", {})
     spoiled.init_noise_sigma = sigma
-    assert _try_levels(spoiled, trained).startswith(told)
-    assert bool(_try_levels(spoiled, trained)) is bool(told)
+    assert try_levels(spoiled, trained).startswith(told)
+    assert bool(try_levels(spoiled, trained)) is bool(told)
 
 
 @pytest.mark.parametrize("alias", ALIASES)
@@ -206,3 +209,26 @@ def test_the_demonstration_model_is_drawn_right(sampler: Any) -> None:
 def test_what_is_answered_can_be_asked_for_again() -> None:
     sampler = read_sampler("DPM++ 2M SDE Karras", KNOWN)
     assert read_sampler(json.loads(json.dumps(sampler)), KNOWN) == sampler
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps", "growth"),
+    [
+        ({"name": "UniPCMultistepScheduler", "solver_order": 3, "use_karras_sigmas": True}, 10, "3.2"),
+        ({"name": "DPMSolverMultistepScheduler", "solver_order": 3, "use_karras_sigmas": True}, 10, "2.6"),
+        ({"name": "UniPCMultistepScheduler", "solver_order": 3, "use_karras_sigmas": True}, 30, None),
+        ({"name": "UniPCMultistepScheduler", "use_karras_sigmas": True}, 10, None),
+        (ALIASES["DPM++ 2M SDE Karras"], 10, None),
+    ],
+    ids=str,
+)
+def test_a_solver_that_makes_more_of_errors_is_told(sampler: Any, steps: int, growth: str | None) -> None:
+    """And so it is: with those the demonstration model draws fewer right."""
+    request = dataclasses.replace(CONTRACT.check({"prompt": "a fox"}), scheduler=sampler, num_inference_steps=steps)
+    told = f"makes the model's errors {growth} times as large in {steps} steps; more steps or a lower solver_order"
+    assert [told in each for each in find_sampling_warnings(DEMO, request)] == ([] if growth is None else [True])
+    name, options = split_sampler(sampler)
+    pipeline = load_demo()
+    pipeline.scheduler = build_scheduler(DEMO.config, name, options)
+    pictures = list(draw_prompts(PROMPTS, draw_with(pipeline, num_inference_steps=steps), batch=8))
+    assert (score_pictures(PROMPTS, pictures)["all"] >= 7 / 8) is (growth is None)
