@@ -92,10 +92,8 @@ def serve(folder: Path, model: Path, settings: str, cores: Sequence[Sequence[int
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Site]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        with serve(tmp_path_factory.mktemp("instances"), tiny_model, make_settings(None)) as running:
-            yield running
+    with serve(tmp_path_factory.mktemp("instances"), tiny_model, make_settings(None)) as running:
+        yield running
 
 
 def wait_until_up(site: Site) -> None:
@@ -158,6 +156,24 @@ def test_a_worker_that_is_killed_loses_its_picture_only(site: Site) -> None:
     wait_until_up(site)
 
 
+def test_each_instance_is_drained_and_put_back(site: Site, tmp_path: Path) -> None:
+    """The command restarts none here, and shows for a second whose turn it is."""
+    command = f"touch {tmp_path}/{{}} && sleep 1 && mv {tmp_path}/{{}} {tmp_path}/{{}}-was"
+    haproxy, seen = rolling.Haproxy(site.balancer.socket, "pictures"), set()
+    with ThreadPoolExecutor(6) as pool:
+        done = pool.submit(rolling.main, ["--socket", str(site.balancer.socket), "--restart", command, "--wait", "60"])
+        asked = [pool.submit(site.ask, seed) for seed in range(20)]
+        while not done.done():
+            turn = [name for name in NAMES if (tmp_path / name).exists()]
+            states = {name: row["status"] for name, row in haproxy.read_servers().items()}
+            seen |= {(name, states[name]) for name in turn if (tmp_path / name).exists()}
+            time.sleep(0.1)
+        assert {each.result() for each in asked} == {200}
+    assert done.result() == 0
+    assert seen == {(name, "DRAIN") for name in NAMES}
+    assert {each["status"] for each in haproxy.read_servers().values()} == {"UP"}
+
+
 @pytest.mark.soak
 def test_a_rolling_restart_loses_none_of_300(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command leaves a file with the instance's name, and waits until it has gone."""
@@ -189,8 +205,11 @@ def test_a_rolling_restart_loses_none_of_300(site: Site, tmp_path: Path, capsys:
 
 
 @pytest.mark.soak
-def test_instances_on_a_core_each_share_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_instances_on_a_core_each_share_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Pictures of the demonstration model a second, by one, two and three; where there are two cores, two share one."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
     cores = sorted(os.sched_getaffinity(0))
     (tmp_path / "cache").mkdir()
     settings = make_settings(

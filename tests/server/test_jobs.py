@@ -125,8 +125,6 @@ class Site:
 
 def serve(folder: Path, model: Path, count: int) -> Iterator[Site]:
     with contextlib.ExitStack() as stack:
-        # on cores that others use too, several threads wait for each other at each step
-        stack.enter_context(pytest.MonkeyPatch.context()).setenv("OMP_NUM_THREADS", "1")
         instances = []
         for index in range(count):
             place, (port,) = folder / str(index), find_free_ports(1)
