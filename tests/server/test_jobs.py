@@ -53,7 +53,7 @@ class Site:
             **os.environ,
             "JOBS_REDIS": f"redis://127.0.0.1:{self.redis_port}/0",
             "JOBS_RESULTS": str(self.folder / "results"),
-            "JOBS_LOST_SECONDS": "8",
+            "JOBS_LOST_SECONDS": "6",
             "JOBS_PREDICTIONS": self.instances[0].url,
             "PYTHONPATH": str(ROOT),
         }
