@@ -120,7 +120,13 @@ def read_log(site: Site) -> list[Logged]:
 
 def test_nobody_waits_while_an_instance_is_idle(site: Site) -> None:
     with ThreadPoolExecutor(6) as pool:
-        assert set(pool.map(lambda seed: site.ask(seed, steps=40), range(18))) == {200}
+        asked = [pool.submit(site.ask, seed, steps=40) for seed in range(18)]
+        time.sleep(0.5)
+        told = requests.get(f"http://127.0.0.1:{site.balancer.metrics_port}/metrics", timeout=30).text
+        assert {each.result() for each in asked} == {200}
+    # what docs/scaling.md and KEDA's query read: those that wait, and all
+    assert 'haproxy_backend_current_queue{proxy="pictures"} 3\n' in told
+    assert 'haproxy_backend_current_sessions{proxy="pictures"} 6\n' in told
     logged = read_log(site)[-18:]
     assert min(Counter(each.server for each in logged).values()) > 3
     waited = [each for each in logged if each.begun - each.accepted > 0.5]
