@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not servers:
             raise RollingError(f"{options.backend} has no servers")
         for server in servers:
-            restart(haproxy, server, options.restart.format(server), seconds=options.wait)
+            restart(haproxy, server, options.restart.replace("{}", server), seconds=options.wait)
             print(f"{server}: restarted")
     except RollingError as error:
         print(error, file=sys.stderr)

@@ -53,7 +53,7 @@ class Site:
             **os.environ,
             "JOBS_REDIS": f"redis://127.0.0.1:{self.redis_port}/0",
             "JOBS_RESULTS": str(self.folder / "results"),
-            "JOBS_LOST_SECONDS": "8",
+            "JOBS_LOST_SECONDS": "6",
             "JOBS_PREDICTIONS": self.instances[0].url,
             "PYTHONPATH": str(ROOT),
         }
@@ -125,8 +125,6 @@ class Site:
 
 def serve(folder: Path, model: Path, count: int) -> Iterator[Site]:
     with contextlib.ExitStack() as stack:
-        # on cores that others use too, several threads wait for each other at each step
-        stack.enter_context(pytest.MonkeyPatch.context()).setenv("OMP_NUM_THREADS", "1")
         instances = []
         for index in range(count):
             place, (port,) = folder / str(index), find_free_ports(1)

@@ -50,11 +50,8 @@ class Metered(LocalServer):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Metered]:
-    with pytest.MonkeyPatch.context() as patch:
-        # on cores that others use too, several threads wait for each other at each step
-        patch.setenv("OMP_NUM_THREADS", "1")
-        with Metered(tmp_path_factory.mktemp("server"), tiny_model) as running:
-            yield running
+    with Metered(tmp_path_factory.mktemp("server"), tiny_model) as running:
+        yield running
 
 
 def ask_for_kind(server: Metered, number: int) -> str:
