@@ -96,16 +96,14 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
     folder = tmp_path_factory.mktemp("server")
     settings = yaml.safe_load(make_settings(None)) | {"batchSize": 1, "jobQueueSize": 2}
     make_archive(folder, tiny_model, yaml.safe_dump(settings, sort_keys=False))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # on cores that others use too, several wait for each other at each step
-        running = LocalServer(folder)
-        assert check(running) == 1
-        with running:
-            assert check(running) == 0
-            worker = running.find_worker()
-            yield running
-            assert check(running, "--answer", "30") == 0
-            assert running.find_worker() == worker
+    running = LocalServer(folder)
+    assert check(running) == 1
+    with running:
+        assert check(running) == 0
+        worker = running.find_worker()
+        yield running
+        assert check(running, "--answer", "30") == 0
+        assert running.find_worker() == worker
     assert check(running) == 1
 
 

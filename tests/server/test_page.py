@@ -40,10 +40,8 @@ SIDE = 128  # pixels of the model's own pictures
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     folder = tmp_path_factory.mktemp("server")
     make_archive(folder, ROOT / "demo/model", make_settings(None, guidance_scale=GUIDANCE, num_inference_steps=30))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # the browser computes beside it
-        with LocalServer(folder) as running:
-            yield running
+    with LocalServer(folder) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
