@@ -57,6 +57,13 @@ _KINDS = (
         "it has 8-bit products for inputs that are in 8 bits themselves",
     ),
     _Kind(
+        "AVX-512 VNNI, AVX-VNNI and bfloat16",
+        frozenset({"avx512_vnni", "avx_vnni", "avx512_bf16"}),
+        {**_WEIGHTS, "quantize_linear_layers": True, "config": {PRECISION: "bf16"}},
+        "int8",
+        "linear layers are faster with their inputs brought into 8 bits by the graph than by OpenVINO itself",
+    ),
+    _Kind(
         "AVX-512 VNNI and bfloat16",
         frozenset({"avx512_vnni", "avx512_bf16"}),
         {**_WEIGHTS, "config": {PRECISION: "bf16", GROUP_SIZE: 320}},

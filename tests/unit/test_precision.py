@@ -12,6 +12,7 @@ from openvino_backend.precision import choose_arithmetic, find_kind, read_flags
 from tests.unit.modules import CAPABILITIES, HAS_BF16, make_module, measure_error
 
 SAPPHIRE_RAPIDS = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")
+ZEN_5 = ("avx2", "avx_vnni", "avx512_f", "avx512_vnni", "avx512_bf16")
 ZEN_4 = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16")
 CASCADE_LAKE = ("avx2", "avx512_f", "avx512_vnni")
 WEIGHTS = {"weight_compression": "int8_sym", "quantize_convolutions": True}
@@ -22,6 +23,11 @@ WEIGHTS = {"weight_compression": "int8_sym", "quantize_convolutions": True}
     [
         (
             SAPPHIRE_RAPIDS,
+            {**WEIGHTS, "quantize_linear_layers": True, "config": {"INFERENCE_PRECISION_HINT": "bf16"}},
+            "int8",
+        ),
+        (
+            ZEN_5,
             {**WEIGHTS, "quantize_linear_layers": True, "config": {"INFERENCE_PRECISION_HINT": "bf16"}},
             "int8",
         ),
