@@ -261,8 +261,16 @@ def test_gallery_survives_a_reload_and_gives_all_back(page: Page) -> None:
     page.get_by_role("button", name="Draw", exact=True).click()
     wait_for_picture(page, 3)
     assert Image.open(io.BytesIO(download(page))).tobytes() == Image.open(io.BytesIO(first)).tobytes()
+    assert count_action_rows(page, 375, 812) == 2
+    assert count_action_rows(page, 1280, 600) == 1
     page.get_by_role("button", name="Delete").click()
     expect(page.locator("#pictures li")).to_have_count(2)
+
+
+def count_action_rows(page: Page, width: int, height: int) -> int:
+    page.set_viewport_size({"width": width, "height": height})
+    tops = page.locator("figcaption .wrap > *").evaluate_all("nodes => nodes.map((node) => node.offsetTop)")
+    return len(set(tops))
 
 
 def test_full_gallery_says_so(page: Page) -> None:
