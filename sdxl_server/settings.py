@@ -150,7 +150,8 @@ class HandlerConfig:
         True,
         switch(),
         "before the worker is ready make one picture of each of `allowed_sizes`, or of the size above, in as few steps "
-        "as compile everything, so that no user waits for compilation; the VAE's encoder is left to the first image",
+        "as compile everything, so that no user waits for compilation; the VAE's encoder is left to the first image, "
+        "but for an inpainting model",
     )
     metrics_address: str | None = setting(
         None,
