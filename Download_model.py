@@ -357,7 +357,7 @@ def download_model(
     model: str | None,
     revision: str | None,
     *,
-    folder: Path,
+    folder: Path | None,
     dtype: str,
     prediction: str | None = None,
     vae: str | None = None,
@@ -366,6 +366,7 @@ def download_model(
 
     Args:
         model: None: of a VAE alone, which `vae` then names, or else the default.
+        folder: None: the default of what it is.
         vae: in the place of the one in a file.
 
     Raises:
@@ -376,7 +377,8 @@ def download_model(
     from sdxl_server.checkpoints.recognition import CheckpointError
 
     is_vae = model is None and vae is not None
-    model = vae if model is None and vae is not None else model or DEFAULT_MODEL
+    model = (vae if is_vae else model) or DEFAULT_MODEL
+    folder = folder or (DEFAULT_VAE_FOLDER if is_vae else DEFAULT_FOLDER)
     local = DEMO_FOLDER if model == "demo" else Path(model)
     try:
         if is_vae and is_single_file(model):
@@ -451,12 +453,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    is_model = arguments.model is not None or arguments.vae is None
     try:
         download_model(
             arguments.model,
             arguments.revision,
-            folder=arguments.output_dir or (DEFAULT_FOLDER if is_model else DEFAULT_VAE_FOLDER),
+            folder=arguments.output_dir,
             dtype=arguments.dtype,
             prediction=arguments.prediction_type,
             vae=arguments.vae,

@@ -52,8 +52,9 @@ _OWN_LOOKS = ("F.__defaults__", "tuple((F.__kwdefaults__ or {}).items())")
 
 # While torch traces, and while it loads a trace, settings of the whole process and the call of every module are others.
 _tracing = threading.Lock()
-# The calls of compile_ahead's block: the function, its arguments by place and by name.
-_ahead: list[tuple["CompiledFunction", tuple[Any, ...], dict[str, Any]]] | None = None
+# A function, and the arguments that it was called with, by place and by name.
+Call = tuple["CompiledFunction", tuple[Any, ...], dict[str, Any]]
+_ahead: list[Call] | None = None  # the calls of compile_ahead's block
 
 
 @dataclass(frozen=True)
@@ -323,7 +324,7 @@ def compile_ahead() -> Iterator[None]:
         OpenVINOBackendError: what stood in the way of one.
     """
     global _ahead
-    calls: list[tuple[CompiledFunction, tuple[Any, ...], dict[str, Any]]] = []
+    calls: list[Call] = []
     _ahead = calls
     try:
         yield

@@ -7,6 +7,7 @@ from types import MethodType
 from typing import Any
 
 from sdxl_server.errors import ConfigError
+from sdxl_server.folders import name_variant, read_json
 from sdxl_server.schemas import shorten
 
 FULL, TINY = "AutoencoderKL", "AutoencoderTiny"  # diffusers' classes
@@ -78,12 +79,8 @@ def read_vae(folder: Path, dtype: Any) -> Any:
     """
     import diffusers
 
-    from sdxl_server.folders import HALF
-
     kind = getattr(diffusers, read_class(folder))
-    variant = None
-    if all(HALF in path.name for path in folder.glob("diffusion_pytorch_model*.safetensors")):
-        variant = HALF.removeprefix(".")
+    variant = name_variant(folder.glob("diffusion_pytorch_model*.safetensors"))
     return kind.from_pretrained(folder, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True)
 
 
@@ -102,11 +99,8 @@ def check_vae(vae: Any, *, channels: int, own: Path) -> None:
     found = vae.config.latent_channels
     if found != channels:
         raise ConfigError(f"handler.vae_path takes a VAE of {channels} latent channels for this model, not {found}")
-    try:
-        settings = json.loads((own / "config.json").read_text())
-        of_model = settings["scaling_factor"] if settings["_class_name"] == FULL else None
-    except (OSError, ValueError, LookupError, TypeError):
-        return
+    settings = read_json(own / "config.json")
+    of_model = settings.get("scaling_factor") if settings.get("_class_name") == FULL else None
     if of_model and not is_tiny(vae) and abs(vae.config.scaling_factor - of_model) > LEAST_APART:
         raise ConfigError(
             f"handler.vae_path takes a VAE of this kind of model, of scaling factor {of_model:g} (0.13025: Stable "

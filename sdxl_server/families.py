@@ -4,9 +4,9 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sdxl_server.errors import ConfigError
+from sdxl_server.folders import read_json
 from sdxl_server.schemas import shorten
 
 
@@ -102,7 +102,8 @@ def find_family(folder: Path, *, is_xl: bool | None) -> Family:
         raise ConfigError(
             f"handler.model_path takes the folder of one of {names}, but {folder} holds a {shorten(held)}"
         )
-    channels = _read_channels(folder)
+    # Where they do not say it, diffusers takes 4; where they cannot be read, the reading of the pipeline tells why.
+    channels = read_json(folder / "unet/config.json").get("in_channels", 4)
     family = next((each for each in kinds if each.channels == channels), None)
     if family is None:
         raise ConfigError(
@@ -110,12 +111,3 @@ def find_family(folder: Path, *, is_xl: bool | None) -> Family:
             "inpainting, are served"
         )
     return family
-
-
-def _read_channels(folder: Path) -> Any:
-    """Return how many channels the UNet takes; 4 where its settings do not say, as diffusers has it."""
-    try:
-        settings = json.loads((folder / "unet/config.json").read_text())
-    except (OSError, ValueError, RecursionError):
-        return 4  # the reading of the pipeline tells what is wrong with them
-    return settings.get("in_channels", 4) if isinstance(settings, dict) else 4

@@ -3,12 +3,11 @@
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sdxl_server.errors import ConfigError
-from sdxl_server.families import Family
 
 HALF = ".fp16"  # of a variant's files, as in model.fp16.safetensors
 POINTER = b"version https://git-lfs"
@@ -16,8 +15,8 @@ POINTER = b"version https://git-lfs"
 
 def write_remedy(folder: Path) -> str:
     """Return the command that makes a folder anew beside it, from where it came as far as the folder tells."""
-    told = _read_json(folder / "source.json")
-    model = told.get("model") or _read_json(folder / "model_index.json").get("_name_or_path")
+    told = read_json(folder / "source.json")
+    model = told.get("model") or read_json(folder / "model_index.json").get("_name_or_path")
     words = ["python", "Download_model.py"]
     if isinstance(model, str) and re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", model):
         words += ["--model", model]
@@ -28,14 +27,9 @@ def write_remedy(folder: Path) -> str:
     return shlex.join([*words, "--output-dir", f"{folder}-whole"])
 
 
-def write_copy(folder: Path) -> str:
-    """Return the command that copies of a folder what a pipeline needs."""
-    return shlex.join(["python", "Download_model.py", "--model", str(folder), "--output-dir", f"{folder}-whole"])
-
-
-def write_vae_copy(folder: Path) -> str:
-    """Return the command that copies of a folder what a VAE needs."""
-    return shlex.join(["python", "Download_model.py", "--vae", str(folder), "--output-dir", f"{folder}-whole"])
+def write_copy(folder: Path, *, option: str = "--model") -> str:
+    """Return the command that copies of a folder what a pipeline needs, or with the option `--vae` what a VAE needs."""
+    return shlex.join(["python", "Download_model.py", option, str(folder), "--output-dir", f"{folder}-whole"])
 
 
 def check_whole(folder: Path) -> None:
@@ -53,7 +47,7 @@ def check_whole(folder: Path) -> None:
                         f"{path} is a pointer of Git LFS, not the file itself, which is fetched by: {command}"
                     )
     for index in sorted(folder.glob("*/*.safetensors.index*.json")):
-        named = _read_json(index).get("weight_map")
+        named = read_json(index).get("weight_map")
         shards = set(named.values()) if isinstance(named, Mapping) else set()
         missing = sorted(name for name in shards if isinstance(name, str) and not (index.parent / name).exists())
         if missing:
@@ -62,14 +56,20 @@ def check_whole(folder: Path) -> None:
 
 def find_variant(folder: Path) -> str | None:
     """Return `fp16` where some part has its weights under that name only, None where all have plain ones."""
-    for part in _read_json(folder / "model_index.json"):
-        names = [path.name for path in folder.glob(f"{part}/*.safetensors")] if part.isidentifier() else []
-        if names and all(HALF in name for name in names):
-            return HALF.removeprefix(".")
+    for part in read_json(folder / "model_index.json"):
+        variant = name_variant(folder.glob(f"{part}/*.safetensors")) if part.isidentifier() else None
+        if variant is not None:
+            return variant
     return None
 
 
-def check_texts(pipeline: Any, family: Family, folder: Path) -> None:
+def name_variant(weights: Iterable[Path]) -> str | None:
+    """Return `fp16` where all these files of a part are of that variant, None where one is plain or there is none."""
+    names = [path.name for path in weights]
+    return HALF.removeprefix(".") if names and all(HALF in name for name in names) else None
+
+
+def check_texts(pipeline: Any, text_encoders: Sequence[str], folder: Path) -> None:
     """Refuse a tokenizer that is not its text encoder's, and let each read as much as that does.
 
     A tokenizer without a vocabulary is read without a word, and every prompt then gives the same picture.
@@ -77,7 +77,7 @@ def check_texts(pipeline: Any, family: Family, folder: Path) -> None:
     Raises:
         ConfigError: says what is missing, with the command that mends it.
     """
-    for name in family.text_encoders:
+    for name in text_encoders:
         key = name.replace("text_encoder", "tokenizer")
         tokenizer, encoder = getattr(pipeline, key), getattr(pipeline, name)
         known, rows = len(tokenizer), encoder.get_input_embeddings().num_embeddings
@@ -91,7 +91,7 @@ def check_texts(pipeline: Any, family: Family, folder: Path) -> None:
             tokenizer.model_max_length = longest
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a file, empty where there is none that can be read."""
     try:
         content = json.loads(path.read_text())

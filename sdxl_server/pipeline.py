@@ -19,7 +19,7 @@ from sdxl_server.errors import ConfigError, NotFiniteError, RequestError
 from sdxl_server.families import Family, find_family
 from sdxl_server.fields import MIN_SIDE, GenerationRequest
 from sdxl_server.files import can_hold, encode_picture
-from sdxl_server.folders import check_texts, check_whole, write_copy, write_remedy, write_vae_copy
+from sdxl_server.folders import check_texts, check_whole, write_copy, write_remedy
 from sdxl_server.loading import blame, check_device, check_files, choose_dtype, read_pipeline
 from sdxl_server.masks import find_mask_warnings
 from sdxl_server.prompts import PROMPTS, find_syntax
@@ -165,13 +165,13 @@ def load_pipeline(
     check_whole(folder)
     vae = None if config.vae_path is None else model_dir / config.vae_path
     if vae is not None:
-        check_files(vae, remedy=write_vae_copy(vae))
+        check_files(vae, remedy=write_copy(vae, option="--vae"))
     check_device(compilation, device=device)
     graphs = choose_graphs(config, compilation)
     dtype, compilation = choose_dtype(config, compilation, device=device)
     with blame(f"cannot read the pipeline in {folder} (it is made anew by: {write_remedy(folder)})"):
         pipeline = read_pipeline(folder, dtype, family, vae=vae)
-        check_texts(pipeline, family, folder)
+        check_texts(pipeline, family.text_encoders, folder)
         if device != "cpu":
             pipeline.to(device)
         compiled = list_parts(family, config) if compilation.backend == "openvino" else []

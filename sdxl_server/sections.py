@@ -9,6 +9,7 @@ from sdxl_server.errors import ConfigError, cut
 from sdxl_server.schemas import Schema, describe_schema, is_valid, nullable, shorten
 
 NEEDED = dataclasses.MISSING  # the default of a setting that has none
+SCHEDULER: Schema = {"type": ["string", "object"], "minLength": 1, "x-accepted": "a scheduler as requests name it"}
 
 
 def setting(value: Any, schema: Schema, words: str, *, null: str = "") -> Any:

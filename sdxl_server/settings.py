@@ -19,7 +19,7 @@ from sdxl_server.schemas import (
     switch,
     whole,
 )
-from sdxl_server.sections import any_text, read_section, setting
+from sdxl_server.sections import SCHEDULER, any_text, read_section, setting
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class HandlerConfig:
     )
     scheduler: str | Mapping[str, Any] | None = setting(
         None,
-        {"type": ["string", "object"], "minLength": 1, "x-accepted": "a scheduler as requests name it"},
+        SCHEDULER,
         "the sampler of requests that name none, such as DPM++ 2M Karras or {name: UniPC, solver_order: 3}",
         null="the model's own",
     )

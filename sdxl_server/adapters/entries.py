@@ -6,7 +6,7 @@ from typing import Any
 
 from sdxl_server.errors import ConfigError
 from sdxl_server.schemas import real, shorten, switch, whole
-from sdxl_server.sections import NEEDED, any_text, read_section, setting
+from sdxl_server.sections import NEEDED, SCHEDULER, any_text, read_section, setting
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class AdapterConfig:
     )
     scheduler: str | Mapping[str, Any] | None = setting(
         None,
-        {"type": ["string", "object"], "minLength": 1, "x-accepted": "a scheduler as requests name it"},
+        SCHEDULER,
         "the sampler of requests that name the adapter and no sampler",
         null="that of all requests",
     )
