@@ -6,6 +6,7 @@ from typing import Any
 from sdxl_server.autoencoders import find_methods
 from sdxl_server.errors import ConfigError
 from sdxl_server.families import Family
+from sdxl_server.request import Contract
 from sdxl_server.settings import BACKEND_NAMES, CompileConfig, HandlerConfig
 
 VAE_ENCODER = "vae_encoder"
@@ -47,13 +48,14 @@ def choose_graphs(config: HandlerConfig, compilation: CompileConfig) -> str | No
     return graphs
 
 
-def price_half(config: HandlerConfig, graphs: str | None) -> float:
+def price_half(config: HandlerConfig, graphs: str | None, *, batch: int) -> float:
     """Return what a call of the UNet with half of the guidance costs, in whole ones.
 
     Args:
         graphs: see `choose_graphs`; static ones of a configuration with guidance have no smaller batch, see FixedBatch.
+        batch: the rows that the UNet is given for a request that says no more.
     """
-    return 1.0 if graphs == "static" and config.compile_unet and config.guidance_scale > 1 else 0.5
+    return 1.0 if graphs == "static" and config.compile_unet and batch > 1 else 0.5
 
 
 def list_parts(family: Family, config: HandlerConfig) -> list[str]:
@@ -73,7 +75,7 @@ def compile_parts(
     config: HandlerConfig,
     compilation: CompileConfig,
     *,
-    size: tuple[int, int],
+    contract: Contract,
     ranks: Mapping[str, Mapping[str, int]],
 ) -> tuple[Mapping[str, Callable[..., Any]], Mapping[str, Any]]:
     """Compile the UNet, the VAE's two halves and the text encoders as configured; see LoadedPipeline.
@@ -81,7 +83,7 @@ def compile_parts(
     Lossless: each part computes the same, in the type of its own weights.
 
     Args:
-        size: the configured width and height in pixels.
+        contract: tells the size and the batch of a request that says no more.
         ranks: by part, of the layers that requests can change; see find_ranks.
 
     Returns:
@@ -96,12 +98,12 @@ def compile_parts(
         check_compiler()
     # Past its limit of recompilations dynamo would go on in eager PyTorch and only warn.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    graphs, batch = choose_graphs(config, compilation), 2 if config.guidance_scale > 1 else 1
-    height, width = (side // pipeline.vae_scale_factor for side in reversed(size))
+    graphs, batch = choose_graphs(config, compilation), contract.batch
+    height, width = (side // pipeline.vae_scale_factor for side in reversed(contract.size))
     shapes = {
         "unet": {"sample": (batch, pipeline.unet.config.in_channels, height, width)},
         "vae": {"z": (1, pipeline.vae.config.latent_channels, height, width)},
-        VAE_ENCODER: {"x": (1, pipeline.vae.config.in_channels, *reversed(size))},
+        VAE_ENCODER: {"x": (1, pipeline.vae.config.in_channels, *reversed(contract.size))},
     }
     if graphs in ("dynamic", "both"):
         # Past so many halvings the UNet's way up takes its sizes from the way down, as a graph of any size must.

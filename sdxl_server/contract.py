@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +12,15 @@ from sdxl_server.compiling import price_half
 from sdxl_server.declaration import Bounds
 from sdxl_server.errors import ConfigError, RequestError
 from sdxl_server.families import Family
+from sdxl_server.few_steps import Suited, find_suited
 from sdxl_server.fields import GenerationRequest, build_properties
 from sdxl_server.request import Contract
 from sdxl_server.samplers import Samplers, read_sampler
 from sdxl_server.schedulers import check_options, check_sampling, choose_default, find_samplers, make_scheduler
 from sdxl_server.settings import HandlerConfig
-from sdxl_server.shortcuts import plan_calls
+from sdxl_server.shortcuts import has_halves, plan_calls
+
+logger = logging.getLogger(__name__)
 
 
 def build_contract(
@@ -30,24 +34,25 @@ def build_contract(
     Raises:
         ConfigError: the defaults are beyond the limits; names the key.
     """
-    samplers = find_samplers(pipeline.scheduler, pipeline.unet.config, is_adapted=bool(config.adapters))
-    own_side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    own, unet_config = pipeline.scheduler, pipeline.unet.config
+    samplers = find_samplers(own, unet_config, configured=config.scheduler, is_adapted=bool(config.adapters))
+    sampler = choose_default(own, samplers, config.scheduler)
+    own_side = unet_config.sample_size * pipeline.vae_scale_factor
     size = (config.width or own_side, config.height or own_side)
     defaults = {
         "width": size[0],
         "height": size[1],
-        "num_inference_steps": config.num_inference_steps,
-        "guidance_scale": config.guidance_scale,
+        **_choose_steps(config, find_suited(own, unet_config, sampler)),
         "unet_calls": config.unet_calls,
         "guidance_interval": config.guidance_interval,
         "quality": config.jpeg_quality,
-        "scheduler": choose_default(pipeline.scheduler, samplers, config.scheduler),
+        "scheduler": sampler,
     }
     bounds = Bounds(
         max_prompt_characters=config.max_prompt_characters,
         max_side=config.max_side,
         own_side=own_side,
-        multiple=pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1),
+        multiple=pipeline.vae_scale_factor * 2 ** (len(unet_config.block_out_channels) - 1),
         max_steps=config.max_steps,
         max_images=config.max_images,
         max_megapixel_steps=config.max_megapixel_steps,
@@ -55,18 +60,31 @@ def build_contract(
         allowed_sizes=config.read_sizes() or ((size,) if graphs == "static" else ()),
         schedulers=samplers,
         max_clip_skip=min(getattr(pipeline, each).config.num_hidden_layers for each in family.text_encoders) - 1,
-        adapters=_list_offers(adapters, config, pipeline.scheduler, samplers),
+        adapters=_list_offers(adapters, config, own, samplers),
         max_adapter_rank=config.max_adapter_rank,
     )
     properties = build_properties(bounds, defaults=defaults, lacking=family.lacks)
-    half = price_half(config, graphs)
-    contract = Contract(properties, bounds, functools.partial(_count_calls, pipeline, samplers, half), family.needs)
+    batch = 2 if has_halves(defaults["guidance_scale"], unet_config) else 1
+    half = price_half(config, graphs, batch=batch)
+    count_calls = functools.partial(_count_calls, pipeline, samplers, half)
+    contract = Contract(properties, bounds, count_calls, half, batch, family.needs)
     try:
         contract.check_sample({"prompt": "what a request gets that says no more", **defaults})
     except RequestError as error:
         key = error.param if error.param in {each.name for each in dataclasses.fields(config)} else "jpeg_quality"
         raise ConfigError(f"handler.{key}: its defaults are beyond its limits: {error}") from error
     return contract
+
+
+def _choose_steps(config: HandlerConfig, suited: Suited) -> dict[str, Any]:
+    """Return the steps and the guidance of requests that name none, as configured or as the model says."""
+    steps = suited.num_inference_steps if config.num_inference_steps is None else config.num_inference_steps
+    guidance = suited.guidance_scale if config.guidance_scale is None else config.guidance_scale
+    if warning := suited.find_warning(steps, guidance):
+        logger.warning("%s", warning)
+    elif suited.reason:
+        logger.info("This is a few-step model (%s): %s suit it", suited.reason, suited)
+    return {"num_inference_steps": steps, "guidance_scale": guidance}
 
 
 def _list_offers(adapters: Sequence[Adapter], config: HandlerConfig, own: Any, samplers: Samplers) -> dict[str, Offer]:

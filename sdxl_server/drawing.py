@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sdxl_server.adapters.registry import choose_products
-from sdxl_server.compiling import price_half
 from sdxl_server.denoiser import Autoencoder, Denoiser, Functions, TextEncoder, check_finite
 from sdxl_server.errors import NotFiniteError, RequestError
 from sdxl_server.fields import DECLARATIONS, GenerationRequest
@@ -175,8 +174,7 @@ def fork_pipeline(loaded: "LoadedPipeline", request: GenerationRequest) -> Any:
         name = family.image_to_image if request.mask_image is None else family.inpainting
     chosen = getattr(diffusers, name)
     scheduler = make_scheduler(pipeline.scheduler, request)
-    half = price_half(loaded.config, loaded.graphs)
-    plan = plan_calls(scheduler, request, unet_config=pipeline.unet.config, half=half)
+    plan = plan_calls(scheduler, request, unet_config=pipeline.unet.config, half=loaded.contract.half)
     functions = bind_adapters(loaded, request)
     parts = {
         "scheduler": scheduler,

@@ -54,7 +54,7 @@ FAMILIES = {
         text_encoders=("text_encoder", "text_encoder_2"),
     ),
     "sd": Family(
-        saved_as=("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"),
+        saved_as=("StableDiffusionPipeline", "StableDiffusionInpaintPipeline", "LatentConsistencyModelPipeline"),
         text_to_image="StableDiffusionPipeline",
         image_to_image="StableDiffusionImg2ImgPipeline",
         inpainting="StableDiffusionInpaintPipeline",

@@ -26,6 +26,7 @@ from sdxl_server.prompts import PROMPTS, find_syntax
 from sdxl_server.request import Contract
 from sdxl_server.schedulers import find_sampling_warnings
 from sdxl_server.settings import CompileConfig, HandlerConfig
+from sdxl_server.shortcuts import has_halves
 
 WARM_UP_STEPS = 2  # Inductor may compile again at the second
 
@@ -179,7 +180,7 @@ def load_pipeline(
         contract = build_contract(pipeline, family, config, graphs=graphs, adapters=adapters)
     with blame(f"pt2.backend: {compilation.backend} cannot run this model"):
         functions, parts = compile_parts(
-            pipeline, family, config, compilation, size=contract.size, ranks=find_ranks(adapters, config)
+            pipeline, family, config, compilation, contract=contract, ranks=find_ranks(adapters, config)
         )
         loaded = LoadedPipeline(
             pipeline, config, compilation, dtype, graphs, family, functions, parts, contract, adapters
@@ -235,7 +236,7 @@ def warm_up(loaded: LoadedPipeline) -> None:
 
 def _choose_warm_up(loaded: LoadedPipeline, fields: Mapping[str, Any]) -> GenerationRequest:
     """Return the request of the fewest steps that compile everything and that the scheduler can make."""
-    most = loaded.config.num_inference_steps
+    most = loaded.contract.properties["num_inference_steps"]["default"]
     steps = 1 if loaded.compilation.backend == "openvino" else min(WARM_UP_STEPS, most)
     while True:
         try:
@@ -262,6 +263,11 @@ def find_warnings(loaded: LoadedPipeline, request: GenerationRequest, *, told: S
         if count > most:
             warnings.append(f"{name} has {count} tokens; the text encoder reads the first {most}")
     warnings += find_sampling_warnings(loaded.pipeline.scheduler, request)
+    if not has_halves(request.guidance_scale, loaded.pipeline.unet.config):
+        scale = request.guidance_scale
+        why = f"guidance_scale is {scale:g}" if scale <= 1 else "the guidance is an input of this model's UNet"
+        given = [name for name in PROMPTS if name.startswith("negative") and getattr(request, name)]
+        warnings += [f"{name} has no effect, since {why}" for name in given]
     for name in ("strength", "resize_mode"):
         if getattr(request, name) is not None and request.image is None:
             warnings.append(f"{name} has no effect without an image")

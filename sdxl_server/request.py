@@ -24,12 +24,16 @@ class Contract:
         bounds: what they were made from, and what bounds several fields together.
         count_calls: the UNet's calls for one picture of a request; raises RequestError where the scheduler can make
             no picture of it.
+        half: what a call of the UNet with half of the guidance costs, in whole ones.
+        batch: the rows that the UNet is given for a request that says no more: 2 with guidance.
         needs: the fields that a request must have beside the prompt, those of an inpainting model.
     """
 
     properties: Mapping[str, dict[str, Any]]
     bounds: Bounds
     count_calls: Callable[[GenerationRequest], float]
+    half: float = 0.5
+    batch: int = 2
     needs: Sequence[str] = ()
 
     @property

@@ -7,24 +7,27 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdxl_server.errors import ConfigError, RequestError
+from sdxl_server.few_steps import DISTILLED
 from sdxl_server.fields import SCHEDULE_FIELDS, GenerationRequest
 from sdxl_server.samplers import Samplers, list_options, read_sampler, split_sampler
 from sdxl_server.schemas import shorten
 from sdxl_server.trials import build_scheduler, find_fault, measure_growth, write_config
 
-DISTILLED = ("LCMScheduler", "TCDScheduler")  # each draws what was distilled for it only
 LEAST_SIGMA = 0.001  # below it a step divides by next to nothing
 MOST_GROWTH = 2.0  # of a model's errors; at 2.6 and 3.2 the demonstration model draws 3 to 5 of 8 right, at 1.7 all
 MOST_STEPS = 50  # at which growth is looked for: it falls with them
 TAKES_NO_SIGMAS = "UniPCMultistepScheduler"  # but for models of flow, although set_timesteps has the argument
 
 
-def find_samplers(own: Any, unet_config: Mapping[str, Any], *, is_adapted: bool = False) -> dict[str, Any]:
+def find_samplers(
+    own: Any, unet_config: Mapping[str, Any], *, configured: Any = None, is_adapted: bool = False
+) -> dict[str, Any]:
     """Return the options of each scheduler that draws a model right, by its name.
 
     Args:
         own: the scheduler in the model's folder.
         unet_config: tells of a UNet that was distilled to few steps with the guidance in it.
+        configured: the scheduler as model-config.yaml has it, which can say that the weights were distilled for it.
         is_adapted: adapters are in its weights, which may have distilled it.
     """
     import diffusers
@@ -35,12 +38,24 @@ def find_samplers(own: Any, unet_config: Mapping[str, Any], *, is_adapted: bool 
         candidates = [diffusers.LCMScheduler]
     else:
         candidates = sorted({*own.compatibles, type(own)}, key=lambda each: each.__name__)
-        if is_adapted:
+        if is_adapted or _is_distilled(configured):
             candidates += [getattr(diffusers, each) for each in DISTILLED]
     source = write_config(own)
     return {
         each.__name__: list_options(each) for each in candidates if not find_fault(source, each.__name__, options="{}")
     }
+
+
+def _is_distilled(configured: Any) -> bool:
+    """Say whether a configuration names a scheduler for distilled models."""
+    import diffusers
+
+    known = {each: list_options(getattr(diffusers, each)) for each in DISTILLED}
+    name = configured.get("name") if isinstance(configured, Mapping) else configured
+    try:
+        return bool(read_sampler(name, known))
+    except ValueError:
+        return False
 
 
 def choose_default(own: Any, samplers: Samplers, configured: Any) -> str | dict[str, Any]:

@@ -86,8 +86,18 @@ class HandlerConfig:
         null="none",
     )
     max_adapter_rank: int = setting(128, whole(1, 1024), "sum of the ranks of the adapters that a request names")
-    num_inference_steps: int = setting(30, whole(1, 1000), "denoising steps")
-    guidance_scale: float = setting(5.0, real(0, 100), "how strongly the prompt steers; at 1 or below not at all")
+    num_inference_steps: int | None = setting(
+        None,
+        whole(1, 1000),
+        "denoising steps",
+        null="30, or as a few-step model's own scheduler says: see docs/models.md",
+    )
+    guidance_scale: float | None = setting(
+        None,
+        real(0, 100),
+        "how strongly the prompt steers; at 1 or below not at all",
+        null="5, or as such a few-step model needs",
+    )
     unet_calls: int | None = setting(
         None,
         whole(MIN_CALLS, 2000),

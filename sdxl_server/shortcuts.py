@@ -43,8 +43,8 @@ def plan_calls(scheduler: Any, request: GenerationRequest, *, unet_config: Mappi
         RequestError: the request leaves no step, or an interval that is none.
     """
     timesteps = list_timesteps(scheduler, request)
-    has_halves = request.guidance_scale > 1 and unet_config.get("time_cond_proj_dim") is None
-    guided = _find_guided(scheduler, request, timesteps) if has_halves else [True] * len(timesteps)
+    is_split = has_halves(request.guidance_scale, unet_config)
+    guided = _find_guided(scheduler, request, timesteps) if is_split else [True] * len(timesteps)
     made = set(range(len(timesteps)))
     if request.unet_calls is not None:
         share = len(timesteps) / len(scheduler.timesteps)
@@ -55,6 +55,11 @@ def plan_calls(scheduler: Any, request: GenerationRequest, *, unet_config: Mappi
         made |= {first}
     costs = [(1 if is_guided else half) if i in made else 0 for i, is_guided in enumerate(guided)]
     return Plan(tuple(costs), tuple(guided))
+
+
+def has_halves(guidance_scale: float, unet_config: Mapping[str, Any]) -> bool:
+    """Say whether a call of the UNet has two halves, one of which the prompt does not steer."""
+    return guidance_scale > 1 and unet_config.get("time_cond_proj_dim") is None
 
 
 def _find_guided(scheduler: Any, request: GenerationRequest, timesteps: Sequence[float]) -> list[bool]:
