@@ -247,6 +247,7 @@ def make_from_single_file(
     """Bring the folder to hold the model of one file, which is fetched first where it is on the hub."""
     from sdxl_server.checkpoints.conversion import check_sizes, count_bytes, make_folder
     from sdxl_server.checkpoints.recognition import recognise
+    from sdxl_server.few_steps import find_hint
 
     origin, source, file = open_single_file(model, revision)
     record = {**origin, "dtype": dtype, **describe_vae(vae)}
@@ -273,6 +274,8 @@ def make_from_single_file(
     make_folder(checkpoint, folder, dtype=dtype, vae=vae, tell=print)
     if source:
         path.unlink()
+    if hint := find_hint(Path(record["model"]).name):
+        print(hint)
     print(f"{folder} is complete")
 
 

@@ -1,5 +1,6 @@
 """Models that were distilled to few steps: what tells them, and how many steps and how much guidance suit them."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,9 @@ from sdxl_server.samplers import split_sampler
 DISTILLED = ("LCMScheduler", "TCDScheduler")  # each draws what was distilled for it only
 FEW_STEPS = 4
 EMBEDDED_GUIDANCE = 8.0  # as the cards of the LCM models have it
+NAMED = re.compile(
+    r"turbo|lightning|hyper-?sd|(?<![a-z])(?:lcm|tcd|dmd2?)(?![a-z])", re.IGNORECASE
+)  # files of such models
 MOST_STEPS = 16  # of a few-step model without a warning; Lightning and Hyper-SD go up to 8
 MOST_GUIDANCE = 2.5  # likewise; LCM's adapters take up to 2
 
@@ -65,3 +69,13 @@ def find_suited(own: Any, unet_config: Mapping[str, Any], sampler: str | Mapping
         reason = f"its {type(own).__name__} has timestep_spacing: trailing, as those of Turbo and Lightning"
         return Suited(steps, 0.0, reason)
     return Suited()
+
+
+def find_hint(name: str) -> str:
+    """Say of a model in one file, which holds no scheduler, that it is named as those of few steps are; or nothing."""
+    if not NAMED.search(name):
+        return ""
+    return (
+        f"{name} is named as models of few steps are, and the file does not hold how many, nor the scheduler: "
+        "docs/models.md has their lines for model-config.yaml, without which such a model is drawn in 30 steps, wrong"
+    )

@@ -1,6 +1,7 @@
 """Models of few steps: told by what they were saved with, drawn as diffusers draws them."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,17 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import yaml
 
-from sdxl_server.few_steps import find_suited
+from sdxl_server.few_steps import find_hint, find_suited
 from sdxl_server.pipeline import LoadedPipeline, find_warnings
 from tests.unit.test_pipeline import UNET_ONLY, load, make_picture
 from tools.random_model import SCHEDULER, make_pipeline, save_pipeline
+from tools.server import ROOT
 
 TRAILING: dict[str, Any] = {**SCHEDULER, "timestep_spacing": "trailing"}
 ZERO_SNR: dict[str, Any] = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+LINES = re.findall(r"`(\{scheduler: .*\})`", (ROOT / "docs/models.md").read_text())
 NULL: dict[str, Any] = {"num_inference_steps": None, "guidance_scale": None}
 
 
@@ -153,3 +157,34 @@ def test_what_a_negative_prompt_does_not_do_is_told(turbo: Path, consistent: Pat
     guided = load(turbo, num_inference_steps=4, guidance_scale=2.0)
     request = guided.contract.check({"prompt": "a fox", "negative_prompt": "blurry"})
     assert not find_warnings(guided, request)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_the_lines_in_docs_are_taken(tiny_model: Path, line: str) -> None:
+    settings = yaml.safe_load(line)
+    loaded = load(tiny_model, max_side=512, **settings)
+    assert list_defaults(loaded) | {"scheduler": None} == {
+        **{name: settings[name] for name in NULL},
+        "scheduler": None,
+    }
+    pictures = make_picture(loaded, width=64, height=64)
+    assert pictures.shape == (64, 64, 3)
+
+
+def test_all_kinds_are_in_docs() -> None:
+    assert len(LINES) == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "is_told"),
+    [
+        *((name, True) for name in ("sd_xl_turbo_1.0_fp16.safetensors", "RealVisXL_V5.0_Lightning_fp16.safetensors")),
+        *((name, True) for name in ("JuggernautXL-DMD2.safetensors", "dreamshaper_lcm.safetensors", "Hyper-SDXL.ckpt")),
+        *(
+            (name, False)
+            for name in ("sd_xl_base_1.0.safetensors", "hyperrealism.safetensors", "calcmodel.safetensors")
+        ),
+    ],
+)
+def test_a_file_that_is_named_as_few_step_models_are_is_told(name: str, is_told: bool) -> None:
+    assert ("docs/models.md" in find_hint(name)) is is_told
