@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from tqdm import tqdm
 
 from benchmarks.configurations import LIBRARIES, PARTS, PICTURE, Configuration, ConfigurationError, read_configurations
@@ -176,7 +177,7 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the small model of this project, in a few minutes")
     parser.add_argument("--model", type=Path, help="a pipeline's folder (default: build/base, at SDXL's real size)")
     parser.add_argument("--size", type=int, help="width and height in pixels (default: 512; quick: 128)")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these configurations and the first")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these and the first one")
     parser.add_argument("--parts", nargs="+", default=["unet"], choices=(*PARTS, PICTURE), help="(default: unet)")
     parser.add_argument("--rounds", type=int, default=2, help="the first is a cold start (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="calls to time in each process (default: 3; quick: 20)")
@@ -190,6 +191,12 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--calls", type=int, nargs="+", default=[11, 8], help="with --shortcuts (default: 11 8)")
     parser.add_argument("--guidance", type=float, default=GUIDANCE, help="with --shortcuts (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", help="with --shortcuts; auto: as served (default: %(default)s)")
+    parser.add_argument(
+        "--pt2", type=yaml.safe_load, default="openvino", help="with --shortcuts, as in model-config.yaml"
+    )
+    parser.add_argument(
+        "--handler", type=yaml.safe_load, default={}, help="with --shortcuts, further settings: {vae_path: ...}"
+    )
     options = parser.parse_args(argv)
     if options.shortcuts:
         options.quick, options.num_inference_steps = options.model is None, options.num_inference_steps or 30
@@ -210,20 +217,17 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def judge_shortcuts(options: argparse.Namespace) -> None:
     """Write the table of shortcuts, and show it."""
-    from benchmarks.shortcuts import judge_ways
+    from benchmarks.shortcuts import judge_ways, list_ways
 
     output: Path = options.output / "shortcuts"
     output.mkdir(parents=True, exist_ok=True)
-    judge_ways(
-        options.model,
-        size=options.size,
-        count=options.prompts,
-        steps=options.num_inference_steps,
-        calls=options.calls,
-        guidance=options.guidance,
-        dtype=options.dtype,
-        output=output,
-    )
+    size = {"width": options.size, "height": options.size}
+    settings = {"dtype": options.dtype, "guidance_scale": options.guidance, **size, **options.handler}
+    ways = list_ways(options.num_inference_steps, options.calls)
+    if unknown := [name for name in options.only if name not in ways]:
+        sys.exit(f"benchmarks: --only takes {', '.join(map(repr, ways))}, not {unknown[0]!r}")
+    chosen = {name: fields for name, fields in ways.items() if not options.only or name in ("full", *options.only)}
+    judge_ways(options.model, chosen, settings=settings, pt2=options.pt2, count=options.prompts, output=output)
     print((output / "shortcuts.md").read_text())
 
 

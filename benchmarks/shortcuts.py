@@ -16,6 +16,7 @@ from tools.server import ROOT
 Fields = Mapping[str, Any]
 DEMO = ROOT / "demo/model"
 INTERVAL = [0.2, 0.8]
+FEW_STEPS = 4
 SHEET = 8  # prompts shown
 SAMPLERS = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
 
@@ -28,6 +29,7 @@ class Row:
         calls: of the UNet for a picture.
         seconds: for a picture, the median.
         psnr, low: in dB to the full picture: the mean, and what 19 of 20 pictures reach.
+        latents: how far the VAE's latents of the pictures are from those of the full ones, as a share; the mean.
         score: share of prompts drawn right, where the model has an oracle.
     """
 
@@ -36,12 +38,13 @@ class Row:
     seconds: float
     psnr: float
     low: float
+    latents: float
     score: float | None
 
     def write(self) -> str:
         """Return its line of a Markdown table."""
         score = "" if self.score is None else f"{self.score:.1%}"
-        distance = " | " if self.psnr == np.inf else f"{self.psnr:.1f} | {self.low:.1f}"
+        distance = " | | " if self.psnr == np.inf else f"{self.psnr:.1f} | {self.low:.1f} | {self.latents:.3f}"
         return f"| {self.name} | {self.calls:g} | {self.seconds:.2f} | {distance} | {score} |"
 
 
@@ -56,37 +59,40 @@ def list_ways(steps: int, calls: Sequence[int]) -> dict[str, Fields]:
     interval = {"num_inference_steps": steps, "guidance_interval": INTERVAL}
     ways[f"guidance_interval: {INTERVAL}"] = interval
     ways[f"both, unet_calls: {calls[0]}"] = {**interval, "unet_calls": calls[0]}
+    ways[f"{FEW_STEPS} steps without guidance"] = {"num_inference_steps": FEW_STEPS, "guidance_scale": 0}
     return ways
 
 
 def judge_ways(
-    model: Path, *, size: int, count: int, steps: int, calls: Sequence[int], guidance: float, dtype: str, output: Path
+    model: Path, ways: Mapping[str, Fields], *, settings: Mapping[str, Any], pt2: Any, count: int, output: Path
 ) -> list[Row]:
     """Draw all prompts in each way; write the table after each, and a sheet of pictures.
 
     Args:
+        ways: as `list_ways` has them; distances are to the first.
+        settings: of the handler section.
+        pt2: as model-config.yaml has it.
         count: of prompts.
-        steps: of the full picture.
-        calls: numbers of calls to compare at.
     """
     from sdxl_server.pipeline import load_pipeline
     from sdxl_server.settings import CompileConfig, HandlerConfig
 
-    config = HandlerConfig(model_path=model.name, dtype=dtype, width=size, height=size, guidance_scale=guidance)
-    loaded = load_pipeline(config, CompileConfig.parse("openvino"), model_dir=model.parent)
+    config = HandlerConfig.parse({"model_path": model.name, **settings})
+    loaded = load_pipeline(config, CompileConfig.parse(pt2), model_dir=model.parent)
     prompts, rows = choose_prompts(count), list[Row]()
+    title = f"{model.name}, {count} prompts, {settings}, pt2: {pt2}"
     reference: list[Any] = []
-    for name, fields in (bar := tqdm(list_ways(steps, calls).items(), disable=None)):
+    for name, fields in (bar := tqdm(ways.items(), disable=None)):
         bar.set_postfix_str(name)
         pictures, seconds, made = _draw_prompts(loaded, prompts, fields)
         reference = reference or pictures
-        distances = [measure_psnr(*each) for each in zip(pictures, reference, strict=True)]
+        pairs = list(zip(pictures, reference, strict=True))
+        distances = [measure_psnr(*pair) for pair in pairs]
+        latents = statistics.fmean(_measure_latents(loaded, *pair) for pair in pairs)
         score = score_pictures(prompts, pictures)["all"] if model == DEMO else None
         low = float(np.percentile(distances, 5, method="lower"))
-        rows.append(Row(name, made, statistics.median(seconds), statistics.fmean(distances), low, score))
-        _write_table(
-            output / "shortcuts.md", rows, title=f"{model.name}, {size}², {count} prompts, guidance {guidance:g}"
-        )
+        rows.append(Row(name, made, statistics.median(seconds), statistics.fmean(distances), low, latents, score))
+        _write_table(output / "shortcuts.md", rows, title=title)
         save_sheet(output / f"{name.replace(':', '')}.jpg", prompts[:SHEET], pictures[:SHEET])
     return rows
 
@@ -113,7 +119,23 @@ def measure_psnr(one: Any, other: Any) -> float:
     return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
 
+def _measure_latents(loaded: Any, one: Any, other: Any) -> float:
+    """Return how far the latents of a picture are from those of another, as a share of these."""
+    import torch
+    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_img2img import retrieve_latents
+
+    from sdxl_server.denoiser import Autoencoder
+
+    if one is other:
+        return 0.0
+    vae = Autoencoder(loaded.pipeline.vae, loaded.functions)
+    with torch.no_grad():
+        pixels = [loaded.pipeline.image_processor.preprocess(each) for each in (one, other)]
+        first, second = (retrieve_latents(vae.encode(each), sample_mode="argmax").float() for each in pixels)
+    return float((first - second).norm() / second.norm())
+
+
 def _write_table(path: Path, rows: Sequence[Row], *, title: str) -> None:
-    head = "| way | UNet calls | s a picture | PSNR, mean dB | PSNR, 5th percentile | drawn right |"
-    lines = [title, "", head, "|---|---|---|---|---|---|", *(row.write() for row in rows)]
+    head = "| way | UNet calls | s a picture | PSNR, mean dB | PSNR, 5th percentile | latents apart | drawn right |"
+    lines = [title, "", head, "|---|---|---|---|---|---|---|", *(row.write() for row in rows)]
     path.write_text("\n".join(lines) + "\n")

@@ -14,6 +14,7 @@ from benchmarks.errors import measure_errors
 from benchmarks.parts import Part
 from benchmarks.peak import prepare_openvino
 from benchmarks.report import make_rows, write_report
+from benchmarks.shortcuts import judge_ways, list_ways
 from openvino_backend import CompiledFunction
 from sdxl_server.settings import CompileConfig
 from tests.unit.modules import measure_error
@@ -265,3 +266,15 @@ def test_errors_of_8_bits_are_those_of_what_runs() -> None:
     assert measure_error(result, expected) == pytest.approx(errors["all"], rel=0.2)
     assert errors["the weights alone"] < errors["all"]
     assert set(errors) >= {"up_blocks.0", "mid_block", "others", "resnets", "attn1", "ff.net.2"}
+
+
+def test_shortcuts_are_judged_by_their_distance_to_the_full_picture(tiny_model: Path, tmp_path: Path) -> None:
+    ways = list_ways(6, [4])
+    chosen = {name: ways[name] for name in ("full", "unet_calls: 4", "4 steps without guidance")}
+    settings = {"dtype": "float32", "guidance_scale": 5.0, "warm_up": False}
+    full, near, unguided = judge_ways(tiny_model, chosen, settings=settings, pt2=None, count=2, output=tmp_path)
+    assert (full.calls, near.calls, unguided.calls) == (6, 4, 4)
+    assert (full.psnr, full.latents) == (float("inf"), 0)
+    assert near.psnr > unguided.psnr > 0
+    assert 0 < near.latents < unguided.latents
+    assert len((tmp_path / "shortcuts.md").read_text().splitlines()) == 4 + len(chosen)

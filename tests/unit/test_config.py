@@ -66,7 +66,7 @@ def test_page_of_settings_has_a_row_for_every_key() -> None:
 def test_published_file_is_accepted_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         config = HandlerConfig.parse(yaml.safe_load(PUBLISHED))
-    assert config == HandlerConfig(is_xl=True)
+    assert config == HandlerConfig(is_xl=True, num_inference_steps=30)
     assert len(caplog.records) == 1
     for key in PUBLISHED_KEYS_WITHOUT_EFFECT:
         assert key in caplog.text
