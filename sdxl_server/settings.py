@@ -108,6 +108,12 @@ class HandlerConfig:
     embed_parameters: bool = setting(
         True, switch(), "keep prompt, seed and all else that makes a picture again in its file"
     )
+    weighted_prompts: bool = setting(
+        False,
+        switch(),
+        "read prompts as A1111's users write them, `(word:1.3)`, `[word]` and `BREAK`, and more than 77 tokens in "
+        "chunks; brackets are then no longer plain",
+    )
     allowed_sizes: Sequence[str] | None = setting(
         None,
         {
@@ -124,12 +130,6 @@ class HandlerConfig:
     max_images: int = setting(10, whole(1, 100), "pictures of a request")
     max_megapixel_steps: float = setting(
         350, real(0.001, 1e6), "pictures × calls of the UNet × megapixels of a request; a step is one call or two"
-    )
-    weighted_prompts: bool = setting(
-        False,
-        switch(),
-        "read prompts as A1111's users write them, `(word:1.3)`, `[word]` and `BREAK`, and more than 77 tokens in "
-        "chunks; brackets are then no longer plain",
     )
     max_prompt_characters: int = setting(2000, whole(1, 3000), "of each of its prompts")
     max_timeout: float = setting(3600, real(1, 1e6), "seconds of work on a request")

@@ -225,7 +225,7 @@ def find_thing(picture: Image.Image) -> str:
     return list(COLOURS)[np.bincount(names[thing]).argmax()]
 
 
-@pytest.mark.parametrize("colour", ["red", "green", "yellow", "blue"])
+@pytest.mark.parametrize("colour", ["green", "yellow"])
 def test_what_stands_beyond_77_tokens_is_drawn(demo: LoadedPipeline, plain_demo: LoadedPipeline, colour: str) -> None:
     fields = {"guidance_scale": 1.5, "num_inference_steps": 8}
     prompts = [", " * 75 + SCENE.format(each) for each in (colour, "white")]
@@ -241,21 +241,6 @@ def test_a_weight_decides_between_two_parts(demo: LoadedPipeline, weight: float,
 
 def count_graphs(loaded: LoadedPipeline) -> list[int]:
     return [len(each.reports) for each in loaded.parts.values() if each is not None]
-
-
-def test_compiled_graphs_take_texts_of_any_length(
-    tiny_model: Path, eager: LoadedPipeline, cached: dict[str, Any]
-) -> None:
-    loaded = load(tiny_model, cached, graphs="both", compile_vae=False)
-    before = count_graphs(loaded)
-    for fields in (
-        {"prompt": "a (red:1.4) fox", "negative_prompt": "[blue]"},  # by the graph for one size
-        {"prompt": LONG, "negative_prompt": "a (blue:2)"},  # by that for any, as all that follow
-        {"prompt": "fox BREAK snow BREAK red", "width": 64, "prompt_2": LONG, "clip_skip": 1},
-        {"prompt": LONG, "guidance_scale": 1.0},
-    ):
-        assert subtract(draw(loaded, **fields), draw(eager, **fields)) <= 1, fields
-    assert count_graphs(loaded) == before == [2, 1, 1]
 
 
 def test_compiled_sd_needs_no_other_text_encoder(
