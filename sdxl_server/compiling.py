@@ -100,8 +100,13 @@ def compile_parts(
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     graphs, batch = choose_graphs(config, compilation), contract.batch
     height, width = (side // pipeline.vae_scale_factor for side in reversed(contract.size))
-    shapes = {
-        "unet": {"sample": (batch, pipeline.unet.config.in_channels, height, width)},
+    text = sum(getattr(pipeline, each).config.hidden_size for each in family.text_encoders)
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {
+        "unet": {
+            "sample": (batch, pipeline.unet.config.in_channels, height, width),
+            # a longer text, see weighting.py, is left to the graph for any size
+            "encoder_hidden_states": (batch, pipeline.tokenizer.model_max_length, text),
+        },
         "vae": {"z": (1, pipeline.vae.config.latent_channels, height, width)},
         VAE_ENCODER: {"x": (1, pipeline.vae.config.in_channels, *reversed(contract.size))},
     }

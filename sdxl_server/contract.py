@@ -50,6 +50,7 @@ def build_contract(
     }
     bounds = Bounds(
         max_prompt_characters=config.max_prompt_characters,
+        weighted_prompts=config.weighted_prompts,
         max_side=config.max_side,
         own_side=own_side,
         multiple=pipeline.vae_scale_factor * 2 ** (len(unet_config.block_out_channels) - 1),

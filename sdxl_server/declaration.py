@@ -25,6 +25,7 @@ class Bounds:
 
     Attributes:
         max_prompt_characters: of each of the four prompts.
+        weighted_prompts: they hold weights, which are then checked.
         max_side: of a picture, in pixels.
         own_side: of the model's own square, in pixels; a picture to start from is brought to about its area.
         multiple: of which a picture's sides are then, in pixels.
@@ -40,6 +41,7 @@ class Bounds:
     """
 
     max_prompt_characters: int = 2000
+    weighted_prompts: bool = False
     max_side: int = 2048
     own_side: int = 1024
     multiple: int = 32

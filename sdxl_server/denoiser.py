@@ -153,10 +153,10 @@ class Autoencoder(Part):
 class TextEncoder(Part):
     """A text encoder of one picture."""
 
-    reads = (*Part.reads, "text_model")
-
     def __init__(self, model: Any, run: Callable[..., Any]) -> None:
         super().__init__(model)
+        # Of Stable Diffusion 1.x and 2.x with clip_skip diffusers takes the last normalisation from there.
+        self.text_model = getattr(model, "text_model", model)  # transformers 5 has it in the model itself
         self._run = run
 
     def forward(self, *inputs: Any, **options: Any) -> Any:

@@ -11,8 +11,10 @@ from sdxl_server.denoiser import Autoencoder, Denoiser, Functions, TextEncoder, 
 from sdxl_server.errors import NotFiniteError, RequestError
 from sdxl_server.fields import DECLARATIONS, GenerationRequest
 from sdxl_server.masks import blend, cover_cells
+from sdxl_server.prompts import PROMPTS
 from sdxl_server.schedulers import find_schedule, make_scheduler
 from sdxl_server.shortcuts import plan_calls
+from sdxl_server.weighting import embed_prompts
 
 if TYPE_CHECKING:
     from sdxl_server.pipeline import LoadedPipeline
@@ -92,6 +94,8 @@ def _draw(loaded: "LoadedPipeline", request: GenerationRequest, index: int) -> G
     pipeline = fork_pipeline(loaded, request)
     unet: Denoiser = pipeline.unet
     arguments = list_arguments(pipeline, request, index)
+    if loaded.chunks and (embedded := embed_prompts(pipeline, request, loaded.family, chunks=loaded.chunks)):
+        arguments = {name: value for name, value in arguments.items() if name not in PROMPTS} | embedded
     work = greenlet(lambda: pipeline(callback_on_step_end=report_step, **arguments).images[0])
     try:
         with _name_place(request, index, unet):

@@ -27,6 +27,7 @@ from sdxl_server.request import Contract
 from sdxl_server.schedulers import find_sampling_warnings
 from sdxl_server.settings import CompileConfig, HandlerConfig
 from sdxl_server.shortcuts import has_halves
+from sdxl_server.weighting import choose_chunks, find_cuts
 
 WARM_UP_STEPS = 2  # Inductor may compile again at the second
 
@@ -75,6 +76,7 @@ class LoadedPipeline:
             "weights_sha256": self.weights_sha256,
             "vae": self.describe_vae(),
             "adapters": [each.describe() for each in self.adapters],
+            "weighted_prompts": self.config.weighted_prompts,
             "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
             "versions": {"sdxl_server": __version__, "openvino_backend": openvino_backend.__version__},
             "shortcuts": {
@@ -91,6 +93,11 @@ class LoadedPipeline:
             }
             report["graphs"] = sum(len(graphs) for graphs in report["openvino"].values())
         return report
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks of a prompt are read, see `choose_chunks`."""
+        return choose_chunks(self.config, self.graphs)
 
     def describe_vae(self) -> dict[str, Any]:
         """Return which VAE it has, with whether that is lossy."""
@@ -253,15 +260,11 @@ def find_warnings(loaded: LoadedPipeline, request: GenerationRequest, *, told: S
     Args:
         told: the warnings that there are already.
     """
-    tokenizer = loaded.pipeline.tokenizer
-    most = tokenizer.model_max_length
     warnings = []
     for name in PROMPTS:
-        value = getattr(request, name)
-        warnings += find_syntax(name, value) if value else []
-        count = len(tokenizer(value).input_ids) if value else 0
-        if count > most:
-            warnings.append(f"{name} has {count} tokens; the text encoder reads the first {most}")
+        if value := getattr(request, name):
+            warnings += find_syntax(name, value, is_weighted=loaded.config.weighted_prompts)
+            warnings += find_cuts(name, value, loaded.pipeline.tokenizer, chunks=loaded.chunks)
     warnings += find_sampling_warnings(loaded.pipeline.scheduler, request)
     if not has_halves(request.guidance_scale, loaded.pipeline.unet.config):
         scale = request.guidance_scale
@@ -295,6 +298,7 @@ def describe_picture(
             "weights_sha256": loaded.weights_sha256,
             **({"adapters": applied} if (applied := loaded.list_applied(request)) else {}),
             **({"vae": vae} if (vae := loaded.describe_vae())["path"] or vae["lossy"] else {}),
+            **({"weighted_prompts": True} if loaded.config.weighted_prompts else {}),
             "dtype": loaded.dtype,
             "unet_calls": unet_calls,
             "backend": loaded.compilation.backend or "eager",

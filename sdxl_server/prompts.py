@@ -7,26 +7,33 @@ from sdxl_server.schemas import shorten
 PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 NUMBER = r"[-+]?(?:\d{1,9}(?:\.\d{0,9})?|\.\d{1,9})"
 # A1111's, ComfyUI's and compel's. Each is bounded, so that no prompt takes long; `\(` is a plain bracket there too.
-SYNTAX = tuple(
-    re.compile(pattern)
-    for pattern in (
-        rf"(?<!\\)\([^()]{{1,200}}:\s{{0,9}}{NUMBER}\s{{0,9}}\)",  # (word:1.3)
-        r"(?<!\\)\([^()]{1,200}\)(?:\d\.\d|[+-]{1,9}(?!\w))",  # (some words)1.3, (some words)++
-        r"(?<!\\)\(\([^()]{1,200}\)\)",  # ((word))
-        rf"(?<!\\)\[[^\[\]]{{0,100}}:[^\[\]]{{0,100}}:{NUMBER}\]",  # [from:to:when]
-        r"(?<!\\)\[[^\[\]|]{1,100}\|[^\[\]]{1,100}\]",  # [one|other]
-        r"<(?:lora|lyco|hypernet|ti|wildcard):[^<>]{0,200}>",
-        r"\bembedding:[\w.-]{1,200}",
-    )
+WEIGHTS = (  # which weighting.py reads, where it is to
+    re.compile(rf"(?<!\\)\([^()]{{1,200}}:\s{{0,9}}{NUMBER}\s{{0,9}}\)"),  # (word:1.3)
+    re.compile(r"(?<!\\)\([^()]{1,200}\)(?:\d\.\d|[+-]{1,9}(?!\w))"),  # (some words)1.3, (some words)++
+    re.compile(r"(?<!\\)\(\([^()]{1,200}\)\)"),  # ((word))
 )
-WORDS = re.compile(r"\b(?:BREAK|AND)\b")  # in a prompt that is not all in capitals
+LITERAL = (  # always plain words, brackets and numbers included
+    re.compile(rf"(?<!\\)\[[^\[\]]{{0,100}}:[^\[\]]{{0,100}}:{NUMBER}\]"),  # [from:to:when]
+    re.compile(r"(?<!\\)\[[^\[\]|]{1,100}\|[^\[\]]{1,100}\]"),  # [one|other]
+    re.compile(r"<(?:lora|lyco|hypernet|ti|wildcard):[^<>]{0,200}>"),
+)
+EMBEDDING = re.compile(r"\bembedding:[\w.-]{1,200}")
+# In a prompt that is not all in capitals.
+BREAK, AND = re.compile(r"\bBREAK\b"), re.compile(r"\bAND\b")
 MAX_SHOWN = 5
 
 
-def find_syntax(name: str, prompt: str) -> list[str]:
-    """Return a warning of what means something to other programs, none where there is nothing."""
-    found = {each: each.search(prompt) for each in (*SYNTAX, *([] if prompt.isupper() else [WORDS]))}
-    starts = sorted({match.start(): match[0] for match in found.values() if match}.items())
+def find_syntax(name: str, prompt: str, *, is_weighted: bool = False) -> list[str]:
+    """Return a warning of what means something to other programs, none where there is nothing.
+
+    Args:
+        is_weighted: weights and BREAK mean something here too, see weighting.py.
+    """
+    patterns = [*LITERAL, EMBEDDING, *(() if is_weighted else WEIGHTS)]
+    if not prompt.isupper():
+        patterns += [AND] if is_weighted else [AND, BREAK]
+    found = [each.search(prompt) for each in patterns]
+    starts = sorted({match.start(): match[0] for match in found if match}.items())
     if not starts:
         return []
     shown = ", ".join(shorten(text, length=40) for _, text in starts[:MAX_SHOWN])

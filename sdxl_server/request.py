@@ -13,6 +13,7 @@ from sdxl_server.fields import DECLARATIONS, MAX_SEED, RANDOM_SEED, GenerationRe
 from sdxl_server.fitting import fit_images
 from sdxl_server.schemas import describe_schema, is_valid, shorten
 from sdxl_server.uploads import MASK, make_white, read_upload
+from sdxl_server.weighting import check_weights
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class Contract:
             fit_images(used, fields, self.bounds)
             used.setdefault("strength", 1.0 if MASK in used else 0.8)
         request = GenerationRequest(**used)
+        if self.bounds.weighted_prompts:
+            check_weights(request)
         self._check_size(request)
         self._check_work(request)
         return request

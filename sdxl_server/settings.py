@@ -118,6 +118,12 @@ class HandlerConfig:
     embed_parameters: bool = setting(
         True, switch(), "keep prompt, seed and all else that makes a picture again in its file"
     )
+    weighted_prompts: bool = setting(
+        False,
+        switch(),
+        "read prompts as A1111's users write them, `(word:1.3)`, `[word]` and `BREAK`, and more than 77 tokens in "
+        "chunks; brackets are then no longer plain",
+    )
     allowed_sizes: Sequence[str] | None = setting(
         None,
         {

@@ -498,10 +498,19 @@ def test_static_graph_serves_both_kinds_of_guidance(
 
 
 def test_both_kinds_of_graphs(tiny_model: Path, cached: dict[str, Any], eager: LoadedPipeline) -> None:
-    loaded = load(tiny_model, cached, warm_up=True, graphs="both")
+    loaded = load(tiny_model, cached, warm_up=True, graphs="both", weighted_prompts=True)
     assert count_graphs(loaded) == [2, 2, 0, 1, 1]
     for fields in ({}, {"width": 64}, {"guidance_scale": 1.0}, {"width": 200, "height": 72}):
         assert np.abs(make_picture(loaded, **fields) - make_picture(eager, **fields)).max() <= 1
+    long = "a red fox in the snow, " * 5  # 2 chunks of letters, which only the graph for any size takes
+    weighted = load(tiny_model, weighted_prompts=True)
+    for fields in (
+        {"prompt": "a (red:1.4) fox", "negative_prompt": "[blue]"},
+        {"prompt": long, "negative_prompt": "a (blue:2)"},
+        {"prompt": "fox BREAK snow BREAK red", "width": 64, "prompt_2": long, "clip_skip": 1},
+        {"prompt": long, "guidance_scale": 1.0},
+    ):
+        assert np.abs(make_picture(loaded, **fields) - make_picture(weighted, **fields)).max() <= 1
     assert count_graphs(loaded) == [2, 2, 0, 1, 1]
 
 
