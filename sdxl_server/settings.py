@@ -108,6 +108,12 @@ class HandlerConfig:
     embed_parameters: bool = setting(
         True, switch(), "keep prompt, seed and all else that makes a picture again in its file"
     )
+    preview: str = setting(
+        "fast",
+        choice("fast", "exact"),
+        "of a picture on its way: `exact`: decoded as the picture is, which costs as much each time; `fast`: in "
+        "milliseconds, without fine detail, by colours fitted to the VAE at the warm-up; the picture is the same",
+    )
     allowed_sizes: Sequence[str] | None = setting(
         None,
         {

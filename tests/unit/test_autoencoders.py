@@ -79,7 +79,8 @@ def test_tiny_vae_draws_what_diffusers_draws(
     assert len(compiled.describe()["openvino"]["vae"]) == 1
 
 
-def test_preview_has_the_tiny_vaes_scaling(eager: LoadedPipeline) -> None:
+def test_exact_preview_has_the_tiny_vaes_scaling(tiny_model: Path, folder: Path) -> None:
+    eager = load(tiny_model, vae_path=str(folder), preview="exact")
     progress = next(generate(eager, eager.contract.check({"prompt": "a red fox", "seed": 1})))
     vae = eager.pipeline.vae
     with torch.no_grad():
