@@ -7,6 +7,7 @@ from sdxl_server.autoencoders import find_methods
 from sdxl_server.errors import ConfigError
 from sdxl_server.families import Family
 from sdxl_server.settings import BACKEND_NAMES, CompileConfig, HandlerConfig
+from sdxl_server.tiles import find_tile_side, plan_tiles
 
 VAE_ENCODER = "vae_encoder"
 # The axes of what each part is called with that may have any length: batch, height and width, length of the text.
@@ -98,9 +99,11 @@ def compile_parts(
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     graphs, batch = choose_graphs(config, compilation), 2 if config.guidance_scale > 1 else 1
     height, width = (side // pipeline.vae_scale_factor for side in reversed(size))
+    tiles = plan_tiles(height, width, find_tile_side(config, pipeline.vae_scale_factor))
+    tile = (height, width) if tiles is None else (tiles[0].size, tiles[1].size)
     shapes = {
         "unet": {"sample": (batch, pipeline.unet.config.in_channels, height, width)},
-        "vae": {"z": (1, pipeline.vae.config.latent_channels, height, width)},
+        "vae": {"z": (1, pipeline.vae.config.latent_channels, *tile)},
         VAE_ENCODER: {"x": (1, pipeline.vae.config.in_channels, *reversed(size))},
     }
     if graphs in ("dynamic", "both"):

@@ -152,7 +152,8 @@ def draw_preview(loaded: "LoadedPipeline", progress: Progress) -> Any:
         if kind == "fast":
             pixels = loaded.colours.draw(latents)
         else:
-            pixels = Autoencoder(pipeline.vae, loaded.functions).decode(latents.to(pipeline.vae.device))[0]
+            autoencoder = Autoencoder(pipeline.vae, loaded.functions, tile_side=loaded.tile_side)
+            pixels = autoencoder.decode(latents.to(pipeline.vae.device))[0]
         return pipeline.image_processor.postprocess(pixels.float().cpu())[0]
 
 
@@ -186,7 +187,7 @@ def fork_pipeline(loaded: "LoadedPipeline", request: GenerationRequest) -> Any:
     parts = {
         "scheduler": scheduler,
         "unet": Denoiser(pipeline.unet, functions["unet"], request, scheduler, plan),
-        "vae": Autoencoder(pipeline.vae, functions),
+        "vae": Autoencoder(pipeline.vae, functions, tile_side=loaded.tile_side),
         **{each: TextEncoder(getattr(pipeline, each), functions[each]) for each in family.text_encoders},
     }
     given = {**pipeline.config, **pipeline.components, **parts}

@@ -30,6 +30,7 @@ from sdxl_server.prompts import PROMPTS, find_syntax
 from sdxl_server.request import Contract
 from sdxl_server.schedulers import find_sampling_warnings
 from sdxl_server.settings import CompileConfig, HandlerConfig
+from sdxl_server.tiles import describe_tiles, find_tile_side
 
 logger = logging.getLogger(__name__)
 
@@ -98,17 +99,27 @@ class LoadedPipeline:
             report["graphs"] = sum(len(graphs) for graphs in report["openvino"].values())
         return report
 
+    @property
+    def tile_side(self) -> int | None:
+        """The side of the largest square that the VAE decodes whole, in cells of latents; None where all is whole."""
+        return find_tile_side(self.config, self.pipeline.vae_scale_factor)
+
     def describe_vae(self) -> dict[str, Any]:
         """Return which VAE it has, with whether that is lossy."""
         vae = self.pipeline.vae
-        return {"class": type(vae).__name__, "path": self.config.vae_path, "lossy": is_tiny(vae)}
+        return {
+            "class": type(vae).__name__,
+            "path": self.config.vae_path,
+            "lossy": is_tiny(vae),
+            "tile_side": self.config.vae_tile_side,
+        }
 
     @functools.cached_property
     def colours(self) -> ColourMap:
         """What fast previews are drawn with; fitted at the warm-up, or else for the first preview."""
         width, height = (side // self.pipeline.vae_scale_factor for side in self.contract.size)
-        decode = Autoencoder(self.pipeline.vae, self.functions).decode
-        return fit_colours(self.pipeline.vae, decode, height=height, width=width)
+        autoencoder = Autoencoder(self.pipeline.vae, self.functions, tile_side=self.tile_side)
+        return fit_colours(self.pipeline.vae, autoencoder.decode, height=height, width=width)
 
     @functools.cached_property
     def arithmetic(self) -> Mapping[str, Any] | None:
@@ -313,6 +324,7 @@ def describe_picture(
             "weights_sha256": loaded.weights_sha256,
             **({"adapters": applied} if (applied := loaded.list_applied(request)) else {}),
             **({"vae": vae} if (vae := loaded.describe_vae())["path"] or vae["lossy"] else {}),
+            **({"vae_tiles": tiles} if (tiles := describe_tiles(request, loaded.config)) else {}),
             "dtype": loaded.dtype,
             "unet_calls": unet_calls,
             "backend": loaded.compilation.backend or "eager",

@@ -90,7 +90,7 @@ def test_exact_preview_has_the_tiny_vaes_scaling(tiny_model: Path, folder: Path)
 
 
 def test_lossy_vae_is_told(tiny_model: Path, folder: Path, eager: LoadedPipeline, tmp_path: Path) -> None:
-    told = {"class": "AutoencoderTiny", "path": str(folder), "lossy": True}
+    told = {"class": "AutoencoderTiny", "path": str(folder), "lossy": True, "tile_side": None}
     assert eager.describe()["vae"] == told
     request = eager.contract.check({"prompt": "x"})
     assert describe_picture(eager, request, 0, unet_calls=4)["made_with"]["vae"] == told
@@ -113,8 +113,9 @@ def test_full_vae_takes_the_place_of_the_models_own(tiny_model: Path, tmp_path: 
         vae.decoder.conv_out.bias += 1
     vae.save_pretrained(tmp_path / "other", variant="fp16")
     plain, loaded = load(tiny_model), load(tiny_model, vae_path=str(tmp_path / "other"))
-    assert loaded.describe()["vae"] == {"class": "AutoencoderKL", "path": str(tmp_path / "other"), "lossy": False}
-    assert plain.describe()["vae"] == {"class": "AutoencoderKL", "path": None, "lossy": False}
+    told = {"class": "AutoencoderKL", "lossy": False, "tile_side": None}
+    assert loaded.describe()["vae"] == {**told, "path": str(tmp_path / "other")}
+    assert plain.describe()["vae"] == {**told, "path": None}
     request = plain.contract.check({"prompt": "x"})
     assert "vae" not in describe_picture(plain, request, 0, unet_calls=4)["made_with"]
     assert (make_picture(loaded) - make_picture(plain)).mean() > 50
