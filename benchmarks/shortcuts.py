@@ -128,7 +128,7 @@ def _measure_latents(loaded: Any, one: Any, other: Any) -> float:
 
     if one is other:
         return 0.0
-    vae = Autoencoder(loaded.pipeline.vae, loaded.functions)
+    vae = Autoencoder(loaded.pipeline.vae, loaded.functions, tile_side=loaded.tile_side)
     with torch.no_grad():
         pixels = [loaded.pipeline.image_processor.preprocess(each) for each in (one, other)]
         first, second = (retrieve_latents(vae.encode(each), sample_mode="argmax").float() for each in pixels)

@@ -8,6 +8,7 @@ from sdxl_server.errors import ConfigError
 from sdxl_server.families import Family
 from sdxl_server.request import Contract
 from sdxl_server.settings import BACKEND_NAMES, CompileConfig, HandlerConfig
+from sdxl_server.tiles import find_tile_side, plan_tiles
 
 VAE_ENCODER = "vae_encoder"
 # The axes of what each part is called with that may have any length: batch, height and width, length of the text.
@@ -100,6 +101,8 @@ def compile_parts(
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     graphs, batch = choose_graphs(config, compilation), contract.batch
     height, width = (side // pipeline.vae_scale_factor for side in reversed(contract.size))
+    tiles = plan_tiles(height, width, find_tile_side(config, pipeline.vae_scale_factor))
+    tile = (height, width) if tiles is None else (tiles[0].size, tiles[1].size)
     text = sum(getattr(pipeline, each).config.hidden_size for each in family.text_encoders)
     shapes: dict[str, dict[str, tuple[int, ...]]] = {
         "unet": {
@@ -107,7 +110,7 @@ def compile_parts(
             # a longer text, see weighting.py, is left to the graph for any size
             "encoder_hidden_states": (batch, pipeline.tokenizer.model_max_length, text),
         },
-        "vae": {"z": (1, pipeline.vae.config.latent_channels, height, width)},
+        "vae": {"z": (1, pipeline.vae.config.latent_channels, *tile)},
         VAE_ENCODER: {"x": (1, pipeline.vae.config.in_channels, *reversed(contract.size))},
     }
     if graphs in ("dynamic", "both"):

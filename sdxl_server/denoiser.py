@@ -17,6 +17,7 @@ from sdxl_server.errors import NotFiniteError
 from sdxl_server.fields import GenerationRequest
 from sdxl_server.noise import find_output, find_sigma, predict_original
 from sdxl_server.shortcuts import Line, Plan
+from sdxl_server.tiles import decode_tiles, plan_tiles
 
 Functions = Mapping[str, Callable[..., Any]]
 
@@ -128,18 +129,27 @@ class Denoiser(Part):
 
 
 class Autoencoder(Part):
-    """The VAE of one picture."""
+    """The VAE of one picture.
+
+    Args:
+        tile_side: of the largest square that is decoded whole, in cells of latents; None where everything is.
+    """
 
     reads = (*Part.reads, "post_quant_conv")
 
-    def __init__(self, model: Any, functions: Functions) -> None:
+    def __init__(self, model: Any, functions: Functions, *, tile_side: int | None) -> None:
         super().__init__(model)
-        self._decode, self._encode = functions["vae"], functions["vae_encoder"]
+        self._decode, self._encode, self._tile_side = functions["vae"], functions["vae_encoder"], tile_side
         self._is_tiny = is_tiny(model)
 
     def decode(self, latents: Any, return_dict: bool = True, generator: Any = None) -> Any:
         """Return the pixels of latents in a tuple, whatever `return_dict`; the decoder has no use for a generator."""
-        decoded = self._decode(latents.to(self.dtype), return_dict=False)
+        height, width = latents.shape[2:]
+        latents, tiles = latents.to(self.dtype), plan_tiles(height, width, self._tile_side)
+        if tiles is None:
+            decoded = self._decode(latents, return_dict=False)
+        else:
+            decoded = (decode_tiles(lambda tile: self._decode(tile, return_dict=False)[0], latents, tiles),)
         check_finite(decoded[0], "what the VAE decoded")
         return decoded
 

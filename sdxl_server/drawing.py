@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sdxl_server import metrics
 from sdxl_server.adapters.registry import choose_products
 from sdxl_server.denoiser import Autoencoder, Denoiser, Functions, TextEncoder, check_finite
 from sdxl_server.errors import NotFiniteError, RequestError
@@ -137,21 +138,26 @@ def _is_graph_limit(error: BaseException) -> bool:
 
 
 def draw_preview(loaded: "LoadedPipeline", progress: Progress) -> Any:
-    """Return the picture, a Pillow image, as it looks from where it stands; it costs one run of the VAE's decoder.
+    """Return the picture, a Pillow image, as it looks from where it stands, in the way that the configuration says.
 
     Raises:
         NotFiniteError: it is none.
     """
     import torch
 
-    pipeline, config = loaded.pipeline, loaded.pipeline.vae.config
-    with torch.no_grad(), _name_place(progress.denoiser.request, progress.index, progress.denoiser):
+    pipeline, config, kind = loaded.pipeline, loaded.pipeline.vae.config, loaded.config.preview
+    place = _name_place(progress.denoiser.request, progress.index, progress.denoiser)
+    with torch.no_grad(), place, metrics.PREVIEW_SECONDS.labels(kind).time():
         latents = progress.denoiser.predict() / config.scaling_factor
         mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
         if mean is not None and std is not None:
             latents = latents * torch.tensor(std).view(1, -1, 1, 1) + torch.tensor(mean).view(1, -1, 1, 1)
-        pixels = Autoencoder(pipeline.vae, loaded.functions).decode(latents.to(pipeline.vae.device))[0]
-    return pipeline.image_processor.postprocess(pixels.float().cpu())[0]
+        if kind == "fast":
+            pixels = loaded.colours.draw(latents)
+        else:
+            autoencoder = Autoencoder(pipeline.vae, loaded.functions, tile_side=loaded.tile_side)
+            pixels = autoencoder.decode(latents.to(pipeline.vae.device))[0]
+        return pipeline.image_processor.postprocess(pixels.float().cpu())[0]
 
 
 def keep_protected(picture: Any, request: GenerationRequest) -> Any:
@@ -183,7 +189,7 @@ def fork_pipeline(loaded: "LoadedPipeline", request: GenerationRequest) -> Any:
     parts = {
         "scheduler": scheduler,
         "unet": Denoiser(pipeline.unet, functions["unet"], request, scheduler, plan),
-        "vae": Autoencoder(pipeline.vae, functions),
+        "vae": Autoencoder(pipeline.vae, functions, tile_side=loaded.tile_side),
         **{each: TextEncoder(getattr(pipeline, each), functions[each]) for each in family.text_encoders},
     }
     given = {**pipeline.config, **pipeline.components, **parts}

@@ -34,6 +34,12 @@ PICTURE_SECONDS = Histogram(
     "Work on a picture, from the text encoders to the file, without that on other requests between",
     buckets=(0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000),
 )
+PREVIEW_SECONDS = Histogram(
+    "sdxl_preview_seconds",
+    "A preview, without its file: fast, or exact, which is decoded as the picture is",
+    ["kind"],
+    buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50),
+)
 CALL_SECONDS = Histogram(
     "sdxl_unet_call_seconds",
     "A call of the UNet, the warm-up's too, in which it may be compiled",

@@ -1,10 +1,12 @@
 """A pipeline that is ready to make pictures: load → compile → warm up, and what it says of itself."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from sdxl_server.adapters.registry import Adapter, find_ranks, load_adapters
 from sdxl_server.autoencoders import is_tiny
 from sdxl_server.compiling import VAE_ENCODER, choose_graphs, compile_parts, list_parts
 from sdxl_server.contract import build_contract
+from sdxl_server.denoiser import Autoencoder
 from sdxl_server.drawing import finish, generate
 from sdxl_server.errors import ConfigError, NotFiniteError, RequestError
 from sdxl_server.families import Family, find_family
@@ -22,12 +25,16 @@ from sdxl_server.files import can_hold, encode_picture
 from sdxl_server.folders import check_texts, check_whole, write_copy, write_remedy
 from sdxl_server.loading import blame, check_device, check_files, choose_dtype, read_pipeline
 from sdxl_server.masks import find_mask_warnings
+from sdxl_server.previews import ColourMap, fit_colours
 from sdxl_server.prompts import PROMPTS, find_syntax
 from sdxl_server.request import Contract
 from sdxl_server.schedulers import find_sampling_warnings
 from sdxl_server.settings import CompileConfig, HandlerConfig
 from sdxl_server.shortcuts import has_halves
+from sdxl_server.tiles import describe_tiles, find_tile_side
 from sdxl_server.weighting import choose_chunks, find_cuts
+
+logger = logging.getLogger(__name__)
 
 WARM_UP_STEPS = 2  # Inductor may compile again at the second
 
@@ -75,6 +82,7 @@ class LoadedPipeline:
             "compiled_parts": list(self.parts),
             "weights_sha256": self.weights_sha256,
             "vae": self.describe_vae(),
+            "preview": {"kind": self.config.preview, "lossy": self.config.preview != "exact"},
             "adapters": [each.describe() for each in self.adapters],
             "weighted_prompts": self.config.weighted_prompts,
             "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
@@ -99,10 +107,27 @@ class LoadedPipeline:
         """How many chunks of a prompt are read, see `choose_chunks`."""
         return choose_chunks(self.config, self.graphs)
 
+    @property
+    def tile_side(self) -> int | None:
+        """The side of the largest square that the VAE decodes whole, in cells of latents; None where all is whole."""
+        return find_tile_side(self.config, self.pipeline.vae_scale_factor)
+
     def describe_vae(self) -> dict[str, Any]:
         """Return which VAE it has, with whether that is lossy."""
         vae = self.pipeline.vae
-        return {"class": type(vae).__name__, "path": self.config.vae_path, "lossy": is_tiny(vae)}
+        return {
+            "class": type(vae).__name__,
+            "path": self.config.vae_path,
+            "lossy": is_tiny(vae),
+            "tile_side": self.config.vae_tile_side,
+        }
+
+    @functools.cached_property
+    def colours(self) -> ColourMap:
+        """What fast previews are drawn with; fitted at the warm-up, or else for the first preview."""
+        width, height = (side // self.pipeline.vae_scale_factor for side in self.contract.size)
+        autoencoder = Autoencoder(self.pipeline.vae, self.functions, tile_side=self.tile_side)
+        return fit_colours(self.pipeline.vae, autoencoder.decode, height=height, width=width)
 
     @functools.cached_property
     def arithmetic(self) -> Mapping[str, Any] | None:
@@ -203,7 +228,7 @@ def load_pipeline(
 
 
 def warm_up(loaded: LoadedPipeline) -> None:
-    """Make one picture of each size that is allowed, which compiles every part, and check that all were compiled.
+    """Make one picture of each size that is allowed, which compiles every part; check that all were; fit the previews.
 
     The VAE's encoder is left to the first request with an image, but of a model that draws nothing else.
 
@@ -225,13 +250,11 @@ def warm_up(loaded: LoadedPipeline) -> None:
         if loaded.compilation.backend == "openvino":
             with compile_ahead():
                 finish(generate(loaded, request))
-        try:
+        with _blame_numbers(loaded):
             encode_picture(finish(generate(loaded, request))[0].image, request)
-        except NotFiniteError as error:
-            raise ConfigError(
-                f"handler.dtype: {loaded.config.dtype}: at the warm-up {error}; either the weights in "
-                f"{loaded.config.model_path} are damaged, or they overflow in {loaded.dtype} and need dtype: float32"
-            ) from error
+    if loaded.config.preview == "fast":
+        with _blame_numbers(loaded):
+            logger.info("Fast previews: %.1f levels of 255 from what the VAE decodes", loaded.colours.error)
     report = loaded.describe()
     warm = [name for name in loaded.parts if name != VAE_ENCODER or loaded.family.needs]
     idle = [name for name, graphs in report.get("openvino", {}).items() if name in warm and not graphs]
@@ -239,6 +262,18 @@ def warm_up(loaded: LoadedPipeline) -> None:
         raise ConfigError(
             f"pt2.backend: {report['backend']} did not compile {', '.join(idle) or 'every part'}: {report}"
         )
+
+
+@contextlib.contextmanager
+def _blame_numbers(loaded: LoadedPipeline) -> Iterator[None]:
+    """Turn what is not finite in a block into a ConfigError."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise ConfigError(
+            f"handler.dtype: {loaded.config.dtype}: at the warm-up {error}; either the weights in "
+            f"{loaded.config.model_path} are damaged, or they overflow in {loaded.dtype} and need dtype: float32"
+        ) from error
 
 
 def _choose_warm_up(loaded: LoadedPipeline, fields: Mapping[str, Any]) -> GenerationRequest:
@@ -299,6 +334,7 @@ def describe_picture(
             **({"adapters": applied} if (applied := loaded.list_applied(request)) else {}),
             **({"vae": vae} if (vae := loaded.describe_vae())["path"] or vae["lossy"] else {}),
             **({"weighted_prompts": True} if loaded.config.weighted_prompts else {}),
+            **({"vae_tiles": tiles} if (tiles := describe_tiles(request, loaded.config)) else {}),
             "dtype": loaded.dtype,
             "unet_calls": unet_calls,
             "backend": loaded.compilation.backend or "eager",

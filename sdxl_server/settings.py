@@ -114,6 +114,13 @@ class HandlerConfig:
         None, whole(MIN_SIDE, MAX_SIDE, multiple_of=8), "pixels", null="the model's own, 1024 for SDXL base"
     )
     height: int | None = setting(None, whole(MIN_SIDE, MAX_SIDE, multiple_of=8), "pixels", null="the model's own")
+    vae_tile_side: int | None = setting(
+        None,
+        whole(MIN_SIDE, MAX_SIDE, multiple_of=32),
+        "pixels; what is larger than its square is decoded in overlapping tiles of this side, which bounds the memory: "
+        "lossy, see docs/operations.md",
+        null="all is decoded whole",
+    )
     jpeg_quality: int = setting(90, whole(1, 100), "of JPEG and WebP")
     embed_parameters: bool = setting(
         True, switch(), "keep prompt, seed and all else that makes a picture again in its file"
@@ -123,6 +130,12 @@ class HandlerConfig:
         switch(),
         "read prompts as A1111's users write them, `(word:1.3)`, `[word]` and `BREAK`, and more than 77 tokens in "
         "chunks; brackets are then no longer plain",
+    )
+    preview: str = setting(
+        "fast",
+        choice("fast", "exact"),
+        "of a picture on its way: `exact`: decoded as the picture is, which costs as much each time; `fast`: in "
+        "milliseconds, without fine detail, by colours fitted to the VAE at the warm-up; the picture is the same",
     )
     allowed_sizes: Sequence[str] | None = setting(
         None,

@@ -79,7 +79,8 @@ def test_tiny_vae_draws_what_diffusers_draws(
     assert len(compiled.describe()["openvino"]["vae"]) == 1
 
 
-def test_preview_has_the_tiny_vaes_scaling(eager: LoadedPipeline) -> None:
+def test_exact_preview_has_the_tiny_vaes_scaling(tiny_model: Path, folder: Path) -> None:
+    eager = load(tiny_model, vae_path=str(folder), preview="exact")
     progress = next(generate(eager, eager.contract.check({"prompt": "a red fox", "seed": 1})))
     vae = eager.pipeline.vae
     with torch.no_grad():
@@ -89,7 +90,7 @@ def test_preview_has_the_tiny_vaes_scaling(eager: LoadedPipeline) -> None:
 
 
 def test_lossy_vae_is_told(tiny_model: Path, folder: Path, eager: LoadedPipeline, tmp_path: Path) -> None:
-    told = {"class": "AutoencoderTiny", "path": str(folder), "lossy": True}
+    told = {"class": "AutoencoderTiny", "path": str(folder), "lossy": True, "tile_side": None}
     assert eager.describe()["vae"] == told
     request = eager.contract.check({"prompt": "x"})
     assert describe_picture(eager, request, 0, unet_calls=4)["made_with"]["vae"] == told
@@ -112,8 +113,9 @@ def test_full_vae_takes_the_place_of_the_models_own(tiny_model: Path, tmp_path: 
         vae.decoder.conv_out.bias += 1
     vae.save_pretrained(tmp_path / "other", variant="fp16")
     plain, loaded = load(tiny_model), load(tiny_model, vae_path=str(tmp_path / "other"))
-    assert loaded.describe()["vae"] == {"class": "AutoencoderKL", "path": str(tmp_path / "other"), "lossy": False}
-    assert plain.describe()["vae"] == {"class": "AutoencoderKL", "path": None, "lossy": False}
+    told = {"class": "AutoencoderKL", "lossy": False, "tile_side": None}
+    assert loaded.describe()["vae"] == {**told, "path": str(tmp_path / "other")}
+    assert plain.describe()["vae"] == {**told, "path": None}
     request = plain.contract.check({"prompt": "x"})
     assert "vae" not in describe_picture(plain, request, 0, unet_calls=4)["made_with"]
     assert (make_picture(loaded) - make_picture(plain)).mean() > 50

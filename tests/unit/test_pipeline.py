@@ -46,8 +46,8 @@ def eager(tiny_model: Path) -> LoadedPipeline:
 
 @pytest.fixture(scope="module")
 def demo() -> LoadedPipeline:
-    """The project's own model, whose VAE has learnt pictures."""
-    return load(ROOT / "demo/model")
+    """The project's own model, whose VAE has learnt pictures, with exact previews."""
+    return load(ROOT / "demo/model", preview="exact")
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def unscaled(tmp_path_factory: pytest.TempPathFactory) -> LoadedPipeline:
     folder = shutil.copytree(ROOT / "demo/model", tmp_path_factory.mktemp("models") / "unscaled")
     path = folder / "scheduler/scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rescale_betas_zero_snr": False}))
-    return load(folder)
+    return load(folder, preview="exact")
 
 
 @pytest.mark.parametrize("scheduler", [name for name in ALL if name != "PNDMScheduler"])  # inexact with v-prediction
@@ -550,7 +550,7 @@ def test_numbers_that_are_not_finite_are_no_picture(
     tiny_model: Path, tmp_path: Path, kind: str, pt2: Any, told: str
 ) -> None:
     settings = {} if pt2 is None else {"graphs": "static", **UNET_ONLY}
-    loaded = load(spoil_model(tiny_model, tmp_path / "model", kind), pt2, **settings)
+    loaded = load(spoil_model(tiny_model, tmp_path / "model", kind), pt2, preview="exact", **settings)
     fields = {"image": encode(Image.new("RGB", (128, 128)))} if kind == "encoder" else {}
     request = loaded.contract.check({"prompt": "a red fox", "seed": 7, **fields})
     with pytest.raises(NotFiniteError) as caught:

@@ -1,0 +1,125 @@
+"""Fast previews: colours fitted to the VAE, beside what it decodes."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from demo.measure import choose_prompts
+from sdxl_server.drawing import Progress, draw_preview, generate
+from sdxl_server.errors import ConfigError
+from sdxl_server.pipeline import LoadedPipeline
+from sdxl_server.previews import lay_out
+from tests.spoiled import spoil_model
+from tests.unit.test_autoencoders import folder
+from tests.unit.test_pipeline import load, make_picture
+from tools.server import ROOT
+
+__all__ = ["folder"]  # a tiny VAE
+MOST_APART = 16
+STEPS = (1, 3, 6)
+
+
+@pytest.fixture(scope="module")
+def demo() -> LoadedPipeline:
+    return load(ROOT / "demo/model", num_inference_steps=8, guidance_scale=1.5)
+
+
+def show(loaded: LoadedPipeline, progress: Progress) -> np.ndarray[Any, Any]:
+    return np.asarray(draw_preview(loaded, progress)).astype(int)
+
+
+def choose_kind(loaded: LoadedPipeline, kind: str) -> LoadedPipeline:
+    """Return the pipeline with previews of a kind, which are fitted anew."""
+    return dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, preview=kind))
+
+
+def test_fast_previews_are_near_the_exact_ones(demo: LoadedPipeline) -> None:
+    exact, apart, of_grey = choose_kind(demo, "exact"), [], []
+    for prompt in choose_prompts(8, seed=3):
+        for progress in generate(demo, demo.contract.check({"prompt": prompt.text, "seed": 5})):
+            if progress.step in STEPS:
+                expected = show(exact, progress)
+                apart.append(np.abs(show(demo, progress) - expected).mean())
+                of_grey.append(np.abs(expected - expected.mean(axis=(0, 1, 2))).mean())
+    assert np.mean(apart) < MOST_APART, apart
+    assert max(apart) < 2.5 * MOST_APART, apart
+    assert np.mean(of_grey) > 3 * MOST_APART, of_grey
+
+
+def test_a_preview_takes_ten_milliseconds_at_512(demo: LoadedPipeline) -> None:
+    progress = next(generate(demo, demo.contract.check({"prompt": "x", "width": 512, "height": 512})))
+    seconds = []
+    for _ in range(12):
+        start = time.perf_counter()
+        assert draw_preview(demo, progress).size == (512, 512)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.010, seconds  # of several: other work may be beside
+
+
+def test_a_preview_depends_on_nothing_that_was_asked_before(demo: LoadedPipeline) -> None:
+    before, again = choose_kind(demo, "fast"), choose_kind(demo, "fast")
+    make_picture(again, prompt="a blue square", seed=3)
+    torch.rand(7)
+    request = demo.contract.check({"prompt": "a red star on a white background", "seed": 1})
+    shown = show(before, next(generate(before, request)))
+    assert np.array_equal(show(again, next(generate(again, request))), shown)
+    assert np.array_equal(make_picture(demo), make_picture(choose_kind(demo, "exact")))  # the picture is the same
+
+
+@pytest.mark.parametrize(("pt2", "graphs"), [(None, None), ("openvino", "static"), ("openvino", "dynamic")])
+def test_the_warm_up_fits_a_tiny_vae_without_another_graph(
+    tiny_model: Path, folder: Path, pt2: Any, graphs: str | None
+) -> None:
+    others = {"compile_unet": False, "compile_text_encoders": False, "warm_up": True}
+    loaded = load(tiny_model, pt2, vae_path=str(folder), graphs=graphs, **others)
+    assert "colours" in vars(loaded)
+    assert loaded.describe()["preview"] == {"kind": "fast", "lossy": True}
+    sheet = loaded.pipeline.image_processor.preprocess(Image.open(ROOT / "demo/model/sheet.jpg"), 256, 256)
+    with torch.no_grad():  # of a picture: what a UNet of random weights makes is far from all that this VAE ever sees
+        latents = loaded.pipeline.vae.encoder(sheet)
+        decoded = loaded.pipeline.vae.decoder(latents)
+    apart = (loaded.colours.draw(latents) - decoded.clamp(-1, 1)).abs().mean()
+    assert apart < decoded.std() / 5
+    if pt2 is not None:
+        assert [len(loaded.describe()["openvino"][name]) for name in ("vae", "vae_encoder")] == [1, 0]
+
+
+def test_stable_diffusion_1_and_any_size(tiny_sd_model: Path) -> None:
+    loaded = load(tiny_sd_model, is_xl=False)
+    assert "colours" not in vars(loaded)  # without a warm-up the first preview has them fitted
+    for width, height in ((128, 128), (64, 200)):
+        request = loaded.contract.check({"prompt": "x", "width": width, "height": height})
+        assert draw_preview(loaded, next(generate(loaded, request))).size == (width, height)
+
+
+def test_the_scaling_of_the_latents_is_taken_back(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load(tiny_model)
+    progress = next(generate(loaded, loaded.contract.check({"prompt": "x"})))
+    plain = loaded.colours.draw(progress.denoiser.predict() / 0.13025 * 2 + 0.5)
+    config = loaded.pipeline.vae.config
+    monkeypatch.setattr(loaded.pipeline.vae, "_internal_dict", type(config)({**config, **MOVED}))
+    expected = loaded.pipeline.image_processor.postprocess(plain)[0]
+    assert np.array_equal(show(loaded, progress), np.asarray(expected))
+
+
+MOVED = {"latents_mean": [0.5] * 4, "latents_std": [2.0] * 4}
+
+
+def test_mosaics_hold_every_tile() -> None:
+    tiles = torch.arange(5).view(5, 1, 1, 1).expand(5, 1, 2, 2)
+    wide = lay_out(tiles, height=2, width=5)
+    assert wide[:, 0, 0].tolist() == [[0, 0, 1, 1, 2], [3, 3, 4, 4, 0]]
+    assert lay_out(tiles, height=1, width=1).flatten().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_an_encoder_that_is_damaged_is_told_at_the_warm_up(tiny_model: Path, tmp_path: Path) -> None:
+    folder = spoil_model(tiny_model, tmp_path / "model", "encoder")
+    with pytest.raises(ConfigError, match="^handler.dtype: float32: at the warm-up what the VAE made of the image"):
+        load(folder, warm_up=True)
+    load(folder, warm_up=True, preview="exact")
