@@ -1,12 +1,9 @@
 """A pipeline that is ready to make pictures: load → compile → warm up, and what it says of itself."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +14,10 @@ from sdxl_server.autoencoders import is_tiny
 from sdxl_server.compiling import VAE_ENCODER, choose_graphs, compile_parts, list_parts
 from sdxl_server.contract import build_contract
 from sdxl_server.denoiser import Autoencoder
-from sdxl_server.drawing import finish, generate
-from sdxl_server.errors import ConfigError, NotFiniteError, RequestError
+from sdxl_server.errors import ConfigError
 from sdxl_server.families import Family, find_family
-from sdxl_server.fields import MIN_SIDE, GenerationRequest
-from sdxl_server.files import can_hold, encode_picture
+from sdxl_server.fields import GenerationRequest
+from sdxl_server.files import can_hold
 from sdxl_server.folders import check_texts, check_whole, write_copy, write_remedy
 from sdxl_server.loading import blame, check_device, check_files, choose_dtype, read_pipeline
 from sdxl_server.masks import find_mask_warnings
@@ -32,11 +28,8 @@ from sdxl_server.schedulers import find_sampling_warnings
 from sdxl_server.settings import CompileConfig, HandlerConfig
 from sdxl_server.shortcuts import has_halves
 from sdxl_server.tiles import describe_tiles, find_tile_side
+from sdxl_server.warm_up import warm_up
 from sdxl_server.weighting import choose_chunks, find_cuts
-
-logger = logging.getLogger(__name__)
-
-WARM_UP_STEPS = 2  # Inductor may compile again at the second
 
 
 @dataclass(frozen=True)
@@ -225,68 +218,6 @@ def load_pipeline(
             f"{loaded.weights_sha256}, not {config.weights_sha256!r}; other weights than expected, or another dtype"
         )
     return loaded
-
-
-def warm_up(loaded: LoadedPipeline) -> None:
-    """Make one picture of each size that is allowed, which compiles every part; check that all were; fit the previews.
-
-    The VAE's encoder is left to the first request with an image, but of a model that draws nothing else.
-
-    Raises:
-        ConfigError: a part ran in eager PyTorch although it was to be compiled, or a picture is not finite.
-    """
-    from openvino_backend import compile_ahead
-
-    contract = loaded.contract
-    sizes = [contract.size]
-    if loaded.graphs == "both":
-        sizes.append((MIN_SIDE, next(side for side in (MIN_SIDE, MIN_SIDE + 8) if (MIN_SIDE, side) != sizes[0])))
-    kinds: list[dict[str, Any]] = [{"guidance_interval": [0, 1]}]
-    # OpenVINO's graphs are for one batch, whatever is asked for, or for any.
-    if loaded.graphs is None and loaded.compilation.backend is not None and loaded.config.guidance_interval is not None:
-        kinds.append({"guidance_scale": 1.0})
-    for (width, height), kind in itertools.product(contract.bounds.allowed_sizes or sizes, kinds):
-        request = _choose_warm_up(loaded, {"prompt": "warm-up", "width": width, "height": height, **kind})
-        if loaded.compilation.backend == "openvino":
-            with compile_ahead():
-                finish(generate(loaded, request))
-        with _blame_numbers(loaded):
-            encode_picture(finish(generate(loaded, request))[0].image, request)
-    if loaded.config.preview == "fast":
-        with _blame_numbers(loaded):
-            logger.info("Fast previews: %.1f levels of 255 from what the VAE decodes", loaded.colours.error)
-    report = loaded.describe()
-    warm = [name for name in loaded.parts if name != VAE_ENCODER or loaded.family.needs]
-    idle = [name for name, graphs in report.get("openvino", {}).items() if name in warm and not graphs]
-    if idle or report["graphs"] < len(warm):
-        raise ConfigError(
-            f"pt2.backend: {report['backend']} did not compile {', '.join(idle) or 'every part'}: {report}"
-        )
-
-
-@contextlib.contextmanager
-def _blame_numbers(loaded: LoadedPipeline) -> Iterator[None]:
-    """Turn what is not finite in a block into a ConfigError."""
-    try:
-        yield
-    except NotFiniteError as error:
-        raise ConfigError(
-            f"handler.dtype: {loaded.config.dtype}: at the warm-up {error}; either the weights in "
-            f"{loaded.config.model_path} are damaged, or they overflow in {loaded.dtype} and need dtype: float32"
-        ) from error
-
-
-def _choose_warm_up(loaded: LoadedPipeline, fields: Mapping[str, Any]) -> GenerationRequest:
-    """Return the request of the fewest steps that compile everything and that the scheduler can make."""
-    most = loaded.contract.properties["num_inference_steps"]["default"]
-    steps = 1 if loaded.compilation.backend == "openvino" else min(WARM_UP_STEPS, most)
-    while True:
-        try:
-            return loaded.contract.check_sample({**fields, "num_inference_steps": steps})
-        except RequestError:
-            if steps >= most:
-                raise
-            steps += 1
 
 
 def find_warnings(loaded: LoadedPipeline, request: GenerationRequest, *, told: Sequence[str] = ()) -> list[str]:

@@ -118,7 +118,7 @@ class HandlerConfig:
         None,
         whole(MIN_SIDE, MAX_SIDE, multiple_of=32),
         "pixels; what is larger than its square is decoded in overlapping tiles of this side, which bounds the memory: "
-        "lossy, see docs/operations.md",
+        "lossy, see docs/models.md",
         null="all is decoded whole",
     )
     jpeg_quality: int = setting(90, whole(1, 100), "of JPEG and WebP")

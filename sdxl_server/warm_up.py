@@ -1,0 +1,82 @@
+"""The warm-up: one picture of each size, so that no user waits for compilation, and the fit of the previews."""
+
+import contextlib
+import itertools
+import logging
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from sdxl_server.compiling import VAE_ENCODER
+from sdxl_server.drawing import finish, generate
+from sdxl_server.errors import ConfigError, NotFiniteError, RequestError
+from sdxl_server.fields import MIN_SIDE, GenerationRequest
+from sdxl_server.files import encode_picture
+
+if TYPE_CHECKING:
+    from sdxl_server.pipeline import LoadedPipeline
+
+logger = logging.getLogger(__name__)
+
+WARM_UP_STEPS = 2  # Inductor may compile again at the second
+
+
+def warm_up(loaded: "LoadedPipeline") -> None:
+    """Make one picture of each size that is allowed, which compiles every part; check that all were; fit the previews.
+
+    The VAE's encoder is left to the first request with an image, but of a model that draws nothing else.
+
+    Raises:
+        ConfigError: a part ran in eager PyTorch although it was to be compiled, or a picture is not finite.
+    """
+    from openvino_backend import compile_ahead
+
+    contract = loaded.contract
+    sizes = [contract.size]
+    if loaded.graphs == "both":
+        sizes.append((MIN_SIDE, next(side for side in (MIN_SIDE, MIN_SIDE + 8) if (MIN_SIDE, side) != sizes[0])))
+    kinds: list[dict[str, Any]] = [{"guidance_interval": [0, 1]}]
+    # OpenVINO's graphs are for one batch, whatever is asked for, or for any.
+    if loaded.graphs is None and loaded.compilation.backend is not None and loaded.config.guidance_interval is not None:
+        kinds.append({"guidance_scale": 1.0})
+    for (width, height), kind in itertools.product(contract.bounds.allowed_sizes or sizes, kinds):
+        request = _choose_warm_up(loaded, {"prompt": "warm-up", "width": width, "height": height, **kind})
+        if loaded.compilation.backend == "openvino":
+            with compile_ahead():
+                finish(generate(loaded, request))
+        with _blame_numbers(loaded):
+            encode_picture(finish(generate(loaded, request))[0].image, request)
+    if loaded.config.preview == "fast":
+        with _blame_numbers(loaded):
+            logger.info("Fast previews: %.1f levels of 255 from what the VAE decodes", loaded.colours.error)
+    report = loaded.describe()
+    warm = [name for name in loaded.parts if name != VAE_ENCODER or loaded.family.needs]
+    idle = [name for name, graphs in report.get("openvino", {}).items() if name in warm and not graphs]
+    if idle or report["graphs"] < len(warm):
+        raise ConfigError(
+            f"pt2.backend: {report['backend']} did not compile {', '.join(idle) or 'every part'}: {report}"
+        )
+
+
+@contextlib.contextmanager
+def _blame_numbers(loaded: "LoadedPipeline") -> Iterator[None]:
+    """Turn what is not finite in a block into a ConfigError."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise ConfigError(
+            f"handler.dtype: {loaded.config.dtype}: at the warm-up {error}; either the weights in "
+            f"{loaded.config.model_path} are damaged, or they overflow in {loaded.dtype} and need dtype: float32"
+        ) from error
+
+
+def _choose_warm_up(loaded: "LoadedPipeline", fields: Mapping[str, Any]) -> GenerationRequest:
+    """Return the request of the fewest steps that compile everything and that the scheduler can make."""
+    most = loaded.contract.properties["num_inference_steps"]["default"]
+    steps = 1 if loaded.compilation.backend == "openvino" else min(WARM_UP_STEPS, most)
+    while True:
+        try:
+            return loaded.contract.check_sample({**fields, "num_inference_steps": steps})
+        except RequestError:
+            if steps >= most:
+                raise
+            steps += 1
