@@ -109,6 +109,7 @@ class CompiledFunction:
         self._signature = inspect.signature(self._function)
         self._dynamic_shapes, self._static_shapes = dict(dynamic_shapes or {}), tuple(static_shapes)
         self._traces: dict[Any, list[Trace]] = {}
+        self._settled: set[int] = set()  # ids of the traces that were run
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -122,14 +123,16 @@ class CompiledFunction:
             return imitate(self._function, self._module, *args, **kwargs)
         call = self._describe_call(args, kwargs)
         trace = self._find(call, args, kwargs)
-        if trace is not None:
+        if trace is not None and id(trace) in self._settled:
             return trace.function.fn(self._module, *args, **kwargs)
         with self._lock:
             trace = self._find_or_prepare(call, args, kwargs)
             # At its first run OpenVINO brings the weights of a dynamic graph into a form of its own.
             files = [part.file for part in read_graph(trace.function).parts]
             with release_memory(self.backend.options, self._list_weights(), files):
-                return trace.function.fn(self._module, *args, **kwargs)
+                result = trace.function.fn(self._module, *args, **kwargs)
+            self._settled.add(id(trace))
+            return result
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Have ready what such a call needs, without making it."""

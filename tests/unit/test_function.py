@@ -1,5 +1,6 @@
 """CompiledFunction: what is traced once is neither traced nor converted at the next start, and stays right."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -362,21 +363,25 @@ class Wide(torch.nn.Module):
             x = torch.nn.functional.linear(x, weight)
         return x
 
-path, release = sys.argv[1], sys.argv[2] == "True"
+path, release, is_ahead = sys.argv[1], sys.argv[2] == "True", sys.argv[3] == "True"
 save_file({str(i): torch.randn(2048, 2048) / 45 for i in range(8)}, path)
 module = Wide(load_file(path))
 x = torch.randn(2, 2048)
 with torch.no_grad():
     expected = module(x)
-    result = CompiledFunction(module.forward, {"release_weights": release})(x)
+    function = CompiledFunction(module.forward, {"release_weights": release}, dynamic_shapes={"x": (0,)})
+    if is_ahead:
+        with compile_ahead():
+            function(x)
+    result = function(x)
     smaps = open("/proc/self/smaps").read().split("\\n")
     at = [i for i, line in enumerate(smaps) if line.endswith(path)]
     resident = sum(int(line.split()[1]) for i in at for line in smaps[i + 1 : i + 6] if line.startswith("Rss"))
     is_near = float((result - expected).norm() / expected.norm()) < 0.01
     print(resident // 1024, is_near, torch.equal(module(x), expected))
 """
-    for release in (False, True):
-        command = [sys.executable, "-c", code, str(tmp_path / "weights.safetensors"), str(release)]
+    for release, is_ahead in itertools.product((False, True), repeat=2):
+        command = [sys.executable, "-c", code, str(tmp_path / "weights.safetensors"), str(release), str(is_ahead)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         megabytes, *is_right = done.stdout.split()
         assert is_right == ["True", "True"], done.stderr
