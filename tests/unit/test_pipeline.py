@@ -504,12 +504,13 @@ def test_both_kinds_of_graphs(tiny_model: Path, cached: dict[str, Any], eager: L
         assert np.abs(make_picture(loaded, **fields) - make_picture(eager, **fields)).max() <= 1
     long = "a red fox in the snow, " * 5  # 2 chunks of letters, which only the graph for any size takes
     weighted = load(tiny_model, weighted_prompts=True)
-    for fields in (
+    prompts: list[dict[str, Any]] = [
         {"prompt": "a (red:1.4) fox", "negative_prompt": "[blue]"},
         {"prompt": long, "negative_prompt": "a (blue:2)"},
         {"prompt": "fox BREAK snow BREAK red", "width": 64, "prompt_2": long, "clip_skip": 1},
         {"prompt": long, "guidance_scale": 1.0},
-    ):
+    ]
+    for fields in prompts:
         assert np.abs(make_picture(loaded, **fields) - make_picture(weighted, **fields)).max() <= 1
     assert count_graphs(loaded) == [2, 2, 0, 1, 1]
 
