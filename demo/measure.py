@@ -202,8 +202,8 @@ def save_sheet(path: Path, prompts: Sequence[Prompt], pictures: Sequence[Image.I
 
 def print_shares(prepare: Callable[..., Draw], arguments: argparse.Namespace) -> None:
     """Draw what the arguments name, and print the table as it goes."""
-    print(f"| prompts | steps | {' | '.join((*FEATURES, 'all'))} | s a picture |")
-    print("|---" * (len(FEATURES) + 4) + "|")
+    print(f"| prompts | steps | {' | '.join((*FEATURES, 'all', 'all, where small'))} | s a picture |")
+    print("|---" * (len(FEATURES) + 5) + "|")
     for name, prompts in (
         ("one thing", choose_prompts(arguments.prompts)),
         ("two things", choose_pairs(arguments.pairs)),
@@ -217,6 +217,8 @@ def print_shares(prepare: Callable[..., Draw], arguments: argparse.Namespace) ->
             pictures = list(tqdm(drawn, total=len(prompts), desc=f"{steps} steps", leave=False))
             seconds = (time.perf_counter() - start) / len(prompts)
             shares = score_pictures(judged, pictures)
+            small = [i for i, each in enumerate(judged) if any(thing.size == "small" for thing in each.scene.things)]
+            shares["small"] = score_pictures([judged[i] for i in small], [pictures[i] for i in small])["all"]
             print(
                 f"| {name} | {steps} | {' | '.join(f'{share:.1%}' for share in shares.values())} | {seconds:.2f} |",
                 flush=True,

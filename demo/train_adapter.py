@@ -218,7 +218,7 @@ class Plan:
 
 
 PLANS = {
-    "inverted": Plan(prepare_inverted, rank=8, steps=500),
+    "inverted": Plan(prepare_inverted, rank=8, steps=400),
     "few-steps": Plan(prepare_few_steps, rank=16, steps=1100),
 }
 
