@@ -2,6 +2,8 @@
 
 python -m demo.measure --prompts 500 --steps 5 10 20 30 --sheet sheet.jpg
 python -m demo.measure --prompts 100 --steps 10 --pt2 "{backend: openvino}"     through the server
+python -m demo.measure --vague 200 --steps 4 --guidance-scale 0 --adapters demo/adapters/few-steps/few-steps.safetensors
+python -m demo.measure --steps 10 --adapters demo/adapters/inverted/inverted.safetensors --inverted
 """
 
 import argparse
@@ -9,9 +11,9 @@ import io
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -24,7 +26,15 @@ from tqdm import tqdm
 
 from benchmarks.server import summarise
 from demo.oracle import Verdict, judge_picture
-from demo.shapes import PICTURE_SIZE, Scene, choose_scene, describe_scene, is_held_out, iterate_scenes
+from demo.shapes import (
+    PICTURE_SIZE,
+    Scene,
+    choose_scene,
+    describe_scene,
+    invert_scene,
+    is_held_out,
+    iterate_scenes,
+)
 from tools.server import LocalServer, make_archive, read_shipped
 
 log = logging.getLogger(__name__)
@@ -51,10 +61,14 @@ def choose_prompts(count: int, *, seed: int = 0) -> list[Prompt]:
         count: 642 at most.
     """
     random = Random(f"prompts {seed}")
-    scenes = [scene for scene in iterate_scenes() if is_held_out(scene.background, scene.things[0])]
     return [
-        Prompt(describe_scene(scene, random=random), scene, i) for i, scene in enumerate(random.sample(scenes, count))
+        Prompt(describe_scene(scene, random=random), scene, i)
+        for i, scene in enumerate(random.sample(list_held_out(), count))
     ]
+
+
+def list_held_out() -> list[Scene]:
+    return [scene for scene in iterate_scenes() if is_held_out(scene.background, scene.things[0])]
 
 
 def choose_pairs(count: int, *, seed: int = 0) -> list[Prompt]:
@@ -64,13 +78,47 @@ def choose_pairs(count: int, *, seed: int = 0) -> list[Prompt]:
     return [Prompt(describe_scene(scene, random=random), scene, i) for i, scene in enumerate(scenes)]
 
 
-def load_pipeline(folder: Path, *, device: str = "cpu") -> Any:
-    """Return the saved pipeline in float32, without progress bars."""
+def choose_vague(count: int, *, seed: int = 0) -> list[Prompt]:
+    """Return prompts of one thing that leave its position unsaid: a picture is one of five, and what lies between these
+    shows nothing.
+    """
+    random = Random(f"vague {seed}")
+    scenes = [
+        Scene(scene.background, (replace(scene.things[0], position=""),))
+        for scene in random.sample(list_held_out(), count)
+    ]
+    return [Prompt(describe_scene(scene, random=random), scene, i) for i, scene in enumerate(scenes)]
+
+
+def read_adapter_entry(text: str) -> dict[str, Any]:
+    """Return an entry of `adapters` in model-config.yaml.
+
+    Args:
+        text: a file, and after = its scale, else 1.
+    """
+    name, _, scale = text.partition("=")
+    path = Path(name).resolve()
+    return {"name": path.stem, "path": str(path), "scale": float(scale or 1)}
+
+
+def load_pipeline(folder: Path, *, device: str = "cpu", adapters: Sequence[Mapping[str, Any]] = ()) -> Any:
+    """Return the saved pipeline in float32, without progress bars.
+
+    Args:
+        adapters: as in model-config.yaml; added to the weights.
+    """
     import torch
     from diffusers import StableDiffusionXLPipeline
 
+    from sdxl_server.adapters.files import read_adapter
+    from sdxl_server.adapters.names import spell_layers
+    from sdxl_server.adapters.registry import fuse
+
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
+    for each in adapters:
+        _, changes = read_adapter(Path(each["path"]), spell_layers(pipeline, ("text_encoder", "text_encoder_2")))
+        fuse(pipeline, changes, scale=each["scale"])
     return pipeline
 
 
@@ -86,13 +134,18 @@ def draw_with(pipeline: Any, **settings: Any) -> Draw:
 
 
 @contextmanager
-def draw_through_server(model: Path, pt2: Any) -> Iterator[Callable[..., Draw]]:
+def draw_through_server(
+    model: Path, pt2: Any, adapters: Sequence[Mapping[str, Any]] = ()
+) -> Iterator[Callable[..., Draw]]:
     """Serve the model with TorchServe; yield what takes settings and returns what draws prompts, one by one.
 
     Args:
         pt2: as in model-config.yaml; None is eager PyTorch.
+        adapters: as in model-config.yaml; each request names all of them.
     """
     config = read_shipped() | {"pt2": pt2}
+    config["handler"]["adapters"] = list(adapters) or None
+    named = [{"name": each["name"]} for each in adapters]
     with tempfile.TemporaryDirectory() as name:
         make_archive(Path(name), model, yaml.safe_dump(config))
         with LocalServer(Path(name)) as server:
@@ -100,7 +153,7 @@ def draw_through_server(model: Path, pt2: Any) -> Iterator[Callable[..., Draw]]:
 
             def prepare(**settings: Any) -> Draw:
                 def draw_one(prompt: str, seed: int) -> Image.Image:
-                    fields = {"guidance_scale": GUIDANCE, **settings, "prompt": prompt, "seed": seed}
+                    fields = {"guidance_scale": GUIDANCE, **settings, "prompt": prompt, "seed": seed, "adapters": named}
                     answer = requests.post(
                         server.url, json=fields | {"output_format": "png"}, headers=server.get_headers(), timeout=600
                     )
@@ -149,19 +202,23 @@ def save_sheet(path: Path, prompts: Sequence[Prompt], pictures: Sequence[Image.I
 
 def print_shares(prepare: Callable[..., Draw], arguments: argparse.Namespace) -> None:
     """Draw what the arguments name, and print the table as it goes."""
-    print(f"| prompts | steps | {' | '.join((*FEATURES, 'all'))} | s a picture |")
-    print("|---" * (len(FEATURES) + 4) + "|")
+    print(f"| prompts | steps | {' | '.join((*FEATURES, 'all', 'all, where small'))} | s a picture |")
+    print("|---" * (len(FEATURES) + 5) + "|")
     for name, prompts in (
         ("one thing", choose_prompts(arguments.prompts)),
         ("two things", choose_pairs(arguments.pairs)),
+        ("one thing, no position", choose_vague(arguments.vague)),
     ):
+        judged = [replace(each, scene=invert_scene(each.scene)) for each in prompts] if arguments.inverted else prompts
         for steps in arguments.steps if prompts else []:
             draw = prepare(num_inference_steps=steps, guidance_scale=arguments.guidance_scale)
             start = time.perf_counter()
             drawn = draw_prompts(prompts, draw, batch=arguments.batch)
             pictures = list(tqdm(drawn, total=len(prompts), desc=f"{steps} steps", leave=False))
             seconds = (time.perf_counter() - start) / len(prompts)
-            shares = score_pictures(prompts, pictures)
+            shares = score_pictures(judged, pictures)
+            small = [i for i, each in enumerate(judged) if any(thing.size == "small" for thing in each.scene.things)]
+            shares["small"] = score_pictures([judged[i] for i in small], [pictures[i] for i in small])["all"]
             print(
                 f"| {name} | {steps} | {' | '.join(f'{share:.1%}' for share in shares.values())} | {seconds:.2f} |",
                 flush=True,
@@ -177,6 +234,13 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("demo/model"))
     parser.add_argument("--prompts", type=int, default=500, help="held-out prompts (default: %(default)s, most: 642)")
     parser.add_argument("--pairs", type=int, default=0, help="prompts of two things, besides (default: %(default)s)")
+    parser.add_argument(
+        "--vague", type=int, default=0, help="prompts that leave the position unsaid (default: %(default)s)"
+    )
+    parser.add_argument("--inverted", action="store_true", help="judge by the inverted colours")
+    parser.add_argument(
+        "--adapters", type=read_adapter_entry, nargs="+", default=[], metavar="PATH[=SCALE]", help="to draw with"
+    )
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 30])
     parser.add_argument("--guidance-scale", type=float, default=GUIDANCE, help="(default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32)
@@ -194,9 +258,10 @@ def main() -> None:
     prepare: Callable[..., Draw]
     with ExitStack() as stack:
         if arguments.pt2 is False:
-            prepare = partial(draw_with, load_pipeline(arguments.model, device=arguments.device))
+            pipeline = load_pipeline(arguments.model, device=arguments.device, adapters=arguments.adapters)
+            prepare = partial(draw_with, pipeline)
         else:
-            prepare = stack.enter_context(draw_through_server(arguments.model, arguments.pt2))
+            prepare = stack.enter_context(draw_through_server(arguments.model, arguments.pt2, arguments.adapters))
         print_shares(prepare, arguments)
 
 

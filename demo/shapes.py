@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from PIL import Image, ImageDraw
@@ -19,6 +19,10 @@ COLOURS = {
     "cyan": (60, 205, 225),
     "white": (245, 245, 245),
     "black": (20, 20, 20),
+}
+INVERTED = {  # the nearest of COLOURS to a colour's inverse; that of purple is a green of which there is none
+    **{"red": "cyan", "green": "pink", "blue": "yellow", "yellow": "blue", "purple": "purple", "pink": "green"},
+    **{"cyan": "red", "white": "black", "black": "white"},
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SIZES = {"small": 0.12, "large": 0.22}  # half the extent, as a share of the picture's shorter side
@@ -62,6 +66,12 @@ class Scene:
 
     background: str
     things: tuple[Thing, ...]
+
+
+def invert_scene(scene: Scene) -> Scene:
+    """Return a scene in inverted colours."""
+    things = tuple(replace(thing, colour=INVERTED[thing.colour]) for thing in scene.things)
+    return Scene(INVERTED.get(scene.background, ""), things)
 
 
 def is_held_out(background: str, thing: Thing) -> bool:
@@ -160,26 +170,26 @@ def draw_scene(
 
 
 def name_thing(thing: Thing, *, random: Random, drop: float) -> str:
-    size = "" if random.random() < drop else random.choice(SYNONYMS[thing.size]) + " "
+    size = "" if not thing.size or random.random() < drop else random.choice(SYNONYMS[thing.size]) + " "
     return f"{size}{thing.colour} {thing.shape}"
 
 
 def describe_scene(scene: Scene, *, random: Random, drop: float = 0.0) -> str:
-    """Put a scene into words.
+    """Put a scene into words; what it leaves empty goes unsaid.
 
     Args:
         random: chooses among the wordings.
         drop: how likely each of size, position and background goes unsaid.
     """
     things = [name_thing(thing, random=random, drop=drop) for thing in scene.things]
-    ground = "" if random.random() < drop else f"{scene.background} background"
+    ground = "" if not scene.background or random.random() < drop else f"{scene.background} background"
     if len(things) == 2:
         pair = f"a {things[0]} and a {things[1]}"
         if not ground:
             return pair
         return random.choice((f"{pair} on a {ground}", f"{pair}, {ground}", f"a {ground} with {pair}"))
     position = scene.things[0].position
-    place = "" if random.random() < drop else random.choice(SYNONYMS.get(position, (position,)))
+    place = "" if not position or random.random() < drop else random.choice(SYNONYMS.get(position, (position,)))
     at = f"{'in' if position == 'centre' else 'at'} the {place}"
     if ground and place:
         return random.choice(
