@@ -333,8 +333,13 @@ def compile_ahead() -> Iterator[None]:
         yield
     finally:
         _ahead = None
+    # One of each kind: while another is traced, torch's checks of a trace may not see that it holds.
+    kinds = {
+        (id(function), function._describe_call(args, kwargs)): (function, args, kwargs)
+        for function, args, kwargs in calls
+    }
     with ThreadPoolExecutor() as pool:
-        prepared = [pool.submit(function.prepare, *args, **kwargs) for function, args, kwargs in calls]
+        prepared = [pool.submit(function.prepare, *args, **kwargs) for function, args, kwargs in kinds.values()]
     for each in prepared:
         each.result()
 
