@@ -17,12 +17,12 @@ from demo.train import list_features
 from demo.train_adapter import Pool, list_asked
 from sdxl_server.pipeline import LoadedPipeline
 from sdxl_server.settings import HandlerConfig
-from tests.unit.test_pipeline import load, make_picture
+from tests.unit.test_pipeline import UNET_ONLY, load, make_picture
 
 ROOT = Path(__file__).parents[2]
 ADAPTERS = ROOT / "demo/adapters"
 FEW = {"num_inference_steps": 4, "guidance_scale": 0.0}
-COUNT = 8
+COUNT = 6
 
 
 def load_demo(pt2: Any = None, **are_fused: bool) -> LoadedPipeline:
@@ -34,7 +34,8 @@ def load_demo(pt2: Any = None, **are_fused: bool) -> LoadedPipeline:
     if entries and not entries[0]["fuse"]:
         entries[0] |= FEW
     adapters = HandlerConfig.parse({"adapters": entries}).adapters
-    return load(ROOT / "demo/model", pt2, adapters=adapters, num_inference_steps=10, guidance_scale=GUIDANCE)
+    settings = {"num_inference_steps": 10, "guidance_scale": GUIDANCE}
+    return load(ROOT / "demo/model", pt2, adapters=adapters, **settings, **UNET_ONLY)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_files_are_small() -> None:
 
 
 def test_few_steps_draw_what_is_asked(served: LoadedPipeline) -> None:
-    small = [each for each in choose_prompts(30) if each.scene.things[0].size == "small"]  # the hard ones
+    small = [each for each in choose_prompts(24) if each.scene.things[0].size == "small"]  # the hard ones
     right = score(served, small, "few-steps")  # four calls without guidance, as the adapter's entry says
     assert right >= 0.8
     assert right > score(served, small, **FEW)
