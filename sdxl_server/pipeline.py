@@ -21,7 +21,7 @@ from sdxl_server.files import can_hold
 from sdxl_server.folders import check_texts, check_whole, write_copy, write_remedy
 from sdxl_server.loading import blame, check_device, check_files, choose_dtype, read_pipeline
 from sdxl_server.masks import find_mask_warnings
-from sdxl_server.previews import ColourMap, fit_colours
+from sdxl_server.previews import MOSAIC_SIDE, ColourMap, fit_colours
 from sdxl_server.prompts import PROMPTS, find_syntax
 from sdxl_server.request import Contract
 from sdxl_server.schedulers import find_sampling_warnings
@@ -119,6 +119,8 @@ class LoadedPipeline:
     def colours(self) -> ColourMap:
         """What fast previews are drawn with; fitted at the warm-up, or else for the first preview."""
         width, height = (side // self.pipeline.vae_scale_factor for side in self.contract.size)
+        if self.graphs == "dynamic":  # no larger than holds all that it is fitted to
+            width, height = min(width, MOSAIC_SIDE), min(height, MOSAIC_SIDE)
         autoencoder = Autoencoder(self.pipeline.vae, self.functions, tile_side=self.tile_side)
         return fit_colours(self.pipeline.vae, autoencoder.decode, height=height, width=width)
 

@@ -17,6 +17,7 @@ from sdxl_server.autoencoders import find_methods
 from sdxl_server.denoiser import check_finite
 
 PICTURES, SIDE, LEAVES = 6, 128, 60  # of SIDE pixels, with so many leaves each
+MOSAIC_SIDE = 64  # in cells of latents: room for all of them, once as they are and once enlarged
 BENDS = (0.5, 1.0, 1.5)  # standard deviations from the mean, on both sides
 ENLARGEMENT = 1.5
 RIDGE = 1e-3  # beside features of a variance of about 1
