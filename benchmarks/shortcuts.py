@@ -11,12 +11,12 @@ import numpy as np
 from tqdm import tqdm
 
 from demo.measure import Prompt, choose_prompts, save_sheet, score_pictures
+from sdxl_server.few_steps import FEW_STEPS
 from tools.server import ROOT
 
 Fields = Mapping[str, Any]
 DEMO = ROOT / "demo/model"
 INTERVAL = [0.2, 0.8]
-FEW_STEPS = 4
 SHEET = 8  # prompts shown
 SAMPLERS = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
 
@@ -81,14 +81,15 @@ def judge_ways(
     loaded = load_pipeline(config, CompileConfig.parse(pt2), model_dir=model.parent)
     prompts, rows = choose_prompts(count), list[Row]()
     title = f"{model.name}, {count} prompts, {settings}, pt2: {pt2}"
-    reference: list[Any] = []
+    reference: list[tuple[Any, Any]] = []
     for name, fields in (bar := tqdm(ways.items(), disable=None)):
         bar.set_postfix_str(name)
         pictures, seconds, made = _draw_prompts(loaded, prompts, fields)
-        reference = reference or pictures
-        pairs = list(zip(pictures, reference, strict=True))
-        distances = [measure_psnr(*pair) for pair in pairs]
-        latents = statistics.fmean(_measure_latents(loaded, *pair) for pair in pairs)
+        drawn = [(picture, _encode(loaded, picture)) for picture in pictures]
+        reference = reference or drawn
+        pairs = list(zip(drawn, reference, strict=True))
+        distances = [measure_psnr(one, other) for (one, _), (other, _) in pairs]
+        latents = statistics.fmean(float((one - other).norm() / other.norm()) for (_, one), (_, other) in pairs)
         score = score_pictures(prompts, pictures)["all"] if model == DEMO else None
         low = float(np.percentile(distances, 5, method="lower"))
         rows.append(Row(name, made, statistics.median(seconds), statistics.fmean(distances), low, latents, score))
@@ -119,20 +120,14 @@ def measure_psnr(one: Any, other: Any) -> float:
     return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
 
-def _measure_latents(loaded: Any, one: Any, other: Any) -> float:
-    """Return how far the latents of a picture are from those of another, as a share of these."""
+def _encode(loaded: Any, picture: Any) -> Any:
+    """Return the latents of a picture."""
     import torch
     from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_img2img import retrieve_latents
 
-    from sdxl_server.denoiser import Autoencoder
-
-    if one is other:
-        return 0.0
-    vae = Autoencoder(loaded.pipeline.vae, loaded.functions, tile_side=loaded.tile_side)
+    pixels = loaded.pipeline.image_processor.preprocess(picture)
     with torch.no_grad():
-        pixels = [loaded.pipeline.image_processor.preprocess(each) for each in (one, other)]
-        first, second = (retrieve_latents(vae.encode(each), sample_mode="argmax").float() for each in pixels)
-    return float((first - second).norm() / second.norm())
+        return retrieve_latents(loaded.fork_vae().encode(pixels), sample_mode="argmax").float()
 
 
 def _write_table(path: Path, rows: Sequence[Row], *, title: str) -> None:

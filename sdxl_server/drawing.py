@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdxl_server import metrics
 from sdxl_server.adapters.registry import choose_products
-from sdxl_server.denoiser import Autoencoder, Denoiser, Functions, TextEncoder, check_finite
+from sdxl_server.denoiser import Denoiser, Functions, TextEncoder, check_finite
 from sdxl_server.errors import NotFiniteError, RequestError
 from sdxl_server.fields import DECLARATIONS, GenerationRequest
 from sdxl_server.masks import blend, cover_cells
@@ -155,8 +155,7 @@ def draw_preview(loaded: "LoadedPipeline", progress: Progress) -> Any:
         if kind == "fast":
             pixels = loaded.colours.draw(latents)
         else:
-            autoencoder = Autoencoder(pipeline.vae, loaded.functions, tile_side=loaded.tile_side)
-            pixels = autoencoder.decode(latents.to(pipeline.vae.device))[0]
+            pixels = loaded.fork_vae().decode(latents.to(pipeline.vae.device))[0]
         return pipeline.image_processor.postprocess(pixels.float().cpu())[0]
 
 
@@ -189,7 +188,7 @@ def fork_pipeline(loaded: "LoadedPipeline", request: GenerationRequest) -> Any:
     parts = {
         "scheduler": scheduler,
         "unet": Denoiser(pipeline.unet, functions["unet"], request, scheduler, plan),
-        "vae": Autoencoder(pipeline.vae, functions, tile_side=loaded.tile_side),
+        "vae": loaded.fork_vae(),
         **{each: TextEncoder(getattr(pipeline, each), functions[each]) for each in family.text_encoders},
     }
     given = {**pipeline.config, **pipeline.components, **parts}

@@ -105,6 +105,10 @@ class LoadedPipeline:
         """The side of the largest square that the VAE decodes whole, in cells of latents; None where all is whole."""
         return find_tile_side(self.config, self.pipeline.vae_scale_factor)
 
+    def fork_vae(self) -> Autoencoder:
+        """Return the VAE of one picture; what adapters change is elsewhere."""
+        return Autoencoder(self.pipeline.vae, self.functions, tile_side=self.tile_side)
+
     def describe_vae(self) -> dict[str, Any]:
         """Return which VAE it has, with whether that is lossy."""
         vae = self.pipeline.vae
@@ -121,8 +125,7 @@ class LoadedPipeline:
         width, height = (side // self.pipeline.vae_scale_factor for side in self.contract.size)
         if self.graphs == "dynamic":  # no larger than holds all that it is fitted to
             width, height = min(width, MOSAIC_SIDE), min(height, MOSAIC_SIDE)
-        autoencoder = Autoencoder(self.pipeline.vae, self.functions, tile_side=self.tile_side)
-        return fit_colours(self.pipeline.vae, autoencoder.decode, height=height, width=width)
+        return fit_colours(self.pipeline.vae, self.fork_vae().decode, height=height, width=width)
 
     @functools.cached_property
     def arithmetic(self) -> Mapping[str, Any] | None:
