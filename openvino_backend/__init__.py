@@ -1,6 +1,7 @@
 """A torch.compile backend that runs a whole graph on OpenVINO or raises and says why not."""
 
 from openvino_backend.backend import GraphReport, OpenVINOBackend, compile_graph
+from openvino_backend.cache import keep_value, name_entry
 from openvino_backend.errors import GraphLimitError, OpenVINOBackendError, UnsupportedOperatorsError
 from openvino_backend.function import CompiledFunction, compile_ahead
 from openvino_backend.model import ModelReport
@@ -24,6 +25,8 @@ __all__ = [
     "compile_graph",
     "digest_weights",
     "find_processors",
+    "keep_value",
     "limit_torch",
+    "name_entry",
     "split_device",
 ]

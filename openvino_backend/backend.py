@@ -1,18 +1,17 @@
 """The `backend=` of torch.compile: one graph in, a callable that runs it on OpenVINO out."""
 
 import functools
-import hashlib
 import logging
 import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import openvino
 import torch
 from torch.fx.passes.split_module import split_module
 
+from openvino_backend.cache import name_entry
 from openvino_backend.compression import compress_weights
 from openvino_backend.errors import GraphLimitError, OpenVINOBackendError, UnsupportedOperatorsError
 from openvino_backend.graph import (
@@ -30,6 +29,7 @@ from openvino_backend.memory import release_memory
 from openvino_backend.model import ModelReport, Part, convert_graph
 from openvino_backend.options import Options
 from openvino_backend.precision import PRECISION
+from openvino_backend.repeated import check_flat, write_out_regions
 from openvino_backend.torch_private import (
     SerializableCallable,
     find_changed_inputs,
@@ -40,17 +40,6 @@ from openvino_backend.torch_private import (
 from openvino_backend.weights import KnownWeights, digest_weights
 
 logger = logging.getLogger(__name__)
-
-# Options that change nothing in what is compiled; `precision` does so through those that it sets.
-_WITHOUT_EFFECT = (
-    "aot_autograd",
-    "cache_bytes",
-    "cache_dir",
-    "max_graphs",
-    "model_caching",
-    "precision",
-    "release_weights",
-)
 
 
 @dataclass(frozen=True)
@@ -192,6 +181,7 @@ class OpenVINOBackend:
     def _compile_traced(
         self, graph: torch.fx.GraphModule, constants: Mapping[int, torch.Tensor], weights: KnownWeights | None
     ) -> CompiledGraph:
+        write_out_regions(graph)
         placeholders = graph.graph.find_nodes(op="placeholder")
         check_on_cpu(node.meta.get("val") for node in graph.graph.nodes)  # those that the code makes, too
         mutated = find_changed_inputs()
@@ -202,6 +192,7 @@ class OpenVINOBackend:
             )
         write_out_sizes(graph.graph)
         restore_linear(graph.graph)
+        check_flat(graph)
         values = {placeholders[index].name: value for index, value in constants.items()}
         values |= {node.name: getattr(graph, node.target) for node in graph.graph.find_nodes(op="get_attr")}
         weights_sha256 = weights.sha256 if weights else digest_weights(values)
@@ -290,23 +281,6 @@ def check_on_cpu(values: Iterable[Any]) -> None:
             f"there are tensors on {', '.join(sorted(devices))}, and this backend takes CPU tensors, whatever the "
             "option 'device' names: leave the module and what it is called with on the CPU"
         )
-
-
-def name_entry(options: Options, *ingredients: Any) -> str:
-    """Return the key in the cache of what depends on these, on the options, the versions and this package's code."""
-    settings = [
-        (each.name, getattr(options, each.name)) for each in fields(options) if each.name not in _WITHOUT_EFFECT
-    ]
-    versions = (openvino.get_version(), torch.__version__, _digest_code())
-    return hashlib.sha256(repr((settings, versions, *ingredients)).encode()).hexdigest()[:32]
-
-
-@functools.cache
-def _digest_code() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _refuse_training(*_: Any) -> Callable[..., Any]:

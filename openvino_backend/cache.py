@@ -6,6 +6,7 @@ may write to them. Where that cannot be had, or nothing can be written, a warnin
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import logging
@@ -14,17 +15,32 @@ import re
 import shutil
 import stat
 import threading
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
+
+import openvino
+import torch
 
 from openvino_backend.options import Options
 
 logger = logging.getLogger(__name__)
 
 _SEAL = "seal.json"
+_VALUE = "value"
 _KEY = re.compile("[0-9a-f]{32}")
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
+# Options that change nothing in what is compiled; `precision` does so through those that it sets.
+_WITHOUT_EFFECT = (
+    "aot_autograd",
+    "cache_bytes",
+    "cache_dir",
+    "max_graphs",
+    "model_caching",
+    "precision",
+    "release_weights",
+)
 _warned: set[Path] = set()
 _warning = threading.Lock()
 
@@ -39,6 +55,23 @@ class _Entry:
 
 class _UntrustedError(OSError):
     """A folder whose content another user may have made."""
+
+
+def name_entry(options: Options, *ingredients: Any) -> str:
+    """Return the key in the cache of what depends on these, on the options, the versions and this package's code."""
+    settings = [
+        (each.name, getattr(options, each.name)) for each in fields(options) if each.name not in _WITHOUT_EFFECT
+    ]
+    versions = (openvino.get_version(), torch.__version__, _digest_code())
+    return hashlib.sha256(repr((settings, versions, *ingredients)).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _digest_code() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def find_folder(options: Options) -> Path:
@@ -80,6 +113,22 @@ def write_entry(folder: Path) -> Iterator[None]:
             for path in folder.iterdir():
                 path.unlink()
             raise
+
+
+def keep_value(options: Options, key: str, make: Callable[[], bytes]) -> bytes:
+    """Return the value of an entry, or else what `make` makes, which is kept where there is a cache.
+
+    Args:
+        key: names all that the value depends on.
+    """
+    with open_entry(options, key) as folder:
+        if folder is not None and (folder / _VALUE).exists():
+            return (folder / _VALUE).read_bytes()
+        value = make()
+        if folder is not None:
+            with write_entry(folder):
+                (folder / _VALUE).write_bytes(value)
+        return value
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import json
 import logging
 import pickle
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,22 +14,26 @@ from typing import Any
 
 import torch
 
-from openvino_backend.backend import CompiledGraph, OpenVINOBackend, check_on_cpu, name_entry
-from openvino_backend.cache import open_entry, write_entry
+from openvino_backend.backend import CompiledGraph, OpenVINOBackend, check_on_cpu
+from openvino_backend.cache import name_entry, open_entry, write_entry
 from openvino_backend.conditions import Conditions, describe, is_plain, unwrap_method
 from openvino_backend.errors import CacheMissError
 from openvino_backend.low_rank import Products, use
 from openvino_backend.memory import release_memory
+from openvino_backend.repeated import digest_blocks, list_blocks, trace_once
 from openvino_backend.torch_private import (
+    WRAPPED,
     bind_arguments,
     check_guards,
     drop_lengths,
     find_by_reference,
     find_changed_source,
+    find_wrappers,
     flatten_arguments,
     guard_hooks,
     imitate,
     is_keepable,
+    is_of_torch,
     keep_lengths_apart,
     list_looks,
     list_traced_lines,
@@ -84,6 +88,9 @@ class CompiledFunction:
         static_shapes: of arguments by name; a call in which they have these has a graph of its own nevertheless.
         ranks: by the names of the module's weights, beside which a call may bring low-rank matrices, the largest sum of
             their ranks; see `bind`.
+        repeated: names of classes, of whose modules one of each kind is traced and stands for those that are alike. A
+            change of another one alone, but for its weights' type and shape, is seen when a trace is taken from the
+            cache, and not after that.
 
     Attributes:
         backend: its `reports` tell what runs.
@@ -100,6 +107,7 @@ class CompiledFunction:
         dynamic_shapes: Mapping[str, Any] | None = None,
         static_shapes: Iterable[Mapping[str, tuple[int, ...]]] = (),
         ranks: Mapping[str, int] | None = None,
+        repeated: Collection[str] = (),
     ) -> None:
         if not isinstance(getattr(method, "__self__", None), torch.nn.Module):
             raise TypeError(f"CompiledFunction takes a method of a torch.nn.Module, not {method!r}")
@@ -108,6 +116,7 @@ class CompiledFunction:
         self._name, self._function = f"{original.__module__}.{original.__qualname__}", make_traceable(original)
         self._signature = inspect.signature(self._function)
         self._dynamic_shapes, self._static_shapes = dict(dynamic_shapes or {}), tuple(static_shapes)
+        self._repeated = list_blocks(self._module, repeated)
         self._traces: dict[Any, list[Trace]] = {}
         self._settled: set[int] = set()  # ids of the traces that were run
         self._lock = threading.Lock()
@@ -201,7 +210,8 @@ class CompiledFunction:
         check_on_cpu([*self._list_weights(), *flatten_arguments(args, kwargs)[0]])
         with release_memory(self.backend.options, self._list_weights()):  # digesting them reads them all
             weights = KnownWeights(self._module, self.backend.options)
-            key = name_entry(self.backend.options, "function", self._name, call, weights.sha256)
+            blocks = digest_blocks(self._repeated)
+            key = name_entry(self.backend.options, "function", self._name, call, weights.sha256, blocks)
             with open_entry(self.backend.options, key) as folder:
                 trace = self._load(folder, weights, args, kwargs)
                 if trace is None:
@@ -224,20 +234,24 @@ class CompiledFunction:
         looks = [*_OWN_LOOKS, *(f"L[{name!r}]" for name, value in enclosed.items() if not is_plain(value))]
 
         def choose_guards(guards: Sequence[Any]) -> list[bool]:
-            kept = [is_keepable(guard, enclosed) for guard in guards]
+            # What is around a repeated block's method while torch traces is not there when its checks are made.
+            wrappers = find_wrappers(guards, namespace, arguments)
+            kept = [is_keepable(guard, enclosed) and id(guard) not in wrappers for guard in guards]
             lost = [guard for guard, is_kept in zip(guards, kept, strict=True) if not is_kept]
             lost += find_by_reference(guards, namespace, arguments)
             # A tensor that is an attribute or a global is compiled in like a weight, but is replaced more easily.
             lost += [each for each in guards if isinstance(each.value, torch.Tensor) and id(each.value) not in usual]
-            for guard in lost:
+            for guard in (each for each in lost if not is_of_torch(each)):
                 found = list_looks(guard, namespace)
+                if wrapper := wrappers.get(id(guard)):
+                    found = [each.replace(f"{wrapper}{WRAPPED}", wrapper) for each in found]
                 looks.extend(found)
                 needed.update(found if guard.has_value else ())
             return kept
 
         options = {"guard_filter_fn": choose_guards}
         compiled = torch.compile(self._function, backend=compile_graph, fullgraph=True, dynamic=False, options=options)
-        with guard_hooks(), keep_lengths_apart():
+        with guard_hooks(), keep_lengths_apart(), trace_once(self._repeated):
             function = compiled.aot_compile(((self._module, *args), kwargs))
         arguments = self._bind(function, args, kwargs)
         traced, classes = list_traced_lines(function), self._look(looks, arguments).classes

@@ -39,11 +39,13 @@ _PLAIN_OUTPUTS = (OutputType.non_alias, OutputType.unsafe_view_alias, OutputType
 # Names that dynamo adds to a function's globals; an address or a counter may stand in them.
 _ADDED_GLOBAL = re.compile(r"G\['((?:__import_|__builtins_dict__|___|_\d+_c\d+)\w*)'\]")
 _REFERENCES = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+# What nested_compile_region's function has around a function, and where it holds that.
+WRAPPED = ".__closure__[0].cell_contents"
 # How each kind of guard looks at the value that it names; those not listed look at the value itself.
 _LOOKS = {
-    "DICT_CONTAINS": "{key!r} in {name}",
+    "DICT_CONTAINS": "{key} in {name}",
     "DICT_KEYS_MATCH": "tuple({name})",
-    "DICT_NOT_CONTAINS": "{key!r} in {name}",
+    "DICT_NOT_CONTAINS": "{key} in {name}",
     "EMPTY_NN_MODULE_HOOKS_DICT": "len({name})",
     "FAKE_SCRIPT_TYPE_MATCH": "type({name})",
     "HASATTR": "hasattr({name}, {attr!r})",
@@ -51,8 +53,8 @@ _LOOKS = {
     "NOT_NONE_MATCH": "{name} is None",
     "NOT_PRESENT_IN_GENERIC_DICT": "{attr!r} in {name}.__dict__",
     "SEQUENCE_LENGTH": "(type({name}), len({name}))",
-    "SET_CONTAINS": "{key!r} in {name}",
-    "SET_NOT_CONTAINS": "{key!r} in {name}",
+    "SET_CONTAINS": "{key} in {name}",
+    "SET_NOT_CONTAINS": "{key} in {name}",
     "TYPE_MATCH": "type({name})",
 }
 
@@ -255,7 +257,8 @@ def save_function(function: Any, path: Path, *, namespace: Mapping[str, Any], ex
 
 def load_function(path: Path, *, namespace: Mapping[str, Any], external: Mapping[str, Any]) -> Any:
     """Return the function that save_function wrote."""
-    with path.open("rb") as stream, guard_hooks():  # guards are made anew from what was kept
+    # Guards are made anew from what was kept. Reading it torch means to note what it imports in the trace under way.
+    with path.open("rb") as stream, guard_hooks(), torch._guards.tracing(torch._guards.TracingContext(None)):
         return torch.compiler.load_compiled_function(stream, f_globals=dict(namespace), external_data=dict(external))
 
 
@@ -277,14 +280,23 @@ def list_traced_lines(function: Any) -> set[tuple[str, int]]:
 
 
 def is_keepable(guard: Any, enclosed: Iterable[str]) -> bool:
-    """Tell whether a guard can be kept in a file: not one of an object's identity, of a global, of what is enclosed."""
+    """Tell whether a guard can be kept in a file: not one of an object's identity, of a global, of what is enclosed.
+
+    Nor one of what torch's own modules hold, such as all that its pytree knows.
+    """
     lost = set(CheckFunctionManager.UNSUPPORTED_SERIALIZATION_GUARD_TYPES)
     return not (
         guard.is_global
+        or is_of_torch(guard)
         or lost & {guard.guard_type, *guard.derived_guard_types}
         or guard.orig_guard._unserializable
         or get_local_source_name(guard.orig_guard.originating_source) in enclosed
     )
+
+
+def is_of_torch(guard: Any) -> bool:
+    """Tell whether a guard looks at what torch itself holds; its version is looked at elsewhere."""
+    return bool(guard.orig_guard.name.startswith("__import__('torch')"))
 
 
 def find_by_reference(guards: Iterable[Any], namespace: Mapping[str, Any], arguments: Mapping[str, Any]) -> list[Any]:
@@ -309,6 +321,27 @@ def find_by_reference(guards: Iterable[Any], namespace: Mapping[str, Any], argum
     return [guard for guard in guards if is_within(guard.orig_guard.originating_source)]
 
 
+def find_wrappers(guards: Iterable[Any], namespace: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[int, str]:
+    """Return by the ids of those guards that look through one the names of nested_compile_region's functions."""
+    scope, known = {**_get_closure_vars(), "G": namespace, "L": arguments}, dict[str, bool]()
+
+    def is_wrapper(name: str) -> bool:
+        if name not in known:
+            try:
+                known[name] = hasattr(eval(name, dict(scope)), "__marked_compile_region_fn__")
+            except Exception:  # a guard may tell that something is not there
+                known[name] = False
+        return known[name]
+
+    found = {}
+    for guard in guards:
+        source = guard.orig_guard.originating_source
+        while source := getattr(source, "base", None):
+            if is_wrapper(source.name):
+                found[id(guard)] = source.name
+    return found
+
+
 def list_looks(guard: Any, namespace: Mapping[str, Any]) -> list[str]:
     """Return what a guard looks at as expressions of L, the arguments, G, the globals, and M, modules by name.
 
@@ -317,7 +350,9 @@ def list_looks(guard: Any, namespace: Mapping[str, Any]) -> list[str]:
     name = _name_modules(guard.orig_guard.name, namespace)
     if not name:
         return []
-    about = getattr(guard.orig_guard.create_fn, "keywords", {})
+    about = dict(getattr(guard.orig_guard.create_fn, "keywords", {}))
+    if "key" in about:
+        about["key"] = _write_key(about["key"])
     if guard.guard_type == "DUPLICATE_INPUT":
         return [f"({name}) is ({_name_modules(about['source_b'].name, namespace)})"]
     if guard.guard_type == "CLOSURE_MATCH" and isinstance(guard.value, types.FunctionType):
@@ -330,6 +365,11 @@ def list_looks(guard: Any, namespace: Mapping[str, Any]) -> list[str]:
     if look is None and "TYPE_MATCH" in guard.derived_guard_types and "ID_MATCH" not in guard.derived_guard_types:
         return [name, f"type({name})"]
     return [(look or "{name}").format(name=name, **about)]
+
+
+def _write_key(key: Any) -> str:
+    """Return a dictionary's key as an expression."""
+    return f"M[{key.__module__!r}].{key.__qualname__}" if isinstance(key, type) else repr(key)
 
 
 def make_scope(namespace: Mapping[str, Any]) -> dict[str, Any]:

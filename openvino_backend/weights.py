@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from openvino_backend.cache import open_entry, write_entry
+from openvino_backend.cache import keep_value
 from openvino_backend.options import Options
 
-_FILE = "sha256"
 # Of an entry of /proc/self/smaps: from, to, offset in the file, inode, path.
 _HEAD = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ (\d+) +(/.+)")
 _CHANGED = re.compile(r"(?:Anonymous|Swap): +[1-9]")
@@ -78,14 +77,7 @@ def find_digest(weights: Mapping[str, torch.Tensor], options: Options) -> str:
         return digest_weights(weights)
     described = [(name, str(each.dtype), *each.shape, places[name]) for name, each in weights.items()]
     key = hashlib.sha256(repr(("weights", described, digest_weights(others))).encode()).hexdigest()[:32]
-    with open_entry(options, key) as folder:
-        if folder is not None and (folder / _FILE).exists():
-            return (folder / _FILE).read_text()
-        digest = digest_weights(weights)
-        if folder is not None:
-            with write_entry(folder):
-                (folder / _FILE).write_text(digest)
-        return digest
+    return keep_value(options, key, lambda: digest_weights(weights).encode()).decode()
 
 
 def digest_weights(weights: Mapping[str, torch.Tensor]) -> str:

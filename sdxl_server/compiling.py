@@ -21,6 +21,8 @@ DYNAMIC_SHAPES: Mapping[str, Mapping[str, Any]] = {
     "vae": {"z": (2, 3)},
     VAE_ENCODER: {"x": (2, 3)},
 }
+# The transformer blocks of UNets and of text encoders, which differ by their weights alone.
+REPEATED_BLOCKS = ("BasicTransformerBlock", "CLIPEncoderLayer")
 
 
 def choose_graphs(config: HandlerConfig, compilation: CompileConfig) -> str | None:
@@ -199,7 +201,12 @@ def compile_method(
 
         options = {"release_weights": True, **(compilation.options or {})}
         return CompiledFunction(
-            method, options, dynamic_shapes=dynamic_shapes, static_shapes=static_shapes, ranks=ranks
+            method,
+            options,
+            dynamic_shapes=dynamic_shapes,
+            static_shapes=static_shapes,
+            ranks=ranks,
+            repeated=REPEATED_BLOCKS,
         )
     keywords = {name: getattr(compilation, name) for name in ("mode", "dynamic", "options")}
     backend = BACKEND_NAMES.get(str(compilation.backend), compilation.backend)

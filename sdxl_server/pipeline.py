@@ -21,7 +21,7 @@ from sdxl_server.files import can_hold
 from sdxl_server.folders import check_texts, check_whole, write_copy, write_remedy
 from sdxl_server.loading import blame, check_device, check_files, choose_dtype, read_pipeline
 from sdxl_server.masks import find_mask_warnings
-from sdxl_server.previews import MOSAIC_SIDE, ColourMap, fit_colours
+from sdxl_server.previews import MOSAIC_SIDE, ColourMap, fit_colours, keep_colours
 from sdxl_server.prompts import PROMPTS, find_syntax
 from sdxl_server.request import Contract
 from sdxl_server.schedulers import find_sampling_warnings
@@ -125,7 +125,8 @@ class LoadedPipeline:
         width, height = (side // self.pipeline.vae_scale_factor for side in self.contract.size)
         if self.graphs == "dynamic":  # no larger than holds all that it is fitted to
             width, height = min(width, MOSAIC_SIDE), min(height, MOSAIC_SIDE)
-        return fit_colours(self.pipeline.vae, self.fork_vae().decode, height=height, width=width)
+        fit = functools.partial(fit_colours, self.pipeline.vae, self.fork_vae().decode, height=height, width=width)
+        return keep_colours(fit, self.parts.get("vae"), self.pipeline.vae.config, self.tile_side, height, width)
 
     @functools.cached_property
     def arithmetic(self) -> Mapping[str, Any] | None:

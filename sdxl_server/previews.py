@@ -6,8 +6,10 @@ the VAE's encoder makes latents; half of these are enlarged, as guidance enlarge
 seed, so that a preview depends on the model, the configuration and the request alone.
 """
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +51,32 @@ class ColourMap:
         check_finite(latents, "the preview")
         features = list_features((latents.float().cpu() - self.mean) / self.spread)
         return pixel_shuffle((self.weights @ features).unflatten(2, latents.shape[2:]), self.block).clamp(-1, 1)
+
+
+def keep_colours(fit: Callable[[], ColourMap], backend: Any, *ingredients: Any) -> ColourMap:
+    """Return a fitted map, from the cache of what is compiled where it has one.
+
+    Args:
+        backend: the OpenVINOBackend of the VAE's decoder; without one, or before its first run, nothing is kept.
+        ingredients: what the map depends on beside the weights and the code.
+    """
+    if backend is None or not backend.reports:
+        return fit()
+    import diffusers
+
+    from openvino_backend import keep_value, name_entry
+
+    made_by = backend.reports[0].weights_sha256, diffusers.__version__, Path(__file__).read_bytes()
+    kept = keep_value(
+        backend.options, name_entry(backend.options, "colours", *made_by, *ingredients), lambda: _write(fit())
+    )
+    return ColourMap(**torch.load(io.BytesIO(kept), weights_only=True))
+
+
+def _write(fitted: ColourMap) -> bytes:
+    file = io.BytesIO()
+    torch.save(vars(fitted), file)
+    return file.getvalue()
 
 
 def fit_colours(vae: Any, decode: Callable[[Any], Any], *, height: int, width: int) -> ColourMap:

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 from demo.measure import choose_prompts
+from sdxl_server import pipeline
 from sdxl_server.drawing import Progress, draw_preview, generate
 from sdxl_server.errors import ConfigError
 from sdxl_server.pipeline import LoadedPipeline
-from sdxl_server.previews import lay_out
+from sdxl_server.previews import fit_colours, lay_out
 from tests.spoiled import spoil_model
 from tests.unit.test_autoencoders import folder
 from tests.unit.test_pipeline import load, make_picture
@@ -88,6 +89,25 @@ def test_the_warm_up_fits_a_tiny_vae_without_another_graph(
     assert apart < decoded.std() / 5
     if pt2 is not None:
         assert [len(loaded.describe()["openvino"][name]) for name in ("vae", "vae_encoder")] == [1, 0]
+
+
+def test_a_warm_start_takes_what_was_fitted(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fits: list[Any] = []
+
+    def fit(*args: Any, **kwargs: Any) -> Any:
+        fits.append(fit_colours(*args, **kwargs))
+        return fits[-1]
+
+    monkeypatch.setattr(pipeline, "fit_colours", fit)
+    pt2 = {"backend": "openvino", "options": {"model_caching": True, "cache_dir": str(tmp_path)}}
+    others = {"compile_unet": False, "compile_text_encoders": False, "warm_up": True}
+    cold, warm = load(tiny_model, pt2, **others).colours, load(tiny_model, pt2, **others).colours
+    assert len(fits) == 1
+    assert torch.equal(cold.weights, fits[0].weights)
+    for name, value in vars(cold).items():
+        assert torch.equal(torch.as_tensor(getattr(warm, name)), torch.as_tensor(value)), name
+    load(tiny_model, pt2, width=192, **others)  # of another size, by another graph
+    assert len(fits) == 2
 
 
 def test_stable_diffusion_1_and_any_size(tiny_sd_model: Path) -> None:
