@@ -22,6 +22,7 @@ from sdxl_server.ready import NotReadyError, check_workers, read_token
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = Path(sys.executable).parent
 ADDRESSES = ("inference_address", "management_address", "metrics_address")
+RESERVED: list[socket.socket] = []
 
 
 class ServerError(RuntimeError):
@@ -52,15 +53,30 @@ def read_shipped() -> dict[str, Any]:
 
 
 def find_free_ports(count: int) -> list[int]:
-    """Return ports that nobody listens on; all are held until all are found, so that they differ."""
-    holders = [socket.socket() for _ in range(count)]
-    try:
-        for holder in holders:
+    """Return ports that nobody listens on; while this process runs, no other call returns them, here or elsewhere."""
+    ports: list[int] = []
+    while len(ports) < count:
+        with socket.socket() as holder:
             holder.bind(("127.0.0.1", 0))
-        return [holder.getsockname()[1] for holder in holders]
-    finally:
-        for holder in holders:
-            holder.close()
+            port = holder.getsockname()[1]
+            if reserve_port(port):
+                ports.append(port)
+    return ports
+
+
+def reserve_port(port: int) -> bool:
+    """Take a TCP port until this process ends, and say whether nobody had: UDP's of that number stands for it.
+
+    Otherwise two that look for ports could be given the same one before either's server listens on it.
+    """
+    mark = socket.socket(type=socket.SOCK_DGRAM)
+    try:
+        mark.bind(("127.0.0.1", port))
+    except OSError:
+        mark.close()
+        return False
+    RESERVED.append(mark)
+    return True
 
 
 def write_properties(source: Path, target: Path, **others: str) -> dict[str, int]:
