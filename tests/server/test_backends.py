@@ -14,6 +14,8 @@ import requests
 import yaml
 from PIL import Image
 
+from tests.flat import ONE_LEVEL
+from tools.random_model import make_pipeline, save_pipeline
 from tools.server import LocalServer, ServerError, make_archive, read_shipped
 
 needs_compiler = pytest.mark.skipif(
@@ -67,9 +69,10 @@ def check_seeds(server: LocalServer) -> None:
 
 
 def serve_pictures(folder: Path, model: Path, settings: str) -> dict[str, Any]:
-    """Serve two pictures and return what the server says of itself."""
+    """Serve two pictures and return what the server says of itself; its stopping leaves nothing."""
     make_archive(folder, model, settings)
     with LocalServer(folder) as server:
+        processes = server.find_processes()
         before = server.read_document()
         first, second = ask_for_picture(server), ask_for_picture(server)
         assert first.tobytes() != second.tobytes()  # each picture starts from noise of its own
@@ -82,7 +85,18 @@ def serve_pictures(folder: Path, model: Path, settings: str) -> dict[str, Any]:
             assert all(float(value) > 0 for value in found)
         outside = re.findall(r"result=\[METRICS\]OpenVINOOperatorsOutside\.Count:([\d.]+)\|#Part:(\w+)", server.log)
         assert dict((part, float(value)) for value, part in outside) == dict.fromkeys(report.get("openvino", {}), 0)
+    assert len(processes) >= 2  # the server and its worker
+    assert not [process for process in processes if process.is_running()]
     return report
+
+
+@pytest.fixture(scope="module")
+def flat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the small model with a UNet of one level."""
+    pipeline, folder = make_pipeline("tiny"), tmp_path_factory.mktemp("models") / "flat"
+    pipeline.register_modules(unet=pipeline.unet.from_config(pipeline.unet.config, **ONE_LEVEL))
+    save_pipeline(pipeline, folder)
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -94,10 +108,10 @@ def serve_pictures(folder: Path, model: Path, settings: str) -> dict[str, Any]:
         ),
     ],
 )
-def test_backend_makes_pictures(tmp_path: Path, tiny_model: Path, pt2: Any, backend: str, graphs: int) -> None:
+def test_backend_makes_pictures(tmp_path: Path, flat_model: Path, pt2: Any, backend: str, graphs: int) -> None:
     # Inductor takes a minute for each part; the UNet stands for all.
     left_out = dict.fromkeys(("compile_vae", "compile_text_encoders"), False) if backend == "inductor" else {}
-    report = serve_pictures(tmp_path, tiny_model, make_settings(pt2, **left_out))
+    report = serve_pictures(tmp_path, flat_model, make_settings(pt2, **left_out))
     assert (report["backend"], report["graphs"], report["graph_breaks"]) == (backend, graphs, 0)
     assert report["processors"]["torch_threads"] <= report["processors"]["logical"]
     assert report["compiled_parts"] == {"eager": [], "inductor": ["unet"]}[backend]

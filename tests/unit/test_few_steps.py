@@ -13,6 +13,7 @@ import yaml
 
 from sdxl_server.few_steps import find_hint, find_suited
 from sdxl_server.pipeline import LoadedPipeline, find_warnings
+from tests.flat import ONE_LEVEL
 from tests.unit.test_pipeline import UNET_ONLY, load, make_picture
 from tools.random_model import SCHEDULER, make_pipeline, save_pipeline
 from tools.server import ROOT
@@ -44,7 +45,7 @@ def turbo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def consistent(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As latent consistency models are saved, whose UNet is given the guidance."""
     folder = tmp_path_factory.mktemp("models") / f"lcm-{request.param}"
-    make_folder(folder, "LCMScheduler", size=request.param, unet={"time_cond_proj_dim": 16})
+    make_folder(folder, "LCMScheduler", size=request.param, unet={"time_cond_proj_dim": 16, **ONE_LEVEL})
     if request.param == "tiny-sd":  # there diffusers has a pipeline for them
         index = folder / "model_index.json"
         index.write_text(index.read_text().replace('"StableDiffusionPipeline"', '"LatentConsistencyModelPipeline"'))
