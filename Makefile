@@ -20,9 +20,11 @@ page: $(VENV)/served
 	$(RUN) demo --page
 
 test: $(VENV)/tested
-	# Two files at a time, whose idle threads must not take the cores by waiting busily; servers have one thread each.
-	# In the files' order, those with servers come first: they wait often, and a long one at the end would run alone.
-	OMP_WAIT_POLICY=passive $(RUN) pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	# Two files at a time, whose idle threads must not take the cores by waiting busily; but not those of real servers:
+	# how long things take there is part of what is tested.
+	OMP_WAIT_POLICY=passive $(RUN) pytest tests/unit --numprocesses 2 --dist loadfile
+	# In the files' order, in which no long one comes last and runs alone.
+	$(RUN) pytest tests/server --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/tested
 	$(RUN) ruff check
