@@ -149,7 +149,8 @@ class CompiledFunction:
             self._find_or_prepare(self._describe_call(args, kwargs), args, kwargs)
 
     def _find_or_prepare(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
-        trace = self._find(call, args, kwargs)
+        with _tracing:  # meanwhile torch's checks see what is there for tracing only
+            trace = self._find(call, args, kwargs)
         if trace is None:
             trace = self._prepare(call, args, kwargs)
             self._traces[call] = [trace, *self._traces.get(call, [])]
@@ -210,7 +211,8 @@ class CompiledFunction:
         check_on_cpu([*self._list_weights(), *flatten_arguments(args, kwargs)[0]])
         with release_memory(self.backend.options, self._list_weights()):  # digesting them reads them all
             weights = KnownWeights(self._module, self.backend.options)
-            blocks = digest_blocks(self._repeated)
+            with _tracing:
+                blocks = digest_blocks(self._repeated)
             key = name_entry(self.backend.options, "function", self._name, call, weights.sha256, blocks)
             with open_entry(self.backend.options, key) as folder:
                 trace = self._load(folder, weights, args, kwargs)
@@ -308,17 +310,8 @@ class CompiledFunction:
         if folder is None or not (folder / _FILE).exists():
             return None
         try:
-            namespace, external = self._function.__globals__, self._find_external()
             with _tracing:
-                function = load_function(folder / _FILE, namespace=namespace, external=external)
-            if changed := find_changed_source(function):
-                raise CacheMissError(f"{changed} have changed")
-            arguments = self._bind(function, args, kwargs)
-            if not check_guards(function, arguments):
-                raise CacheMissError("the module is not in the state in which it was traced")
-            descriptions = json.loads((folder / _CONDITIONS).read_text())
-            conditions = self._look(descriptions, arguments)
-            conditions.check_descriptions(descriptions)
+                function, conditions = self._read(folder, args, kwargs)
             graph: CompiledGraph = read_graph(function)
             reports = []
             for part in graph.parts:
@@ -329,6 +322,24 @@ class CompiledFunction:
             return None
         self.backend.add_report(graph, reports, traced=False)
         return Trace(function, conditions)
+
+    def _read(self, folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Conditions]:
+        """Return the function in the cache's folder, and what it depends on.
+
+        Raises:
+            CacheMissError: that was something else when it was traced.
+        """
+        namespace, external = self._function.__globals__, self._find_external()
+        function = load_function(folder / _FILE, namespace=namespace, external=external)
+        if changed := find_changed_source(function):
+            raise CacheMissError(f"{changed} have changed")
+        arguments = self._bind(function, args, kwargs)
+        if not check_guards(function, arguments):
+            raise CacheMissError("the module is not in the state in which it was traced")
+        descriptions = json.loads((folder / _CONDITIONS).read_text())
+        conditions = self._look(descriptions, arguments)
+        conditions.check_descriptions(descriptions)
+        return function, conditions
 
 
 @contextlib.contextmanager

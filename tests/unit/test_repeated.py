@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from openvino_backend import CompiledFunction, backend
-from openvino_backend.repeated import write_out_regions
+from openvino_backend import CompiledFunction, backend, function
+from openvino_backend.repeated import trace_once, write_out_regions
 from tests.unit.modules import make_module, measure_error, shift
 from tests.unit.test_function import make_options, read_origins
 from tools.server import ROOT
@@ -140,6 +142,18 @@ def test_changed_source_is_traced_anew(tmp_path: Path) -> None:
         finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         printed.append(finished.stdout.split())
     assert printed == [["4.0", "True"], ["4.0", "False"], ["9.0", "True"]]
+
+
+def test_start_while_another_function_is_traced(tmp_path: Path) -> None:
+    x, module = torch.randn(2, 3, 16), Tower()
+    compile_tower(module, make_options(tmp_path))(x)
+    second = compile_tower(Tower(), make_options(tmp_path))
+    thread = threading.Thread(target=second.prepare, args=(x,))
+    with function._tracing, trace_once(module.wide):
+        thread.start()
+        time.sleep(0.5)
+    thread.join()
+    assert read_origins(second) == [(False, [True])]
 
 
 class Changing(torch.nn.Module):
