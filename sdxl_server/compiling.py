@@ -21,8 +21,8 @@ DYNAMIC_SHAPES: Mapping[str, Mapping[str, Any]] = {
     "vae": {"z": (2, 3)},
     VAE_ENCODER: {"x": (2, 3)},
 }
-# The transformer blocks of UNets and of text encoders, which differ by their weights alone.
-REPEATED_BLOCKS = ("BasicTransformerBlock", "CLIPEncoderLayer")
+# They differ by their weights alone; the layers of text encoders by their number, which is in hooks of transformers'.
+REPEATED_BLOCKS = ("BasicTransformerBlock",)
 
 
 def choose_graphs(config: HandlerConfig, compilation: CompileConfig) -> str | None:
