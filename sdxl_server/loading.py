@@ -127,6 +127,7 @@ def read_pipeline(folder: Path, dtype: str, family: Family, *, vae: Path | None 
     transformers.utils.logging.disable_progress_bar()
     # In float16 SDXL's VAE overflows. diffusers would convert it there and back for each picture, compiled or not.
     dtypes = {"default": torch.float16, "vae": torch.float32} if dtype == "float16" else getattr(torch, dtype)
+    _settle_order()
     pipeline_class = getattr(diffusers, family.text_to_image)
     others = {} if vae is None else {"vae": read_vae(vae, dtypes["vae"] if isinstance(dtypes, dict) else dtypes)}
     pipeline = pipeline_class.from_pretrained(
@@ -137,3 +138,16 @@ def read_pipeline(folder: Path, dtype: str, family: Family, *, vae: Path | None 
     # The VAE has the type that it is to run in; with this set, diffusers would convert it for each image it encodes.
     pipeline.vae.register_to_config(force_upcast=False)
     return pipeline
+
+
+def _settle_order() -> None:
+    """Make text encoders known to transformers in one order, before diffusers makes them in another in each process.
+
+    transformers keeps the classes of what it has made, and torch's checks of a kept trace see their order.
+    """
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        for kind in (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection):
+            kind(transformers.CLIPTextConfig(num_hidden_layers=1))
