@@ -1,7 +1,7 @@
 """Blocks that a module has many of: torch traces one of each kind, and what it made of it stands for the others.
 
-Tracing SDXL's UNet with its 70 transformer blocks one by one takes three times as long, and its trace has six times as
-many checks.
+Tracing SDXL's UNet with its 70 transformer blocks one by one takes twice as long, and its trace has three times as many
+checks.
 """
 
 import contextlib
@@ -29,7 +29,9 @@ def trace_once(blocks: Collection[torch.nn.Module]) -> Iterator[None]:
     Whether two are so torch checks itself, but for some things, such as the hooks of a block's parts. So where two of a
     class differ by more than the shapes of weights, all of that class are traced.
     """
-    kinds = {type(each) for each in blocks if _are_alike([other for other in blocks if type(other) is type(each)])}
+    kinds: list[Any] = [
+        kind for kind in set(map(type, blocks)) if _are_alike([each for each in blocks if type(each) is kind])
+    ]
     kept = {kind: vars(kind).get("forward") for kind in kinds}
     try:
         for kind in kinds:

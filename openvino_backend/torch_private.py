@@ -304,7 +304,8 @@ def find_by_reference(guards: Iterable[Any], namespace: Mapping[str, Any], argum
 
     In a file those stand by name: a kept guard then compares what they hold with itself.
     """
-    scope, known = {**_get_closure_vars(), "G": namespace, "L": arguments}, dict[str, bool]()
+    scope = {**_get_closure_vars(), "G": namespace, "L": arguments}
+    known: dict[str, bool] = {}
 
     def is_within(source: Any) -> bool:
         base = getattr(source, "base", None)
@@ -312,7 +313,7 @@ def find_by_reference(guards: Iterable[Any], namespace: Mapping[str, Any], argum
             return False
         if base.name not in known:
             try:
-                is_reference = isinstance(eval(base.name, dict(scope)), _REFERENCES)
+                is_reference = isinstance(eval(base.name, scope), _REFERENCES)
             except Exception:  # a guard may tell that something is not there
                 is_reference = False
             known[base.name] = is_reference or is_within(base)
@@ -323,22 +324,15 @@ def find_by_reference(guards: Iterable[Any], namespace: Mapping[str, Any], argum
 
 def find_wrappers(guards: Iterable[Any], namespace: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[int, str]:
     """Return by the ids of those guards that look through one the names of nested_compile_region's functions."""
-    scope, known = {**_get_closure_vars(), "G": namespace, "L": arguments}, dict[str, bool]()
-
-    def is_wrapper(name: str) -> bool:
-        if name not in known:
-            try:
-                known[name] = hasattr(eval(name, dict(scope)), "__marked_compile_region_fn__")
-            except Exception:  # a guard may tell that something is not there
-                known[name] = False
-        return known[name]
-
+    scope = {**_get_closure_vars(), "G": namespace, "L": arguments}
     found = {}
     for guard in guards:
-        source = guard.orig_guard.originating_source
-        while source := getattr(source, "base", None):
-            if is_wrapper(source.name):
-                found[id(guard)] = source.name
+        source = guard.orig_guard.originating_source if WRAPPED in guard.orig_guard.name else None
+        while source is not None:
+            wrapper = source.name.removesuffix(WRAPPED)
+            if wrapper != source.name and hasattr(eval(wrapper, scope), "__marked_compile_region_fn__"):
+                found[id(guard)] = wrapper
+            source = getattr(source, "base", None)
     return found
 
 
