@@ -198,8 +198,19 @@ def test_views_of_one_weight_are_told_apart(tmp_path: Path) -> None:
         assert function.backend.reports[0].traced is is_traced
 
 
-def test_changed_source_is_traced_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = tmp_path / "changing.py"
+def print_before_and_after(folder: Path, code: str) -> list[list[str]]:
+    """Return the words that a program prints at two starts, and at one after `x * 2` in it became `x * 3`."""
+    printed = []
+    for text in (code, code, code.replace("x * 2", "x * 3")):
+        (folder / "changing.py").write_text(text)
+        command = [sys.executable, "-c", "import changing", str(folder / "cache")]
+        environment = {"PYTHONPATH": f"{folder}:{ROOT}"}
+        finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        printed.append(finished.stdout.split())
+    return printed
+
+
+def test_changed_source_is_traced_anew(tmp_path: Path) -> None:
     code = (
         "import sys, torch\n"
         "from openvino_backend import CompiledFunction\n"
@@ -209,16 +220,7 @@ def test_changed_source_is_traced_anew(tmp_path: Path, monkeypatch: pytest.Monke
         "function = CompiledFunction(M().forward, {'model_caching': True, 'cache_dir': sys.argv[1]})\n"
         "with torch.no_grad(): print(float(function(torch.ones(1))), function.backend.reports[0].traced)\n"
     )
-    printed = []
-    for text in (code, code, code.replace("x * 2", "x * 3")):
-        source.write_text(text)
-        command = [sys.executable, "-c", "import changing", str(tmp_path / "cache")]
-        printed.append(
-            subprocess.run(
-                command, cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}, capture_output=True, text=True
-            ).stdout.split()
-        )
-    assert printed == [["2.0", "True"], ["2.0", "False"], ["3.0", "True"]]
+    assert print_before_and_after(tmp_path, code) == [["2.0", "True"], ["2.0", "False"], ["3.0", "True"]]
 
 
 def test_damaged_function_is_traced_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

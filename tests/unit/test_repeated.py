@@ -1,7 +1,5 @@
 """Blocks that are traced once: what comes of it is what each of them computes, also after a change of one."""
 
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -11,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from openvino_backend import CompiledFunction, backend, function
+from openvino_backend import CompiledFunction, backend
+from openvino_backend.function import _tracing
 from openvino_backend.repeated import trace_once, write_out_regions
 from tests.unit.modules import make_module, measure_error, shift
-from tests.unit.test_function import make_options, read_origins
-from tools.server import ROOT
+from tests.unit.test_function import make_options, print_before_and_after, read_origins
 
 pytestmark = pytest.mark.usefixtures("inference")
 
@@ -122,7 +120,6 @@ def test_another_block_in_another_state_is_traced_anew(tmp_path: Path, change: C
 
 
 def test_changed_source_is_traced_anew(tmp_path: Path) -> None:
-    source = tmp_path / "changing.py"
     code = (
         "import sys, torch\n"
         "from openvino_backend import CompiledFunction\n"
@@ -134,14 +131,7 @@ def test_changed_source_is_traced_anew(tmp_path: Path) -> None:
         "function = CompiledFunction(module.forward, options, repeated=['B'])\n"
         "with torch.no_grad(): print(float(function(torch.ones(1))), function.backend.reports[0].traced)\n"
     )
-    printed = []
-    for text in (code, code, code.replace("x * 2", "x * 3")):
-        source.write_text(text)
-        command = [sys.executable, "-c", "import changing", str(tmp_path / "cache")]
-        environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
-        finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        printed.append(finished.stdout.split())
-    assert printed == [["4.0", "True"], ["4.0", "False"], ["9.0", "True"]]
+    assert print_before_and_after(tmp_path, code) == [["4.0", "True"], ["4.0", "False"], ["9.0", "True"]]
 
 
 def test_start_while_another_function_is_traced(tmp_path: Path) -> None:
@@ -149,7 +139,7 @@ def test_start_while_another_function_is_traced(tmp_path: Path) -> None:
     compile_tower(module, make_options(tmp_path))(x)
     second = compile_tower(Tower(), make_options(tmp_path))
     thread = threading.Thread(target=second.prepare, args=(x,))
-    with function._tracing, trace_once(module.wide):
+    with _tracing, trace_once(module.wide):
         thread.start()
         time.sleep(0.5)
     thread.join()
