@@ -62,16 +62,11 @@ class GraphReport:
 class CompiledGraph(SerializableCallable):
     """A graph whose parts run on OpenVINO, in the order and with the inputs of the graph.
 
-    Attributes:
-        parts: the OpenVINO models in it.
-        is_plain: the function that was compiled neither changes its inputs nor returns views of them.
+    It is empty while torch traces, which wants to be given what is to run.
     """
 
-    def __init__(
-        self, split: torch.fx.GraphModule, operators_outside: tuple[str, ...], weights_sha256: str, *, is_plain: bool
-    ) -> None:
+    def fill(self, split: torch.fx.GraphModule, operators_outside: tuple[str, ...], weights_sha256: str) -> None:
         self.split, self.operators_outside, self.weights_sha256 = split, operators_outside, weights_sha256
-        self.is_plain = is_plain
         self.parts = [each for each in split.children() if isinstance(each, Part)]
 
     def find_side_inputs(self) -> set[str]:
@@ -88,7 +83,30 @@ class CompiledGraph(SerializableCallable):
 
     @classmethod
     def deserialize_compile_artifacts(cls, data: bytes) -> "CompiledGraph":
-        return cls(*pickle.loads(data), is_plain=True)
+        graph = cls()
+        graph.fill(*pickle.loads(data))
+        return graph
+
+
+@dataclass(frozen=True)
+class TracedGraph:
+    """A graph as torch has traced it, with all that compiling it takes: that needs nothing of torch's trace any more.
+
+    Attributes:
+        compiled: what is to run it, empty as yet.
+        graph: operators of which none changes a tensor in place.
+        constants: the tensors compiled in, by the names of its nodes.
+        weight_ids: the ids of those of them that are weights.
+        weights: of the module that was traced, where they are known.
+        is_plain: the function that was traced neither changes its inputs nor returns views of them.
+    """
+
+    compiled: CompiledGraph
+    graph: torch.fx.GraphModule
+    constants: Mapping[str, torch.Tensor]
+    weight_ids: frozenset[int]
+    weights: KnownWeights | None
+    is_plain: bool
 
 
 class OpenVINOBackend:
@@ -111,23 +129,29 @@ class OpenVINOBackend:
 
     def __call__(self, graph: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile a graph of dynamo's; called by torch.compile."""
-        return self._compile(graph, example_inputs)[1]
 
-    def compile_plain(
+        def compile_at_once(traced: TracedGraph) -> None:
+            with release_memory(self.options, traced.constants.values()):
+                self.compile(traced)
+
+        return self._trace(graph, example_inputs, compile_at_once)
+
+    def trace_plain(
         self, graph: torch.fx.GraphModule, example_inputs: Sequence[Any], *, weights: KnownWeights
-    ) -> CompiledGraph:
-        """Compile a graph of a module with these weights, to be kept in a file.
+    ) -> TracedGraph:
+        """Return a graph of a module with these weights, to be compiled, and kept in a file.
 
         Raises:
             OpenVINOBackendError: the function changes its inputs or returns views of them.
         """
-        compiled, _ = self._compile(graph, example_inputs, weights=weights)
-        if not compiled.is_plain:
+        traced: list[TracedGraph] = []
+        self._trace(graph, example_inputs, traced.append, weights=weights)
+        if not traced[0].is_plain:
             raise OpenVINOBackendError(
                 "the function changes its inputs or returns views of them; compile it with "
                 "torch.compile(function, backend=OpenVINOBackend(...))"
             )
-        return compiled
+        return traced[0]
 
     def add_report(self, graph: CompiledGraph, models: Sequence[ModelReport], *, traced: bool) -> None:
         """Note and log what became of a graph.
@@ -154,85 +178,71 @@ class OpenVINOBackend:
                 "different shapes, or raise the option 'max_graphs'"
             )
 
-    def _compile(
-        self, graph: torch.fx.GraphModule, example_inputs: Sequence[Any], *, weights: KnownWeights | None = None
-    ) -> tuple[CompiledGraph, Callable[..., Any]]:
-        """Return the compiled graph, and it with what torch puts around it for changed inputs and views."""
+    def _trace(
+        self,
+        graph: torch.fx.GraphModule,
+        example_inputs: Sequence[Any],
+        use: Callable[[TracedGraph], None],
+        *,
+        weights: KnownWeights | None = None,
+    ) -> Callable[..., Any]:
+        """Have a graph traced and used, and return what is to run it.
+
+        That is what is compiled, with what torch puts around it for changed inputs and views.
+        """
         self.check_bound()
         check_on_cpu(example_inputs)
         constants = {index: example_inputs[index].detach() for index in find_static_inputs(graph)}
-        compiled: list[CompiledGraph] = []
 
-        def compile_inference(traced: torch.fx.GraphModule) -> CompiledGraph:
-            with release_memory(self.options, constants.values()):
-                compiled.append(self._compile_traced(traced, constants, weights))
-            return compiled[0]
+        def use_inference(inference: torch.fx.GraphModule) -> CompiledGraph:
+            traced = _rewrite(inference, constants, weights)
+            use(traced)
+            return traced.compiled
 
         with keep_whole():
-            wrapped = trace_inference(
+            return trace_inference(
                 graph,
                 example_inputs,
-                compile_inference,
+                use_inference,
                 refuse_training=_refuse_training,
                 decompositions=self.options.find_decompositions(),
             )
-        return compiled[0], wrapped
 
-    def _compile_traced(
-        self, graph: torch.fx.GraphModule, constants: Mapping[int, torch.Tensor], weights: KnownWeights | None
-    ) -> CompiledGraph:
-        write_out_regions(graph)
-        placeholders = graph.graph.find_nodes(op="placeholder")
-        check_on_cpu(node.meta.get("val") for node in graph.graph.nodes)  # those that the code makes, too
-        mutated = find_changed_inputs()
-        if mutated & set(constants):
-            names = ", ".join(sorted(placeholders[index].name for index in mutated & set(constants)))
-            raise OpenVINOBackendError(
-                f"the module changes its own parameters or buffers ({names}), which are compiled in"
-            )
-        write_out_sizes(graph.graph)
-        restore_linear(graph.graph)
-        check_flat(graph)
-        values = {placeholders[index].name: value for index, value in constants.items()}
-        values |= {node.name: getattr(graph, node.target) for node in graph.graph.find_nodes(op="get_attr")}
-        weights_sha256 = weights.sha256 if weights else digest_weights(values)
-        salt = weights.digest_constants(values) if weights else weights_sha256
-        weight_ids = frozenset(map(id, constants.values()))
+    def compile(self, traced: TracedGraph) -> None:
+        """Compile a graph, and what cannot run on OpenVINO leave to PyTorch, if so configured.
+
+        Raises:
+            OpenVINOBackendError: what stood in the way.
+        """
         outside = frozenset(self.options.disabled_ops)
+        weights_sha256 = traced.weights.sha256 if traced.weights else digest_weights(traced.constants)
+        salt = traced.weights.digest_constants(traced.constants) if traced.weights else weights_sha256
         while True:
             try:
-                split, models = self._compile_parts(graph, values, outside, weight_ids, weights, salt=salt)
+                split, models = self._compile_parts(traced, outside, salt=salt)
                 break
             except UnsupportedOperatorsError as error:
                 if self.options.strict:
                     raise
                 outside |= error.operators
-        is_plain = not mutated and has_plain_outputs()
-        compiled = CompiledGraph(split, name_operators(graph.graph, outside), weights_sha256, is_plain=is_plain)
-        self.add_report(compiled, models, traced=True)
-        return compiled
+        traced.compiled.fill(split, name_operators(traced.graph.graph, outside), weights_sha256)
+        self.add_report(traced.compiled, models, traced=True)
 
     def _compile_parts(
-        self,
-        graph: torch.fx.GraphModule,
-        values: Mapping[str, torch.Tensor],
-        outside: frozenset[str],
-        weight_ids: frozenset[int],
-        weights: KnownWeights | None,
-        *,
-        salt: str,
+        self, traced: TracedGraph, outside: frozenset[str], *, salt: str
     ) -> tuple[torch.fx.GraphModule, list[ModelReport]]:
         """Split the graph into parts by engine and precision, and compile those that OpenVINO runs."""
+        graph = traced.graph
         labels = label_parts(graph.graph, outside)
         split = split_module(graph, graph, lambda node: labels[node])
         reports = []
         for node in split.graph.find_nodes(op="call_module"):
             module = split.get_submodule(node.target)
-            node.args = bind_constants(module, node.args, values)
+            node.args = bind_constants(module, node.args, traced.constants)
             if not node.target.endswith("pytorch"):
                 in_float32 = node.target.endswith("float32")
-                part = self._make_part(module, weight_ids, in_float32=in_float32, salt=salt)
-                convert = functools.partial(self._convert, module, weights, in_float32=in_float32)
+                part = self._make_part(module, traced.weight_ids, in_float32=in_float32, salt=salt)
+                convert = functools.partial(self._convert, module, traced.weights, in_float32=in_float32)
                 reports.append(part.load(self.options, convert, ranks=self.ranks))
                 split.set_submodule(node.target, part)
         split.recompile()
@@ -260,6 +270,31 @@ class OpenVINOBackend:
         if self.options.weight_compression and not in_float32:
             model = compress_weights(model, self.options.weight_compression)
         return model
+
+
+def _rewrite(
+    graph: torch.fx.GraphModule, weights: Mapping[int, torch.Tensor], known: KnownWeights | None
+) -> TracedGraph:
+    """Write the graph that is traced just now in operators that OpenVINO knows.
+
+    Args:
+        weights: by the numbers of its inputs.
+    """
+    write_out_regions(graph)
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    check_on_cpu(node.meta.get("val") for node in graph.graph.nodes)  # those that the code makes, too
+    mutated = find_changed_inputs()
+    if mutated & set(weights):
+        names = ", ".join(sorted(placeholders[index].name for index in mutated & set(weights)))
+        raise OpenVINOBackendError(f"the module changes its own parameters or buffers ({names}), which are compiled in")
+    write_out_sizes(graph.graph)
+    restore_linear(graph.graph)
+    check_flat(graph)
+    constants = {placeholders[index].name: value for index, value in weights.items()}
+    constants |= {node.name: getattr(graph, node.target) for node in graph.graph.find_nodes(op="get_attr")}
+    weight_ids = frozenset(map(id, weights.values()))
+    is_plain = not mutated and has_plain_outputs()
+    return TracedGraph(CompiledGraph(), graph, constants, weight_ids, known, is_plain)
 
 
 def compile_graph(

@@ -6,7 +6,7 @@ import json
 import logging
 import pickle
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from openvino_backend.backend import CompiledGraph, OpenVINOBackend, check_on_cpu
+from openvino_backend.backend import CompiledGraph, OpenVINOBackend, TracedGraph, check_on_cpu
 from openvino_backend.cache import name_entry, open_entry, write_entry
 from openvino_backend.conditions import Conditions, describe, is_plain, unwrap_method
 from openvino_backend.errors import CacheMissError
@@ -68,6 +68,11 @@ class Trace:
     function: Any
     conditions: Conditions
     unseen: frozenset[str] = frozenset()  # expressions of guards that are neither kept nor conditions
+
+
+# What makes a trace ready. It stops where torch has done its part and OpenVINO's begins: from there on it may go on in
+# another thread, beside the first part of others.
+Steps = Generator[None, None, Trace]
 
 
 class CompiledFunction:
@@ -135,7 +140,7 @@ class CompiledFunction:
         if trace is not None and id(trace) in self._settled:
             return trace.function.fn(self._module, *args, **kwargs)
         with self._lock:
-            trace = self._find_or_prepare(call, args, kwargs)
+            trace = _finish(self._find_or_prepare(call, args, kwargs))
             # At its first run OpenVINO brings the weights of a dynamic graph into a form of its own.
             files = [part.file for part in read_graph(trace.function).parts]
             with release_memory(self.backend.options, self._list_weights(), files):
@@ -143,16 +148,16 @@ class CompiledFunction:
             self._settled.add(id(trace))
             return result
 
-    def prepare(self, *args: Any, **kwargs: Any) -> None:
-        """Have ready what such a call needs, without making it."""
-        with torch.no_grad(), self._lock:
-            self._find_or_prepare(self._describe_call(args, kwargs), args, kwargs)
+    def prepare(self, *args: Any, **kwargs: Any) -> Steps:
+        """Have ready what such a call needs, without making it; see Steps."""
+        with self._lock:
+            return (yield from self._find_or_prepare(self._describe_call(args, kwargs), args, kwargs))
 
-    def _find_or_prepare(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+    def _find_or_prepare(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Steps:
         with _tracing:  # meanwhile torch's checks see what is there for tracing only
             trace = self._find(call, args, kwargs)
         if trace is None:
-            trace = self._prepare(call, args, kwargs)
+            trace = yield from self._prepare(call, args, kwargs)
             self._traces[call] = [trace, *self._traces.get(call, [])]
         return trace
 
@@ -204,7 +209,7 @@ class CompiledFunction:
         """Return the arguments by name, and what the method encloses now: a loaded function has a copy of that."""
         return {**bind_arguments(function, self._module, *args, **kwargs), **self._find_enclosed()}
 
-    def _prepare(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+    def _prepare(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Steps:
         """Return the trace for this kind of call, from the cache or else made now."""
         logger.info("OpenVINO is to run %s for a new kind of call, which waits until it is compiled", self._name)
         self.backend.check_bound()
@@ -215,16 +220,22 @@ class CompiledFunction:
                 blocks = digest_blocks(self._repeated)
             key = name_entry(self.backend.options, "function", self._name, call, weights.sha256, blocks)
             with open_entry(self.backend.options, key) as folder:
-                trace = self._load(folder, weights, args, kwargs)
+                trace = yield from self._load(folder, weights, args, kwargs)
                 if trace is None:
                     with _tracing:
-                        trace = self._trace(weights, args, kwargs)
+                        trace, graph = self._trace(weights, args, kwargs)
+                    yield
+                    self.backend.compile(graph)
                     self._save(folder, trace, weights)
                 return trace
 
-    def _trace(self, weights: KnownWeights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
-        def compile_graph(graph: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> CompiledGraph:
-            return self.backend.compile_plain(graph, example_inputs, weights=weights)
+    def _trace(self, weights: KnownWeights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Trace, TracedGraph]:
+        """Return the trace for this kind of call, and its graph, which is not compiled yet."""
+        graphs: list[TracedGraph] = []
+
+        def keep_graph(graph: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> CompiledGraph:
+            graphs.append(self.backend.trace_plain(graph, example_inputs, weights=weights))
+            return graphs[0].compiled
 
         args, kwargs = self._change(args, kwargs, mark_dynamic)
         enclosed = self._find_enclosed()
@@ -252,7 +263,7 @@ class CompiledFunction:
             return kept
 
         options = {"guard_filter_fn": choose_guards}
-        compiled = torch.compile(self._function, backend=compile_graph, fullgraph=True, dynamic=False, options=options)
+        compiled = torch.compile(self._function, backend=keep_graph, fullgraph=True, dynamic=False, options=options)
         with guard_hooks(), keep_lengths_apart(), trace_once(self._repeated):
             function = compiled.aot_compile(((self._module, *args), kwargs))
         arguments = self._bind(function, args, kwargs)
@@ -260,11 +271,15 @@ class CompiledFunction:
         classes |= {f"C[{index}]": kind for index, kind in enumerate(self._find_classes())}
         looks += (f"{each}.{name}" for each, kind in classes.items() for name in _list_methods(kind, traced))
         conditions = self._look(looks, arguments)
-        return Trace(function, conditions, frozenset(needed & conditions.absent))
+        return Trace(function, conditions, frozenset(needed & conditions.absent)), graphs[0]
 
     def _look(self, expressions: Iterable[str], arguments: Mapping[str, Any]) -> Conditions:
         scope = {**make_scope(self._function.__globals__), "C": self._find_classes(), "F": self._function}
         return Conditions(expressions, scope, arguments)
+
+    def measure_weights(self) -> int:
+        """Return the bytes of the module's weights."""
+        return sum(each.nbytes for each in self._list_weights())
 
     def _list_weights(self) -> list[torch.Tensor]:
         return [*self._module.parameters(), *self._module.buffers()]
@@ -305,13 +320,14 @@ class CompiledFunction:
 
     def _load(
         self, folder: Path | None, weights: KnownWeights, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Trace | None:
+    ) -> Generator[None, None, Trace | None]:
         """Return the trace in the cache's folder, ready to be called, or None if there is none that fits."""
         if folder is None or not (folder / _FILE).exists():
             return None
         try:
             with _tracing:
                 function, conditions = self._read(folder, args, kwargs)
+            yield
             graph: CompiledGraph = read_graph(function)
             reports = []
             for part in graph.parts:
@@ -363,10 +379,27 @@ def compile_ahead() -> Iterator[None]:
         (id(function), function._describe_call(args, kwargs)): (function, args, kwargs)
         for function, args, kwargs in calls
     }
+    # The largest first: while OpenVINO compiles it, the others are traced.
+    ordered = sorted(kinds.values(), key=lambda call: call[0].measure_weights(), reverse=True)
     with ThreadPoolExecutor() as pool:
-        prepared = [pool.submit(function.prepare, *args, **kwargs) for function, args, kwargs in kinds.values()]
+        prepared = []
+        for function, args, kwargs in ordered:
+            steps = function.prepare(*args, **kwargs)
+            with torch.no_grad():
+                next(steps, None)
+            prepared.append(pool.submit(_finish, steps))
     for each in prepared:
         each.result()
+
+
+def _finish(steps: Steps) -> Trace:
+    """Go on to the end."""
+    with torch.no_grad():
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return end.value
 
 
 def _list_methods(kind: type, traced: set[tuple[str, int]]) -> list[str]:

@@ -1,6 +1,7 @@
 """CompiledFunction: what is traced once is neither traced nor converted at the next start, and stays right."""
 
 import itertools
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,6 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from openvino_backend import CompiledFunction, compile_ahead
 from openvino_backend.model import Part
-from openvino_backend.torch_private import load_function
 from tests.unit.modules import Bessel, TimeEmbedding, make_module, measure_error, needs_bf16
 from tools.server import ROOT
 
@@ -301,22 +301,27 @@ def test_calls_ahead_return_zeros_and_leave_nothing_to_compile() -> None:
     assert len(function.backend.reports) == 1
 
 
-def test_models_of_calls_ahead_are_compiled_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_models_of_calls_ahead_are_compiled_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_kept: bool
+) -> None:
     modules, x = [make_module(seed=seed) for seed in range(2)], torch.randn(4, 16)
-    for module in modules:
+    for module in modules if is_kept else ():
         CompiledFunction(module.forward, make_options(tmp_path))(x)
+    make = "openvino_backend.function.load_function" if is_kept else "openvino_backend.backend.trace_inference"
+    make_trace = pkgutil.resolve_name(make)
     load, both, has_begun = Part.load, Barrier(2), Event()
 
     def wait_and_load(*args: Any, **about: Any) -> Any:
         both.wait(timeout=60)
         return load(*args, **about)
 
-    def tell_and_read(*args: Any, **about: Any) -> Any:
+    def tell_and_make(*args: Any, **about: Any) -> Any:
         has_begun.set()
-        return load_function(*args, **about)
+        return make_trace(*args, **about)
 
     monkeypatch.setattr(Part, "load", wait_and_load)
-    monkeypatch.setattr("openvino_backend.function.load_function", tell_and_read)
+    monkeypatch.setattr(make, tell_and_make)
     functions = [CompiledFunction(module.forward, make_options(tmp_path)) for module in modules]
     with compile_ahead():
         for function in functions:
@@ -324,7 +329,7 @@ def test_models_of_calls_ahead_are_compiled_at_the_same_time(tmp_path: Path, mon
         assert not has_begun.wait(0.5)  # torch takes a call of any module while it reads a trace for a part of that
     assert has_begun.is_set()
     for module, function in zip(modules, functions, strict=True):
-        assert read_origins(function) == [(False, [True])]
+        assert read_origins(function) == [(not is_kept, [is_kept])]
         assert measure_error(function(x), module(x)) < 1e-6
 
 
