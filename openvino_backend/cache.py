@@ -15,7 +15,7 @@ import re
 import shutil
 import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from openvino_backend.options import Options
 logger = logging.getLogger(__name__)
 
 _SEAL = "seal.json"
+_SETTLED = 10**9  # nanoseconds after which another change of a file has another time
 _VALUE = "value"
 _KEY = re.compile("[0-9a-f]{32}")
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -47,10 +48,16 @@ _warning = threading.Lock()
 
 @dataclass(frozen=True)
 class _Entry:
-    """The folder of a locked entry, and the files in it that are whole."""
+    """The folder of a locked entry.
+
+    Attributes:
+        sealed: of each file by its name the digest and the status, as in the seal.
+        files: the same of those that are there, each of which has the digest of the seal.
+    """
 
     folder: Path
-    before: dict[Path, tuple[int, int]]
+    sealed: dict[str, list[Any]]
+    files: dict[str, list[Any]]
 
 
 class _UntrustedError(OSError):
@@ -185,27 +192,31 @@ def _open_entry(folder: Path) -> _Entry:
     _check_trust(folder)
     for path in folder.iterdir():
         _check_trust(path)
-    before = _list_files(folder)
-    if (_read_seal(folder) or {}) != _digest_files(before):
+    sealed, last_use = _read_seal(folder), _find_last_use(folder)
+    known = {name: each for name, each in sealed.items() if max(each[-2:]) + _SETTLED < last_use}
+    files = _digest_files(folder, known)
+    if {name: each[0] for name, each in files.items()} != {name: each[0] for name, each in sealed.items()}:
         logger.warning("The cache entry %s is damaged or unfinished; it is made anew", folder)
         shutil.rmtree(folder)
         folder.mkdir(mode=0o700)
-        before = {}
-    return _Entry(folder, before)
+        sealed = files = {}
+    return _Entry(folder, sealed, files)
 
 
 def _seal_entry(entry: _Entry) -> None:
     """Note what is in the entry if that has changed, and when it was used."""
-    seal, after = entry.folder / _SEAL, _list_files(entry.folder)
-    if after != entry.before:
-        for path in after:
-            path.chmod(stat.S_IMODE(path.stat().st_mode) & ~_OTHERS_MAY_WRITE)  # the umask may let a group write
+    seal = entry.folder / _SEAL
+    for path in _list_files(entry.folder):
+        if path.stat().st_mode & _OTHERS_MAY_WRITE:  # the umask may let a group write
+            path.chmod(stat.S_IMODE(path.stat().st_mode) & ~_OTHERS_MAY_WRITE)
+    files = _digest_files(entry.folder, entry.files)
+    if files != entry.sealed:
         partial = entry.folder.with_suffix(".seal")
-        partial.write_text(json.dumps(_digest_files(after)))
+        partial.write_text(json.dumps(files))
         partial.chmod(0o600)
         partial.replace(seal)
-        logger.info("The cache entry %s takes %d bytes", entry.folder, sum(size for size, _ in after.values()))
-    elif after:
+        logger.info("The cache entry %s takes %d bytes", entry.folder, _measure(entry.folder))
+    elif files:
         os.utime(seal)
 
 
@@ -215,8 +226,7 @@ def _trim(root: Path, limit: int) -> None:
     for folder in root.iterdir():
         with contextlib.suppress(FileNotFoundError):  # another process removes some too
             if _KEY.fullmatch(folder.name) and _find_danger(folder.lstat()) is None:
-                size = sum(size for size, _ in _list_files(folder).values())
-                entries.append((_find_last_use(folder), size, folder))
+                entries.append((_find_last_use(folder), _measure(folder), folder))
     total = sum(size for _, size, _ in entries)
     for _, size, folder in sorted(entries):
         if total <= limit:
@@ -257,24 +267,39 @@ def _find_danger(status: os.stat_result) -> str | None:
     return None
 
 
-def _read_seal(folder: Path) -> dict[str, str] | None:
+def _read_seal(folder: Path) -> dict[str, list[Any]]:
+    """Return what _digest_files found when the entry was sealed; nothing of one that was not, or is of another kind."""
     try:
-        seal: dict[str, str] = json.loads((folder / _SEAL).read_text())
+        seal = json.loads((folder / _SEAL).read_text())
     except (OSError, ValueError):
-        return None
-    return seal
+        return {}
+    is_known = isinstance(seal, dict) and all(isinstance(each, list) and len(each) == 6 for each in seal.values())
+    return seal if is_known else {}
 
 
-def _list_files(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Return the size and the time of the last change of each file."""
-    paths = (path for path in sorted(folder.iterdir()) if path.name != _SEAL)
-    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+def _list_files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if path.name != _SEAL]
 
 
-def _digest_files(paths: Iterable[Path]) -> dict[str, str]:
-    """Return the SHA-256 of each file by its name."""
-    digests = {}
-    for path in paths:
-        with path.open("rb") as stream:
-            digests[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return digests
+def _measure(folder: Path) -> int:
+    """Return the bytes of an entry."""
+    return sum(path.stat().st_size for path in _list_files(folder))
+
+
+def _digest_files(folder: Path, known: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """Return for each file by its name its SHA-256 and its status.
+
+    Args:
+        known: the same, found earlier; what has this status still is not read again.
+    """
+    files = {}
+    for path in _list_files(folder):
+        status = path.stat()
+        # Unlike the time of the last change, that of the status cannot be set.
+        told = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        digest, *before = known.get(path.name, [None])
+        if before != told:
+            with path.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        files[path.name] = [digest, *told]
+    return files

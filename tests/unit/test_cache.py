@@ -2,12 +2,15 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
 import pwd
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -154,12 +157,52 @@ def test_planted_pickle_is_not_run(tmp_path: Path, caplog: pytest.LogCaptureFixt
     (kept,) = tmp_path.glob("*/function.bin")
     kept.write_bytes(b"cbuiltins\nexec\n(S'import torch; torch.planted = True'\ntR.")
     seal = kept.parent / "seal.json"
-    seal.write_text(json.dumps(cache._digest_files(path for path in kept.parent.iterdir() if path != seal)))
+    seal.write_text(json.dumps(cache._digest_files(kept.parent, {})))
     kept.parent.chmod(0o777)
     assert run_cached(tmp_path) == [(True, True)] * 2
     assert not hasattr(torch, "planted")
     assert "with mode 777, and what is in it runs" in caplog.text
     assert count_warnings(caplog) == 1
+
+
+def test_files_that_have_not_changed_since_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, digested, digest = make_options(tmp_path), [], hashlib.file_digest
+
+    def note_and_digest(*args: Any) -> Any:
+        digested.append(args)
+        return digest(*args)
+
+    monkeypatch.setattr(hashlib, "file_digest", note_and_digest)
+
+    def count(folder: Path, age: float) -> int:
+        """Return how often a file is read where the entry was used so many seconds from now."""
+        os.utime(folder / "seal.json", (time.time() + age,) * 2)
+        digested.clear()
+        assert keep(options) == (folder, True)
+        return len(digested)
+
+    folder, _ = keep(options)
+    assert folder is not None
+    assert count(folder, age=0) == 1  # a change in the same moment would have the same time
+    assert count(folder, age=5) == 0
+    os.utime(folder / "file", (1, 1))
+    assert [count(folder, age=5) for _ in range(2)] == [1, 0]
+    shutil.copytree(folder, tmp_path / "copy")
+    shutil.rmtree(folder)
+    (tmp_path / "copy").rename(folder)
+    assert [count(folder, age=5) for _ in range(2)] == [1, 0]
+    (folder / "file").write_text("lost")
+    os.utime(folder / "seal.json", (time.time() + 5,) * 2)
+    assert keep(options) == (folder, False)
+
+
+def test_seal_of_another_kind_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = make_options(tmp_path)
+    folder, _ = keep(options)
+    assert folder is not None
+    (folder / "seal.json").write_text(json.dumps({"file": hashlib.sha256(b"kept").hexdigest()}))  # as of older versions
+    assert [keep(options) for _ in range(2)] == [(folder, False), (folder, True)]
+    assert caplog.text.count("is damaged or unfinished; it is made anew") == 1
 
 
 def test_entries_used_longest_ago_are_removed_first(tmp_path: Path) -> None:
