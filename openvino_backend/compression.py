@@ -1,23 +1,24 @@
 """Lossy changes of an OpenVINO model: weights in 8 bits, and convolutions and linear layers that compute in 8 bits."""
 
-import ctypes
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 import openvino
-import torch
 from openvino import opset13
 
 from openvino_backend.options import Options
+from openvino_backend.precision import PRECISION
+from openvino_backend.processors import find_processors, limit_openvino
 
-_FLOATING = {openvino.Type.f32: torch.float32, openvino.Type.f16: torch.float16, openvino.Type.bf16: torch.bfloat16}
+_FLOATING = (openvino.Type.f32, openvino.Type.f16, openvino.Type.bf16)
 _LARGEST = 127  # of weights in 8 bits
 _LEVELS = 256
 _MIDDLE = 128
 # SiLU never goes below -0.2785: with this as zero, 7/8 of the levels are left for what is above it.
 _SILU_MINIMUM, _SILU_ZERO = 0.2785, 32
 _FEWEST_CHANNELS = 32
-_SMALLEST_HALF = 6e-6  # of weights that are all zeros: below it a scale is none in float16
+_SMALLEST_HALF = np.float32(6e-6)  # of weights that are all zeros: below it a scale is none in float16
 _SMALLEST_SCALE = 1e-30  # of a picture that is all zeros
 
 
@@ -30,6 +31,7 @@ def compress_weights(model: openvino.Model, mode: str) -> openvino.Model:
         import nncf
 
         return nncf.compress_weights(model, mode=nncf.CompressWeightsMode(mode))
+    make_compressor = functools.cache(_make_compressor)
     for node in model.get_ops():
         is_layer = node.get_type_name() == "MatMul" and node.get_attributes()["transpose_b"]
         if is_layer or node.get_type_name() == "Convolution":
@@ -38,7 +40,8 @@ def compress_weights(model: openvino.Model, mode: str) -> openvino.Model:
             if constant.get_type_name() == "Convert":
                 constant = constant.input_value(0).get_node()
             if _is_compressed(constant, of_layer=is_layer):
-                source.replace(_compress(constant).output(0))
+                compressor = make_compressor(constant.get_element_type(), len(constant.shape))
+                source.replace(_compress(constant, compressor).output(0))
     return model
 
 
@@ -51,15 +54,27 @@ def _is_compressed(constant: openvino.Node, *, of_layer: bool) -> bool:
     return is_known and (of_layer or min(list(constant.shape)[:2]) >= _FEWEST_CHANNELS)
 
 
-def _compress(constant: openvino.Node) -> openvino.Node:
+def _compress(constant: openvino.Node, compressor: openvino.InferRequest) -> openvino.Node:
     """Return weights, the first axis of which is that of the outputs, as 8 bits times a scale."""
-    memory = (ctypes.c_byte * constant.get_byte_size()).from_address(constant.data.ctypes.data)
-    weights = torch.frombuffer(memory, dtype=_FLOATING[constant.get_element_type()]).reshape(*constant.shape).float()
-    scales = weights.abs().amax(tuple(range(1, weights.dim())), keepdim=True).clamp(min=_SMALLEST_HALF) / _LARGEST
-    scales = scales.half().float()  # as they are stored
-    whole = (weights / scales).round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
-    widened = opset13.convert(opset13.constant(whole.numpy()), "f16")
-    return opset13.convert(opset13.multiply(widened, opset13.constant(scales.half().numpy())), "f32")
+    whole, scales = compressor.infer([constant.get_tensor_view()], share_inputs=True).to_tuple()
+    widened = opset13.convert(opset13.constant(whole), "f16")
+    return opset13.convert(opset13.multiply(widened, opset13.constant(scales)), "f32")
+
+
+def _make_compressor(dtype: openvino.Type, dimensions: int) -> openvino.InferRequest:
+    """Return what brings weights into 8 bits, with the scales in float16.
+
+    It is a model of OpenVINO's, for which another thread may trace meanwhile: torch's operators would each wait for
+    Python then, and take ten times as long.
+    """
+    weights = opset13.parameter([-1] * dimensions, dtype)
+    wide = opset13.convert(weights, "f32")
+    largest = opset13.reduce_max(opset13.abs(wide), np.arange(1, dimensions), keep_dims=True)
+    scales = opset13.convert(opset13.divide(opset13.maximum(largest, _SMALLEST_HALF), np.float32(_LARGEST)), "f16")
+    whole = opset13.round(opset13.divide(wide, opset13.convert(scales, "f32")), "half_to_even")
+    model = openvino.Model([opset13.convert(opset13.clamp(whole, -_LARGEST, _LARGEST), "i8"), scales], [weights])
+    properties = {**limit_openvino(find_processors(), "CPU"), PRECISION: "f32"}
+    return openvino.Core().compile_model(model, "CPU", properties).create_infer_request()
 
 
 def quantize_products(model: openvino.Model, options: Options) -> None:

@@ -188,17 +188,34 @@ def _count_constants(model: openvino.Model) -> dict[str, int]:
     return {name: types.count(name) for name in ("f32", "f16", "bf16", "i8", "u8") if name in types}
 
 
+class _Nodes(list[torch.fx.Node]):
+    """The nodes of a graph, each found at once; OpenVINO's decoder looks for each input in all, for SDXL's UNet 5 s."""
+
+    def __init__(self, nodes: Iterable[torch.fx.Node]) -> None:
+        super().__init__(nodes)
+        self._places = {node: place for place, node in enumerate(self)}
+
+    def index(self, node: Any, *_: Any) -> int:
+        return self._places[node]
+
+
 def convert_graph(part: torch.fx.GraphModule) -> openvino.Model:
     """Return the part as an OpenVINO model that shares its weights with torch."""
     examples = [node.meta["val"] for node in part.graph.find_nodes(op="placeholder")]
     types = [tensor.dtype for tensor in examples]
     shapes = [[size if isinstance(size, int) else -1 for size in tensor.shape] for tensor in examples]
     front_end = FrontEndManager().load_by_framework("pytorch")
-    decoder = TorchFXPythonDecoder(part, input_types=types, input_shapes=shapes)
+
+    def make_decoder() -> TorchFXPythonDecoder:
+        decoder = TorchFXPythonDecoder(part, input_types=types, input_shapes=shapes)
+        decoder._nodes = _Nodes(decoder._nodes)
+        return decoder
+
+    decoder = make_decoder()  # the model of the front end does not keep it
     try:
         model = front_end.convert(front_end.load(decoder))
     except Exception as error:
-        decoder = TorchFXPythonDecoder(part, input_types=types, input_shapes=shapes)
+        decoder = make_decoder()
         partial = front_end.convert_partially(front_end.load(decoder))
         left = [node for node in partial.get_ops() if node.get_type_name() == "PtFrameworkNode"]
         if not left:
