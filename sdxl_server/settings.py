@@ -145,7 +145,7 @@ class HandlerConfig:
             "items": {"type": "string", "pattern": r"^[1-9]\d{1,3}x[1-9]\d{1,3}$"},
             "x-accepted": "a list of sizes such as 1024x1024, in multiples of 8",
         },
-        "no others are made, and each of these is made once at the start",
+        "no others are made",
         null="any",
     )
     max_side: int = setting(2048, whole(MIN_SIDE, MAX_SIDE), "of a picture, in pixels")
@@ -178,9 +178,9 @@ class HandlerConfig:
     warm_up: bool = setting(
         True,
         switch(),
-        "before the worker is ready make one picture of each of `allowed_sizes`, or of the size above, in as few steps "
-        "as compile everything, so that no user waits for compilation; the VAE's encoder is left to the first image, "
-        "but for an inpainting model",
+        "before the worker is ready make a picture for each graph, of `allowed_sizes` or the size above, and a small "
+        "one for a graph of any size, in as few steps as compile everything, so that no user waits for compilation; "
+        "the VAE's encoder is left to the first image, but for an inpainting model",
     )
     metrics_address: str | None = setting(
         None,

@@ -1,8 +1,9 @@
-"""The warm-up: one picture of each size, so that no user waits for compilation, and the fit of the previews."""
+"""The warm-up: a picture for each graph, so that no user waits for compilation, and the fit of the previews."""
 
 import contextlib
 import itertools
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WARM_UP_STEPS = 2  # Inductor may compile again at the second
+_SIDE = 128  # pixels of a picture for a graph of any size; of a smaller one a deep UNet sees a single pixel
 
 
 def warm_up(loaded: "LoadedPipeline") -> None:
-    """Make one picture of each size that is allowed, which compiles every part; check that all were; fit the previews.
+    """Make a picture for each graph, which compiles every part; check that all were; fit the previews.
 
     The VAE's encoder is left to the first request with an image, but of a model that draws nothing else.
 
@@ -30,15 +32,11 @@ def warm_up(loaded: "LoadedPipeline") -> None:
     """
     from openvino_backend import compile_ahead
 
-    contract = loaded.contract
-    sizes = [contract.size]
-    if loaded.graphs == "both":
-        sizes.append((MIN_SIDE, next(side for side in (MIN_SIDE, MIN_SIDE + 8) if (MIN_SIDE, side) != sizes[0])))
     kinds: list[dict[str, Any]] = [{"guidance_interval": [0, 1]}]
     # OpenVINO's graphs are for one batch, whatever is asked for, or for any.
     if loaded.graphs is None and loaded.compilation.backend is not None and loaded.config.guidance_interval is not None:
         kinds.append({"guidance_scale": 1.0})
-    for (width, height), kind in itertools.product(contract.bounds.allowed_sizes or sizes, kinds):
+    for (width, height), kind in itertools.product(_choose_sizes(loaded), kinds):
         request = _choose_warm_up(loaded, {"prompt": "warm-up", "width": width, "height": height, **kind})
         if loaded.compilation.backend == "openvino":
             with compile_ahead():
@@ -67,6 +65,21 @@ def _blame_numbers(loaded: "LoadedPipeline") -> Iterator[None]:
             f"handler.dtype: {loaded.config.dtype}: at the warm-up {error}; either the weights in "
             f"{loaded.config.model_path} are damaged, or they overflow in {loaded.dtype} and need dtype: float32"
         ) from error
+
+
+def _choose_sizes(loaded: "LoadedPipeline") -> list[tuple[int, int]]:
+    """Return the widths and heights of a picture for each graph, of one for any size as small as may be.
+
+    A first picture of another size takes half a second longer than its next one does.
+    """
+    configured, allowed = loaded.contract.size, list(loaded.contract.bounds.allowed_sizes)
+    if loaded.graphs not in ("dynamic", "both"):
+        return allowed or [configured]
+    side = min(_SIDE, loaded.contract.bounds.max_side // 8 * 8)
+    small = sorted(allowed, key=math.prod) or [(side, side), (side, max(side - 8, MIN_SIDE))]
+    if loaded.graphs == "dynamic":
+        return small[:1]
+    return [configured, *[each for each in small if each != configured][:1]]
 
 
 def _choose_warm_up(loaded: "LoadedPipeline", fields: Mapping[str, Any]) -> GenerationRequest:
