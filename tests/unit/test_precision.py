@@ -21,20 +21,17 @@ WEIGHTS = {"weight_compression": "int8_sym", "quantize_convolutions": True}
 @pytest.mark.parametrize(
     ("flags", "int8", "fastest"),
     [
-        (
-            SAPPHIRE_RAPIDS,
-            {**WEIGHTS, "quantize_linear_layers": True, "config": {"INFERENCE_PRECISION_HINT": "bf16"}},
-            "int8",
-        ),
-        (
-            ZEN_5,
-            {**WEIGHTS, "quantize_linear_layers": True, "config": {"INFERENCE_PRECISION_HINT": "bf16"}},
-            "int8",
-        ),
-        (
-            ZEN_4,
-            {**WEIGHTS, "config": {"INFERENCE_PRECISION_HINT": "bf16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 320}},
-            "int8",
+        *(
+            (
+                flags,
+                {
+                    **WEIGHTS,
+                    "quantize_linear_layers": True,
+                    "config": {"INFERENCE_PRECISION_HINT": "bf16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0},
+                },
+                "int8",
+            )
+            for flags in (SAPPHIRE_RAPIDS, ZEN_5, ZEN_4)
         ),
         (
             CASCADE_LAKE,
