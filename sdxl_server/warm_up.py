@@ -36,7 +36,7 @@ def warm_up(loaded: "LoadedPipeline") -> None:
     # OpenVINO's graphs are for one batch, whatever is asked for, or for any.
     if loaded.graphs is None and loaded.compilation.backend is not None and loaded.config.guidance_interval is not None:
         kinds.append({"guidance_scale": 1.0})
-    for (width, height), kind in itertools.product(_choose_sizes(loaded), kinds):
+    for (width, height), kind in itertools.product(choose_sizes(loaded), kinds):
         request = _choose_warm_up(loaded, {"prompt": "warm-up", "width": width, "height": height, **kind})
         if loaded.compilation.backend == "openvino":
             with compile_ahead():
@@ -67,7 +67,7 @@ def _blame_numbers(loaded: "LoadedPipeline") -> Iterator[None]:
         ) from error
 
 
-def _choose_sizes(loaded: "LoadedPipeline") -> list[tuple[int, int]]:
+def choose_sizes(loaded: "LoadedPipeline") -> list[tuple[int, int]]:
     """Return the widths and heights of a picture for each graph, of one for any size as small as may be.
 
     A first picture of another size takes half a second longer than its next one does.

@@ -28,6 +28,7 @@ from sdxl_server.loading import check_files, choose_dtype
 from sdxl_server.pipeline import LoadedPipeline, describe_picture, find_warnings, load_pipeline
 from sdxl_server.service import Service
 from sdxl_server.settings import CompileConfig, HandlerConfig
+from sdxl_server.warm_up import choose_sizes
 from tests.spoiled import spoil_model
 from tests.unit.modules import HAS_BF16
 from tests.unit.test_samplers import ALL, ZERO_SNR
@@ -482,6 +483,23 @@ def test_allowed_sizes_are_compiled_at_the_start(tiny_model: Path, cached: dict[
     few = {**cached, "options": {**cached["options"], "max_graphs": 1}}
     with pytest.raises(ConfigError, match=r"handler.allowed_sizes names 2 sizes.*max_graphs.*is 1"):
         load(tiny_model, few, allowed_sizes=sizes, graphs="static")
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes"),
+    [
+        ({"width": 512, "height": 256}, [(128, 128)]),
+        ({"width": 64, "height": 64, "max_side": 100}, [(96, 96)]),
+        ({"allowed_sizes": ["256x256", "64x256", "128x256"], "width": 256, "height": 256}, [(64, 256)]),
+        ({"graphs": "static"}, [(128, 128)]),
+        ({"graphs": "both"}, [(128, 128), (128, 120)]),
+        ({"graphs": "both", "width": 64, "height": 64, "max_side": 64}, [(64, 64)]),
+    ],
+)
+def test_the_warm_up_draws_as_little_as_compiles_every_graph(
+    tiny_model: Path, cached: dict[str, Any], settings: dict[str, Any], sizes: list[tuple[int, int]]
+) -> None:
+    assert choose_sizes(load(tiny_model, cached, **settings)) == sizes
 
 
 def test_no_size_takes_the_place_of_another(tiny_model: Path, cached: dict[str, Any], eager: LoadedPipeline) -> None:
