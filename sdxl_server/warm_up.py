@@ -72,14 +72,15 @@ def choose_sizes(loaded: "LoadedPipeline") -> list[tuple[int, int]]:
 
     A first picture of another size takes half a second longer than its next one does.
     """
-    configured, allowed = loaded.contract.size, list(loaded.contract.bounds.allowed_sizes)
+    configured, allowed = loaded.contract.size, sorted(loaded.contract.bounds.allowed_sizes, key=math.prod)
     if loaded.graphs not in ("dynamic", "both"):
         return allowed or [configured]
-    side = min(_SIDE, loaded.contract.bounds.max_side // 8 * 8)
-    small = sorted(allowed, key=math.prod) or [(side, side), (side, max(side - 8, MIN_SIDE))]
+    # No larger than the VAE decodes whole, and of "both" in another shape than its tiles, whose graph is another.
+    side = min(_SIDE, loaded.contract.bounds.max_side // 8 * 8, loaded.config.vae_tile_side or _SIDE)
     if loaded.graphs == "dynamic":
-        return small[:1]
-    return [configured, *[each for each in small if each != configured][:1]]
+        return allowed[:1] or [(side, side)]
+    less = max(side - 8, MIN_SIDE)
+    return [configured, *[each for each in allowed or [(side, less), (less, side)] if each != configured][:1]]
 
 
 def _choose_warm_up(loaded: "LoadedPipeline", fields: Mapping[str, Any]) -> GenerationRequest:

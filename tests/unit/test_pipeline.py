@@ -493,6 +493,9 @@ def test_allowed_sizes_are_compiled_at_the_start(tiny_model: Path, cached: dict[
         ({"allowed_sizes": ["256x256", "64x256", "128x256"], "width": 256, "height": 256}, [(64, 256)]),
         ({"graphs": "static"}, [(128, 128)]),
         ({"graphs": "both"}, [(128, 128), (128, 120)]),
+        ({"graphs": "both", "width": 128, "height": 120}, [(128, 120), (120, 128)]),
+        ({"graphs": "both", "vae_tile_side": 96}, [(128, 128), (96, 88)]),
+        ({"graphs": "dynamic", "vae_tile_side": 64}, [(64, 64)]),
         ({"graphs": "both", "width": 64, "height": 64, "max_side": 64}, [(64, 64)]),
     ],
 )
