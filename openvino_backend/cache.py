@@ -138,6 +138,12 @@ def keep_value(options: Options, key: str, make: Callable[[], bytes]) -> bytes:
         return value
 
 
+def tell_change(status: os.stat_result) -> tuple[int, ...]:
+    """Return numbers that change with a file's content: device, inode, bytes, and the times of both kinds of change."""
+    # Unlike the time of the last change, that of the status cannot be set.
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 @contextlib.contextmanager
 def _warn_once(folder: Path) -> Iterator[None]:
     """Turn an error of the file system into a warning, the first time for this folder."""
@@ -294,9 +300,7 @@ def _digest_files(folder: Path, known: Mapping[str, list[Any]]) -> dict[str, lis
     """
     files = {}
     for path in _list_files(folder):
-        status = path.stat()
-        # Unlike the time of the last change, that of the status cannot be set.
-        told = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        told = [*tell_change(path.stat())]
         digest, *before = known.get(path.name, [None])
         if before != told:
             with path.open("rb") as stream:

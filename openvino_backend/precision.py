@@ -52,7 +52,7 @@ _KINDS = (
     _Kind(
         "AVX-512 VNNI and bfloat16",  # every one with AMX has both
         frozenset({"avx512_vnni", "avx512_bf16"}),
-        # OpenVINO's own quantisation would take what is left, vectors such as the time embedding, for no time gained.
+        # OpenVINO's own quantisation would take what is left, vectors: milliseconds of a step.
         {**_WEIGHTS, "quantize_linear_layers": True, "config": {PRECISION: "bf16", GROUP_SIZE: 0}},
         "int8",
         "linear layers are fastest with their inputs brought into 8 bits by the graph, a scale for each token",

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from openvino_backend.cache import keep_value
+from openvino_backend.cache import keep_value, tell_change
 from openvino_backend.options import Options
 
 # Of an entry of /proc/self/smaps: from, to, offset in the file, inode, path.
@@ -123,7 +123,4 @@ def _list_mappings() -> Iterator[_Mapping]:
         except OSError:  # it was removed
             continue
         if status.st_ino == int(inode):  # else another file has taken its place
-            # Unlike the time of the last change, that of the status cannot be set.
-            times = status.st_mtime_ns, status.st_ctime_ns
-            file = status.st_dev, status.st_ino, status.st_size, *times
-            yield _Mapping(int(start, 16), int(end, 16), int(offset, 16), file)
+            yield _Mapping(int(start, 16), int(end, 16), int(offset, 16), tell_change(status))
