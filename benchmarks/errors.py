@@ -1,4 +1,4 @@
-"""Where the error of 8 bits comes from: one call of a part with some of its layers in 8 bits, and all else in float32.
+"""Where the error of 8 bits comes from: calls of a part with some of its layers in 8 bits, and all else in float32.
 
 The layers are those that openvino_backend.compression quantises on a CPU with AMX, and torch computes in them what
 OpenVINO does there, since what OpenVINO has compiled cannot be split.
@@ -25,7 +25,7 @@ _SILU_MINIMUM, _SILU_LEVELS = 0.2785, 32  # below zero, where the input is SiLU'
 
 
 def write_errors(model: Path, parts: Sequence[str], *, size: int, path: Path) -> None:
-    """Write a table for each part, of one call with seeded inputs: what is in 8 bits, the error, its share of all.
+    """Write a table for each part, of calls with seeded inputs: what is in 8 bits, the error, its share of all.
 
     Squares of errors add up where the layers' errors have nothing to do with each other, so that is what shares are of.
     """
@@ -40,10 +40,13 @@ def write_errors(model: Path, parts: Sequence[str], *, size: int, path: Path) ->
 
 
 def measure_errors(part: Part) -> dict[str, float]:
-    """Return the relative error of one call by what is in 8 bits: all, the weights alone, each block, each kind."""
+    """Return the relative error of all calls by what is in 8 bits: all, the weights alone, each block, each kind."""
     layers = {name: each for name, each in part.module.named_modules() if _is_quantized(each)}
     groups = {"all": layers, "the weights alone": layers, **_group(layers, _BLOCKS), **_group(layers, _KINDS)}
-    run = functools.partial(part.method, **part.inputs)
+
+    def run() -> list[Any]:
+        return [part.method(**each) for each in part.calls]
+
     with torch.no_grad():
         expected, errors = _flatten(run()), {}
         for name, chosen in (bar := tqdm(groups.items(), disable=None)):

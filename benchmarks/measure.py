@@ -68,11 +68,14 @@ def measure(job: Job) -> dict[str, Any]:
         _, load = time_call(lambda: part.module)
     started = time.perf_counter()
     run, tell = prepare(part, job.configuration, cache)
-    results = run(**part.inputs)
+    results = [run(**part.inputs)]
     first, steps = time.perf_counter() - started, []
-    for _ in range(job.steps):
-        results, seconds = time_call(lambda: run(**part.inputs))
+    for number in range(1, job.steps + 1):
+        inputs = part.calls[number % len(part.calls)]
+        result, seconds = time_call(lambda inputs=inputs: run(**inputs))  # type: ignore[misc]
         steps.append(round(seconds, 4))
+        if number < len(part.calls):
+            results.append(result)
     return {
         "load": round(load, 2),
         "first": round(first, 2),

@@ -1,4 +1,4 @@
-"""The parts of a pipeline, each with the inputs of one call as the pipeline makes it."""
+"""The parts of a pipeline, each with the inputs of some calls as the pipeline makes them."""
 
 import functools
 import importlib
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.configurations import PARTS
 
 _TOKENS = 77
-_TIMESTEP = 981.0  # large, as at the first steps, where the time embedding needs its precision
+_TIMESTEPS = (981.0, 721.0, 401.0, 101.0)  # one for each call; at large ones the time embedding needs its precision
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,16 @@ class Part:
         return getattr(self.module, PARTS[self.name][2])
 
     @functools.cached_property
-    def inputs(self) -> dict[str, Any]:
-        """The keyword arguments of one call."""
+    def calls(self) -> list[dict[str, Any]]:
+        """The keyword arguments of calls with other noise, prompts and timesteps: the error of one is partly chance."""
         config = SimpleNamespace(**json.loads((self.model / self.name / "config.json").read_text()))
-        inputs = _make_inputs(self.name, config, self.size)
-        return pytree.tree_map_only(torch.Tensor, lambda tensor: _convert(tensor, self.dtype), inputs)
+        calls = [_make_inputs(self.name, config, self.size, *each) for each in enumerate(_TIMESTEPS)]
+        return pytree.tree_map_only(torch.Tensor, lambda tensor: _convert(tensor, self.dtype), calls)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The keyword arguments of the first call."""
+        return self.calls[0]
 
     def count_flops(self) -> int:
         """Return the floating-point operations of one call as torch counts them; the weights are gone after that."""
@@ -76,9 +81,9 @@ def list_tensors(results: Any) -> tuple[torch.Tensor, ...]:
     return tuple(each for each in pytree.tree_leaves(results) if isinstance(each, torch.Tensor))
 
 
-def _make_inputs(name: str, config: Any, size: int) -> dict[str, Any]:
+def _make_inputs(name: str, config: Any, size: int, seed: int, timestep: float) -> dict[str, Any]:
     """Return seeded inputs; the UNet's are those of guidance: with the prompt and without."""
-    generator, side = torch.Generator().manual_seed(0), size // 8
+    generator, side = torch.Generator().manual_seed(seed), size // 8
 
     def draw(*shape: int) -> torch.Tensor:
         # The values are exact in bfloat16 and float16 too, so that every configuration is given the same ones.
@@ -88,7 +93,7 @@ def _make_inputs(name: str, config: Any, size: int) -> dict[str, Any]:
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         return {
             "sample": draw(2, config.in_channels, side, side),
-            "timestep": torch.tensor(_TIMESTEP),
+            "timestep": torch.tensor(timestep),
             "encoder_hidden_states": draw(2, _TOKENS, config.cross_attention_dim),
             "added_cond_kwargs": {
                 "text_embeds": draw(2, pooled),
