@@ -6,14 +6,14 @@ import json
 import logging
 import pickle
 import threading
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from openvino_backend.ahead import Steps, finish, put_off
 from openvino_backend.backend import CompiledGraph, OpenVINOBackend, TracedGraph, check_on_cpu
 from openvino_backend.cache import name_entry, open_entry, write_entry
 from openvino_backend.conditions import Conditions, describe, is_plain, unwrap_method
@@ -56,9 +56,6 @@ _OWN_LOOKS = ("F.__defaults__", "tuple((F.__kwdefaults__ or {}).items())")
 
 # While torch traces, and while it loads a trace, settings of the whole process and the call of every module are others.
 _tracing = threading.Lock()
-# A function, and the arguments that it was called with, by place and by name.
-Call = tuple["CompiledFunction", tuple[Any, ...], dict[str, Any]]
-_ahead: list[Call] | None = None  # the calls of compile_ahead's block
 
 
 @dataclass(frozen=True)
@@ -68,11 +65,6 @@ class Trace:
     function: Any
     conditions: Conditions
     unseen: frozenset[str] = frozenset()  # expressions of guards that are neither kept nor conditions
-
-
-# What makes a trace ready. It stops where torch has done its part and OpenVINO's begins: from there on it may go on in
-# another thread, beside the first part of others.
-Steps = Generator[None, None, Trace]
 
 
 class CompiledFunction:
@@ -132,15 +124,14 @@ class CompiledFunction:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the method returns."""
-        if _ahead is not None:
-            _ahead.append((self, args, kwargs))
+        if put_off(self, args, kwargs):
             return imitate(self._function, self._module, *args, **kwargs)
-        call = self._describe_call(args, kwargs)
+        call = self.describe_call(args, kwargs)
         trace = self._find(call, args, kwargs)
         if trace is not None and id(trace) in self._settled:
             return trace.function.fn(self._module, *args, **kwargs)
         with self._lock:
-            trace = _finish(self._find_or_prepare(call, args, kwargs))
+            trace = finish(self._find_or_prepare(call, args, kwargs))
             # At its first run OpenVINO brings the weights of a dynamic graph into a form of its own.
             files = [part.file for part in read_graph(trace.function).parts]
             with release_memory(self.backend.options, self._list_weights(), files):
@@ -148,12 +139,12 @@ class CompiledFunction:
             self._settled.add(id(trace))
             return result
 
-    def prepare(self, *args: Any, **kwargs: Any) -> Steps:
-        """Have ready what such a call needs, without making it; see Steps."""
+    def prepare(self, *args: Any, **kwargs: Any) -> Steps[Trace]:
+        """Have ready what such a call needs, without making it; see ahead.py."""
         with self._lock:
-            return (yield from self._find_or_prepare(self._describe_call(args, kwargs), args, kwargs))
+            return (yield from self._find_or_prepare(self.describe_call(args, kwargs), args, kwargs))
 
-    def _find_or_prepare(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Steps:
+    def _find_or_prepare(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Steps[Trace]:
         with _tracing:  # meanwhile torch's checks see what is there for tracing only
             trace = self._find(call, args, kwargs)
         if trace is None:
@@ -174,7 +165,7 @@ class CompiledFunction:
 
         return call
 
-    def _describe_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def describe_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what tells one kind of call from another: the structure, the tensors' types, the other values."""
         leaves, structure = flatten_arguments(*self._change(args, kwargs, drop_lengths))
         return structure, tuple(map(describe, leaves))
@@ -209,7 +200,7 @@ class CompiledFunction:
         """Return the arguments by name, and what the method encloses now: a loaded function has a copy of that."""
         return {**bind_arguments(function, self._module, *args, **kwargs), **self._find_enclosed()}
 
-    def _prepare(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Steps:
+    def _prepare(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Steps[Trace]:
         """Return the trace for this kind of call, from the cache or else made now."""
         logger.info("OpenVINO is to run %s for a new kind of call, which waits until it is compiled", self._name)
         self.backend.check_bound()
@@ -320,7 +311,7 @@ class CompiledFunction:
 
     def _load(
         self, folder: Path | None, weights: KnownWeights, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Generator[None, None, Trace | None]:
+    ) -> Steps[Trace | None]:
         """Return the trace in the cache's folder, ready to be called, or None if there is none that fits."""
         if folder is None or not (folder / _FILE).exists():
             return None
@@ -356,50 +347,6 @@ class CompiledFunction:
         conditions = self._look(descriptions, arguments)
         conditions.check_descriptions(descriptions)
         return function, conditions
-
-
-@contextlib.contextmanager
-def compile_ahead() -> Iterator[None]:
-    """Let all calls in the block return zeros, and have what they need ready at its end, several at the same time.
-
-    OpenVINO compiles on one core. No call is made while something is traced: torch would take it for a part of that.
-
-    Raises:
-        OpenVINOBackendError: what stood in the way of one.
-    """
-    global _ahead
-    calls: list[Call] = []
-    _ahead = calls
-    try:
-        yield
-    finally:
-        _ahead = None
-    # One of each kind: while another is traced, torch's checks of a trace may not see that it holds.
-    kinds = {
-        (id(function), function._describe_call(args, kwargs)): (function, args, kwargs)
-        for function, args, kwargs in calls
-    }
-    # The largest first: while OpenVINO compiles it, the others are traced.
-    ordered = sorted(kinds.values(), key=lambda call: call[0].measure_weights(), reverse=True)
-    with ThreadPoolExecutor() as pool:
-        prepared = []
-        for function, args, kwargs in ordered:
-            steps = function.prepare(*args, **kwargs)
-            with torch.no_grad():
-                next(steps, None)
-            prepared.append(pool.submit(_finish, steps))
-    for each in prepared:
-        each.result()
-
-
-def _finish(steps: Steps) -> Trace:
-    """Go on to the end."""
-    with torch.no_grad():
-        while True:
-            try:
-                next(steps)
-            except StopIteration as end:
-                return end.value
 
 
 def _list_methods(kind: type, traced: set[tuple[str, int]]) -> list[str]:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from openvino_backend import CompiledFunction, backend
-from openvino_backend.function import _finish, _tracing
+from openvino_backend.ahead import finish
+from openvino_backend.function import _tracing
 from openvino_backend.repeated import trace_once, write_out_regions
 from tests.unit.modules import make_module, measure_error, shift
 from tests.unit.test_function import make_options, print_before_and_after, read_origins
@@ -138,7 +139,7 @@ def test_start_while_another_function_is_traced(tmp_path: Path) -> None:
     x, module = torch.randn(2, 3, 16), Tower()
     compile_tower(module, make_options(tmp_path))(x)
     second = compile_tower(Tower(), make_options(tmp_path))
-    thread = threading.Thread(target=_finish, args=(second.prepare(x),))
+    thread = threading.Thread(target=finish, args=(second.prepare(x),))
     with _tracing, trace_once(module.wide):
         thread.start()
         time.sleep(0.5)
