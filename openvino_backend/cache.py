@@ -24,6 +24,7 @@ import openvino
 import torch
 
 from openvino_backend.options import Options
+from openvino_backend.precision import read_flags
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +66,15 @@ class _UntrustedError(OSError):
 
 
 def name_entry(options: Options, *ingredients: Any) -> str:
-    """Return the key in the cache of what depends on these, on the options, the versions and this package's code."""
+    """Return the key in the cache of what depends on these, on the options, versions, CPU and this package's code.
+
+    What OpenVINO has compiled for one CPU may fail on another that has the same name.
+    """
     settings = [
         (each.name, getattr(options, each.name)) for each in fields(options) if each.name not in _WITHOUT_EFFECT
     ]
     versions = (openvino.get_version(), torch.__version__, _digest_code())
-    return hashlib.sha256(repr((settings, versions, *ingredients)).encode()).hexdigest()[:32]
+    return hashlib.sha256(repr((settings, versions, sorted(read_flags()), *ingredients)).encode()).hexdigest()[:32]
 
 
 @functools.cache

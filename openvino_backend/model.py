@@ -103,6 +103,8 @@ class Part(torch.nn.Module):
             OpenVINOBackendError: the device computes in another precision than the properties say.
         """
         started = time.perf_counter()
+        on_cpu = split_device(options.device)[1] == ["CPU"]
+        is_packed = on_cpu and options.weight_compression is not None
         with open_entry(options, self.key) as folder:
             model = None if folder is None else read_model(folder, self.weights)
             is_cached = model is not None
@@ -110,19 +112,19 @@ class Part(torch.nn.Module):
                 if convert is None:
                     raise CacheMissError(f"the model {self.key} is not in the cache")
                 model = convert()
+                if is_packed:  # before it is written, so that the pieces of weights are in the file too
+                    tune_for_cpu(model)
                 if folder is not None:
                     with write_entry(folder):
                         save_model(model, folder, self.weights)
                         model = read_model(folder, self.weights) or model  # weights of its own are in a file then
             self.file = None if folder is None else folder / _WEIGHTS_FILE
-            devices = split_device(options.device)[1]
-            if devices == ["CPU"]:
+            if on_cpu and not is_packed:
                 tune_for_cpu(model)
             if ranks:
                 self.side_inputs = add_side_inputs(model, ranks)
             quantize_products(model, options)
-            # OpenVINO's own cache holds what a GPU compiles. For a CPU it holds the weights again, and saves no time.
-            blob = {} if folder is None or devices == ["CPU"] else {"CACHE_DIR": str(folder)}
+            blob = _keep_compiled(folder, on_cpu=on_cpu, is_packed=is_packed)
             threads = limit_openvino(find_processors(), options.device)
             kept = _KERNELS if options.device == "CPU" else {}
             properties = {**threads, **kept, **self.properties, **blob}
@@ -151,6 +153,18 @@ class Part(torch.nn.Module):
     def forward(self, *inputs: torch.Tensor) -> Any:
         """Return the results."""
         return self._run(*inputs, kept=self.side_inputs.find())
+
+
+def _keep_compiled(folder: Path | None, *, on_cpu: bool, is_packed: bool) -> dict[str, str]:
+    """Return the properties by which OpenVINO keeps what it has compiled in the folder, and takes it from there.
+
+    For a CPU that is the model after OpenVINO's own changes, which take it most of its time for 8 bits. It refers to
+    the file of the weights, where they are all in ours; weights in torch's memory it would hold again.
+    """
+    if folder is None or (on_cpu and not is_packed):
+        return {}
+    weights = {"CACHE_MODE": "OPTIMIZE_SIZE", "WEIGHTS_PATH": str(folder / _WEIGHTS_FILE)} if on_cpu else {}
+    return {"CACHE_DIR": str(folder), **weights}
 
 
 def _read_precision(compiled: openvino.CompiledModel, device: str) -> str:

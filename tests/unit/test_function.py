@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from openvino_backend import CompiledFunction, compile_ahead
 from openvino_backend.model import Part
+from openvino_backend.torch_private import imitate
 from tests.unit.modules import Bessel, TimeEmbedding, make_module, measure_error, needs_bf16
 from tools.server import ROOT
 
@@ -299,6 +300,25 @@ def test_calls_ahead_return_zeros_and_leave_nothing_to_compile() -> None:
     assert read_origins(function) == [(True, [False])]
     assert measure_error(function(x, more=more)["y"], module(x, more=more)["y"]) < 1e-6
     assert len(function.backend.reports) == 1
+
+
+class Reading(torch.nn.Module):
+    """Its method looks at a number, or has a tensor that is none of its weights, as torch's meta device has none."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.shift = kind, torch.ones(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[: torch.tensor(2).item()] if self.kind == "number" else x + self.shift
+
+
+@pytest.mark.parametrize("kind", ["number", "tensor"])
+def test_results_are_imitated_of_what_the_meta_device_cannot_compute(kind: str) -> None:
+    module, x = Reading(kind), torch.randn(3, 4)
+    result = imitate(Reading.forward, module, x)
+    assert (result.shape, result.device.type) == (module(x).shape, "cpu")
+    assert not result.any()
 
 
 @pytest.mark.parametrize("is_kept", [False, True])

@@ -76,6 +76,43 @@ def test_int8_is_what_it_stands_for_to_the_bit(tmp_path: Path) -> None:
     assert reports[0].models[0].constants["i8"] == 2
 
 
+class Gated(torch.nn.Module):
+    """A gate of 1 MB in 8 bits, which is compiled as two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.both, self.last = torch.nn.Linear(256, 4096), torch.nn.Linear(2048, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        value, gate = self.both(x).chunk(2, dim=-1)
+        return self.last(value * torch.nn.functional.gelu(gate))
+
+
+def test_what_openvino_has_compiled_of_8_bits_is_kept_without_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, x = Gated().requires_grad_(False).half(), torch.randn(1, 5, 256).half()
+    results, reports = [], []
+    for flags in (read_flags(), read_flags(), read_flags() ^ {"amx_int8"}):
+        monkeypatch.setattr("openvino_backend.cache.read_flags", lambda flags=flags: flags)
+        options = {"precision": "int8", "model_caching": True, "cache_dir": str(tmp_path)}
+        compiled = CompiledFunction(module.forward, options)
+        with torch.no_grad():
+            results.append(compiled(x))
+        reports.append(compiled.backend.reports[0])
+    assert torch.equal(results[0], results[1])
+    # On another CPU of the same name what was compiled may not run.
+    assert [(each.traced, each.models[0].loaded_from_cache) for each in reports] == [
+        (True, False),
+        (False, True),
+        (True, False),
+    ]
+    for blob in tmp_path.glob("*/*.blob"):
+        assert blob.stat().st_size < 2**20 / 4 < blob.with_name("model.bin").stat().st_size / 4
+    assert len(list(tmp_path.glob("*/*.blob"))) == 2
+
+
 @pytest.mark.parametrize("precision", ["f32", "f16", "bf16"])
 def test_a_floating_point_type_is_the_models_or_refused(precision: str) -> None:
     module, x = make_module(), torch.randn(4, 16)
