@@ -29,8 +29,12 @@ def release_memory(
     Nothing is lost: a page that was mapped from a file, as safetensors maps weights, is taken from there when it is
     touched again, from memory as long as the kernel has room for the file; a changed one goes to the swap space, or
     stays where there is none. Without it a compilation has the weights in memory twice, torch's and OpenVINO's.
+
+    Args:
+        files: those that are mapped when the block begins stay so until it ends.
     """
-    ranges = [*_find_pages(tensors), *_find_mapped(files)] if options.release_weights else []
+    names = {str(each.resolve()) for each in files if each is not None}
+    ranges = [*_find_pages(tensors), *_find_mapped(names)] if options.release_weights else []
     if not ranges:
         yield
         return
@@ -47,7 +51,8 @@ def release_memory(
     finally:
         ended.set()
         thread.join()
-        _give_back(ranges)
+        # With what the block has mapped: while it runs, that may be unmapped again, and be another's place.
+        _give_back([*ranges, *_find_mapped(names)])
         # What the compilation has freed, such as the weights as they were before they were written to the cache.
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -66,9 +71,8 @@ def _find_pages(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
     return [(start, end) for start, end in whole if end > start]
 
 
-def _find_mapped(files: Collection[Path | None]) -> list[tuple[int, int]]:
-    """Return the address ranges at which these files are mapped, in bytes from and to."""
-    names = {str(each.resolve()) for each in files if each is not None}
+def _find_mapped(names: Collection[str]) -> list[tuple[int, int]]:
+    """Return the address ranges at which the files of these names are mapped, in bytes from and to."""
     ranges = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         place, *_, name = line.split(maxsplit=5)

@@ -17,6 +17,7 @@ from openvino_backend.cache import open_entry, write_entry
 from openvino_backend.compression import quantize_products
 from openvino_backend.errors import CacheMissError, OpenVINOBackendError, UnsupportedOperatorsError
 from openvino_backend.low_rank import SideInputs, add_side_inputs
+from openvino_backend.memory import release_memory
 from openvino_backend.options import Options, split_device
 from openvino_backend.precision import PRECISION
 from openvino_backend.processors import find_processors, limit_openvino
@@ -128,7 +129,8 @@ class Part(torch.nn.Module):
             threads = limit_openvino(find_processors(), options.device)
             kept = _KERNELS if options.device == "CPU" else {}
             properties = {**threads, **kept, **self.properties, **blob}
-            compiled = openvino.Core().compile_model(model, options.device, properties)
+            with release_memory(options, (), [self.file]):  # OpenVINO reads the file to know what it has compiled
+                compiled = openvino.Core().compile_model(model, options.device, properties)
         precision = _read_precision(compiled, options.device)
         if precision != str(self.properties[PRECISION]):
             raise OpenVINOBackendError(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from openvino_backend import CompiledFunction, compile_ahead
 from openvino_backend.memory import release_memory
 from openvino_backend.options import Options
 
@@ -70,3 +71,16 @@ def test_memory_of_no_file_stays() -> None:
     with release_memory(OPTIONS, weights):
         pass
     assert all(map(torch.equal, weights, expected))
+
+
+@pytest.mark.usefixtures("inference")
+def test_the_file_of_8_bit_weights_is_dropped_when_they_are_compiled(tmp_path: Path) -> None:
+    layers = torch.nn.Sequential(torch.nn.Linear(1024, 4096), torch.nn.Linear(4096, 1024)).requires_grad_(False).half()
+    options = {"precision": "int8", "release_weights": True, "model_caching": True, "cache_dir": str(tmp_path)}
+    for _ in range(2):
+        function = CompiledFunction(layers.forward, options, dynamic_shapes={"input": (1,)})
+        with compile_ahead():
+            function(torch.randn(1, 5, 1024).half())
+        (path,) = tmp_path.glob("*/model.bin")
+        assert path.stat().st_size > 8 * 2**20
+        assert read_resident(path) < 1000
