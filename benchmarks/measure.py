@@ -62,10 +62,8 @@ def measure(job: Job) -> dict[str, Any]:
     `first` is from the loaded weights to the first result: tracing, conversion, compilation and one step.
     """
     part = Part(Path(job.model), job.part, str(job.configuration.weights), job.size)
-    cache, reference, load = Path(job.cache), Path(job.reference), 0.0
-    if job.configuration.native is None or not native.find_kept(cache):
-        part.find_class()  # its import is no part of loading
-        _, load = time_call(lambda: part.module)
+    cache, reference = Path(job.cache), Path(job.reference)
+    load = load_weights(part, job.configuration, cache)
     started = time.perf_counter()
     run, tell = prepare(part, job.configuration, cache)
     results = [run(**part.inputs)]
@@ -85,6 +83,14 @@ def measure(job: Job) -> dict[str, Any]:
         **({} if reference.exists() else {"flops": part.count_flops()}),
         **compare(list_tensors(results), reference),
     }
+
+
+def load_weights(part: Part, configuration: Configuration, cache: Path) -> float:
+    """Load torch's module where this configuration takes it; return the seconds."""
+    if configuration.native is not None and native.find_kept(cache):
+        return 0.0
+    part.find_class()  # its import is no part of loading
+    return time_call(lambda: part.module)[1]
 
 
 def prepare(part: Part, configuration: Configuration, cache: Path) -> tuple[Callable[..., Any], Describe]:

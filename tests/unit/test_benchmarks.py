@@ -1,6 +1,7 @@
 """The benchmark: its configurations, what it measures again and what not, its report, and one small real run."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from benchmarks import __main__ as benchmarks
+from benchmarks import turns
 from benchmarks.configurations import GUIDE, Configuration, ConfigurationError, read_configurations
 from benchmarks.errors import measure_errors
 from benchmarks.parts import Part
@@ -255,6 +257,22 @@ def test_real_run(tiny_model: Path, tmp_path: Path) -> None:
         assert 0.2 < record["peak_gigabytes"] < 4
     assert "NO_SUCH_PROPERTY" in failed["failed"]
     assert "| ours |" in (tmp_path / "report.md").read_text()
+
+
+def test_turns(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = {"name": "broken", "arithmetic": "f32", "native": {"config": {"NO_SUCH_PROPERTY": 1}}}
+    path = write_configurations(tmp_path, EAGER, OURS, broken)
+    command = ["--model", str(tiny_model), "--size", "64", "--rounds", "3", "--configurations", str(path), "--only"]
+    turns.main([*command, "ours", "eager"])
+    _, _, ours, eager = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        r"\| ours \| [\d.]+ \([\d.]+–[\d.]+\) \| 1.00 \(1.00–1.00\) \| OpenVINO in f32, 2 models \|", ours
+    )
+    assert re.fullmatch(r"\| eager \| .+ \| 0\.\d\d \(0\.\d\d–\d\.\d\d\) \| PyTorch in float32 \|", eager)
+    with pytest.raises(SystemExit, match="broken has ended: .*NO_SUCH_PROPERTY"):
+        turns.main([*command, "ours", "broken"])
+    with pytest.raises(SystemExit, match="--only takes eager, ours, broken, not 'theirs'"):
+        turns.main([*command, "theirs"])
 
 
 def test_errors_of_8_bits_are_those_of_what_runs() -> None:
