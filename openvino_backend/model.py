@@ -43,7 +43,8 @@ class ModelReport:
         inputs: the number of tensors passed at each call.
         quantized_convolutions, quantized_linear_layers: the number of those that it computes in 8 bits.
         constants: the number of weights and other tensors compiled in, by their type.
-        loaded_from_cache: true when it came from the cache: nothing was converted.
+        loaded_from_cache: true when it came from the cache: nothing was converted, and what OpenVINO keeps compiled, of
+            8-bit weights and for other devices than CPUs, was not compiled.
         seconds: the time of conversion, if any, and compilation.
     """
 
