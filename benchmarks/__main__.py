@@ -133,24 +133,36 @@ def run_module(
 
     Args:
         timeout: in seconds.
-        cache: for Inductor, whose folder is the user's own otherwise.
+        cache: see make_environment.
 
     Raises:
         MeasuringError: it failed, or took too long.
     """
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    if cache:
-        environment["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+    environment = make_environment(cache)
     command = [python, "-m", name, *arguments]
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
         raise MeasuringError(f"not finished after {timeout:g} s") from None
     if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        word = "killed, as where memory runs out" if done.returncode == -9 else last[0][:500]
+        word = "killed, as where memory runs out" if done.returncode == -9 else find_last_word(done.stderr)
         raise MeasuringError(f"exit code {done.returncode}: {word}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def make_environment(cache: Path | None) -> dict[str, str]:
+    """Return the environment of a process that measures.
+
+    Args:
+        cache: for Inductor, whose folder is the user's own otherwise.
+    """
+    inductor = {} if cache is None else {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    return {**os.environ, "TOKENIZERS_PARALLELISM": "false", **inductor}
+
+
+def find_last_word(errors: str) -> str:
+    """Return the last line of what a process said, which names what went wrong, cut short."""
+    return (errors.strip().splitlines()[-1:] or ["no message"])[0][:500]
 
 
 def name_model(folder: Path) -> list[Any]:

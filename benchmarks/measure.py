@@ -1,10 +1,12 @@
 """One configuration in a process of its own: `python -m benchmarks.measure JOB` prints a record, both as JSON."""
 
 import dataclasses
+import functools
+import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,11 +70,9 @@ def measure(job: Job) -> dict[str, Any]:
     run, tell = prepare(part, job.configuration, cache)
     results = [run(**part.inputs)]
     first, steps = time.perf_counter() - started, []
-    for number in range(1, job.steps + 1):
-        inputs = part.calls[number % len(part.calls)]
-        result, seconds = time_call(lambda inputs=inputs: run(**inputs))  # type: ignore[misc]
+    for result, seconds in itertools.islice(time_calls(run, part), job.steps):
         steps.append(round(seconds, 4))
-        if number < len(part.calls):
+        if len(results) < len(part.calls):
             results.append(result)
     return {
         "load": round(load, 2),
@@ -179,6 +179,12 @@ def compare(results: Sequence[torch.Tensor], reference: Path) -> dict[str, Any]:
 def time_call(function: Callable[[], Result]) -> tuple[Result, float]:
     started = time.perf_counter()
     return function(), time.perf_counter() - started
+
+
+def time_calls(run: Callable[..., Any], part: Part) -> Iterator[tuple[Any, float]]:
+    """Make the part's calls over and over, from the second on; give the result and the seconds of each."""
+    for inputs in itertools.cycle([*part.calls[1:], part.calls[0]]):
+        yield time_call(functools.partial(run, **inputs))
 
 
 def run(function: Callable[[Job], dict[str, Any]]) -> None:

@@ -19,9 +19,9 @@ from pathlib import Path
 import openvino
 import torch
 
-from benchmarks.__main__ import MeasuringError, choose
+from benchmarks.__main__ import MeasuringError, choose, find_last_word, make_environment
 from benchmarks.configurations import PARTS, Configuration, ConfigurationError, read_configurations
-from benchmarks.measure import Job, load_weights, prepare, time_call
+from benchmarks.measure import Job, load_weights, prepare, time_calls
 from benchmarks.parts import Part
 from tools.server import ROOT
 
@@ -35,9 +35,8 @@ def answer(job: Job) -> None:
     run, tell = prepare(part, job.configuration, Path(job.cache))
     run(**part.inputs)
     print(json.dumps(tell()["ran"]), file=replies, flush=True)
-    for number, _ in enumerate(sys.stdin, start=1):
-        inputs = part.calls[number % len(part.calls)]
-        print(json.dumps(time_call(lambda inputs=inputs: run(**inputs))[1]), file=replies, flush=True)  # type: ignore[misc]
+    for _, (_, seconds) in zip(sys.stdin, time_calls(run, part), strict=False):
+        print(json.dumps(seconds), file=replies, flush=True)
 
 
 class Player:
@@ -50,7 +49,7 @@ class Player:
 
     def __init__(self, job: Job, folder: Path) -> None:
         self.name, self._errors = job.configuration.name, folder / f"{job.configuration.name}.log"
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": job.cache}
+        environment = make_environment(Path(job.cache))
         command = [sys.executable, "-m", "benchmarks.turns", "--job", job.write()]
         pipe = subprocess.PIPE
         with self._errors.open("w") as errors:
@@ -74,8 +73,7 @@ class Player:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            last = self._errors.read_text().strip().splitlines()[-1:] or ["no message, as where memory runs out"]
-            raise MeasuringError(f"{self.name} has ended: {last[0][:500]}")
+            raise MeasuringError(f"{self.name} has ended: {find_last_word(self._errors.read_text())}")
         return line
 
 

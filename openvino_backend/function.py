@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from openvino_backend.ahead import Steps, finish, put_off
+from openvino_backend.ahead import Steps, finish, imitate, put_off
 from openvino_backend.backend import CompiledGraph, OpenVINOBackend, TracedGraph, check_on_cpu
 from openvino_backend.cache import name_entry, open_entry, write_entry
 from openvino_backend.conditions import Conditions, describe, is_plain, unwrap_method
@@ -31,7 +31,6 @@ from openvino_backend.torch_private import (
     find_wrappers,
     flatten_arguments,
     guard_hooks,
-    imitate,
     is_keepable,
     is_of_torch,
     keep_lengths_apart,

@@ -13,8 +13,8 @@ import torch
 from transformers.modeling_outputs import BaseModelOutput
 
 from openvino_backend import CompiledFunction, compile_ahead
+from openvino_backend.ahead import imitate
 from openvino_backend.model import Part
-from openvino_backend.torch_private import imitate
 from tests.unit.modules import Bessel, TimeEmbedding, make_module, measure_error, needs_bf16
 from tools.server import ROOT
 
