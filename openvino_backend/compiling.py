@@ -72,6 +72,8 @@ class CompiledGraph:
                     values[step.name] = inputs[0][step.run]
                 else:  # not as a module: while another thread traces, torch records each call of a module
                     values[step.name] = step.run.forward(*inputs)
+        for name in set(self.inputs) & set(self.outputs):
+            values[name] = values[name].clone()
         return [None if name is None else values[name] for name in self.outputs]
 
 

@@ -21,7 +21,8 @@ _PLAIN = (bool, bytes, complex, float, int, str, type(None), type(...), torch.dt
 _DEPTH = 5
 _STATE = ("_parameters", "_buffers", "_modules")  # of each module; of the first two only the names are told here
 _HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
-_NAMES = ("_name_or_path", "name_or_path", "_commit_hash")  # where a model was read from
+# Where a model was read from, and a list that diffusers makes of a set, in whose order it is.
+_NAMES = ("_name_or_path", "name_or_path", "_commit_hash", "_use_default_values")
 
 
 def compute_fingerprint(module: torch.nn.Module, method: Callable[..., Any]) -> str:

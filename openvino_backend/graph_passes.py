@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -259,12 +259,16 @@ def name_precision(part: torch.fx.GraphModule) -> str:
     return str(TYPES[max(sizes, key=lambda dtype: sizes[dtype])].get_type_name())
 
 
-def copy_inputs(graph: torch.fx.Graph) -> None:
-    """Let a graph return copies of those inputs that it returns as they are."""
+def copy_constants(graph: torch.fx.Graph, names: Collection[str]) -> None:
+    """Let a graph return copies of those constants that it returns as they are.
+
+    Args:
+        names: of the constants.
+    """
     output = graph.output_node()
 
     def copy(node: torch.fx.Node) -> torch.fx.Node:
-        if node.op != "placeholder":
+        if node.name not in names:
             return node
         with graph.inserting_before(output):
             new = graph.call_function(aten.clone.default, (node,))

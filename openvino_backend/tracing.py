@@ -8,7 +8,7 @@ import torch
 from torch.export.graph_signature import InputKind, OutputKind
 
 from openvino_backend.errors import OpenVINOBackendError
-from openvino_backend.graph_passes import check_flat, copy_inputs, write_out_sizes
+from openvino_backend.graph_passes import check_flat, copy_constants, write_out_sizes
 from openvino_backend.lowering import find_composites, lower
 from openvino_backend.torch_private import OPERATOR, is_mutable, keep_lengths_apart, pytree
 from openvino_backend.weights import KnownWeights
@@ -140,7 +140,7 @@ def trace_method(
             held = program.constants if each.target in program.constants else program.state_dict
             constants[each.arg.name] = held[each.target].detach()
     lower(graph.graph)
-    copy_inputs(graph.graph)
+    copy_constants(graph.graph, constants)
     write_out_sizes(graph.graph)
     check_flat(graph)
     graph.recompile()

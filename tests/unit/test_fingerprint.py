@@ -94,7 +94,7 @@ CHANGES: dict[str, Callable[[Layer], Any]] = {
     "function": lambda m: setattr(m, "bend", torch.sin),
     "own function": lambda m: setattr(m, "bend", lambda x: x - 1),
     "hook": lambda m: m.linear.register_forward_hook(triple),
-    "training": lambda m: m.train(),
+    "training": lambda m: m.eval(),
     "configuration": lambda m: setattr(m.config, "hidden_size", 32),
 }
 # Changes of the function and of the call: what is compiled, with options, and called with.
