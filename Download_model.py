@@ -214,7 +214,7 @@ def is_single_file(model: str) -> bool:
 
 def check_no_pickle(name: str) -> None:
     """Refuse a pickle by its name, before a byte of it is fetched."""
-    from sdxl_server.checkpoints.recognition import PICKLES, explain_pickle
+    from sdxl_server.convert.recognition import PICKLES, explain_pickle
 
     if name.lower().endswith(PICKLES):
         raise DownloadError(explain_pickle(Path(name), "a pickle"))
@@ -245,9 +245,9 @@ def make_from_single_file(
     model: str, revision: str | None, *, folder: Path, dtype: str, prediction: str | None, vae: Path | None
 ) -> None:
     """Bring the folder to hold the model of one file, which is fetched first where it is on the hub."""
-    from sdxl_server.checkpoints.conversion import check_sizes, count_bytes, make_folder
-    from sdxl_server.checkpoints.recognition import recognise
-    from sdxl_server.few_steps import find_hint
+    from sdxl_server.convert.conversion import check_sizes, count_bytes, make_folder
+    from sdxl_server.convert.recognition import recognise
+    from sdxl_server.sampling.few_steps import find_hint
 
     origin, source, file = open_single_file(model, revision)
     record = {**origin, "dtype": dtype, **describe_vae(vae)}
@@ -305,7 +305,7 @@ def fetch_pipeline(source: Source, folder: Path, dtype: str) -> None:
 
 def fetch_vae(source: Source, folder: Path, dtype: str) -> None:
     """Bring the folder to hold a VAE, whatever it holds of it now."""
-    from sdxl_server.autoencoders import FULL, TINY
+    from sdxl_server.model.vaes import FULL, TINY
 
     config, content = read_json(source, CONFIG, "the folder of a VAE")
     held = content.get("_class_name") if isinstance(content, dict) else None
@@ -377,7 +377,7 @@ def download_model(
     """
     from huggingface_hub import constants, errors
 
-    from sdxl_server.checkpoints.recognition import CheckpointError
+    from sdxl_server.convert.recognition import CheckpointError
 
     is_vae = model is None and vae is not None
     model = (vae if is_vae else model) or DEFAULT_MODEL

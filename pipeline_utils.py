@@ -1,12 +1,12 @@
 """The guide's name for the model's side, which is the installed package sdxl_server; this file holds no logic."""
 
-from sdxl_server.calls import Answer, Call, State, read_id
+from sdxl_server.api.http import Answer, Call, State, read_id
+from sdxl_server.config.sections import check_is_text
+from sdxl_server.config.settings import CompileConfig, HandlerConfig
 from sdxl_server.errors import ConfigError, RequestError, VersionError
-from sdxl_server.pipeline import LoadedPipeline, load_pipeline
-from sdxl_server.sections import check_is_text
+from sdxl_server.model.loading import LoadedPipeline, load_pipeline
 from sdxl_server.service import Service, explain, load_service
-from sdxl_server.settings import CompileConfig, HandlerConfig
-from sdxl_server.waiting import Pace, Queue, Ticket, Turn
+from sdxl_server.serving.queue import Pace, Queue, Ticket, Turn
 
 __all__ = [
     "Answer",

@@ -31,7 +31,7 @@ class StableDiffusionHandler:
     """Answer each request with its pictures.
 
     Under continuousBatching TorchServe calls `handle` over and over with up to batchSize requests, which all stand in
-    the queue of sdxl_server.waiting. A call reads what is new and makes a step or two. A reply, be it an empty one,
+    the queue of sdxl_server.serving. A call reads what is new and makes a step or two. A reply, be it an empty one,
     begins the response with its status and its headers, and only from then on does TorchServe look whether the client
     is still there: who has left is missing from the next call.
     Without continuousBatching one call makes all steps.

@@ -145,8 +145,8 @@ def _check_keys(key: str, section: Any, *keys: str) -> None:
 
 
 def _check_pt2(name: str, pt2: Any) -> None:
+    from sdxl_server.config.settings import CompileConfig
     from sdxl_server.errors import ConfigError
-    from sdxl_server.settings import CompileConfig
 
     try:
         CompileConfig.parse(pt2)

@@ -17,8 +17,8 @@ from benchmarks import native
 from benchmarks.configurations import Configuration
 from benchmarks.machine import read_peak_memory
 from benchmarks.parts import Part, list_tensors
-from sdxl_server.compiling import compile_method
-from sdxl_server.settings import CompileConfig
+from sdxl_server.config.settings import CompileConfig
+from sdxl_server.model.compiling import compile_method
 
 Result = TypeVar("Result")
 Describe = Callable[[], dict[str, Any]]

@@ -53,9 +53,9 @@ def measure(job: Job) -> dict[str, Any]:
 
 def load(job: Job) -> tuple[Draw, Describe]:
     """Load the model as the server does; return what draws, and what tells what ran."""
-    from sdxl_server.drawing import finish, generate
-    from sdxl_server.pipeline import load_pipeline
-    from sdxl_server.settings import HandlerConfig
+    from sdxl_server.config.settings import HandlerConfig
+    from sdxl_server.diffusion.generation import finish, generate
+    from sdxl_server.model.loading import load_pipeline
 
     configuration = job.configuration
     settings = {"model_path": job.model, "dtype": configuration.weights, "width": job.size, "height": job.size}

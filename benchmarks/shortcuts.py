@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from demo.measure import Prompt, choose_prompts, save_sheet, score_pictures
-from sdxl_server.few_steps import FEW_STEPS
+from sdxl_server.sampling.few_steps import FEW_STEPS
 from tools.server import ROOT
 
 Fields = Mapping[str, Any]
@@ -74,8 +74,8 @@ def judge_ways(
         pt2: as model-config.yaml has it.
         count: of prompts.
     """
-    from sdxl_server.pipeline import load_pipeline
-    from sdxl_server.settings import CompileConfig, HandlerConfig
+    from sdxl_server.config.settings import CompileConfig, HandlerConfig
+    from sdxl_server.model.loading import load_pipeline
 
     config = HandlerConfig.parse({"model_path": model.name, **settings})
     loaded = load_pipeline(config, CompileConfig.parse(pt2), model_dir=model.parent)
@@ -100,7 +100,7 @@ def judge_ways(
 
 def _draw_prompts(loaded: Any, prompts: Sequence[Prompt], fields: Fields) -> tuple[list[Any], list[float], float]:
     """Return the pictures, the seconds that each took, and the calls of the UNet for one."""
-    from sdxl_server.drawing import finish, generate
+    from sdxl_server.diffusion.generation import finish, generate
 
     pictures, seconds, calls = [], [], 0.0
     for prompt in prompts:

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from demo.measure import GUIDANCE
-from sdxl_server.ready import read_token
+from sdxl_server.serving.readiness import read_token
 from tools.server import ROOT, LocalServer, ServerError, make_archive, read_shipped, run_command
 from web.__main__ import serve
 from web.server import PORT, PageServer

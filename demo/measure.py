@@ -110,9 +110,9 @@ def load_pipeline(folder: Path, *, device: str = "cpu", adapters: Sequence[Mappi
     import torch
     from diffusers import StableDiffusionXLPipeline
 
-    from sdxl_server.adapters.files import read_adapter
-    from sdxl_server.adapters.names import spell_layers
-    from sdxl_server.adapters.registry import fuse
+    from sdxl_server.model.adapters.files import read_adapter
+    from sdxl_server.model.adapters.names import spell_layers
+    from sdxl_server.model.adapters.registry import fuse
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)

@@ -15,7 +15,7 @@ import requests
 from jobs.results import Results
 from jobs.settings import Settings
 from jobs.store import Claim, Store
-from sdxl_server.ready import NotReadyError, read_token
+from sdxl_server.serving.readiness import NotReadyError, read_token
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from sdxl_server.fields import DECLARATIONS
+from sdxl_server.request.fields import DECLARATIONS
 
 MODEL = "/predictions/diffusion_fast"
 PATHS = (

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdxl_server.errors import cut
-from sdxl_server.limits import MAX_VALUES
+from sdxl_server.request.upload_limits import MAX_VALUES
 
 Schema = dict[str, Any]
 DEAR = ("items", "pattern")  # keywords that look at all of a value: checked when the others have passed

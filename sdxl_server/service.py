@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_server import __version__, metrics
-from sdxl_server.answers import JSON, MadePicture, NativeFace, split_pieces
-from sdxl_server.bodies import check_parts
-from sdxl_server.calls import Answer, Call
-from sdxl_server.drawing import Picture, Progress, draw_preview, generate, keep_protected
+from sdxl_server.api.bodies import check_parts
+from sdxl_server.api.http import Answer, Call
+from sdxl_server.api.image_files import encode_picture
+from sdxl_server.api.native import JSON, MadePicture, NativeFace, split_pieces
+from sdxl_server.api.openai import OpenAIEditFace, OpenAIFace, describe_model, list_models
+from sdxl_server.api.openapi import build_openapi
+from sdxl_server.config.settings import CompileConfig, HandlerConfig, check_server_keys
+from sdxl_server.diffusion.generation import Picture, Progress, draw_preview, generate, keep_protected
 from sdxl_server.errors import NotFiniteError, RequestError, VersionError, format_error
-from sdxl_server.fields import GenerationRequest
-from sdxl_server.files import encode_picture
-from sdxl_server.limits import READ_SECONDS, limit_time
-from sdxl_server.openai import OpenAIEditFace, OpenAIFace, describe_model, list_models
-from sdxl_server.openapi import build_openapi
-from sdxl_server.pipeline import LoadedPipeline, describe_picture, find_warnings, load_pipeline
+from sdxl_server.model.loading import LoadedPipeline, describe_picture, find_warnings, load_pipeline
+from sdxl_server.request.fields import GenerationRequest
+from sdxl_server.request.upload_limits import READ_SECONDS, limit_time
 from sdxl_server.schemas import shorten
-from sdxl_server.settings import CompileConfig, HandlerConfig, check_server_keys
 
 logger = logging.getLogger(__name__)
 

@@ -7,14 +7,14 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from sdxl_server.compiling import VAE_ENCODER
-from sdxl_server.drawing import finish, generate
+from sdxl_server.api.image_files import encode_picture
+from sdxl_server.diffusion.generation import finish, generate
 from sdxl_server.errors import ConfigError, NotFiniteError, RequestError
-from sdxl_server.fields import MIN_SIDE, GenerationRequest
-from sdxl_server.files import encode_picture
+from sdxl_server.model.compiling import VAE_ENCODER
+from sdxl_server.request.fields import MIN_SIDE, GenerationRequest
 
 if TYPE_CHECKING:
-    from sdxl_server.pipeline import LoadedPipeline
+    from sdxl_server.model.loading import LoadedPipeline
 
 logger = logging.getLogger(__name__)
 

@@ -99,7 +99,7 @@ def make_tokenizer(vocab_size: int) -> Any:
     from transformers import CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    from sdxl_server.checkpoints.conversion import write_vocabulary
+    from sdxl_server.convert.conversion import write_vocabulary
 
     letters = list(bytes_to_unicode().values())
     tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
@@ -167,7 +167,7 @@ def keep_variance(*models: Any) -> None:
 
 def save_pipeline(pipeline: Any, folder: Path) -> None:
     """Write a pipeline in safetensors, its weights named as in published checkpoints."""
-    from sdxl_server.checkpoints.conversion import name_as_published
+    from sdxl_server.convert.conversion import name_as_published
 
     pipeline.save_pretrained(folder, safe_serialization=True)
     name_as_published(folder / "text_encoder/model.safetensors")

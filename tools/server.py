@@ -17,7 +17,7 @@ import psutil
 import requests
 import yaml
 
-from sdxl_server.ready import NotReadyError, check_workers, read_token
+from sdxl_server.serving.readiness import NotReadyError, check_workers, read_token
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = Path(sys.executable).parent

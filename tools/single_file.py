@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sdxl_server.checkpoints.names import name_originals, replace_all
+from sdxl_server.convert.names import name_originals, replace_all
 
 VAE_NAMES = {
     r"\.conv_norm_out\.": ".norm_out.",

@@ -14,20 +14,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdxl_server.adapters.entries import AdapterConfig
-from sdxl_server.contract import build_contract
-from sdxl_server.families import FAMILIES
-from sdxl_server.fields import DECLARATIONS
-from sdxl_server.openapi import build_openapi
-from sdxl_server.request import Contract
-from sdxl_server.samplers import ALIASES, split_sampler
-from sdxl_server.schemas import describe_schema
-from sdxl_server.sections import NEEDED, describe_setting
-from sdxl_server.settings import (
+from sdxl_server.api.openapi import build_openapi
+from sdxl_server.config.adapter_settings import AdapterConfig
+from sdxl_server.config.sections import NEEDED, describe_setting
+from sdxl_server.config.settings import (
     PUBLISHED_KEYS_WITHOUT_EFFECT,
     CompileConfig,
     HandlerConfig,
 )
+from sdxl_server.model.contract_builder import build_contract
+from sdxl_server.model.families import FAMILIES
+from sdxl_server.request.contract import Contract
+from sdxl_server.request.fields import DECLARATIONS
+from sdxl_server.request.samplers import ALIASES, split_sampler
+from sdxl_server.schemas import describe_schema
 from tools.random_model import make_pipeline
 from tools.server import ROOT
 

@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sdxl_server.ready import NotReadyError, read_token
+from sdxl_server.serving.readiness import NotReadyError, read_token
 from web.server import PORT, PageServer
 
 

@@ -28,7 +28,7 @@ import yaml
 from openai import AuthenticationError, DefaultHttpxClient, OpenAI
 from PIL import Image
 
-from sdxl_server import ready
+from sdxl_server.serving import readiness
 from tests.openai_clients import RECORDED
 from tests.server.test_backends import make_settings
 from tools.proxy import PASS_KEY, LocalProxy, find_nginx
@@ -126,7 +126,7 @@ def check(server: LocalServer, *arguments: str) -> int:
         "--key-file",
         str(server.key_file),
     )
-    return ready.main([*places, *arguments])
+    return readiness.main([*places, *arguments])
 
 
 def wait_for(condition: Callable[[], Any], *, seconds: float = 20) -> None:

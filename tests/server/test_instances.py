@@ -21,7 +21,7 @@ import pytest
 import requests
 import yaml
 
-from sdxl_server import rolling
+from sdxl_server.serving import rolling_restart
 from tests.server.test_backends import make_settings
 from tools.instances import NAMES, Instance, LocalBalancer, find_haproxy
 from tools.server import ROOT, find_free_ports, make_archive
@@ -98,12 +98,12 @@ def site(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator
 
 def wait_until_up(site: Site) -> None:
     """Wait until HAProxy sends requests to all."""
-    haproxy, deadline = rolling.Haproxy(site.balancer.socket, "pictures"), time.monotonic() + 60
+    haproxy, deadline = rolling_restart.Haproxy(site.balancer.socket, "pictures"), time.monotonic() + 60
     while True:
         try:
             if {each["status"] for each in haproxy.read_servers().values()} == {"UP"}:
                 return
-        except rolling.RollingError:
+        except rolling_restart.RollingError:
             pass
         assert time.monotonic() < deadline, site.balancer.log
         time.sleep(0.1)
@@ -165,9 +165,11 @@ def test_a_worker_that_is_killed_loses_its_picture_only(site: Site) -> None:
 def test_each_instance_is_drained_and_put_back(site: Site, tmp_path: Path) -> None:
     """The command restarts none here, and shows for half a second whose turn it is."""
     command = f"touch {tmp_path}/{{}} && sleep 0.5 && mv {tmp_path}/{{}} {tmp_path}/{{}}-was"
-    haproxy, seen = rolling.Haproxy(site.balancer.socket, "pictures"), set()
+    haproxy, seen = rolling_restart.Haproxy(site.balancer.socket, "pictures"), set()
     with ThreadPoolExecutor(6) as pool:
-        done = pool.submit(rolling.main, ["--socket", str(site.balancer.socket), "--restart", command, "--wait", "60"])
+        done = pool.submit(
+            rolling_restart.main, ["--socket", str(site.balancer.socket), "--restart", command, "--wait", "60"]
+        )
         asked = [pool.submit(site.ask, seed) for seed in range(20)]
         while not done.done():
             turn = [name for name in NAMES if (tmp_path / name).exists()]
@@ -199,7 +201,7 @@ def test_a_rolling_restart_loses_none_of_300(site: Site, tmp_path: Path, capsys:
     command = f"touch {tmp_path}/{{}}; while [ -e {tmp_path}/{{}} ]; do sleep 0.1; done"
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(site.ask, seed, steps=50) for seed in range(300)]
-        code = rolling.main(["--socket", str(site.balancer.socket), "--restart", command, "--wait", "120"])
+        code = rolling_restart.main(["--socket", str(site.balancer.socket), "--restart", command, "--wait", "120"])
         under_load = sum(not each.done() for each in asked)
         statuses = Counter(each.result() for each in asked)
     is_over.set()
@@ -226,7 +228,7 @@ def test_instances_on_a_core_each_share_the_work(
         (tmp_path / str(bound)).mkdir()
         place = [[cores[index % len(cores)]] for index in range(len(NAMES))] if bound else None
         with serve(tmp_path / str(bound), ROOT / "demo/model", settings, place) as site:
-            haproxy = rolling.Haproxy(site.balancer.socket, "pictures")
+            haproxy = rolling_restart.Haproxy(site.balancer.socket, "pictures")
             for count in (3, 2, 1):
                 for name in NAMES[count:]:
                     haproxy.set_state(name, "drain")

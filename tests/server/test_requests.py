@@ -10,7 +10,7 @@ import pytest
 import requests
 
 from scorecard.fuzz import make_jpeg
-from sdxl_server.bodies import SEND_JSON
+from sdxl_server.api.bodies import SEND_JSON
 from tests.server.test_backends import ask_for_picture, make_settings
 from tools.server import LocalServer, make_archive
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdxl_server.adapters.files import DIFFUSERS, PEFT
-from sdxl_server.adapters.names import PROCESSORS, Layer, list_layers
-from sdxl_server.checkpoints.names import name_originals
-from sdxl_server.drawing import finish, generate
+from sdxl_server.config.settings import HandlerConfig
+from sdxl_server.convert.names import name_originals
+from sdxl_server.diffusion.generation import finish, generate
 from sdxl_server.errors import ConfigError, RequestError
-from sdxl_server.pipeline import LoadedPipeline, describe_picture
-from sdxl_server.settings import HandlerConfig
+from sdxl_server.model.adapters.files import DIFFUSERS, PEFT
+from sdxl_server.model.adapters.names import PROCESSORS, Layer, list_layers
+from sdxl_server.model.loading import LoadedPipeline, describe_picture
 from tests.unit.test_pipeline import load, make_picture
 from tools.random_model import make_pipeline
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_server.drawing import draw_preview, generate
+from sdxl_server.diffusion.generation import draw_preview, generate
 from sdxl_server.errors import ConfigError
-from sdxl_server.masks import cover_cells
-from sdxl_server.pipeline import LoadedPipeline, describe_picture
+from sdxl_server.model.loading import LoadedPipeline, describe_picture
+from sdxl_server.request.masks import cover_cells
 from tests.unit.test_pipeline import encode, load, make_picture
 
 SIDE = 128

@@ -18,7 +18,7 @@ from benchmarks.peak import prepare_openvino
 from benchmarks.report import make_rows, write_report
 from benchmarks.shortcuts import judge_ways, list_ways
 from openvino_backend import CompiledFunction
-from sdxl_server.settings import CompileConfig
+from sdxl_server.config.settings import CompileConfig
 from tests.unit.modules import measure_error
 from tools import random_model
 from tools.server import ROOT

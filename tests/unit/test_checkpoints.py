@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import Download_model
-from sdxl_server.checkpoints import conversion, recognition
+from sdxl_server.convert import conversion, recognition
 from tests.hub import Hub
 
 ROOT = Path(__file__).parents[2]
@@ -204,7 +204,7 @@ def test_file_on_the_hub(make_file: Callable[..., Any], tmp_path: Path, page: bo
     content = (tmp_path / "tiny.safetensors").read_bytes()
     name, revision = "sub/tiny.safetensors", "a" * 40
     program = (
-        "import pathlib, sys; from sdxl_server.checkpoints import conversion, recognition; import Download_model; "
+        "import pathlib, sys; from sdxl_server.convert import conversion, recognition; import Download_model; "
         "recognition.PLACE = pathlib.Path('settings'); sys.exit(Download_model.main(sys.argv[1:]))"
     )
     model = f"https://huggingface.co/somebody/model/blob/{revision}/{name}" if page else f"somebody/model/{name}"

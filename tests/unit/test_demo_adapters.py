@@ -15,8 +15,8 @@ from demo.measure import GUIDANCE, Prompt, choose_prompts, load_pipeline, score_
 from demo.shapes import COLOURS, INVERTED, POSITIONS, Scene, Thing, describe_scene, invert_scene, iterate_scenes
 from demo.train import list_features
 from demo.train_adapter import Pool, list_asked
-from sdxl_server.pipeline import LoadedPipeline
-from sdxl_server.settings import HandlerConfig
+from sdxl_server.config.settings import HandlerConfig
+from sdxl_server.model.loading import LoadedPipeline
 from tests.unit.test_pipeline import UNET_ONLY, load, make_picture
 
 ROOT = Path(__file__).parents[2]

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from sdxl_server.few_steps import find_hint, find_suited
-from sdxl_server.pipeline import LoadedPipeline, find_warnings
+from sdxl_server.model.loading import LoadedPipeline, find_warnings
+from sdxl_server.sampling.few_steps import find_hint, find_suited
 from tests.flat import ONE_LEVEL
 from tests.unit.test_pipeline import UNET_ONLY, load, make_picture
 from tools.random_model import SCHEDULER, make_pipeline, save_pipeline

@@ -12,8 +12,8 @@ import torch
 from diffusers.models.activations import GEGLU
 
 from openvino_backend import OpenVINOBackend
-from sdxl_server.families import FAMILIES
-from sdxl_server.loading import read_pipeline
+from sdxl_server.model.families import FAMILIES
+from sdxl_server.model.reading import read_pipeline
 from tests.unit.modules import measure_error, needs_bf16
 
 pytestmark = pytest.mark.usefixtures("inference")

@@ -16,17 +16,18 @@ import pytest
 import requests
 from ts.utils.util import PredictionException
 
-from sdxl_server import __version__, answers
-from sdxl_server.answers import NativeFace
-from sdxl_server.calls import Answer, Call, read_header
+from sdxl_server import __version__
+from sdxl_server.api import native
+from sdxl_server.api.http import Answer, Call, read_header
+from sdxl_server.api.native import NativeFace
 from sdxl_server.errors import ConfigError, RequestError, VersionError
 from sdxl_server.metrics import serve_metrics
 from sdxl_server.service import choose_preview_steps, load_service
-from sdxl_server.waiting import Pace, Queue
+from sdxl_server.serving.queue import Pace, Queue
 from stable_diffusion_handler import MADE_FOR, StableDiffusionHandler
 from tools.server import ROOT
 
-KINDS = {"json": answers.JSON, "events": answers.EVENTS}
+KINDS = {"json": native.JSON, "events": native.EVENTS}
 
 
 class Context:
@@ -166,7 +167,7 @@ def test_the_queue_is_first_come_first_served_and_tells_places() -> None:
 
 
 def tell(place: int) -> bytes:
-    return answers.format_event("queue", {"place": place})
+    return native.format_event("queue", {"place": place})
 
 
 def test_past_the_bound_is_refused_at_once() -> None:
@@ -184,7 +185,7 @@ def test_past_the_bound_is_refused_at_once() -> None:
 def test_a_wait_is_never_silent_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """White space before JSON and comments in streams, while others are drawn and while it is drawn itself."""
     handler = make_handler()
-    monkeypatch.setattr("sdxl_server.waiting.SILENT_SECONDS", 0.0)
+    monkeypatch.setattr("sdxl_server.serving.queue.SILENT_SECONDS", 0.0)
     handler.service.make_steps = make_silent_steps  # type: ignore[attr-defined]
     bodies = {"a": "json in 3", "b": "picture in 3", "c": "events in 3"}
     assert call(handler, **bodies)[0] == [b" ", LEFT_OUT, LEFT_OUT]
@@ -215,7 +216,7 @@ def test_an_error_after_a_wait_stands_in_the_body(kind: str, start: bytes) -> No
 def test_a_piece_of_an_answer_is_not_followed_by_white_space(monkeypatch: pytest.MonkeyPatch) -> None:
     """A base64 that is cut by one is no base64."""
     handler = make_handler()
-    monkeypatch.setattr("sdxl_server.waiting.SILENT_SECONDS", 0.0)
+    monkeypatch.setattr("sdxl_server.serving.queue.SILENT_SECONDS", 0.0)
     call(handler, a="9", b="json in 2")
     call(handler, a="9", b="json in 2")
     handler.queue.tickets["b"].answer.may_pause = False  # as the service has it where a piece is not the last
@@ -329,13 +330,13 @@ def test_steps_that_come_near_to_the_limit_are_told_once(caplog: pytest.LogCaptu
 
 
 def test_what_is_written_leaves_in_pieces_that_torchserve_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "MAX_PIECE", 4)
-    assert list(answers.split_pieces([b""])) == [b""]
-    assert list(answers.split_pieces([])) == [b""]
-    assert list(answers.split_pieces([b"ab", b"cd"])) == [b"abcd"]
-    assert list(answers.split_pieces([b"ab", b"cde", b"f"])) == [b"ab", b"cdef"]
-    assert list(answers.split_pieces([b"a", b"0123456789"])) == [b"a", b"0123", b"4567", b"89"]
-    assert list(answers.split_pieces([b"01234567"])) == [b"0123", b"4567"]
+    monkeypatch.setattr(native, "MAX_PIECE", 4)
+    assert list(native.split_pieces([b""])) == [b""]
+    assert list(native.split_pieces([])) == [b""]
+    assert list(native.split_pieces([b"ab", b"cd"])) == [b"abcd"]
+    assert list(native.split_pieces([b"ab", b"cde", b"f"])) == [b"ab", b"cdef"]
+    assert list(native.split_pieces([b"a", b"0123456789"])) == [b"a", b"0123", b"4567", b"89"]
+    assert list(native.split_pieces([b"01234567"])) == [b"0123", b"4567"]
 
 
 def test_a_long_answer_goes_one_piece_a_call() -> None:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_server.compiling import VAE_ENCODER
-from sdxl_server.drawing import draw_preview, generate, keep_protected
+from sdxl_server.api.openai import OpenAIEditFace, OpenAIFace
+from sdxl_server.diffusion.generation import draw_preview, generate, keep_protected
 from sdxl_server.errors import RequestError
-from sdxl_server.masks import cover_cells
-from sdxl_server.openai import OpenAIEditFace, OpenAIFace
-from sdxl_server.pipeline import LoadedPipeline
+from sdxl_server.model.compiling import VAE_ENCODER
+from sdxl_server.model.loading import LoadedPipeline
+from sdxl_server.request.masks import cover_cells
 from tests.unit.test_pipeline import encode, load, make_picture
 from tools.random_model import make_pipeline, save_pipeline
 

@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from scorecard.fuzz import MODEL, Hostile, make_animation, make_attacks, make_jpeg, make_png, make_progressive
-from sdxl_server import uploads
-from sdxl_server.answers import NativeFace
+from sdxl_server.api.native import NativeFace
+from sdxl_server.api.openai import OpenAIEditFace, OpenAIFace
 from sdxl_server.errors import MAX_MESSAGE, MAX_PARAM, RequestError
-from sdxl_server.limits import MAX_FIELDS, MAX_PIECES, MAX_SCANS, check_pieces, limit_time
-from sdxl_server.openai import OpenAIEditFace, OpenAIFace
+from sdxl_server.request import uploads
+from sdxl_server.request.upload_limits import MAX_FIELDS, MAX_PIECES, MAX_SCANS, check_pieces, limit_time
 from sdxl_server.schemas import is_valid, pair, shorten, text
 from sdxl_server.service import explain
 from tests.unit.test_request import CONTRACT

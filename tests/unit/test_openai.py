@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from sdxl_server.api.openai import OpenAIEditFace, OpenAIFace
 from sdxl_server.errors import RequestError
-from sdxl_server.openai import OpenAIEditFace, OpenAIFace
 from tests.openai_clients import RECORDED
 from tests.unit.test_request import CONTRACT, RED, encode
 

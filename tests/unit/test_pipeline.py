@@ -19,15 +19,15 @@ from PIL import Image, ImageFilter
 from demo.measure import choose_prompts
 from demo.oracle import judge_picture
 from openvino_backend import CompiledFunction, GraphLimitError
-from sdxl_server.calls import Call
-from sdxl_server.compiling import VAE_ENCODER, choose_graphs
-from sdxl_server.drawing import draw_preview, finish, fork_pipeline, generate, keep_protected
+from sdxl_server.api.http import Call
+from sdxl_server.api.image_files import encode_picture
+from sdxl_server.config.settings import CompileConfig, HandlerConfig
+from sdxl_server.diffusion.generation import draw_preview, finish, fork_pipeline, generate, keep_protected
 from sdxl_server.errors import ConfigError, NotFiniteError, RequestError
-from sdxl_server.files import encode_picture
-from sdxl_server.loading import check_files, choose_dtype
-from sdxl_server.pipeline import LoadedPipeline, describe_picture, find_warnings, load_pipeline
+from sdxl_server.model.compiling import VAE_ENCODER, choose_graphs
+from sdxl_server.model.loading import LoadedPipeline, describe_picture, find_warnings, load_pipeline
+from sdxl_server.model.reading import check_files, choose_dtype
 from sdxl_server.service import Service
-from sdxl_server.settings import CompileConfig, HandlerConfig
 from sdxl_server.warm_up import choose_sizes
 from tests.spoiled import spoil_model
 from tests.unit.modules import HAS_BF16
@@ -87,8 +87,8 @@ def make_picture(loaded: LoadedPipeline, **fields: Any) -> np.ndarray[Any, Any]:
 START = """
 import sys, torch
 from pathlib import Path
-from sdxl_server.pipeline import load_pipeline
-from sdxl_server.settings import CompileConfig, HandlerConfig
+from sdxl_server.model.loading import load_pipeline
+from sdxl_server.config.settings import CompileConfig, HandlerConfig
 
 folder, cache = map(Path, sys.argv[1:])
 config = HandlerConfig(model_path=folder.name, compile_unet=False, compile_vae=False, warm_up=False)
@@ -693,8 +693,8 @@ sys.addaudithook(tell)
 """
 LOAD = """
 import pathlib, sys, time
-from sdxl_server.pipeline import load_pipeline
-from sdxl_server.settings import CompileConfig, HandlerConfig
+from sdxl_server.model.loading import load_pipeline
+from sdxl_server.config.settings import CompileConfig, HandlerConfig
 pt2 = {"backend": "openvino", "options": {"weight_compression": "int8_sym"}}
 folder = pathlib.Path(sys.argv[1])
 config = HandlerConfig(model_path=folder.name, num_inference_steps=1, compile_text_encoders=False, graphs="static")

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from demo.measure import choose_prompts
-from sdxl_server import pipeline
-from sdxl_server.drawing import Progress, draw_preview, generate
+from sdxl_server.diffusion.generation import Progress, draw_preview, generate
+from sdxl_server.diffusion.previews import fit_colours, lay_out
 from sdxl_server.errors import ConfigError
-from sdxl_server.pipeline import LoadedPipeline
-from sdxl_server.previews import fit_colours, lay_out
+from sdxl_server.model import loading
+from sdxl_server.model.loading import LoadedPipeline
 from tests.spoiled import spoil_model
 from tests.unit.test_autoencoders import folder
 from tests.unit.test_pipeline import load, make_picture
@@ -98,7 +98,7 @@ def test_a_warm_start_takes_what_was_fitted(tiny_model: Path, tmp_path: Path, mo
         fits.append(fit_colours(*args, **kwargs))
         return fits[-1]
 
-    monkeypatch.setattr(pipeline, "fit_colours", fit)
+    monkeypatch.setattr(loading, "fit_colours", fit)
     pt2 = {"backend": "openvino", "options": {"model_caching": True, "cache_dir": str(tmp_path)}}
     others = {"compile_unet": False, "compile_text_encoders": False, "warm_up": True}
     cold, warm = load(tiny_model, pt2, **others).colours, load(tiny_model, pt2, **others).colours

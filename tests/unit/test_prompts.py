@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from sdxl_server.prompts import find_syntax
+from sdxl_server.request.prompts import find_syntax
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ import pytest
 from PIL import Image
 
 import query
-from sdxl_server.fields import GenerationRequest
-from sdxl_server.files import encode_picture
+from sdxl_server.api.image_files import encode_picture
+from sdxl_server.request.fields import GenerationRequest
 
 QUERY = Path(query.__file__)
 TOKEN_ERROR = {"code": 400, "type": "InvalidKeyException", "message": "Token Authorization failed."}

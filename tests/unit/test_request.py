@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from sdxl_server.answers import NativeFace
-from sdxl_server.declaration import Bounds
+from sdxl_server.api.native import NativeFace
+from sdxl_server.api.openapi import build_openapi
 from sdxl_server.errors import RequestError
-from sdxl_server.families import FAMILIES
-from sdxl_server.fields import DECLARATIONS, MAX_SEED, GenerationRequest, build_properties
-from sdxl_server.openapi import build_openapi
-from sdxl_server.request import Contract
+from sdxl_server.model.families import FAMILIES
+from sdxl_server.request.contract import Contract
+from sdxl_server.request.declaration import Bounds
+from sdxl_server.request.fields import DECLARATIONS, MAX_SEED, GenerationRequest, build_properties
 from sdxl_server.schemas import switch
 from sdxl_server.service import FACES
 from tools.write_generated import build_shipped_contract, make_all

@@ -11,10 +11,10 @@ from PIL import Image
 
 from demo.measure import choose_prompts, draw_prompts, draw_with, load_pipeline, score_pictures
 from sdxl_server.errors import ConfigError
-from sdxl_server.samplers import ALIASES, list_options, make_schema, read_sampler, split_sampler
-from sdxl_server.schedulers import check_options, choose_default, find_samplers, find_sampling_warnings
+from sdxl_server.request.samplers import ALIASES, list_options, make_schema, read_sampler, split_sampler
+from sdxl_server.sampling.schedulers import check_options, choose_default, find_samplers, find_sampling_warnings
+from sdxl_server.sampling.trials import build_scheduler, try_levels
 from sdxl_server.schemas import is_valid
-from sdxl_server.trials import build_scheduler, try_levels
 from tests.unit.test_request import CONTRACT
 from tools.random_model import SCHEDULER
 from tools.server import ROOT

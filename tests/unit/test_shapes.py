@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from openvino_backend import CompiledFunction, OpenVINOBackend
-from sdxl_server.compiling import DYNAMIC_SHAPES, VAE_ENCODER
-from sdxl_server.families import FAMILIES
-from sdxl_server.loading import read_pipeline
+from sdxl_server.model.compiling import DYNAMIC_SHAPES, VAE_ENCODER
+from sdxl_server.model.families import FAMILIES
+from sdxl_server.model.reading import read_pipeline
 from tests.unit.modules import make_module, measure_error, needs_bf16
 
 pytestmark = pytest.mark.usefixtures("inference")

@@ -10,12 +10,12 @@ import pytest
 import torch
 from diffusers import EDMEulerScheduler
 
-from sdxl_server.denoiser import Denoiser
-from sdxl_server.drawing import Picture, finish, fork_pipeline, generate
+from sdxl_server.config.settings import CompileConfig, HandlerConfig
+from sdxl_server.diffusion.denoiser import Denoiser
+from sdxl_server.diffusion.generation import Picture, finish, fork_pipeline, generate
 from sdxl_server.errors import NotFiniteError, RequestError
-from sdxl_server.pipeline import LoadedPipeline, load_pipeline
-from sdxl_server.settings import CompileConfig, HandlerConfig
-from sdxl_server.shortcuts import plan_calls, spread_calls
+from sdxl_server.model.loading import LoadedPipeline, load_pipeline
+from sdxl_server.sampling.step_plan import plan_calls, spread_calls
 from tests.spoiled import spoil_model
 from tools.server import ROOT
 

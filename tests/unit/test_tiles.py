@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from sdxl_server.pipeline import describe_picture
-from sdxl_server.tiles import decode_tiles, plan_tiles
+from sdxl_server.model.loading import describe_picture
+from sdxl_server.model.tiling import decode_tiles, plan_tiles
 from tests.unit.test_pipeline import load, make_picture
 
 UNET_AND_TEXTS = {"compile_unet": False, "compile_text_encoders": False}
@@ -82,7 +82,7 @@ def test_a_tiled_picture_is_told(tiny_model: Path, caplog: pytest.LogCaptureFixt
 
 
 def list_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [each.getMessage() for each in caplog.records if each.name == "sdxl_server.tiles"]
+    return [each.getMessage() for each in caplog.records if each.name == "sdxl_server.model.tiling"]
 
 
 TOLD = {"count": 9, "width": 64, "height": 64, "overlap": 16, "lossy": True}

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from sdxl_server.bodies import check_parts
-from sdxl_server.declaration import Bounds
+from sdxl_server.api.bodies import check_parts
 from sdxl_server.errors import RequestError
-from sdxl_server.fitting import choose_size, list_sizes
-from sdxl_server.limits import MAX_NUMBERS, MAX_PIECES, MAX_RUNS, check_pieces
-from sdxl_server.masks import blend, cover_cells
-from sdxl_server.uploads import Upload, read_bytes, read_upload
+from sdxl_server.request.declaration import Bounds
+from sdxl_server.request.masks import blend, cover_cells
+from sdxl_server.request.resizing import choose_size, list_sizes
+from sdxl_server.request.upload_limits import MAX_NUMBERS, MAX_PIECES, MAX_RUNS, check_pieces
+from sdxl_server.request.uploads import Upload, read_bytes, read_upload
 from tests.unit.test_request import CONTRACT
 
 RAMP = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1))

@@ -15,11 +15,11 @@ from PIL import Image
 
 from demo.oracle import list_components, name_pixels
 from demo.shapes import COLOURS
-from sdxl_server.drawing import finish, fork_pipeline, generate
+from sdxl_server.config.settings import CompileConfig, HandlerConfig
+from sdxl_server.diffusion.generation import finish, fork_pipeline, generate
 from sdxl_server.errors import RequestError
-from sdxl_server.pipeline import LoadedPipeline, describe_picture, find_warnings, load_pipeline
-from sdxl_server.settings import CompileConfig, HandlerConfig
-from sdxl_server.weighting import MAX_CHUNKS, embed_prompts, parse_weights
+from sdxl_server.model.loading import LoadedPipeline, describe_picture, find_warnings, load_pipeline
+from sdxl_server.request.prompt_weights import MAX_CHUNKS, embed_prompts, parse_weights
 from tools.server import ROOT
 
 LONG = "a red fox in the snow, " * 5 + "blue"  # 2 chunks of letters

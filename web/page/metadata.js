@@ -1,4 +1,4 @@
-// The request that a picture's file holds, as sdxl_server/files.py writes it: in PNG's text chunk `parameters`, or in
+// The request that a picture's file holds, as sdxl_server/api/image_files.py writes it: in PNG's text chunk `parameters`, or in
 // EXIF's UserComment of a JPEG or WebP.
 
 const EXIF_POINTER = 0x8769;

@@ -1,0 +1,1 @@
+"""A model: its folder, its weights, its adapters, and their compilation."""

@@ -1,0 +1,124 @@
+"""What requests may ask of a pipeline, under its configuration."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from sdxl_server.config.settings import HandlerConfig
+from sdxl_server.errors import ConfigError, RequestError
+from sdxl_server.model.adapters.registry import Adapter
+from sdxl_server.model.compiling import price_half
+from sdxl_server.model.families import Family
+from sdxl_server.request.adapters import Offer
+from sdxl_server.request.contract import Contract
+from sdxl_server.request.declaration import Bounds
+from sdxl_server.request.fields import GenerationRequest, build_properties
+from sdxl_server.request.samplers import Samplers, read_sampler
+from sdxl_server.sampling.few_steps import Suited, find_suited
+from sdxl_server.sampling.schedulers import check_options, check_sampling, choose_default, find_samplers, make_scheduler
+from sdxl_server.sampling.step_plan import has_halves, plan_calls
+
+logger = logging.getLogger(__name__)
+
+
+def build_contract(
+    pipeline: Any, family: Family, config: HandlerConfig, *, graphs: str | None, adapters: Sequence[Adapter] = ()
+) -> Contract:
+    """Return what requests may ask of this pipeline under this configuration.
+
+    Args:
+        graphs: see `choose_graphs`; static ones are for the allowed sizes, or else for the configured one alone.
+
+    Raises:
+        ConfigError: the defaults are beyond the limits; names the key.
+    """
+    own, unet_config = pipeline.scheduler, pipeline.unet.config
+    samplers = find_samplers(own, unet_config, configured=config.scheduler, is_adapted=bool(config.adapters))
+    sampler = choose_default(own, samplers, config.scheduler)
+    own_side = unet_config.sample_size * pipeline.vae_scale_factor
+    size = (config.width or own_side, config.height or own_side)
+    defaults = {
+        "width": size[0],
+        "height": size[1],
+        **_choose_steps(config, find_suited(own, unet_config, sampler)),
+        "unet_calls": config.unet_calls,
+        "guidance_interval": config.guidance_interval,
+        "quality": config.jpeg_quality,
+        "scheduler": sampler,
+    }
+    bounds = Bounds(
+        max_prompt_characters=config.max_prompt_characters,
+        weighted_prompts=config.weighted_prompts,
+        max_side=config.max_side,
+        own_side=own_side,
+        multiple=pipeline.vae_scale_factor * 2 ** (len(unet_config.block_out_channels) - 1),
+        max_steps=config.max_steps,
+        max_images=config.max_images,
+        max_megapixel_steps=config.max_megapixel_steps,
+        max_timeout=config.max_timeout,
+        allowed_sizes=config.read_sizes() or ((size,) if graphs == "static" else ()),
+        schedulers=samplers,
+        max_clip_skip=min(getattr(pipeline, each).config.num_hidden_layers for each in family.text_encoders) - 1,
+        adapters=_list_offers(adapters, config, own, samplers),
+        max_adapter_rank=config.max_adapter_rank,
+    )
+    properties = build_properties(bounds, defaults=defaults, lacking=family.lacks)
+    batch = 2 if has_halves(defaults["guidance_scale"], unet_config) else 1
+    half = price_half(config, graphs, batch=batch)
+    count_calls = functools.partial(_count_calls, pipeline, samplers, half)
+    contract = Contract(properties, bounds, count_calls, half, batch, family.needs)
+    try:
+        contract.check_sample({"prompt": "what a request gets that says no more", **defaults})
+    except RequestError as error:
+        key = error.param if error.param in {each.name for each in dataclasses.fields(config)} else "jpeg_quality"
+        raise ConfigError(f"handler.{key}: its defaults are beyond its limits: {error}") from error
+    return contract
+
+
+def _choose_steps(config: HandlerConfig, suited: Suited) -> dict[str, Any]:
+    """Return the steps and the guidance of requests that name none, as configured or as the model says."""
+    steps = suited.num_inference_steps if config.num_inference_steps is None else config.num_inference_steps
+    guidance = suited.guidance_scale if config.guidance_scale is None else config.guidance_scale
+    if warning := suited.find_warning(steps, guidance):
+        logger.warning("%s", warning)
+    elif suited.reason:
+        logger.info("This is a few-step model (%s): %s suit it", suited.reason, suited)
+    return {"num_inference_steps": steps, "guidance_scale": guidance}
+
+
+def _list_offers(adapters: Sequence[Adapter], config: HandlerConfig, own: Any, samplers: Samplers) -> dict[str, Offer]:
+    """Return the adapters that requests can name.
+
+    Raises:
+        ConfigError: the defaults of one do not fit the model; names the key.
+    """
+    offers = {}
+    for index, adapter in enumerate(adapters):
+        key, defaults = f"handler.adapters[{index}]", adapter.config.list_defaults()
+        if "scheduler" in defaults:
+            try:
+                defaults["scheduler"] = read_sampler(defaults["scheduler"], samplers)
+                check_options(own, defaults["scheduler"])
+            except ValueError as error:
+                raise ConfigError(f"{key}.scheduler {error}") from error
+        if defaults.get("num_inference_steps", 1) > config.max_steps:
+            raise ConfigError(
+                f"{key}.num_inference_steps takes a whole number from 1 to max_steps, {config.max_steps}, not "
+                f"{defaults['num_inference_steps']}"
+            )
+        if not adapter.config.fuse:
+            offers[adapter.config.name] = Offer(adapter.config.scale, adapter.rank, defaults)
+    return offers
+
+
+def _count_calls(pipeline: Any, samplers: Samplers, half: float, request: GenerationRequest) -> float:
+    """Return the UNet's calls for one picture of a request.
+
+    Raises:
+        RequestError: there would be none, or the scheduler cannot make them right.
+    """
+    check_sampling(pipeline.scheduler, samplers, request)
+    scheduler = make_scheduler(pipeline.scheduler, request)
+    return plan_calls(scheduler, request, unet_config=pipeline.unet.config, half=half).total
