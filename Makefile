@@ -30,6 +30,7 @@ lint: $(VENV)/tested
 	$(RUN) ruff check
 	$(RUN) ruff format --check
 	$(RUN) mypy
+	$(VENV)/bin/lint-imports
 
 soak: $(VENV)/served
 	$(RUN) scorecard $(QUICK)

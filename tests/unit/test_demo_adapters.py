@@ -16,7 +16,7 @@ from demo.shapes import COLOURS, INVERTED, POSITIONS, Scene, Thing, describe_sce
 from demo.train import list_features
 from demo.train_adapter import Pool, list_asked
 from sdxl_server.config.settings import HandlerConfig
-from sdxl_server.model.loading import LoadedPipeline
+from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from tests.unit.test_pipeline import UNET_ONLY, load, make_picture
 
 ROOT = Path(__file__).parents[2]
