@@ -1,8 +1,7 @@
 """The guide's name for the model's side, which is the installed package sdxl_server; this file holds no logic."""
 
-from sdxl_server.api.http import Answer, Call, State, read_id
-from sdxl_server.config.sections import check_is_text
-from sdxl_server.config.settings import CompileConfig, HandlerConfig
+from sdxl_server.api.http import HttpRequest, ReplyState, Response, read_id
+from sdxl_server.config.settings import CompileConfig, HandlerConfig, check_is_text
 from sdxl_server.errors import ConfigError, RequestError, VersionError
 from sdxl_server.loading import load_pipeline
 from sdxl_server.model.describe import measure_parts
@@ -11,8 +10,8 @@ from sdxl_server.service import Service, explain, load_service
 from sdxl_server.serving.queue import Pace, Queue, Ticket, Turn
 
 __all__ = [
-    "Answer",
-    "Call",
+    "Response",
+    "HttpRequest",
     "CompileConfig",
     "ConfigError",
     "HandlerConfig",
@@ -21,7 +20,7 @@ __all__ = [
     "Queue",
     "RequestError",
     "Service",
-    "State",
+    "ReplyState",
     "Ticket",
     "Turn",
     "VersionError",

@@ -17,7 +17,7 @@ from ts.metrics.metric_type_enum import MetricTypes
 from ts.utils.util import PredictionException
 
 if TYPE_CHECKING:
-    from pipeline_utils import Answer, Service, State, Ticket
+    from pipeline_utils import ReplyState, Response, Service, Ticket
 
 logger = logging.getLogger(__name__)
 
@@ -114,11 +114,11 @@ class StableDiffusionHandler:
             for index in range(len(data)):
                 if self.context.get_request_id(index) in self.queue.tickets:
                     body, state = self.advance(index)
-                    pieces[index] = [body] if state is self.package.State.WHOLE else [*pieces[index], body]
+                    pieces[index] = [body] if state is self.package.ReplyState.WHOLE else [*pieces[index], body]
         self.answered.clear()
         return [b"".join(each) for each in pieces]
 
-    def take_turns(self, data: list[dict[str, Any]]) -> "list[tuple[bytes, State]]":
+    def take_turns(self, data: list[dict[str, Any]]) -> "list[tuple[bytes, ReplyState]]":
         """Read what is new, and let each make a step or wait; return a reply to each."""
         replies = []
         for index, row in enumerate(data):
@@ -134,24 +134,24 @@ class StableDiffusionHandler:
                 # What is not among these ids is left out of the message, and TorchServe keeps it for the next call
                 # (ts/service.py hands over the dictionary that it encodes by, 0.12.0); any reply begins the response.
                 del self.context.request_ids[index]
-                replies.append((b"", self.package.State.MORE))
+                replies.append((b"", self.package.ReplyState.MORE))
             else:
                 ticket = self.queue.tickets[request_id]
                 self.tell_headers(index, ticket)
-                replies.append((ticket.write_place(self.queue.find_place(request_id)), self.package.State.MORE))
+                replies.append((ticket.write_place(self.queue.find_place(request_id)), self.package.ReplyState.MORE))
         return replies
 
-    def admit(self, index: int, row: dict[str, Any]) -> "tuple[bytes, State] | None":
+    def admit(self, index: int, row: dict[str, Any]) -> "tuple[bytes, ReplyState] | None":
         """Read a new request and give it the last place in the queue; return a reply to one that has none there."""
         request_id = self.context.get_request_id(index)
         if request_id in self.answered:
-            return b"", self.package.State.LAST
+            return b"", self.package.ReplyState.LAST
         if self.is_grpc(index):
-            return self.refuse_grpc(index), self.package.State.LAST
+            return self.refuse_grpc(index), self.package.ReplyState.LAST
         try:
             self.queue.add(request_id, self.begin(index, row), is_bounded=self.is_continuous)
         except Exception as error:  # one request must not take down the worker or its neighbours
-            return self.report(error, index), self.package.State.WHOLE
+            return self.report(error, index), self.package.ReplyState.WHOLE
         return None
 
     def is_question(self, data: list[dict[str, Any]]) -> bool:
@@ -164,7 +164,7 @@ class StableDiffusionHandler:
         headers = self.context.get_all_request_header(index)
         return not any(isinstance(value, str) and not name.startswith("ts_") for name, value in headers.items())
 
-    def advance(self, index: int) -> "tuple[bytes, State]":
+    def advance(self, index: int) -> "tuple[bytes, ReplyState]":
         """Make one step of a request; return what to send now, and what TorchServe is to make of it."""
         request_id = self.context.get_request_id(index)
         ticket = self.queue.tickets[request_id]
@@ -174,16 +174,16 @@ class StableDiffusionHandler:
         except StopIteration as end:
             self.add_times(self.queue.tickets.pop(request_id).answer)
             if ticket.has_begun:
-                return end.value, self.package.State.LAST
+                return end.value, self.package.ReplyState.LAST
             self.answered.add(request_id)  # TorchServe takes the end of a response only after a beginning
-            return end.value, self.package.State.MORE
+            return end.value, self.package.ReplyState.MORE
         except Exception as error:  # one request must not take down the worker or its neighbours
             self.queue.tickets.pop(request_id)
             if ticket.has_begun and self.is_continuous:
-                return ticket.answer.write_failure(self.explain(error, index)), self.package.State.LAST
-            return self.report(error, index), self.package.State.WHOLE
+                return ticket.answer.write_failure(self.explain(error, index)), self.package.ReplyState.LAST
+            return self.report(error, index), self.package.ReplyState.WHOLE
         ticket.has_stepped = ticket.has_begun = True
-        return ticket.note_sent(body) if self.is_continuous else body, self.package.State.MORE
+        return ticket.note_sent(body) if self.is_continuous else body, self.package.ReplyState.MORE
 
     def refuse_grpc(self, index: int) -> bytes:
         """Return what a call by gRPC gets beside others: an error as JSON, since a status would be that of all."""
@@ -198,14 +198,14 @@ class StableDiffusionHandler:
         for name, value in headers.items():
             self.context.set_response_header(index, name, value)
 
-    def begin(self, index: int, row: dict[str, Any]) -> "Answer":
+    def begin(self, index: int, row: dict[str, Any]) -> "Response":
         """Return the answer to the new request at this place in the call.
 
         Raises:
             RequestError: the request is wrong.
         """
         headers, own_id = self.context.get_all_request_header(index), self.context.get_request_id(index)
-        call = self.package.Call.read(row, headers, model=self.context.model_name, own_id=own_id)
+        call = self.package.HttpRequest.read(row, headers, model=self.context.model_name, own_id=own_id)
         return self.service.answer(call)
 
     def explain(self, error: Exception, index: int) -> dict[str, Any]:
@@ -224,7 +224,7 @@ class StableDiffusionHandler:
             self.context.set_response_header(index, "Retry-After", RETRY_AFTER)
         return json.dumps(explained).encode()
 
-    def add_times(self, answer: "Answer") -> None:
+    def add_times(self, answer: "Response") -> None:
         """Log the time of each stage of a request that is over, in milliseconds."""
         if self.service.loaded.config.profile:
             for stage, seconds in answer.seconds.items():

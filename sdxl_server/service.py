@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_server import __version__, metrics
-from sdxl_server.api.bodies import check_parts
-from sdxl_server.api.http import Answer, Call
-from sdxl_server.api.image_files import encode_picture
-from sdxl_server.api.image_metadata import describe_picture
-from sdxl_server.api.native import JSON, MadePicture, NativeFace, split_pieces
-from sdxl_server.api.openai import OpenAIEditFace, OpenAIFace, describe_model, list_models
+from sdxl_server.api.bodies import check_form
+from sdxl_server.api.http import HttpRequest, Response
+from sdxl_server.api.image_files import encode_image
+from sdxl_server.api.image_metadata import describe_image
+from sdxl_server.api.native import JSON, EncodedImage, NativeApi, split_chunks
+from sdxl_server.api.openai import OpenAIApi, OpenAIEditApi, describe_model, list_models
 from sdxl_server.api.openapi import build_openapi
 from sdxl_server.api.warnings import list_warnings
 from sdxl_server.config.settings import CompileConfig, HandlerConfig, check_server_keys
@@ -34,10 +34,10 @@ from sdxl_server.schemas import shorten
 
 logger = logging.getLogger(__name__)
 
-FACES: Mapping[str, NativeFace] = {
-    "": NativeFace(),
-    "v1/images/generations": OpenAIFace(),
-    "v1/images/edits": OpenAIEditFace(),
+APIS: Mapping[str, NativeApi] = {
+    "": NativeApi(),
+    "v1/images/generations": OpenAIApi(),
+    "v1/images/edits": OpenAIEditApi(),
 }
 
 
@@ -62,31 +62,31 @@ class Service:
         processors = {**dataclasses.asdict(find_processors()), "torch_threads": torch.get_num_threads()}
         return {**report, "processors": processors, "versions": {**report["versions"], "archive": self.archive}}
 
-    def answer(self, call: Call) -> Answer:
+    def answer(self, call: HttpRequest) -> Response:
         """Return the answer to a call, of which no step has been made.
 
         Raises:
             RequestError: the request is wrong, or there is nothing at its path.
         """
-        face = FACES.get(call.path)
+        face = APIS.get(call.path)
         if face is None:
             document = self.read_document(call)
-            return Answer(JSON, {}, FACES[""], _send_whole(document), waits=False)
+            return Response(JSON, {}, APIS[""], _send_whole(document), waits=False)
         start = time.perf_counter()
         with limit_time(READ_SECONDS):
-            check_parts(call.values, content_type=call.content_type, length=call.content_length)
+            check_form(call.values, content_type=call.content_type, length=call.content_length)
             request, warnings = face.read(call.values, content_type=call.content_type, contract=self.loaded.contract)
-            warnings += list_warnings(self.loaded, request, told=warnings)
+            warnings += list_warnings(self.loaded, request, earlier=warnings)
         # As JSON a prompt has no line breaks, so that it cannot forge a line of the log.
         logger.info("Request: %s", json.dumps({"id": call.request_id, **request.describe()}))
         kind = face.choose_type(request, call.accept)
         headers = {"X-Seed": str(request.seed)} | ({"X-Warning": "; ".join(warnings)} if warnings else {})
-        answer = Answer(kind, headers, face, _send_whole(b""))
+        answer = Response(kind, headers, face, _send_whole(b""))
         answer.seconds["preprocess"] = time.perf_counter() - start
         answer.steps = self._draw(call, request, answer, warnings)
         return answer
 
-    def read_document(self, call: Call) -> bytes:
+    def read_document(self, call: HttpRequest) -> bytes:
         """Return what a path names that is no face.
 
         Raises:
@@ -100,14 +100,14 @@ class Service:
             return list_models(call.model)
         if call.path == f"v1/models/{call.model}":
             return json.dumps(describe_model(call.model)).encode()
-        names = ", ".join(("describe", "openapi.json", "v1/models", f"v1/models/{call.model}", *filter(None, FACES)))
+        names = ", ".join(("describe", "openapi.json", "v1/models", f"v1/models/{call.model}", *filter(None, APIS)))
         raise RequestError(f"there is no {shorten(call.path)} here; there are {names}", status=404)
 
     def _draw(
-        self, call: Call, request: GenerationRequest, answer: Answer, warnings: list[str]
+        self, call: HttpRequest, request: GenerationRequest, answer: Response, warnings: list[str]
     ) -> Generator[bytes, None, bytes]:
         """Yield after each step what to send then; return the rest."""
-        face, seconds = answer.face, answer.seconds
+        face, seconds = answer.api, answer.seconds
         steps = self._make_steps(call, request, seconds)
         uncompiled = list_uncompiled(self.loaded, request)
         if uncompiled and request.stream:  # of any other answer the beginning waits, and with it the status
@@ -117,7 +117,7 @@ class Service:
                 progress = next(steps)
                 answer.may_pause = False
                 shown = self._show_step(request, progress, face, seconds["inference"])
-                last = yield from _leave_last(split_pieces([shown]))
+                last = yield from _leave_last(split_chunks([shown]))
                 answer.may_pause = True
                 yield last
         except StopIteration as end:
@@ -128,8 +128,8 @@ class Service:
                 for index, picture in enumerate(end.value)
             ]
             seconds["postprocess"] = time.perf_counter() - resumed
-            written = face.write_pictures(request, made, kind=answer.content_type, warnings=warnings)
-            last = yield from _leave_last(split_pieces(written))
+            written = face.write_images(request, made, kind=answer.content_type, warnings=warnings)
+            last = yield from _leave_last(split_chunks(written))
             for _ in made:
                 metrics.PICTURE_SECONDS.observe((seconds["inference"] + seconds["postprocess"]) / len(made))
             metrics.REQUESTS.labels("picture").inc()
@@ -138,7 +138,7 @@ class Service:
             steps.close()
 
     def _make_steps(
-        self, call: Call, request: GenerationRequest, seconds: dict[str, float]
+        self, call: HttpRequest, request: GenerationRequest, seconds: dict[str, float]
     ) -> Generator[Progress, None, list[Picture]]:
         """Make the pictures; the time that counts is the work on them, without that on other requests between."""
         steps, progress = generate(self.loaded, request), None
@@ -171,7 +171,7 @@ class Service:
         finally:
             steps.close()
 
-    def _show_step(self, request: GenerationRequest, progress: Progress, face: NativeFace, seconds: float) -> bytes:
+    def _show_step(self, request: GenerationRequest, progress: Progress, face: NativeApi, seconds: float) -> bytes:
         """Return the events of a stream after a step, a preview among them where one is due."""
         if not request.stream:
             return b""
@@ -179,21 +179,21 @@ class Service:
         due = choose_preview_steps(request.partial_images, steps=progress.steps)
         numbers = [number for number, step in enumerate(due) if step == progress.step]
         if numbers:
-            file = encode_picture(keep_protected(draw_preview(self.loaded, progress), request), request)
+            file = encode_image(keep_protected(draw_preview(self.loaded, progress), request), request)
             for number in numbers:
                 events += face.write_preview(request, file, index=progress.index, number=number)
         return events
 
     def _finish(
-        self, call: Call, request: GenerationRequest, picture: Picture, index: int, *, warnings: Sequence[str]
-    ) -> MadePicture:
-        described = describe_picture(self.loaded, request, index, unet_calls=picture.unet_calls, warnings=warnings)
+        self, call: HttpRequest, request: GenerationRequest, picture: Picture, index: int, *, warnings: Sequence[str]
+    ) -> EncodedImage:
+        described = describe_image(self.loaded, request, index, unet_calls=picture.unet_calls, warnings=warnings)
         if call.is_id_given:
             described["request_id"] = call.request_id
         calls = f"{picture.unet_calls:g} of {picture.calls_of_all}"
         embedded = described if self.loaded.config.embed_parameters else None
-        file = encode_picture(picture.image, request, parameters=embedded)
-        return MadePicture(file, request.get_seed(index), described["request"], calls)
+        file = encode_image(picture.image, request, parameters=embedded)
+        return EncodedImage(file, request.get_seed(index), described["request"], calls)
 
 
 def load_service(settings: Mapping[str, Any], *, model_dir: Path, gpu_id: int | None, archive: str) -> Service:

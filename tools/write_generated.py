@@ -16,7 +16,7 @@ from typing import Any
 
 from sdxl_server.api.openapi import build_openapi
 from sdxl_server.config.adapter_settings import AdapterConfig
-from sdxl_server.config.sections import NEEDED, describe_setting
+from sdxl_server.config.declaration import NEEDED, list_declarations
 from sdxl_server.config.settings import (
     PUBLISHED_KEYS_WITHOUT_EFFECT,
     CompileConfig,
@@ -72,14 +72,15 @@ def make_alias_table() -> str:
 
 def make_settings_table(section: Any) -> str:
     """Return the settings of a section of model-config.yaml as a table."""
+    defaults = {each.name: each.default for each in dataclasses.fields(section)}
     rows = [
         [
-            f"`{each.name}`",
-            each.metadata["words"],
-            describe_setting(each.metadata),
-            "none: it is needed" if each.default is NEEDED else f"`{json.dumps(each.default)}`",
+            f"`{name}`",
+            declaration.words,
+            describe_schema(declaration.build_schema()),
+            "none: it is needed" if defaults[name] is NEEDED else f"`{json.dumps(defaults[name])}`",
         ]
-        for each in dataclasses.fields(section)
+        for name, declaration in list_declarations(section).items()
     ]
     return make_table(["key", "meaning", "takes", "default"], rows)
 

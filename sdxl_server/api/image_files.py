@@ -1,4 +1,4 @@
-"""Pictures as files, and what they tell of themselves."""
+"""Images as files, with their metadata."""
 
 import io
 import json
@@ -10,17 +10,17 @@ from sdxl_server.request.fields import GenerationRequest
 MAX_EXIF_BYTES = 65_000  # JPEG's segments end at 65,533 bytes
 
 
-def can_hold(request: GenerationRequest, parameters: Mapping[str, Any]) -> bool:
-    """Say whether a file of the request's format has room for these parameters."""
+def has_room(request: GenerationRequest, parameters: Mapping[str, Any]) -> bool:
+    """Say whether a file of the request's format has room for the metadata."""
     return request.output_format != "jpeg" or len(_encode_comment(parameters)) <= MAX_EXIF_BYTES
 
 
-def encode_picture(image: Any, request: GenerationRequest, *, parameters: Mapping[str, Any] | None = None) -> bytes:
+def encode_image(image: Any, request: GenerationRequest, *, parameters: Mapping[str, Any] | None = None) -> bytes:
     """Return a Pillow image as JPEG, PNG or WebP.
 
     Args:
-        parameters: kept in the file as JSON, where it has room for them: in PNG's text chunk `parameters`, or else in
-            EXIF's UserComment.
+        parameters: the metadata, stored as JSON if there is room. PNG has the text chunk `parameters`; the others
+            have EXIF's UserComment.
     """
     from PIL import ExifTags, Image, PngImagePlugin
 
@@ -28,7 +28,7 @@ def encode_picture(image: Any, request: GenerationRequest, *, parameters: Mappin
     if parameters is not None and request.output_format == "png":
         options["pnginfo"] = PngImagePlugin.PngInfo()
         options["pnginfo"].add_itxt("parameters", json.dumps(parameters, ensure_ascii=False))
-    elif parameters is not None and can_hold(request, parameters):
+    elif parameters is not None and has_room(request, parameters):
         options["exif"] = Image.Exif()
         options["exif"].get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _encode_comment(parameters)
     buffer = io.BytesIO()

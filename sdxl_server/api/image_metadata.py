@@ -1,4 +1,4 @@
-"""The metadata of an image: what draws it again."""
+"""The metadata of an image, enough to generate it again."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +10,10 @@ from sdxl_server.model.tiling import describe_tiles
 from sdxl_server.request.fields import GenerationRequest
 
 
-def describe_picture(
+def describe_image(
     loaded: LoadedPipeline, request: GenerationRequest, index: int, *, unet_calls: float, warnings: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return what makes picture `index` again: the fields of the request, what was left out of it, and what made it."""
+    """Return the metadata of image `index`: the request's fields, warnings, and the model with its versions."""
     import diffusers
     import openvino
     import torch

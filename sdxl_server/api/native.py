@@ -1,4 +1,4 @@
-"""The native API's face: what its requests say, and what its answers are made of, events included."""
+"""The native API: its requests, its responses and their events."""
 
 import base64
 import json
@@ -13,19 +13,19 @@ from sdxl_server.request.contract import Contract
 from sdxl_server.request.fields import GenerationRequest
 
 JSON, EVENTS = "application/json", "text/event-stream"
-# Bytes. TorchServe ends a worker whose reply, with those to other requests beside it, is above max_response_size.
-MAX_PIECE = 8_000_000
+# Bytes. TorchServe ends a worker if its replies to all requests together exceed max_response_size.
+MAX_CHUNK = 8_000_000
 
 
 @dataclass(frozen=True)
-class MadePicture:
-    """A picture as it is sent.
+class EncodedImage:
+    """An image as it is sent.
 
     Attributes:
-        file: its bytes.
-        seed: its own.
-        parameters: the fields that make it again.
-        unet_calls: that were made for it, of how many, in words.
+        file: the bytes of the image file.
+        seed: the seed of this image.
+        parameters: the fields that generate it again.
+        unet_calls: the UNet calls for it, such as "11 of 30".
     """
 
     file: bytes
@@ -34,23 +34,23 @@ class MadePicture:
     unet_calls: str
 
 
-class NativeFace:
-    """Reads a request as the contract has it; answers with the picture, with JSON, or with events.
+class NativeApi:
+    """Reads the contract's fields; responds with an image file, with JSON, or with events.
 
     Attributes:
-        event: what the names of a picture's events begin with.
-        takes_json_only: an answer is never a picture as itself.
-        beside_error: what stands beside the error of an answer in JSON whose status of 200 is sent already.
+        event: the prefix of the event names of images.
+        takes_json_only: a response is never an image file.
+        error_extras: JSON members next to `error`, in a response whose status 200 is already sent.
     """
 
     event = "image_generation"
     takes_json_only = False
-    beside_error: Mapping[str, Any] = {}
+    error_extras: Mapping[str, Any] = {}
 
     def read(
         self, values: Mapping[str, Any], *, content_type: str, contract: Contract
     ) -> tuple[GenerationRequest, list[str]]:
-        """Return the request in the parameters that TorchServe hands over, and warnings of what was left out of it.
+        """Return the request in TorchServe's parameters, and warnings.
 
         Raises:
             RequestError: names the field, what is accepted and what was given.
@@ -59,7 +59,7 @@ class NativeFace:
         return contract.check(fields), warn_of_body(fields)
 
     def choose_type(self, request: GenerationRequest, accepted: str) -> str:
-        """Return the content type of the answer.
+        """Return the content type of the response.
 
         Args:
             accepted: the header `Accept`.
@@ -71,82 +71,82 @@ class NativeFace:
         return f"image/{request.output_format}"
 
     def write_place(self, place: int, *, kind: str) -> bytes:
-        """Return what tells a client that waits how many requests are before its own."""
+        """Return the event with the number of requests before this one."""
         return format_event("queue", {"place": place}) if kind == EVENTS else self.write_pause(kind=kind)
 
     def write_pause(self, *, kind: str) -> bytes:
-        """Return what flows where nothing is to be told: a comment, or white space, which may stand before JSON.
+        """Return bytes without meaning, which keep the connection open: a comment, or white space before JSON.
 
-        A picture as itself can carry neither.
+        Nothing may precede an image file.
         """
         return {EVENTS: b":\n\n", JSON: b" "}.get(kind, b"")
 
     def write_compiling(self, parts: Sequence[str]) -> bytes:
-        """Return the event of a stream that tells which parts of the model are compiled first."""
+        """Return the event that lists the components to compile first."""
         return format_event("compiling", {"parts": list(parts)})
 
     def write_step(self, *, done: int, total: int, seconds: float, share: float) -> bytes:
-        """Return the event of a stream after a step.
+        """Return the event after a step.
 
         Args:
-            share: of the calls of the UNet, those that are made.
+            share: the completed share of the UNet calls.
         """
         left = seconds / share * (1 - share)
         return format_event("progress", {"step": done, "total": total, "seconds": seconds, "seconds_left": left})
 
     def write_preview(self, request: GenerationRequest, file: bytes, *, index: int, number: int) -> bytes:
-        """Return the event of preview `number` of picture `index`."""
+        """Return the event of preview `number` of image `index`."""
         data = {**_describe_event(request, file, seed=request.get_seed(index)), "index": index}
         return format_event(f"{self.event}.partial_image", {**data, "partial_image_index": number})
 
-    def write_pictures(
-        self, request: GenerationRequest, pictures: Sequence[MadePicture], *, kind: str, warnings: Sequence[str]
+    def write_images(
+        self, request: GenerationRequest, images: Sequence[EncodedImage], *, kind: str, warnings: Sequence[str]
     ) -> Iterator[bytes]:
-        """Write the end of an answer of a content type: the picture, or all of them in JSON or in events.
+        """Write the end of a response: the image file, or all images in JSON or in events.
 
-        One picture after the other, so that no more than one is held in base64.
+        They are written one after another, so that only one is in memory in base64.
         """
         if kind == EVENTS:
-            for index, each in enumerate(pictures):
+            for index, each in enumerate(images):
                 yield self._write_completed(request, each, index, warnings=warnings)
         elif kind != JSON:
-            yield pictures[0].file
+            yield images[0].file
         else:
             about = {"created": int(time.time()), "output_format": request.output_format}
             about |= {"size": f"{request.width}x{request.height}", "warnings": list(warnings)}
             yield json.dumps(about).removesuffix("}").encode() + b', "data": ['
-            for index, each in enumerate(pictures):
-                yield (b", " if index else b"") + json.dumps(_describe_picture(request, each)).encode()
+            for index, each in enumerate(images):
+                yield (b", " if index else b"") + json.dumps(_describe_item(request, each)).encode()
             yield b"]}"
 
     def _write_completed(
-        self, request: GenerationRequest, picture: MadePicture, index: int, *, warnings: Sequence[str]
+        self, request: GenerationRequest, image: EncodedImage, index: int, *, warnings: Sequence[str]
     ) -> bytes:
-        details = {"image_tokens": 0, "text_tokens": 0}  # nothing is counted here, and the official client asks for it
+        details = {"image_tokens": 0, "text_tokens": 0}  # not counted here; OpenAI's client requires it
         usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0, "input_tokens_details": details}
-        data = {**_describe_event(request, picture.file, seed=picture.seed), "index": index, "usage": usage}
-        data |= {"parameters": picture.parameters, "unet_calls": picture.unet_calls, "warnings": list(warnings)}
+        data = {**_describe_event(request, image.file, seed=image.seed), "index": index, "usage": usage}
+        data |= {"parameters": image.parameters, "unet_calls": image.unet_calls, "warnings": list(warnings)}
         return format_event(f"{self.event}.completed", data)
 
     def write_failure(self, error: Mapping[str, Any], *, kind: str) -> bytes:
-        """Return an error in the place of what is left of an answer."""
-        return format_event("error", error) if kind == EVENTS else json.dumps({**error, **self.beside_error}).encode()
+        """Return an error that ends a response which has begun."""
+        return format_event("error", error) if kind == EVENTS else json.dumps({**error, **self.error_extras}).encode()
 
 
-def split_pieces(written: Iterable[bytes]) -> Iterator[bytes]:
-    """Split what is written into pieces that TorchServe takes from its worker, at least one.
+def split_chunks(written: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield chunks that are small enough for TorchServe, at least one.
 
-    What is shorter is joined, since each piece takes a call of the handler.
+    Short ones are joined, because each chunk needs a call of the handler.
     """
     held = b""
     for each in written:
-        if held and len(held) + len(each) > MAX_PIECE:
+        if held and len(held) + len(each) > MAX_CHUNK:
             yield held
             held = b""
         start = 0
-        while len(each) - start > MAX_PIECE:
-            yield each[start : start + MAX_PIECE]
-            start += MAX_PIECE
+        while len(each) - start > MAX_CHUNK:
+            yield each[start : start + MAX_CHUNK]
+            start += MAX_CHUNK
         held += each[start:]
     yield held
 
@@ -156,17 +156,12 @@ def format_event(kind: str, data: Mapping[str, Any]) -> bytes:
     return f"event: {kind}\ndata: {json.dumps({'type': kind, **data})}\n\n".encode()
 
 
-def _describe_picture(request: GenerationRequest, picture: MadePicture) -> dict[str, Any]:
-    """Return a picture as it stands in JSON."""
-    content = base64.b64encode(picture.file).decode()
+def _describe_item(request: GenerationRequest, image: EncodedImage) -> dict[str, Any]:
+    """Return an image as JSON has it."""
+    content = base64.b64encode(image.file).decode()
     name = request.response_format
     shown = f"data:image/{request.output_format};base64,{content}" if name == "url" else content
-    return {
-        name: shown,
-        "seed": picture.seed,
-        "parameters": picture.parameters,
-        "unet_calls": picture.unet_calls,
-    }
+    return {name: shown, "seed": image.seed, "parameters": image.parameters, "unet_calls": image.unet_calls}
 
 
 def _describe_event(request: GenerationRequest, file: bytes, *, seed: int) -> dict[str, Any]:
@@ -181,7 +176,7 @@ def _describe_event(request: GenerationRequest, file: bytes, *, seed: int) -> di
     }
 
 
-PICTURES_SCHEMA = {
+IMAGES_SCHEMA = {
     "type": "object",
     "required": ["created", "data", "warnings"],
     "properties": {
@@ -193,10 +188,10 @@ PICTURES_SCHEMA = {
                 "required": ["seed", "parameters", "unet_calls"],
                 "properties": {
                     "b64_json": {"type": "string", "contentEncoding": "base64"},
-                    "url": {"type": "string", "description": "with response_format url: the picture as a data: URL"},
+                    "url": {"type": "string", "description": "with response_format url: the image as a data: URL"},
                     "seed": {"type": "integer"},
-                    "parameters": {"type": "object", "description": "the fields that make this picture again"},
-                    "unet_calls": {"type": "string", "description": "made for it, such as 11 of 30"},
+                    "parameters": {"type": "object", "description": "the fields that generate this image again"},
+                    "unet_calls": {"type": "string", "description": "UNet calls for it, such as 11 of 30"},
                 },
             },
         },
@@ -207,7 +202,7 @@ PICTURES_SCHEMA = {
 }
 ERROR_SCHEMA = {
     "type": "object",
-    "description": "The handler's errors have `error`; TorchServe's own have the other three.",
+    "description": "The handler's errors have `error`. TorchServe's own errors have the other three.",
     "properties": {
         "error": {
             "type": "object",
@@ -216,7 +211,7 @@ ERROR_SCHEMA = {
                 "message": {"type": "string"},
                 "type": {"type": "string"},
                 "param": {"type": ["string", "null"]},
-                "code": {"type": "integer", "description": "the HTTP status, also where one of 200 was sent before"},
+                "code": {"type": "integer", "description": "the HTTP status, even if the response began with 200"},
             },
         },
         "code": {"type": "integer"},

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sdxl_server.api.native import ERROR_SCHEMA, PICTURES_SCHEMA
+from sdxl_server.api.native import ERROR_SCHEMA, IMAGES_SCHEMA
 from sdxl_server.request.contract import Contract
 
 
@@ -12,34 +12,34 @@ def build_openapi(contract: Contract, *, model: str = "diffusion_fast") -> dict[
     form = contract.build_schema(is_form=True)
     binary = {"schema": {"type": "string", "format": "binary"}}
     headers = {
-        "X-Seed": {"description": "the first picture's seed", "schema": {"type": "string"}},
-        "X-Request-Id": {"description": "what the server's log calls the request", "schema": {"type": "string"}},
+        "X-Seed": {"description": "the first image's seed", "schema": {"type": "string"}},
+        "X-Request-Id": {"description": "the id of the request in the server's log", "schema": {"type": "string"}},
         "X-Warning": {
-            "description": "what was left out, such as the end of a long prompt",
+            "description": "warnings, such as the end of a prompt that is too long",
             "schema": {"type": "string"},
         },
     }
     errors = {
-        "400": "a field that cannot be accepted, or a token that is missing or wrong",
-        "413": "a request of more bytes than max_request_size",
-        "500": "the picture failed: the message or the server's log says why",
+        "400": "a wrong field, or an API key (token) that is missing or wrong",
+        "413": "more bytes than max_request_size",
+        "500": "generation failed; the message or the server's log gives the reason",
         "503": "the queue is full, or no worker is ready",
-        "504": "the timeout would pass, or has passed, before the picture is made",
-        "507": "the worker stopped while it made the picture",
+        "504": "the timeout would pass, or has passed, before the last step",
+        "507": "the worker stopped during the request",
     }
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "Stable Diffusion XL from TorchServe",
             "version": "1.0",
-            "description": "A prompt in, pictures out. Names and meanings are those of diffusers' pipelines.",
+            "description": "Images for a prompt. Names and meanings are those of diffusers' pipelines.",
         },
         "security": [{"token": []}],
         "paths": {
             f"/predictions/{model}": {
                 "post": {
                     "operationId": "generate",
-                    "summary": "Make pictures for a prompt",
+                    "summary": "Generate images for a prompt",
                     "requestBody": {
                         "required": True,
                         "content": {
@@ -50,8 +50,8 @@ def build_openapi(contract: Contract, *, model: str = "diffusion_fast") -> dict[
                     },
                     "responses": {
                         "200": {
-                            "description": "One picture as itself; several, or any with Accept: application/json, "
-                            "as JSON. Work that fails after its first step ends the answer with an Error instead.",
+                            "description": "One image as a file. Several images, or any with Accept: application/json, "
+                            "as JSON. A failure after the first step ends the response with an Error.",
                             "headers": headers,
                             "content": {
                                 **{f"image/{name}": binary for name in ("jpeg", "png", "webp")},
@@ -59,7 +59,7 @@ def build_openapi(contract: Contract, *, model: str = "diffusion_fast") -> dict[
                                 "application/json": {
                                     "schema": {
                                         "anyOf": [
-                                            {"$ref": "#/components/schemas/Pictures"},
+                                            {"$ref": "#/components/schemas/Images"},
                                             {"$ref": "#/components/schemas/Error"},
                                         ]
                                     }
@@ -79,6 +79,6 @@ def build_openapi(contract: Contract, *, model: str = "diffusion_fast") -> dict[
         },
         "components": {
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
-            "schemas": {"GenerationRequest": schema, "Pictures": PICTURES_SCHEMA, "Error": ERROR_SCHEMA},
+            "schemas": {"GenerationRequest": schema, "Images": IMAGES_SCHEMA, "Error": ERROR_SCHEMA},
         },
     }

@@ -1,11 +1,12 @@
-"""Warnings about a request: what of it has no effect, or was perhaps meant otherwise."""
+"""Warnings about a request: parts without effect, and likely mistakes."""
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sdxl_server.api.image_files import can_hold
-from sdxl_server.api.image_metadata import describe_picture
+from sdxl_server.api.bodies import SEND_JSON
+from sdxl_server.api.image_files import has_room
+from sdxl_server.api.image_metadata import describe_image
 from sdxl_server.diffusion.prompt_embedding import choose_chunks, join_fragments, make_provider, read_tokens
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.request.fields import GenerationRequest
@@ -16,17 +17,17 @@ from sdxl_server.sampling.step_plan import has_halves
 from sdxl_server.sampling.trials import measure_growth, write_config
 from sdxl_server.schemas import shorten
 
-SEND_JSON = "send Content-Type: application/json"
 MAX_SHOWN = 5  # fragments of a prompt in one warning
-MOST_GROWTH = 2.0  # of a model's errors; at 2.6 and 3.2 the demonstration model draws 3 to 5 of 8 right, at 1.7 all
-MOST_STEPS = 50  # at which growth is looked for: it falls with them
+MAX_NAMED = 10  # unknown fields in one warning
+MAX_GROWTH = 2.0  # of a model's errors; the demonstration model gets 8 of 8 images right at 1.7, 3 to 5 at 2.6 and 3.2
+MAX_GROWTH_STEPS = 50  # no check above: more steps mean less growth
 
 
-def list_warnings(loaded: LoadedPipeline, request: GenerationRequest, *, told: Sequence[str] = ()) -> list[str]:
-    """Return what of a request is left out, in words.
+def list_warnings(loaded: LoadedPipeline, request: GenerationRequest, *, earlier: Sequence[str] = ()) -> list[str]:
+    """Return the warnings about a checked request.
 
     Args:
-        told: the warnings that there are already.
+        earlier: the warnings from reading the request; the metadata contains them too.
     """
     warnings = []
     for name in PROMPTS:
@@ -36,32 +37,63 @@ def list_warnings(loaded: LoadedPipeline, request: GenerationRequest, *, told: S
     warnings += warn_of_sampling(loaded.pipeline.scheduler, request)
     if not has_halves(request.guidance_scale, loaded.pipeline.unet.config):
         scale = request.guidance_scale
-        why = f"guidance_scale is {scale:g}" if scale <= 1 else "the guidance is an input of this model's UNet"
+        why = f"guidance_scale is {scale:g}" if scale <= 1 else "this model's UNet has the guidance as an input"
         given = [name for name in PROMPTS if name.startswith("negative") and getattr(request, name)]
-        warnings += [f"{name} has no effect, since {why}" for name in given]
+        warnings += [f"{name} has no effect: {why}" for name in given]
     for name in ("strength", "resize_mode"):
         if getattr(request, name) is not None and request.image is None:
             warnings.append(f"{name} has no effect without an image")
     if request.mask_image is not None:
         warnings += warn_of_mask(request.mask_image)
-    described = describe_picture(loaded, request, 0, unet_calls=0, warnings=[*told, *warnings])
-    if loaded.config.embed_parameters and not can_hold(request, described):
-        warnings.append("the prompts are too long for a JPEG to hold what makes it again; PNG and WebP have room")
+    described = describe_image(loaded, request, 0, unet_calls=0, warnings=[*earlier, *warnings])
+    if loaded.config.embed_parameters and not has_room(request, described):
+        warnings.append("the prompts are too long for a JPEG's metadata, which is left out; use PNG or WebP")
     return warnings
 
 
 def warn_of_body(fields: Mapping[str, Any]) -> list[str]:
-    """Return what of a request was perhaps meant otherwise."""
+    """Return a warning if the prompt looks like JSON."""
     prompt = fields.get("prompt")
-    is_alike = isinstance(prompt, str) and prompt.lstrip()[:1] == "{" and prompt.rstrip()[-1:] == "}"
-    return [f"the prompt looks like JSON and is drawn as text; for JSON {SEND_JSON}"] if is_alike else []
+    is_json = isinstance(prompt, str) and prompt.lstrip()[:1] == "{" and prompt.rstrip()[-1:] == "}"
+    return [f"the prompt looks like JSON but is used as text; for JSON {SEND_JSON}"] if is_json else []
+
+
+def warn_of_unknown(names: Sequence[str]) -> list[str]:
+    """Return a warning of OpenAI's or other fields that do not exist here."""
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    shown = ", ".join(shorten(name) for name in names[:MAX_NAMED])
+    return [f"ignored, since there is no such field: {shown}{more}"] if names else []
+
+
+def warn_of_values(fields: Mapping[str, Any], *, accepted: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return warnings of values that have no effect here.
+
+    Args:
+        accepted: by field, the values that need no warning.
+    """
+    return [
+        f"{name} has no effect here with {shorten(value)}, but with {', '.join(accepted[name])}"
+        + ("; the image is opaque" if name == "background" else "")
+        for name, value in fields.items()
+        if value not in accepted[name]
+    ]
+
+
+def warn_of_long_prompts(fields: Mapping[str, Any], *, most: int) -> list[str]:
+    """Return warnings of prompts that are cut to `most` characters."""
+    lengths = {name: len(fields[name]) for name in PROMPTS if isinstance(fields.get(name), str)}
+    return [
+        f"{name} has {length} characters; the first {most} are read"
+        for name, length in lengths.items()
+        if length > most
+    ]
 
 
 def warn_of_syntax(name: str, prompt: str, *, is_weighted: bool = False) -> list[str]:
-    """Return a warning of what means something to other programs, none where there is nothing.
+    """Return a warning of other programs' syntax in a prompt.
 
     Args:
-        is_weighted: weights and BREAK mean something here too, see prompt_weights.py.
+        is_weighted: weights and BREAK have a meaning here too, see prompt_weights.py.
     """
     patterns = [*LITERAL, EMBEDDING, *(() if is_weighted else WEIGHTS)]
     if not prompt.isupper():
@@ -71,12 +103,12 @@ def warn_of_syntax(name: str, prompt: str, *, is_weighted: bool = False) -> list
     if not starts:
         return []
     shown = ", ".join(shorten(text, length=40) for _, text in starts[:MAX_SHOWN])
-    verbs = ("means", "is") if len(starts) == 1 else ("mean", "are")
-    return [f"{name}: {shown} {verbs[0]} nothing here and {verbs[1]} read as plain words"]
+    verbs = ("has", "is") if len(starts) == 1 else ("have", "are")
+    return [f"{name}: {shown} {verbs[0]} no special meaning here and {verbs[1]} read as plain words"]
 
 
 def warn_of_length(name: str, prompt: str, tokenizer: Any, *, chunks: int) -> list[str]:
-    """Return warnings of what of a prompt the text encoders do not read.
+    """Return warnings of the part of a prompt that the text encoders do not read.
 
     Args:
         chunks: see `choose_chunks`.
@@ -87,7 +119,7 @@ def warn_of_length(name: str, prompt: str, tokenizer: Any, *, chunks: int) -> li
         return [f"{name} makes {made} chunks of {most} tokens; the first {chunks} are read"] if made > chunks else []
     warnings = []
     if len(parts) > 1:
-        warnings.append(f"{name}: BREAK begins no chunk here, where graphs for one size read a single one")
+        warnings.append(f"{name}: BREAK starts no new chunk here: graphs for one size read one chunk")
     count = len(tokenizer(join_fragments(parts)).input_ids)
     if count > most:
         warnings.append(f"{name} has {count} tokens; the text encoder reads the first {most}")
@@ -95,27 +127,27 @@ def warn_of_length(name: str, prompt: str, tokenizer: Any, *, chunks: int) -> li
 
 
 def warn_of_mask(mask: Any) -> list[str]:
-    """Return what is odd about a mask, in words."""
-    rule = "a mask is transparent, or without transparency white, where the image is painted anew"
-    told = {0: "protects all of the image, of which nothing is painted anew", 255: "protects nothing of the image"}
+    """Return a warning of a mask that protects everything or nothing."""
     low, high = mask.getextrema()
-    return [f"the mask {told[low]}; {rule}"] if low == high else []
+    protects = {0: "everything: nothing is repainted", 255: "nothing: everything is repainted"}
+    rule = "a mask is repainted where it is transparent, or white if nothing is transparent"
+    return [f"the mask protects {protects[low]}; {rule}"] if low == high else []
 
 
 def warn_of_sampling(own: Any, request: GenerationRequest) -> list[str]:
-    """Return what the scheduler that a request names makes of it, in words.
+    """Return a warning of a sampler whose options increase the model's errors.
 
-    A solver of high order reckons with the changes of the model's predictions, and with its errors too: how much that
-    is depends on its options and on the number of steps.
+    A solver of high order uses differences of predictions, and so amplifies their errors. How much depends on its
+    options and on the number of steps.
     """
     name, options = split_sampler(request.scheduler or type(own).__name__)
-    if not options or request.schedule_field is not None or request.num_inference_steps > MOST_STEPS:
+    if not options or request.schedule_field is not None or request.num_inference_steps > MAX_GROWTH_STEPS:
         return []
     written = json.dumps(options, sort_keys=True)
     growth = measure_growth(write_config(own), name, written, steps=request.num_inference_steps)
-    if growth <= MOST_GROWTH:
+    if growth <= MAX_GROWTH:
         return []
     return [
         f"{name} with these options makes the model's errors {growth:.1f} times as large in "
-        f"{request.num_inference_steps} steps; more steps or a lower solver_order draw better"
+        f"{request.num_inference_steps} steps; use more steps or a lower solver_order"
     ]

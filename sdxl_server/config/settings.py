@@ -1,40 +1,32 @@
-"""The `handler` and `pt2` sections of model-config.yaml; each setting is declared once here."""
+"""The `handler` and `pt2` sections of model-config.yaml, each setting declared once."""
 
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
-from sdxl_server.config.adapter_settings import read_adapters
-from sdxl_server.config.sections import SCHEDULER, any_text, read_section, setting
+from sdxl_server.config.adapter_settings import read_adapter_settings
+from sdxl_server.config.declaration import SCHEDULER, declare, read_section
 from sdxl_server.errors import ConfigError
-from sdxl_server.schemas import (
-    choice,
-    describe_schema,
-    is_valid,
-    real,
-    shares,
-    shorten,
-    switch,
-    whole,
-)
+from sdxl_server.schemas import any_text, choice, describe_schema, is_valid, real, shares, shorten, switch, whole
 
 logger = logging.getLogger(__name__)
 
 MIN_SIDE, MAX_SIDE = 64, 4096  # pixels
-MIN_CALLS = 4  # of the UNet, where some are extrapolated
-COUNT = whole(1, 2**31 - 1)  # what TorchServe counts with
+MIN_CALLS = 4  # UNet calls, if some steps are extrapolated
+TORCHSERVE_COUNT = whole(1, 2**31 - 1)  # TorchServe's integers
 PUBLISHED_KEYS_WITHOUT_EFFECT = {
     "change_comp_config": "Inductor's settings go in pt2: {options: ...}",
     "compile_mode": "use pt2: {mode: ...}",
-    "do_quant": "8 bits are the openvino backend's: pt2: {options: {weight_compression: int8_sym, ...}}",
-    "enable_fused_projections": "the compilers fuse by themselves",
+    "do_quant": "8-bit weights are an option of openvino: pt2: {options: {weight_compression: int8_sym, ...}}",
+    "enable_fused_projections": "the compilers fuse projections themselves",
     "no_bf16": "use dtype: float32",
     "no_sdpa": "scaled_dot_product_attention is always used",
-    "upcast_vae": "beside weights in float16 the VAE is in float32 already",
+    "upcast_vae": "with weights in float16 the VAE is in float32 already",
 }
-# `openvino` is this project's backend; the one that comes with OpenVINO stays selectable for comparison.
+# `openvino` is this project's backend. `openvino_stock` is OpenVINO's own, for comparison.
 BACKEND_NAMES = {"openvino": "openvino_backend", "openvino_stock": "openvino"}
 
 
@@ -42,154 +34,161 @@ BACKEND_NAMES = {"openvino": "openvino_backend", "openvino_stock": "openvino"}
 class HandlerConfig:
     """The `handler` section of model-config.yaml."""
 
-    model_path: str = setting(
-        "Base_Diffusion_model",
+    model_path: str = declare(
         any_text("a folder"),
         "folder of the diffusers pipeline, inside the archive or absolute",
+        value="Base_Diffusion_model",
     )
-    vae_path: str | None = setting(
-        None,
+    vae_path: str | None = declare(
         any_text("a folder"),
-        "folder of a VAE in the place of the model's own, inside the archive or absolute, such as sdxl-vae-fp16-fix; "
-        "with a tiny one (AutoencoderTiny, TAESDXL) pictures are decoded sooner and lack fine detail: lossy",
+        "folder of another VAE, such as sdxl-vae-fp16-fix, inside the archive or absolute; a tiny one "
+        "(AutoencoderTiny, TAESDXL) decodes faster, without fine detail: lossy",
+        value=None,
         null="the model's own",
     )
-    weights_sha256: str | None = setting(
-        None,
+    weights_sha256: str | None = declare(
         {"type": "string", "pattern": "^[0-9a-f]{64}$", "x-accepted": "a SHA-256 in 64 hexadecimal digits"},
-        "the digest that the weights must have, as `describe` tells it (it depends on `dtype`)",
+        "required digest of the weights, as `describe` reports it; it depends on `dtype`",
+        value=None,
         null="any weights",
     )
-    is_xl: bool | None = setting(
-        None,
+    is_xl: bool | None = declare(
         switch(),
-        "true: Stable Diffusion XL; false: Stable Diffusion 1.x or 2.x; the load fails where the model is another",
+        "true: Stable Diffusion XL; false: Stable Diffusion 1.x or 2.x; another model is an error",
+        value=None,
         null="as the model says",
     )
-    dtype: str = setting(
-        "auto",
+    dtype: str = declare(
         choice("auto", "float32", "bfloat16", "float16"),
-        "type of the weights, and of the arithmetic where `pt2` says no other; `auto`: float16 on a GPU and for "
-        "OpenVINO on a CPU, which computes in bfloat16 or 8 bits from it, bfloat16 for other backends, and float32 "
-        "where the arithmetic is float32",
+        "type of the weights, and of the arithmetic unless `pt2` changes it; `auto`: float16 on a GPU and for OpenVINO "
+        "on a CPU (computed in bfloat16 or 8 bits), float32 for float32 arithmetic, bfloat16 for other backends",
+        value="auto",
     )
-    scheduler: str | Mapping[str, Any] | None = setting(
-        None,
+    scheduler: str | Mapping[str, Any] | None = declare(
         SCHEDULER,
-        "the sampler of requests that name none, such as DPM++ 2M Karras or {name: UniPC, solver_order: 3}",
+        "default sampler, such as DPM++ 2M Karras or {name: UniPC, solver_order: 3}",
+        value=None,
         null="the model's own",
     )
-    adapters: Sequence[Any] | None = setting(
-        None,
+    adapters: Sequence[Any] | None = declare(
         {"type": "array", "maxItems": 100, "x-accepted": "a list of adapters, each of the keys below"},
         "adapters (LoRA)",
+        value=None,
         null="none",
     )
-    max_adapter_rank: int = setting(128, whole(1, 1024), "sum of the ranks of the adapters that a request names")
-    num_inference_steps: int | None = setting(
-        None,
+    max_adapter_rank: int = declare(whole(1, 1024), "maximum sum of the ranks of a request's adapters", value=128)
+    num_inference_steps: int | None = declare(
         whole(1, 1000),
-        "denoising steps",
-        null="30, or as a few-step model's own scheduler says: see docs/models.md",
+        "default denoising steps",
+        value=None,
+        null="30, or the steps of a few-step model: see docs/models.md",
     )
-    guidance_scale: float | None = setting(
-        None,
+    guidance_scale: float | None = declare(
         real(0, 100),
-        "how strongly the prompt steers; at 1 or below not at all",
-        null="5, or as such a few-step model needs",
+        "default guidance: how strongly the prompt guides the image; 1 or less: no guidance",
+        value=None,
+        null="5, or the guidance of a few-step model",
     )
-    unet_calls: int | None = setting(
-        None,
+    unet_calls: int | None = declare(
         whole(MIN_CALLS, 2000),
-        "calls of the UNet to make for a picture, the others forecast; lossy, see docs/benchmarks.md",
+        "default UNet calls per image; other steps are extrapolated: lossy, see docs/benchmarks.md",
+        value=None,
         null="all",
     )
-    guidance_interval: Sequence[float] | None = setting(
-        None,
+    guidance_interval: Sequence[float] | None = declare(
         shares(),
-        "shares of the denoising between which the prompt steers; outside it a step costs half",
+        "from which to which share of the denoising guidance applies; other steps cost half: lossy",
+        value=None,
         null="all",
     )
-    width: int | None = setting(
-        None, whole(MIN_SIDE, MAX_SIDE, multiple_of=8), "pixels", null="the model's own, 1024 for SDXL base"
+    width: int | None = declare(
+        whole(MIN_SIDE, MAX_SIDE, multiple_of=8),
+        "default width in pixels",
+        value=None,
+        null="the model's own, 1024 for SDXL base",
     )
-    height: int | None = setting(None, whole(MIN_SIDE, MAX_SIDE, multiple_of=8), "pixels", null="the model's own")
-    vae_tile_side: int | None = setting(
-        None,
+    height: int | None = declare(
+        whole(MIN_SIDE, MAX_SIDE, multiple_of=8), "default height in pixels", value=None, null="the model's own"
+    )
+    vae_tile_side: int | None = declare(
         whole(MIN_SIDE, MAX_SIDE, multiple_of=32),
-        "pixels; what is larger than its square is decoded in overlapping tiles of this side, which bounds the memory: "
-        "lossy, see docs/models.md",
-        null="all is decoded whole",
+        "pixels; larger images are decoded in overlapping tiles of this side, which limits the memory: lossy, see "
+        "docs/models.md",
+        value=None,
+        null="no tiles",
     )
-    jpeg_quality: int = setting(90, whole(1, 100), "of JPEG and WebP")
-    embed_parameters: bool = setting(
-        True, switch(), "keep prompt, seed and all else that makes a picture again in its file"
+    jpeg_quality: int = declare(whole(1, 100), "default quality of JPEG and WebP", value=90)
+    embed_parameters: bool = declare(
+        switch(), "store prompt, seed and all other parameters in each image file", value=True
     )
-    weighted_prompts: bool = setting(
-        False,
+    weighted_prompts: bool = declare(
         switch(),
-        "read prompts as A1111's users write them, `(word:1.3)`, `[word]` and `BREAK`, and more than 77 tokens in "
-        "chunks; brackets are then no longer plain",
+        "accept A1111's prompt syntax, `(word:1.3)`, `[word]` and `BREAK`, and more than 77 tokens in chunks; brackets "
+        "are then not plain text",
+        value=False,
     )
-    preview: str = setting(
-        "fast",
+    preview: str = declare(
         choice("fast", "exact"),
-        "of a picture on its way: `exact`: decoded as the picture is, which costs as much each time; `fast`: in "
-        "milliseconds, without fine detail, by colours fitted to the VAE at the warm-up; the picture is the same",
+        "previews during generation; `exact`: decoded by the VAE, which takes as long as the image; `fast`: in "
+        "milliseconds without fine detail, with colours fitted to the VAE at the warm-up. The final image is equal",
+        value="fast",
     )
-    allowed_sizes: Sequence[str] | None = setting(
-        None,
+    allowed_sizes: Sequence[str] | None = declare(
         {
             "type": "array",
             "minItems": 1,
             "items": {"type": "string", "pattern": r"^[1-9]\d{1,3}x[1-9]\d{1,3}$"},
             "x-accepted": "a list of sizes such as 1024x1024, in multiples of 8",
         },
-        "no others are made",
-        null="any",
+        "the only sizes of images",
+        value=None,
+        null="any size",
     )
-    max_side: int = setting(2048, whole(MIN_SIDE, MAX_SIDE), "of a picture, in pixels")
-    max_steps: int = setting(150, whole(1, 1000), "denoising steps of a request")
-    max_images: int = setting(10, whole(1, 100), "pictures of a request")
-    max_megapixel_steps: float = setting(
-        350, real(0.001, 1e6), "pictures × calls of the UNet × megapixels of a request; a step is one call or two"
+    max_side: int = declare(whole(MIN_SIDE, MAX_SIDE), "largest width and height of an image, in pixels", value=2048)
+    max_steps: int = declare(whole(1, 1000), "maximum denoising steps of a request", value=150)
+    max_images: int = declare(whole(1, 100), "maximum images of a request", value=10)
+    max_megapixel_steps: float = declare(
+        real(0.001, 1e6),
+        "maximum of images × UNet calls × megapixels of a request; a step has one call or two",
+        value=350,
     )
-    max_prompt_characters: int = setting(2000, whole(1, 3000), "of each of its prompts")
-    max_timeout: float = setting(3600, real(1, 1e6), "seconds of work on a request")
-    graphs: str | None = setting(
-        None,
+    max_prompt_characters: int = declare(whole(1, 3000), "maximum characters of each prompt", value=2000)
+    max_timeout: float = declare(real(1, 1e6), "maximum seconds of work on a request", value=3600)
+    graphs: str | None = declare(
         choice("static", "dynamic", "both"),
-        "of openvino, which sizes a graph is for: `dynamic`: one graph for all sizes; `static`: one for each of "
-        "`allowed_sizes`, or for the size above alone, faster, each with a copy of the weights; `both`: one for the "
-        "size above and one for all others",
-        null="static where `allowed_sizes` holds one size, or else dynamic",
+        "image sizes of openvino's graphs; `dynamic`: one graph for all sizes; `static`: one for each of "
+        "`allowed_sizes`, or only for the default size: faster, with a copy of the weights in each graph; `both`: one "
+        "for the default size and one for all others",
+        value=None,
+        null="static if `allowed_sizes` has one size, dynamic otherwise",
     )
-    max_running: int = setting(
-        3, whole(1, 1000), "requests that make steps: the picture under way, and those behind it, which make the first"
+    max_running: int = declare(
+        whole(1, 1000),
+        "requests that make steps: the current one, and the next ones, which make their first step",
+        value=3,
     )
-    max_waiting: int = setting(
-        5, whole(0, 1000), "requests behind them that wait, told their place; one more is answered with 503"
+    max_waiting: int = declare(
+        whole(0, 1000), "requests that wait behind them and get their place in the queue; one more gets 503", value=5
     )
-    compile_unet: bool = setting(True, switch(), "compile the UNet with `pt2`")
-    compile_vae: bool = setting(
-        True, switch(), "compile the VAE with `pt2`; its encoder at the first request with an image"
+    compile_unet: bool = declare(switch(), "compile the UNet with `pt2`", value=True)
+    compile_vae: bool = declare(
+        switch(), "compile the VAE with `pt2`; its encoder at the first request with an image", value=True
     )
-    compile_text_encoders: bool = setting(True, switch(), "compile the text encoders with `pt2`")
-    warm_up: bool = setting(
-        True,
+    compile_text_encoders: bool = declare(switch(), "compile the text encoders with `pt2`", value=True)
+    warm_up: bool = declare(
         switch(),
-        "before the worker is ready make a picture for each graph, of `allowed_sizes` or the size above, and a small "
-        "one for a graph of any size, in as few steps as compile everything, so that no user waits for compilation; "
-        "the VAE's encoder is left to the first image, but for an inpainting model",
+        "before the worker is ready, generate an image of few steps for each graph, so that no user waits for "
+        "compilation; the VAE's encoder is compiled only for inpainting models",
+        value=True,
     )
-    metrics_address: str | None = setting(
-        None,
+    metrics_address: str | None = declare(
         {"type": "string", "pattern": r"^[\w.-]+:\d{1,5}$", "x-accepted": "host:port"},
-        "where each worker answers GET /metrics, for Prometheus, and /ready, without a token; one for each worker, of "
-        "loopback or a network that is closed to others, such as 127.0.0.1:9108",
+        "where each worker serves GET /metrics, for Prometheus, and /ready, without an API key; one per worker, on "
+        "loopback or a private network, such as 127.0.0.1:9108",
+        value=None,
         null="nowhere",
     )
-    profile: bool = setting(False, switch(), "log the time of each stage of each request, in milliseconds")
+    profile: bool = declare(switch(), "log the time of each stage of each request, in milliseconds", value=False)
 
     @classmethod
     def parse(cls, raw: Any) -> Self:
@@ -208,7 +207,7 @@ class HandlerConfig:
                 )
                 raw = {key: value for key, value in raw.items() if key not in ignored}
         config: Self = read_section(cls, raw, "handler")
-        config = dataclasses.replace(config, adapters=read_adapters(config.adapters or ()) or None)
+        config = dataclasses.replace(config, adapters=read_adapter_settings(config.adapters or ()) or None)
         for width, height in config.read_sizes():
             if width % 8 or height % 8 or not MIN_SIDE <= min(width, height) <= max(width, height) <= config.max_side:
                 raise ConfigError(
@@ -218,29 +217,35 @@ class HandlerConfig:
         return config
 
     def read_sizes(self) -> tuple[tuple[int, int], ...]:
-        """Return the allowed sizes as width and height in pixels, none where any is allowed."""
+        """Return the allowed sizes (width, height) in pixels, none if any size is allowed."""
         split = (size.partition("x") for size in self.allowed_sizes or ())
         return tuple((int(width), int(height)) for width, _, height in split)
 
 
 @dataclass(frozen=True)
 class CompileConfig:
-    """torch.compile's keywords as the `pt2` section gives them. `backend` None means eager PyTorch."""
+    """The `pt2` section: keywords of torch.compile. Without a `backend` PyTorch runs eagerly."""
 
-    backend: str | None = setting(
-        None,
+    backend: str | None = declare(
         any_text("the name of a torch.compile backend"),
-        "openvino, inductor, openvino_stock, or another of torch.compile's",
+        "openvino, inductor, openvino_stock, or another backend of torch.compile",
+        value=None,
     )
-    mode: str | None = setting(
-        None, any_text("a mode of torch.compile"), "of inductor, such as reduce-overhead; not beside `options`"
+    mode: str | None = declare(
+        any_text("a mode of torch.compile"),
+        "mode of inductor, such as reduce-overhead; not together with `options`",
+        value=None,
     )
-    dynamic: bool | None = setting(None, switch(), "torch.compile's; openvino takes false only", null="its default")
-    fullgraph: bool | None = setting(None, switch(), "torch.compile's; openvino takes true only", null="its default")
-    options: Mapping[str, Any] | None = setting(
-        None,
+    dynamic: bool | None = declare(
+        switch(), "torch.compile's keyword; openvino accepts only false", value=None, null="its default"
+    )
+    fullgraph: bool | None = declare(
+        switch(), "torch.compile's keyword; openvino accepts only true", value=None, null="its default"
+    )
+    options: Mapping[str, Any] | None = declare(
         {"type": "object", "x-accepted": "the backend's options by name"},
-        "the backend's own; those of openvino stand below",
+        "options of the backend; openvino's are listed below",
+        value=None,
         null="none",
     )
 
@@ -282,21 +287,21 @@ class CompileConfig:
 
             try:
                 Options.parse(self.options)
-            except ValueError as error:  # OptionsError, or a number that Python refuses to write
+            except ValueError as error:  # OptionsError, or a number with too many digits to print
                 raise ConfigError(f"{section}.options: {error}") from error
-            # What dynamo cannot trace would run in eager PyTorch, and OpenVINO is told each shape.
+            # Otherwise code that dynamo cannot trace would run in eager PyTorch, and OpenVINO needs each shape.
             if self.dynamic or self.fullgraph is False:
-                raise ConfigError(f"{section}: openvino compiles each part whole, with dynamic: false, fullgraph: true")
+                raise ConfigError(f"{section}: openvino needs dynamic: false and fullgraph: true, or neither key")
         if self.mode is not None and self.backend != "inductor":
-            raise ConfigError(f"{section}.mode belongs to the inductor backend, not to {shorten(self.backend)}")
+            raise ConfigError(f"{section}.mode is for the inductor backend, not for {shorten(self.backend)}")
         if self.mode is not None and self.options is not None:
-            raise ConfigError(f"{section} takes mode or options, not both: torch.compile derives one from the other")
+            raise ConfigError(f"{section} takes mode or options, not both: a mode is a set of options")
         if self.mode is not None and self.mode not in (modes := torch._inductor.list_mode_options()):
             raise ConfigError(f"{section}.mode takes one of {', '.join(modes)}, not {shorten(self.mode)}")
 
 
 def check_server_keys(settings: Any) -> None:
-    """Refuse keys of TorchServe's that it reads as something else.
+    """Refuse values of TorchServe's own keys that it would replace silently.
 
     Raises:
         ConfigError: names the key, what is accepted and what was given.
@@ -304,8 +309,26 @@ def check_server_keys(settings: Any) -> None:
     if not isinstance(settings, Mapping):
         raise ConfigError(f"model-config.yaml takes keys and values, not {shorten(settings)}")
     for key in ("jobQueueSize", "responseTimeout"):
-        if key in settings and not is_valid(settings[key], COUNT):
+        if key in settings and not is_valid(settings[key], TORCHSERVE_COUNT):
             raise ConfigError(
-                f"{key} takes {describe_schema(COUNT)}, not {shorten(settings[key])}, in whose place TorchServe would "
-                "take a number of its own"
+                f"{key} takes {describe_schema(TORCHSERVE_COUNT)}, not {shorten(settings[key])}; TorchServe would use "
+                "its own default instead"
             )
+
+
+def check_is_text(file: Path) -> None:
+    """Refuse a model-config.yaml that TorchServe cannot read, if it exists.
+
+    Raises:
+        ConfigError: it is not UTF-8, with or without a byte order mark.
+    """
+    raw = file.read_bytes() if file.exists() else b""
+    try:
+        is_text = "\0" not in raw.decode("utf-8")
+    except UnicodeDecodeError:
+        is_text = False
+    if not is_text:
+        raise ConfigError(
+            f"{file.name} is not UTF-8 (PowerShell's > and some editors write UTF-16): save it as UTF-8, for "
+            "example with `iconv -f UTF-16 -t UTF-8`, and make the archive again"
+        )

@@ -72,11 +72,11 @@ def choose_sizes(loaded: LoadedPipeline) -> list[tuple[int, int]]:
 
     A first picture of another size takes half a second longer than its next one does.
     """
-    configured, allowed = loaded.contract.size, sorted(loaded.contract.bounds.allowed_sizes, key=math.prod)
+    configured, allowed = loaded.contract.size, sorted(loaded.contract.limits.allowed_sizes, key=math.prod)
     if loaded.graphs not in ("dynamic", "both"):
         return allowed or [configured]
     # No larger than the VAE decodes whole, and of "both" in another shape than its tiles, whose graph is another.
-    side = min(_SIDE, loaded.contract.bounds.max_side // 8 * 8, loaded.config.vae_tile_side or _SIDE)
+    side = min(_SIDE, loaded.config.max_side // 8 * 8, loaded.config.vae_tile_side or _SIDE)
     if loaded.graphs == "dynamic":
         return allowed[:1] or [(side, side)]
     less = max(side - 8, MIN_SIDE)

@@ -11,10 +11,10 @@ from sdxl_server.errors import ConfigError, RequestError
 from sdxl_server.model.adapters.registry import Adapter
 from sdxl_server.model.compiling import price_half
 from sdxl_server.model.families import Family
-from sdxl_server.request.adapters import Offer
+from sdxl_server.request.adapters import RegisteredAdapter
 from sdxl_server.request.contract import Contract
-from sdxl_server.request.declaration import Bounds
 from sdxl_server.request.fields import GenerationRequest, build_properties
+from sdxl_server.request.limits import Limits
 from sdxl_server.request.samplers import Samplers, read_sampler
 from sdxl_server.sampling.few_steps import Suited, find_suited
 from sdxl_server.sampling.schedulers import check_options, check_sampling, choose_default, find_samplers, make_scheduler
@@ -48,27 +48,20 @@ def build_contract(
         "quality": config.jpeg_quality,
         "scheduler": sampler,
     }
-    bounds = Bounds(
-        max_prompt_characters=config.max_prompt_characters,
-        weighted_prompts=config.weighted_prompts,
-        max_side=config.max_side,
+    limits = Limits(
+        config=config,
         own_side=own_side,
         multiple=pipeline.vae_scale_factor * 2 ** (len(unet_config.block_out_channels) - 1),
-        max_steps=config.max_steps,
-        max_images=config.max_images,
-        max_megapixel_steps=config.max_megapixel_steps,
-        max_timeout=config.max_timeout,
         allowed_sizes=config.read_sizes() or ((size,) if graphs == "static" else ()),
-        schedulers=samplers,
+        samplers=samplers,
         max_clip_skip=min(getattr(pipeline, each).config.num_hidden_layers for each in family.text_encoders) - 1,
-        adapters=_list_offers(adapters, config, own, samplers),
-        max_adapter_rank=config.max_adapter_rank,
+        adapters=_list_registered(adapters, config, own, samplers),
     )
-    properties = build_properties(bounds, defaults=defaults, lacking=family.lacks)
+    properties = build_properties(limits, defaults=defaults, lacking=family.lacks)
     batch = 2 if has_halves(defaults["guidance_scale"], unet_config) else 1
     half = price_half(config, graphs, batch=batch)
     count_calls = functools.partial(_count_calls, pipeline, samplers, half)
-    contract = Contract(properties, bounds, count_calls, half, batch, family.needs)
+    contract = Contract(properties, limits, count_calls, half, batch, family.needs)
     try:
         contract.check_sample({"prompt": "what a request gets that says no more", **defaults})
     except RequestError as error:
@@ -88,13 +81,15 @@ def _choose_steps(config: HandlerConfig, suited: Suited) -> dict[str, Any]:
     return {"num_inference_steps": steps, "guidance_scale": guidance}
 
 
-def _list_offers(adapters: Sequence[Adapter], config: HandlerConfig, own: Any, samplers: Samplers) -> dict[str, Offer]:
+def _list_registered(
+    adapters: Sequence[Adapter], config: HandlerConfig, own: Any, samplers: Samplers
+) -> dict[str, RegisteredAdapter]:
     """Return the adapters that requests can name.
 
     Raises:
         ConfigError: the defaults of one do not fit the model; names the key.
     """
-    offers = {}
+    registered = {}
     for index, adapter in enumerate(adapters):
         key, defaults = f"handler.adapters[{index}]", adapter.config.list_defaults()
         if "scheduler" in defaults:
@@ -109,8 +104,8 @@ def _list_offers(adapters: Sequence[Adapter], config: HandlerConfig, own: Any, s
                 f"{defaults['num_inference_steps']}"
             )
         if not adapter.config.fuse:
-            offers[adapter.config.name] = Offer(adapter.config.scale, adapter.rank, defaults)
-    return offers
+            registered[adapter.config.name] = RegisteredAdapter(adapter.config.scale, adapter.rank, defaults)
+    return registered
 
 
 def _count_calls(pipeline: Any, samplers: Samplers, half: float, request: GenerationRequest) -> float:

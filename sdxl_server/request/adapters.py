@@ -1,4 +1,4 @@
-"""The adapters that requests can name, and what they say of them."""
+"""The adapters that requests can name, and how requests name them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,18 +6,18 @@ from typing import Any
 
 from sdxl_server.schemas import Schema, choice, describe_schema, is_valid, load_json, real, shorten
 
-SCALE = real(-100, 100)
-EXAMPLE = '[{"name": "outline", "scale": 0.8}]'
+SCALE_SCHEMA = real(-100, 100)
+ADAPTERS_EXAMPLE = '[{"name": "outline", "scale": 0.8}]'
 
 
 @dataclass(frozen=True)
-class Offer:
+class RegisteredAdapter:
     """An adapter that requests can name.
 
     Attributes:
-        scale: unless a request says otherwise.
-        rank: the largest of its layers.
-        defaults: of requests that name it, by field.
+        scale: the default scale.
+        rank: the largest rank of its layers.
+        defaults: by field, the defaults of requests that name it.
     """
 
     scale: float
@@ -25,43 +25,47 @@ class Offer:
     defaults: Mapping[str, Any]
 
 
-def make_adapter_schema(offers: Mapping[str, Offer]) -> Schema:
-    """Return the JSON Schema of the adapters of a request."""
-    if not offers:
-        return {"type": "array", "maxItems": 0, "x-accepted": "an empty list, as no adapters are on offer here"}
+def build_adapters_schema(registered: Mapping[str, RegisteredAdapter]) -> Schema:
+    """Return the JSON Schema of a request's adapters."""
+    if not registered:
+        return {"type": "array", "maxItems": 0, "x-accepted": "an empty list: this server has no adapters"}
     item = {
         "type": "object",
         "required": ["name"],
         "additionalProperties": False,
-        "properties": {"name": choice(*offers), "scale": SCALE},
+        "properties": {"name": choice(*registered), "scale": SCALE_SCHEMA},
     }
-    accepted = f"a list of names and scales such as {EXAMPLE}, of the adapters {', '.join(offers)}"
-    return {"type": "array", "items": item, "maxItems": len(offers), "x-accepted": accepted}
+    accepted = f"a list of names and scales such as {ADAPTERS_EXAMPLE}, of the adapters {', '.join(registered)}"
+    return {"type": "array", "items": item, "maxItems": len(registered), "x-accepted": accepted}
 
 
-def read_adapters(value: Any, offers: Mapping[str, Offer], *, max_rank: int) -> tuple[dict[str, Any], ...] | None:
-    """Return the adapters of a request, each with its scale; None for none.
+def read_adapters(
+    value: Any, registered: Mapping[str, RegisteredAdapter], *, max_rank: int
+) -> tuple[dict[str, Any], ...] | None:
+    """Return the adapters of a request, each with its scale; None if there are none.
 
     Args:
-        value: a list, or the JSON of one, as forms have it.
+        value: a list, or its JSON text from a form.
 
     Raises:
-        ValueError: names what is accepted and what was given, but for the field.
+        ValueError: what is accepted and what was given. The message continues the field's name.
     """
     if isinstance(value, str):
         value = load_json(value)
-    schema = make_adapter_schema(offers)
+    schema = build_adapters_schema(registered)
     if not isinstance(value, list) or len(value) > schema["maxItems"]:
         raise ValueError(f"takes {schema['x-accepted']}, not {shorten(value)}")
     read = []
     for each in value:
-        if not is_valid(each, schema["items"]) or not is_valid(each.get("scale", 0), SCALE):
-            raise ValueError(f"takes {schema['x-accepted']}, each scale {describe_schema(SCALE)}, not {shorten(each)}")
-        read.append({"name": each["name"], "scale": float(each.get("scale", offers[each["name"]].scale))})
+        if not is_valid(each, schema["items"]) or not is_valid(each.get("scale", 0), SCALE_SCHEMA):  # NaN
+            raise ValueError(
+                f"takes {schema['x-accepted']}, each scale {describe_schema(SCALE_SCHEMA)}, not {shorten(each)}"
+            )
+        read.append({"name": each["name"], "scale": float(each.get("scale", registered[each["name"]].scale))})
     names = [each["name"] for each in read]
     if len(set(names)) < len(names):
         raise ValueError(f"takes each adapter once, not {', '.join(names)}")
-    rank = sum(offers[name].rank for name in names)
+    rank = sum(registered[name].rank for name in names)
     if rank > max_rank:
-        raise ValueError(f"takes adapters whose ranks are {max_rank} together at most, not {rank}: {', '.join(names)}")
+        raise ValueError(f"takes adapters with a sum of ranks of at most {max_rank}, not {rank}: {', '.join(names)}")
     return tuple(read) or None

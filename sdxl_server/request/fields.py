@@ -1,8 +1,8 @@
 """The fields of a request, each declared once.
 
-All else follows from a declaration: the JSON Schema that checks a request and its row in docs/requests.md and in
-docs/openapi.json, the argument of diffusers' pipeline, what describes a picture, query.py's option, what the fuzzer
-sends. docs/extending.md walks a field through.
+A declaration gives everything else: the JSON Schema, the rows in docs/requests.md and docs/openapi.json, the argument
+of diffusers' pipeline, the metadata of an image, the option of query.py, and the fuzzer's input. docs/extending.md
+shows how to add a field.
 """
 
 import dataclasses
@@ -10,275 +10,239 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sdxl_server.config.declaration import NEEDED, Declaration, Role, declare, list_declarations
 from sdxl_server.config.settings import MIN_CALLS, MIN_SIDE
-from sdxl_server.request.adapters import make_adapter_schema, read_adapters
-from sdxl_server.request.declaration import Bounds, Declaration, Role, declare
+from sdxl_server.request.adapters import build_adapters_schema, read_adapters
+from sdxl_server.request.limits import Limits
 from sdxl_server.request.samplers import make_schema, read_sampler
 from sdxl_server.schemas import Schema, choice, falling, nullable, pair, real, shares, switch, text, whole
 
 MAX_SEED = 2**32 - 1
 RANDOM_SEED = -1
-PICTURE_FORMATS = ("JPEG", "PNG", "WebP", "AVIF", "GIF", "TIFF", "BMP")  # that are read; each decoder is a surface
+IMAGE_FORMATS = ("JPEG", "PNG", "WebP", "AVIF", "GIF", "TIFF", "BMP")  # of uploads; each decoder can be attacked
 SCHEDULES = (
     "StableDiffusionTimesteps",
     "StableDiffusionXLTimesteps",
     "StableDiffusionSigmas",
     "StableDiffusionXLSigmas",
 )
-SCHEDULE_FIELDS = ("timesteps", "sigmas", "schedule")  # of which a request has one
-WITH_IMAGE = "with an image, by its aspect unless given"
+SCHEDULE_FIELDS = ("timesteps", "sigmas", "schedule")  # a request has one of them at most
+WITH_IMAGE = "with an image, its aspect decides by default"
 PIXELS = {"type": int, "metavar": "PIXELS"}
 COUNT = {"type": int, "metavar": "N"}
 NUMBER = {"type": float, "metavar": "X"}
+UPLOAD: Schema = {
+    "type": "string",
+    "contentEncoding": "base64",
+    "x-accepted": f"an image ({', '.join(IMAGE_FORMATS)}) in base64, or its data URL",
+}
 
 
-def _prompt(bounds: Bounds) -> Schema:
-    return text(bounds.max_prompt_characters)
+def _prompt(limits: Limits) -> Schema:
+    return text(limits.config.max_prompt_characters)
 
 
-def _side(bounds: Bounds) -> Schema:
-    return whole(MIN_SIDE, bounds.max_side, multiple_of=8)
-
-
-def _pair(_: Bounds) -> Schema:
-    return pair(0, 65536)
-
-
-def _upload(_: Bounds) -> Schema:
-    accepted = f"a picture ({', '.join(PICTURE_FORMATS)}) in base64, or its data URL"
-    return {"type": "string", "contentEncoding": "base64", "x-accepted": accepted}
+def _side(limits: Limits) -> Schema:
+    return whole(MIN_SIDE, limits.config.max_side, multiple_of=8)
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """The pictures to make, every field checked. Names and meanings are diffusers'."""
+    """A request with every field checked. Names and meanings are diffusers'."""
 
     prompt: str = declare(
-        Role.PICTURE, lambda bounds: text(bounds.max_prompt_characters, is_needed=True), "what the picture shows"
+        lambda limits: text(limits.config.max_prompt_characters, is_needed=True), "what the image shows"
     )
-    width: int = declare(Role.PICTURE, _side, f"pixels; {WITH_IMAGE}", option=PIXELS)
-    height: int = declare(Role.PICTURE, _side, f"pixels; {WITH_IMAGE}", option=PIXELS)
+    width: int = declare(_side, f"pixels; {WITH_IMAGE}", option=PIXELS)
+    height: int = declare(_side, f"pixels; {WITH_IMAGE}", option=PIXELS)
     seed: int = declare(
-        Role.PICTURE,
-        lambda _: whole(RANDOM_SEED, MAX_SEED),
-        f"of the first picture, each further one has the next (after {MAX_SEED} 0); none or {RANDOM_SEED}: random",
+        whole(RANDOM_SEED, MAX_SEED),
+        f"seed of the first image; each later image has the next number, 0 after {MAX_SEED}. None or {RANDOM_SEED}: "
+        "random",
         option=COUNT,
         is_argument=False,
     )
-    prompt_2: str | None = declare(
-        Role.PICTURE, _prompt, "for the second text encoder; without it, `prompt`", value=None, option={}
-    )
+    prompt_2: str | None = declare(_prompt, "for the second text encoder; default: `prompt`", value=None, option={})
     negative_prompt: str | None = declare(
-        Role.PICTURE,
-        _prompt,
-        "what the picture should not show; without effect at a guidance of 1 or below",
-        value=None,
-        option={},
+        _prompt, "what the image should not show; no effect with a guidance of 1 or less", value=None, option={}
     )
     negative_prompt_2: str | None = declare(
-        Role.PICTURE, _prompt, "for the second text encoder; without it, `negative_prompt`", value=None, option={}
+        _prompt, "for the second text encoder; default: `negative_prompt`", value=None, option={}
     )
     num_inference_steps: int = declare(
-        Role.PICTURE, lambda bounds: whole(1, bounds.max_steps), "denoising steps", value=30, option=COUNT
+        lambda limits: whole(1, limits.config.max_steps), "denoising steps", value=30, option=COUNT
     )
     guidance_scale: float = declare(
-        Role.PICTURE,
-        lambda _: real(0, 100),
-        "how strongly the prompt steers; at 1 or below not at all",
-        value=5.0,
-        option=NUMBER,
+        real(0, 100), "how strongly the prompt guides the image; 1 or less: no guidance", value=5.0, option=NUMBER
     )
-    guidance_rescale: float = declare(
-        Role.PICTURE,
-        lambda _: real(0, 1),
-        "against overexposed pictures under strong guidance",
-        value=0.0,
-        option=NUMBER,
-    )
+    guidance_rescale: float = declare(real(0, 1), "reduces overexposure with strong guidance", value=0.0, option=NUMBER)
     unet_calls: int | None = declare(
-        Role.PICTURE,
-        lambda bounds: whole(MIN_CALLS, 2 * max(bounds.max_steps, MIN_CALLS)),
-        "calls of the UNet to make, the others forecast (lossy); `strength` and `denoising_end` shorten it",
+        lambda limits: whole(MIN_CALLS, 2 * max(limits.config.max_steps, MIN_CALLS)),
+        "UNet calls; other steps are extrapolated (lossy). `strength` and `denoising_end` reduce it",
         value=None,
         option=COUNT,
         is_argument=False,
     )
     guidance_interval: tuple[float, float] | None = declare(
-        Role.PICTURE,
-        lambda _: shares(),
-        "shares of the denoising between which the prompt steers; outside it a step costs half",
+        shares(),
+        "from which to which share of the denoising guidance applies; other steps cost half",
         value=None,
         option={"type": float, "nargs": 2, "metavar": ("FROM", "TO")},
         is_argument=False,
     )
     num_images_per_prompt: int = declare(
-        Role.DELIVERY,
-        lambda bounds: whole(1, bounds.max_images),
-        "pictures, made one by one",
+        lambda limits: whole(1, limits.config.max_images),
+        "images, generated one after another",
         value=1,
+        role=Role.DELIVERY,
         option=COUNT,
         is_argument=False,
     )
     scheduler: str | Mapping[str, Any] | None = declare(
-        Role.PICTURE,
-        lambda bounds: make_schema(bounds.schedulers),
-        "the sampler: diffusers' name, another program's, or an object of a name and options",
+        lambda limits: make_schema(limits.samplers),
+        "the sampler: a name from diffusers or another program, or an object with a name and options",
         value=None,
         option={"metavar": "NAME"},
         is_argument=False,
-        read=lambda value, bounds: read_sampler(value, bounds.schedulers),
+        read=lambda value, limits: read_sampler(value, limits.samplers),
     )
     adapters: tuple[Mapping[str, Any], ...] | None = declare(
-        Role.PICTURE,
-        lambda bounds: make_adapter_schema(bounds.adapters),
-        "adapters (LoRA) to draw with, each with its scale; they may bring other defaults",
+        lambda limits: build_adapters_schema(limits.adapters),
+        "adapters (LoRA), each with its scale; an adapter can change other defaults",
         value=None,
         option={"metavar": "JSON"},
         is_argument=False,
-        read=lambda value, bounds: read_adapters(value, bounds.adapters, max_rank=bounds.max_adapter_rank),
+        read=lambda value, limits: read_adapters(value, limits.adapters, max_rank=limits.config.max_adapter_rank),
     )
     clip_skip: int | None = declare(
-        Role.PICTURE,
-        lambda bounds: whole(0, bounds.max_clip_skip),
-        "last layers of the text encoders to leave out",
+        lambda limits: whole(0, limits.max_clip_skip),
+        "number of last layers of the text encoders to skip",
         value=None,
         option=COUNT,
     )
     denoising_end: float | None = declare(
-        Role.PICTURE,
-        lambda _: {**real(0, 1), "exclusiveMinimum": 0},
-        "share of the denoising after which to stop",
+        {**real(0, 1), "exclusiveMinimum": 0},
+        "share of the denoising after which it stops",
         value=None,
         option={"type": float, "metavar": "SHARE"},
     )
     timesteps: tuple[int, ...] | None = declare(
-        Role.PICTURE,
-        lambda bounds: falling(whole(0, 999), bounds.max_steps, "a list of falling whole numbers from 0 to 999"),
-        "the timesteps themselves, for `num_inference_steps`; some schedulers take them",
+        lambda limits: falling(whole(0, 999), limits.config.max_steps, "a list of falling whole numbers from 999 to 0"),
+        "the timesteps, instead of `num_inference_steps`; some schedulers accept them",
         value=None,
         option={"type": int, "nargs": "+", "metavar": "T"},
         is_argument=False,
     )
     sigmas: tuple[float, ...] | None = declare(
-        Role.PICTURE,
-        lambda bounds: falling(real(0, 1e6), bounds.max_steps + 1, "a list of falling numbers from 0 on, the last 0"),
-        "the noise levels themselves, the last 0, for `num_inference_steps`; some schedulers take them",
+        lambda limits: falling(real(0, 1e6), limits.config.max_steps + 1, "a list of falling numbers that ends with 0"),
+        "the noise levels, the last 0, instead of `num_inference_steps`; some schedulers accept them",
         value=None,
         option={"type": float, "nargs": "+", "metavar": "SIGMA"},
         is_argument=False,
     )
     schedule: str | None = declare(
-        Role.PICTURE,
-        lambda _: choice(*SCHEDULES),
-        "one of diffusers' AysSchedules, for `num_inference_steps`; for models that predict the noise",
+        choice(*SCHEDULES),
+        "one of diffusers' AysSchedules, instead of `num_inference_steps`; for models that predict the noise",
         value=None,
         option={"choices": SCHEDULES},
         is_argument=False,
     )
     original_size: tuple[int, int] | None = declare(
-        Role.PICTURE,
-        _pair,
-        "height and width that the picture passes for; small ones look blurred",
+        pair(0, 65536),
+        "height and width of the imagined original image; small values look blurred",
         value=None,
         option={"type": int, "nargs": 2, "metavar": ("HEIGHT", "WIDTH")},
     )
     crops_coords_top_left: tuple[int, int] | None = declare(
-        Role.PICTURE,
-        _pair,
-        "top and left of the crop that the picture passes for",
+        pair(0, 65536),
+        "top and left of the imagined crop",
         value=None,
         option={"type": int, "nargs": 2, "metavar": ("TOP", "LEFT")},
     )
     target_size: tuple[int, int] | None = declare(
-        Role.PICTURE,
-        _pair,
-        "height and width that the picture is made for",
+        pair(0, 65536),
+        "height and width of the imagined target image",
         value=None,
         option={"type": int, "nargs": 2, "metavar": ("HEIGHT", "WIDTH")},
     )
     image: Any = declare(
-        Role.PICTURE,
-        _upload,
-        "a picture to start from (image-to-image); what is transparent counts as white",
+        UPLOAD,
+        "an image to start from (image-to-image); transparent pixels become white",
         value=None,
         option={"type": "Path", "metavar": "FILE"},
         is_upload=True,
     )
     mask_image: Any = declare(
-        Role.PICTURE,
-        _upload,
-        "a mask: transparent, or without transparency white, where `image` is painted anew (inpainting)",
+        UPLOAD,
+        "a mask for inpainting: `image` is repainted where the mask is transparent, or white if nothing is transparent",
         value=None,
         option={"type": "Path", "metavar": "FILE"},
         is_upload=True,
     )
     resize_mode: str | None = declare(
-        Role.PICTURE,
-        lambda _: choice("crop", "pad"),
-        "how `image` is brought to another aspect: cut at its edges, or with white bars; crop unless given",
+        choice("crop", "pad"),
+        "how `image` gets another aspect: `crop` cuts its edges, `pad` adds white bars; default: crop",
         value=None,
         option={"choices": ("crop", "pad")},
         is_argument=False,
     )
     strength: float | None = declare(
-        Role.PICTURE,
-        lambda _: real(0, 1),
-        "how far to go from `image`, and without effect where there is none; 0.8 unless given, with a mask 1",
+        real(0, 1),
+        "how much `image` changes; no effect without an image; default: 0.8, or 1 with a mask",
         value=None,
         option=NUMBER,
     )
     output_format: str = declare(
-        Role.FILE,
-        lambda _: choice("jpeg", "png", "webp"),
-        "of the answer",
+        choice("jpeg", "png", "webp"),
+        "file format of the images",
         value="jpeg",
+        role=Role.FILE,
         option={"choices": ("jpeg", "png", "webp")},
         is_argument=False,
     )
     quality: int = declare(
-        Role.FILE, lambda _: whole(1, 100), "of a JPEG or WebP", value=90, option=COUNT, is_argument=False
+        whole(1, 100), "quality of a JPEG or WebP", value=90, role=Role.FILE, option=COUNT, is_argument=False
     )
     response_format: str = declare(
-        Role.DELIVERY,
-        lambda _: choice("b64_json", "url"),
-        "of a picture in JSON: `b64_json`, base64; `url`, a data: URL",
+        choice("b64_json", "url"),
+        "an image in JSON: `b64_json` is base64, `url` is a data: URL",
         value="b64_json",
+        role=Role.DELIVERY,
         is_argument=False,
     )
     timeout: float = declare(
-        Role.DELIVERY,
-        lambda bounds: real(1, bounds.max_timeout),
-        "seconds of work in which its last step must have been made",
+        lambda limits: real(1, limits.config.max_timeout),
+        "seconds of work until the last step must be complete",
         value=3600,
-        default=lambda bounds: bounds.max_timeout,
+        role=Role.DELIVERY,
         is_argument=False,
     )
     stream: bool = declare(
-        Role.DELIVERY,
-        lambda _: switch(),
-        "answer with server-sent events: one for each step, the previews, each picture",
+        switch(),
+        "respond with server-sent events: steps, previews and images",
         value=False,
+        role=Role.DELIVERY,
         is_argument=False,
     )
     partial_images: int = declare(
-        Role.DELIVERY,
-        lambda _: whole(0, 3),
-        "previews of each picture in a stream; a picture of one step has none",
+        whole(0, 3),
+        "previews of each image in a stream; an image of one step has none",
         value=0,
+        role=Role.DELIVERY,
         is_argument=False,
     )
 
     @property
     def schedule_field(self) -> str | None:
-        """The field that says which steps to make in the place of `num_inference_steps`."""
+        """The field that names the steps instead of `num_inference_steps`."""
         return next((name for name in SCHEDULE_FIELDS if getattr(self, name) is not None), None)
 
     def get_seed(self, index: int) -> int:
-        """Return the seed of picture `index`."""
+        """Return the seed of image `index`."""
         return (self.seed + index) % (MAX_SEED + 1)
 
     def describe(self, index: int = 0) -> dict[str, Any]:
-        """Return what was used for picture `index`, as fields of a request that makes it again, without the images."""
+        """Return the fields that generate image `index` again, without the uploaded images."""
         kept = {
             name: getattr(self, name)
             for name, declaration in DECLARATIONS.items()
@@ -287,26 +251,26 @@ class GenerationRequest:
         return {name: value for name, value in kept.items() if value is not None} | {"seed": self.get_seed(index)}
 
 
-DECLARATIONS: Mapping[str, Declaration] = {
-    each.name: each.metadata["declaration"] for each in dataclasses.fields(GenerationRequest)
-}
+DECLARATIONS: Mapping[str, Declaration] = list_declarations(GenerationRequest)
 
 
 def build_properties(
-    bounds: Bounds, *, defaults: Mapping[str, Any], lacking: Sequence[str] = ()
+    limits: Limits, *, defaults: Mapping[str, Any], lacking: Sequence[str] = ()
 ) -> dict[str, dict[str, Any]]:
-    """Return the JSON Schema of each field under some bounds, with its default and description.
+    """Return the JSON Schema of each field under these limits, with its default and description.
 
     Args:
-        defaults: of the fields whose default the configuration or the model gives.
-        lacking: the fields that this kind of model has not.
+        defaults: by field, the defaults that the configuration or the model gives.
+        lacking: the fields that this kind of model does not have.
     """
     properties = {}
-    for name, declaration in DECLARATIONS.items():
+    defaults = {"timeout": limits.config.max_timeout, **defaults}
+    for field in dataclasses.fields(GenerationRequest):
+        name, declaration = field.name, DECLARATIONS[field.name]
         if name in lacking:
             continue
-        schema = declaration.schema(bounds)
-        default = defaults.get(name, declaration.default(bounds))
+        schema = declaration.build_schema(limits)
+        default = defaults.get(name, None if field.default is NEEDED else field.default)
         properties[name] = {
             **(schema if name == "prompt" else nullable(schema)),
             **({} if default is None else {"default": default}),

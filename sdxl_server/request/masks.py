@@ -1,7 +1,6 @@
-"""What a mask is: which pixels are painted anew, where that is blended, and what a client is told of it.
+"""Masks for inpainting: how they are read, and how the result is blended into the image.
 
-A mask as a request holds it is a Pillow image in grey, as large as the picture: 255 where the image is painted anew, 0
-where it is protected.
+A request's mask is a grey Pillow image of the result's size. 255 is repainted, 0 is protected.
 """
 
 from typing import Any
@@ -9,29 +8,32 @@ from typing import Any
 from sdxl_server.request.fields import GenerationRequest
 from sdxl_server.request.uploads import Upload
 
-HALF = 128  # of 255: from here on a pixel is painted anew
-BLEND = 4  # pixels
+MIN_PAINTED = 128  # of 255: this and more is repainted
+BLEND_WIDTH = 4  # pixels
 
 
 def read_mask(upload: Upload) -> Any:
-    """Return an uploaded mask in grey: one with any transparency tells by that, else white is painted anew."""
+    """Return an uploaded mask in grey: transparent pixels are repainted, or white ones if none are transparent."""
     from PIL import ImageOps
 
     return upload.pixels.convert("L") if upload.alpha is None else ImageOps.invert(upload.alpha)
 
 
 def has_holes(upload: Upload) -> bool:
-    """Say whether a picture's own transparency would be a mask under which something is painted anew."""
-    return upload.alpha is not None and upload.alpha.getextrema()[0] <= 255 - HALF
+    """Say whether an image's own transparency is a mask that repaints something."""
+    return upload.alpha is not None and upload.alpha.getextrema()[0] <= 255 - MIN_PAINTED
 
 
-def decide_pixels(mask: Any) -> Any:
-    """Return a mask without what lies between: soft edges, and what JPEG leaves around hard ones."""
-    return mask.point(lambda value: 255 if value >= HALF else 0)
+def binarize_mask(mask: Any) -> Any:
+    """Return a mask of 0 and 255 only, without soft edges and JPEG artefacts."""
+    return mask.point(lambda value: 255 if value >= MIN_PAINTED else 0)
 
 
 def cover_cells(mask: Any, cell: int) -> Any:
-    """Return a mask of whole latents: each of whose pixels the mask touches any; diffusers looks at one of them."""
+    """Return a mask of whole latent cells. A cell is repainted if any of its pixels is.
+
+    diffusers reads one pixel per cell.
+    """
     from PIL import Image
 
     small = mask.resize((mask.width // cell, mask.height // cell), Image.Resampling.BOX)
@@ -39,19 +41,19 @@ def cover_cells(mask: Any, cell: int) -> Any:
 
 
 def blend(picture: Any, image: Any, mask: Any) -> Any:
-    """Return what was drawn where the mask says so, and everywhere else the image, bit by bit.
+    """Return the generated pixels inside the mask, and the exact pixels of the image outside.
 
-    The seam is blended within the mask, over some pixels along its edge. Where the mask is too thin for that it is not,
-    nor where the image is white: so is what was transparent, and bars, of which a line would be left.
+    The seam is blended inside the mask, a few pixels wide. Thin parts of the mask are not blended. White pixels of the
+    image are not blended either: they were transparent or bars, and a line would stay visible.
     """
     import numpy as np
     from PIL import Image, ImageFilter
 
     layers = [mask]
-    for _ in range(BLEND - 1):
+    for _ in range(BLEND_WIDTH - 1):
         layers.append(layers[-1].filter(ImageFilter.MinFilter(3)))
     thick = layers[-1]
-    for _ in range(BLEND - 1):
+    for _ in range(BLEND_WIDTH - 1):
         thick = thick.filter(ImageFilter.MaxFilter(3))
     ramp = np.mean([np.asarray(layer) for layer in layers], axis=0).astype(np.uint8)
     is_blended = (np.asarray(thick) > 0) & (np.asarray(image).min(axis=-1) < 255)
@@ -60,5 +62,5 @@ def blend(picture: Any, image: Any, mask: Any) -> Any:
 
 
 def keep_protected(picture: Any, request: GenerationRequest) -> Any:
-    """Return a picture, or a preview, in which what the request's mask protects is the image as it was."""
+    """Return a result, or a preview, with the protected pixels of the uploaded image."""
     return picture if request.mask_image is None else blend(picture, request.image, request.mask_image)

@@ -8,7 +8,7 @@ from sdxl_server.request.fields import GenerationRequest
 from sdxl_server.request.prompts import LITERAL, PROMPTS
 from sdxl_server.schemas import shorten
 
-MAX_WEIGHT = 10.0  # beyond it models make noise, and float16 may overflow
+MAX_WEIGHT = 10.0  # a larger weight makes noise, and float16 may overflow
 FACTORS = {"(": 1.1, "[": 1 / 1.1}
 TOKEN = re.compile(
     rf"""
@@ -33,13 +33,13 @@ class Fragment(NamedTuple):
 
 
 def parse_weights(prompt: str) -> list[list[Fragment]]:
-    """Return a prompt's words with their weights, in the parts that BREAK makes of it.
+    """Return a prompt's words with their weights, split at BREAK.
 
-    As in A1111 `(` weighs by 1.1 and `[` by 1 / 1.1, nested ones multiply, one that is not closed goes on to the end,
-    and one that closes nothing is a plain bracket.
+    The rules are A1111's. `(` means a weight of 1.1 and `[` of 1 / 1.1, and nested weights multiply. An open bracket
+    applies to the end. A closing bracket without an opening one is plain text.
 
     Raises:
-        ValueError: what stands as a weight is none, or a weight is too large; says so after the field's name.
+        ValueError: a weight is no number, or is too large. The message continues the field's name.
     """
     found: list[tuple[str | None, float]] = []  # None is BREAK
     opened: dict[str, list[int]] = {bracket: [] for bracket in FACTORS}
@@ -55,7 +55,7 @@ def parse_weights(prompt: str) -> list[list[Fragment]]:
         elif (match["weight"] or match["close"]) and opened[opening]:
             close(opening, _read_number(match["weight"]) if match["weight"] else FACTORS[opening])
         else:
-            plain = match[0] if match["escaped"] is None else match["escaped"]  # "" of a backslash before other text
+            plain = match[0] if match["escaped"] is None else match["escaped"]  # "" for a backslash before other text
             found.append((None if match["break"] else plain, 1.0))
     for bracket, starts in opened.items():
         while starts:
@@ -71,7 +71,7 @@ def _read_number(text: str) -> float:
 
 
 def _merge(found: list[tuple[str | None, float]]) -> list[list[Fragment]]:
-    """Return the parts that say something, neighbours of one weight made one."""
+    """Return the parts that are not empty; join neighbours of equal weight."""
     parts: list[list[Fragment]] = [[]]
     for text, weight in found:
         if text is None:
@@ -79,8 +79,8 @@ def _merge(found: list[tuple[str | None, float]]) -> list[list[Fragment]]:
             continue
         if not abs(weight) <= MAX_WEIGHT:
             raise ValueError(
-                f"takes weights from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}, nested ones multiplied, and {shorten(text)} "
-                rf"has {weight:g}; brackets that are meant as such are written \( and \)"
+                f"takes weights from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g} (nested weights multiply), not {weight:g} for "
+                rf"{shorten(text)}; write plain brackets as \( and \)"
             )
         last = parts[-1].pop() if parts[-1] and parts[-1][-1].weight == weight else Fragment("", weight)
         parts[-1].append(Fragment(last.text + text, weight))
@@ -89,7 +89,7 @@ def _merge(found: list[tuple[str | None, float]]) -> list[list[Fragment]]:
 
 
 def check_weights(request: GenerationRequest) -> None:
-    """Refuse prompts with weights that cannot be.
+    """Refuse prompts with wrong weights.
 
     Raises:
         RequestError: names the field.

@@ -1,4 +1,4 @@
-"""The pictures in a request: from base64 or a form's file to what a viewer shows of them."""
+"""Uploaded images: from base64 or a form's file to the pixels that a viewer shows."""
 
 import base64
 import binascii
@@ -11,62 +11,60 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdxl_server.errors import RequestError
-from sdxl_server.request.fields import PICTURE_FORMATS
-from sdxl_server.request.upload_limits import MAX_PICTURE_SIDE, MAX_PIXELS, check_pieces
+from sdxl_server.request.fields import IMAGE_FORMATS
+from sdxl_server.request.upload_limits import MAX_PIXELS, MAX_UPLOAD_SIDE, check_segments
 from sdxl_server.schemas import shorten
 
 MASK = "mask_image"
-FORMATS = tuple(each.upper() for each in PICTURE_FORMATS)
-ACCEPTED = f"a whole picture as {', '.join(PICTURE_FORMATS[:-1])} or {PICTURE_FORMATS[-1]}"
+PILLOW_FORMATS = tuple(each.upper() for each in IMAGE_FORMATS)
+ACCEPTED_IMAGE = f"a whole image as {', '.join(IMAGE_FORMATS[:-1])} or {IMAGE_FORMATS[-1]}"
 MIN_UPLOAD_SIDE = 8
 BASE64 = (string.ascii_letters + string.digits + "+/-_=").encode()
 SPACES = b" \t\r\n\f\v"
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
 HEIF = (*(b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"), b"mif1", b"msf1")
-MAX_PROFILE = 4 * 2**20  # bytes of an ICC profile; those of presses have 3 MB
+MAX_PROFILE = 4 * 2**20  # bytes of an ICC profile; profiles for printing have 3 MB
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A picture as a viewer shows it.
+    """An image as a viewer shows it.
 
     Attributes:
-        pixels: a Pillow image in RGB, 8 bits, sRGB, upright; what is transparent shows white.
-        alpha: how opaque each pixel is, a Pillow image in grey; None where all are.
+        pixels: an upright Pillow image in sRGB, 8 bits per colour. Transparent pixels are white.
+        alpha: the opacity, a grey Pillow image. None: all pixels are opaque.
     """
 
     pixels: Any
     alpha: Any = None
 
 
-def make_white() -> Upload:
-    """Return a picture all white, which is also a mask that protects nothing."""
+def build_white_image() -> Upload:
+    """Return a white image, which is also a mask that protects nothing."""
     from PIL import Image
 
     return Upload(Image.new("RGB", (64, 64), "white"))
 
 
 def read_bytes(name: str, value: Any) -> bytes:
-    """Return the file in a field: bytes from a form, base64 from JSON; both may hold base64 or a data URL as text.
+    """Return the file in a field: bytes from a form, base64 or a data URL from JSON or a form.
 
     Raises:
-        RequestError: it is neither.
+        RequestError: it is none of these.
     """
     if isinstance(value, list):
-        raise RequestError(
-            f"{name} takes one picture in base64, not {len(value)} in a list; send one image", param=name
-        )
+        raise RequestError(f"{name} takes one image in base64, not {len(value)} in a list; send one image", param=name)
     if isinstance(value, str):
         return _decode_base64(name, value.encode("utf-8", "surrogatepass"))
     if not isinstance(value, (bytes, bytearray)):
-        raise RequestError(f"{name} takes a picture in base64, not {shorten(value)}", param=name)
+        raise RequestError(f"{name} takes an image in base64, not {shorten(value)}", param=name)
     raw = bytes(value)
-    is_text = raw[:5].lower() == b"data:" or raw and not raw.translate(None, BASE64 + SPACES)  # no picture's file is
+    is_text = raw[:5].lower() == b"data:" or raw and not raw.translate(None, BASE64 + SPACES)  # no image file is
     return _decode_base64(name, raw) if is_text else raw
 
 
 def _decode_base64(name: str, text: bytes) -> bytes:
-    """Return what base64 holds as tools write it: in lines, as a data URL, URL-safe, without padding."""
+    """Return the bytes of base64: also in lines, as a data URL, URL-safe or without padding."""
     head, content = b"", text.strip()
     if content[:5].lower() == b"data:":
         head, _, content = content.partition(b",")
@@ -74,7 +72,7 @@ def _decode_base64(name: str, text: bytes) -> bytes:
         raise RequestError(f"{name} takes a data URL in base64, not {shorten(head.decode('latin-1'))}", param=name)
     if re.match(rb"(?i)(https?|ftp|file|blob):", content):
         given = shorten(content[:100].decode("latin-1"))
-        raise RequestError(f"{name} takes base64, not {given}; this server fetches no addresses", param=name)
+        raise RequestError(f"{name} takes base64, not {given}; send the file, not its URL", param=name)
     packed = content.translate(URL_SAFE, SPACES).rstrip(b"=")
     try:
         return base64.b64decode(packed + b"=" * (-len(packed) % 4), validate=True)
@@ -84,13 +82,13 @@ def _decode_base64(name: str, text: bytes) -> bytes:
 
 
 def read_upload(name: str, value: Any, *, max_side: int) -> Upload:
-    """Return the picture in a field; one that a face has read already as it is.
+    """Return the image in a field. An Upload, which an API has read before, is returned unchanged.
 
     Args:
-        max_side: of what is drawn; a larger picture is made smaller at once, as far as either side allows.
+        max_side: the largest side of a result. A much larger image is reduced at once.
 
     Raises:
-        RequestError: it is no whole picture, or too large or too small a one.
+        RequestError: it is not a whole image, or is too large or too small.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -98,41 +96,41 @@ def read_upload(name: str, value: Any, *, max_side: int) -> Upload:
         return value
     raw = read_bytes(name, value)
     try:
-        check_pieces(raw)
-        with warnings.catch_warnings(action="ignore"):  # Pillow has one for each tag of EXIF that it cannot read
-            image = Image.open(io.BytesIO(raw), formats=FORMATS)
+        check_segments(raw)
+        with warnings.catch_warnings(action="ignore"):  # Pillow warns of each EXIF tag that it cannot read
+            image = Image.open(io.BytesIO(raw), formats=PILLOW_FORMATS)
             _check_size(name, image.size)
             image.draft(None, (max_side, max_side))
             image.load()
-            return _show(_thin_out(image, max_side))
+            return _convert(_reduce(image, max_side))
     except RequestError:
         raise
     except UnidentifiedImageError as error:
-        raise RequestError(f"{name} takes {ACCEPTED}; {_name_unread(raw)}", param=name) from error
-    except Exception as error:  # Pillow's decoders raise many kinds
+        raise RequestError(f"{name} takes {ACCEPTED_IMAGE}; {_describe_unread(raw)}", param=name) from error
+    except Exception as error:  # Pillow's decoders raise many types
         raise RequestError(
-            f"{name} takes {ACCEPTED}; this one cannot be read: {shorten(str(error))}", param=name
+            f"{name} takes {ACCEPTED_IMAGE}; this file cannot be read: {shorten(str(error))}", param=name
         ) from error
 
 
 def _check_size(name: str, size: tuple[int, int]) -> None:
-    if min(size) < MIN_UPLOAD_SIDE or max(size) > MAX_PICTURE_SIDE or size[0] * size[1] > MAX_PIXELS:
+    if min(size) < MIN_UPLOAD_SIDE or max(size) > MAX_UPLOAD_SIDE or size[0] * size[1] > MAX_PIXELS:
         raise RequestError(
-            f"{name} takes sides of {MIN_UPLOAD_SIDE} to {MAX_PICTURE_SIDE} pixels and at most {MAX_PIXELS // 10**6} "
+            f"{name} takes sides of {MIN_UPLOAD_SIDE} to {MAX_UPLOAD_SIDE} pixels and at most {MAX_PIXELS // 10**6} "
             f"megapixels, not {size[0]}x{size[1]}",
             param=name,
         )
 
 
-def _name_unread(raw: bytes) -> str:
-    """Return what is wrong with a file that none of the decoders knows."""
+def _describe_unread(raw: bytes) -> str:
+    """Return why no decoder knows a file."""
     if raw[4:8] == b"ftyp" and raw[8:12] in HEIF:
-        return "this one is HEIC (HEIF), which is not read here: save or export it as JPEG, for example"
-    return f"this one cannot be read: it is none of them, or not whole; it begins with {shorten(raw[:12])}"
+        return "this file is HEIC (HEIF): save or export it as JPEG, for example"
+    return f"this file cannot be read: it has another format, or is not whole; it begins with {shorten(raw[:12])}"
 
 
-def _thin_out(image: Any, max_side: int) -> Any:
-    """Return a picture of which no side needs to be halved any more, since copies of large ones take memory."""
+def _reduce(image: Any, max_side: int) -> Any:
+    """Return an image with a short side below twice `max_side`: copies of large images take memory."""
     factor = min(image.size) // max_side
     if factor < 2 or image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK") or "transparency" in image.info:
         return image
@@ -141,8 +139,8 @@ def _thin_out(image: Any, max_side: int) -> Any:
     return smaller
 
 
-def _show(image: Any) -> Upload:
-    """Return a decoded picture as a viewer shows it: turned upright, its colours, what shows through it."""
+def _convert(image: Any) -> Upload:
+    """Return a decoded image as a viewer shows it: orientation, colours and transparency."""
     from PIL import Image
 
     profile = image.info.get("icc_profile")
@@ -161,7 +159,7 @@ def _show(image: Any) -> Upload:
 
 
 def read_orientation(exif: bytes) -> int:
-    """Return how a picture is to be turned by its EXIF block, however damaged the rest of that is; 1: not at all."""
+    """Return the orientation in an EXIF block, even in a damaged block; 1: upright."""
     exif = exif.removeprefix(b"Exif\0\0")
     order: Any = {b"II": "little", b"MM": "big"}.get(exif[:2])
     if order is None:
@@ -177,9 +175,9 @@ def read_orientation(exif: bytes) -> int:
 
 
 def _split_alpha(image: Any) -> tuple[Any, Any]:
-    """Return a picture of 8 bits without what shows through it, and that, where anything does."""
+    """Return an image of 8 bits without transparency, and its opacity if any pixel is transparent."""
     if image.mode.startswith(("I", "F")):
-        return _shorten_values(image)
+        return _reduce_to_8_bits(image)
     if not image.has_transparency_data:
         is_known = image.mode in ("RGB", "CMYK", "LAB", "L")
         return image if is_known else image.convert("L" if image.mode == "1" else "RGB"), None
@@ -189,8 +187,8 @@ def _split_alpha(image: Any) -> tuple[Any, Any]:
     return seen.convert("L" if is_grey else "RGB"), None if alpha.getextrema() == (255, 255) else alpha
 
 
-def _shorten_values(image: Any) -> tuple[Any, Any]:
-    """Return a picture of longer numbers as grey of 8 bits, and what shows through it."""
+def _reduce_to_8_bits(image: Any) -> tuple[Any, Any]:
+    """Return an image of more bits in grey of 8 bits, and its opacity."""
     import numpy as np
     from PIL import Image
 
@@ -204,13 +202,13 @@ def _shorten_values(image: Any) -> tuple[Any, Any]:
     key = image.info.get("transparency")
     alpha = Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)) if isinstance(key, int) else None
     shown = np.clip(values / top, 0, 1)
-    if photometric == 0:  # white is zero, which Pillow leaves so in 16 bits
+    if photometric == 0:  # white is zero; Pillow does not invert 16 bits
         shown = 1 - shown
     return Image.fromarray((shown * 255 + 0.5).astype(np.uint8)), alpha
 
 
 def _convert_to_srgb(image: Any, profile: Any) -> Any:
-    """Return a picture in sRGB by its ICC profile, or as it is where that is damaged or changes nothing."""
+    """Return an image in sRGB by its ICC profile; a damaged profile is ignored."""
     from PIL import ImageCms
 
     srgb = ImageCms.createProfile("sRGB")
@@ -220,13 +218,13 @@ def _convert_to_srgb(image: Any, profile: Any) -> Any:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if source is not None:
             transform = ImageCms.buildTransform(source, srgb, image.mode, "RGB")
-            if image.mode != "RGB" or not _is_idle(transform):
+            if image.mode != "RGB" or not _is_identity(transform):
                 return ImageCms.applyTransform(image, transform)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _is_idle(transform: Any) -> bool:
-    """Say whether a transform of RGB changes no colour by more than rounding does."""
+def _is_identity(transform: Any) -> bool:
+    """Say whether a transform of RGB changes colours only by rounding."""
     import numpy as np
     from PIL import Image, ImageCms
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 
 from sdxl_server import metrics
-from sdxl_server.api.http import Answer
+from sdxl_server.api.http import Response
 from sdxl_server.errors import RequestError
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Ticket:
         sent_at: when something was sent last, by time.monotonic().
     """
 
-    answer: Answer
+    answer: Response
     has_stepped: bool = False
     has_begun: bool = False
     place: int = -1
@@ -97,7 +97,7 @@ class Queue:
             metrics.REQUESTS.labels("left").inc()
         self._oldest, self._may_begin, self._call_ended_at = next(iter(self.tickets), None), True, math.inf
 
-    def add(self, request_id: str, answer: Answer, *, is_bounded: bool) -> None:
+    def add(self, request_id: str, answer: Response, *, is_bounded: bool) -> None:
         """Give a request the last place.
 
         Raises:

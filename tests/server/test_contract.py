@@ -158,7 +158,7 @@ def test_long_prompt_is_told(server: LocalServer) -> None:
 
 def test_prompts_in_other_programs_words_are_told_everywhere(server: LocalServer) -> None:
     fields: dict[str, Any] = {"prompt": "a (red:1.3) fox BREAK <lora:x:1>", "output_format": "png", "seed": 1}
-    told = "prompt: '(red:1.3)', 'BREAK', '<lora:x:1>' mean nothing here and are read as plain words"
+    told = "prompt: '(red:1.3)', 'BREAK', '<lora:x:1>' have no special meaning here and are read as plain words"
     plain = ask(server, **fields)
     assert plain.headers["X-Warning"] == told
     assert json.loads(Image.open(io.BytesIO(plain.content)).info["parameters"])["warnings"] == [told]

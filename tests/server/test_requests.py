@@ -69,13 +69,13 @@ def test_header_names_may_be_in_lower_case(server: LocalServer) -> None:
 @pytest.mark.parametrize(
     ("body", "content_type", "message", "param"),
     [
-        (b"", "text/plain", "prompt takes a text that says something", "prompt"),
+        (b"", "text/plain", "prompt takes a text with more than spaces", "prompt"),
         (b"", "application/json", "not JSON", None),
         (b"{", "application/json", "not JSON", None),
         (b"[" * 100_000, "application/json", "not JSON", None),
         (b"\xff", "text/plain", "not UTF-8", None),
         (b'{"prompt": "\xff"}', "application/json", "not UTF-8", None),
-        (b'{"prompt": ""}', "application/json", "prompt takes a text that says something", "prompt"),
+        (b'{"prompt": ""}', "application/json", "prompt takes a text with more than spaces", "prompt"),
         (b'{"prompt": 3}', "application/json", "prompt takes a text", "prompt"),
         (b'{"prompt": "\\ud800"}', "application/json", "lone surrogate", "prompt"),
         (b'{"promt": "a red fox"}', "application/json", "'promt' is not a field", "promt"),

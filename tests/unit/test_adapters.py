@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdxl_server.api.image_metadata import describe_picture
+from sdxl_server.api.image_metadata import describe_image
 from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.convert.names import name_originals
 from sdxl_server.diffusion.generation import finish, generate
@@ -157,7 +157,7 @@ def test_each_naming_is_read_whole(
     told = {"name": "outline", "sha256": digest, "scale": 0.8, "fused": True, "rank": RANK, "layers": len(held)}
     assert describe_pipeline(loaded)["adapters"] == [told]
     request = loaded.contract.check({"prompt": "a fox"})
-    assert describe_picture(loaded, request, 0, unet_calls=1)["made_with"]["adapters"] == [told]
+    assert describe_image(loaded, request, 0, unet_calls=1)["made_with"]["adapters"] == [told]
 
 
 @pytest.mark.parametrize("scale", [-1.0, 0.0, 0.5])
@@ -204,7 +204,7 @@ def test_distilled_schedulers_are_offered_with_adapters(tiny_model: Path, files:
     loaded = adapt(tiny_model, files["kohya"], scheduler="LCM", guidance_scale=0.0)
     assert describe_pipeline(loaded)["scheduler"] == "LCMScheduler"
     assert make_picture(loaded).shape == (128, 128, 3)
-    assert "TCDScheduler" in loaded.contract.bounds.schedulers
+    assert "TCDScheduler" in loaded.contract.limits.samplers
 
 
 LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -327,7 +327,7 @@ def test_a_request_draws_with_its_adapters(
     assert np.abs(make_picture(chosen, adapters=name_adapters(**scales)) - reference).max() <= 1
     assert describe_pipeline(chosen) == report  # nothing was compiled for it
     request = chosen.contract.check({"prompt": "a fox", "adapters": name_adapters(**scales)})
-    told = describe_picture(chosen, request, 0, unet_calls=1)
+    told = describe_image(chosen, request, 0, unet_calls=1)
     applied = told["made_with"].get("adapters", [])
     assert {each["name"]: each["scale"] for each in applied} == scales
     assert all(len(each["sha256"]) == 64 for each in applied)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_server.api.image_metadata import describe_picture
+from sdxl_server.api.image_metadata import describe_image
 from sdxl_server.diffusion.generation import generate
 from sdxl_server.diffusion.previews import draw_preview
 from sdxl_server.errors import ConfigError
@@ -96,7 +96,7 @@ def test_lossy_vae_is_told(tiny_model: Path, folder: Path, eager: LoadedPipeline
     told = {"class": "AutoencoderTiny", "path": str(folder), "lossy": True, "tile_side": None}
     assert describe_pipeline(eager)["vae"] == told
     request = eager.contract.check({"prompt": "x"})
-    assert describe_picture(eager, request, 0, unet_calls=4)["made_with"]["vae"] == told
+    assert describe_image(eager, request, 0, unet_calls=4)["made_with"]["vae"] == told
     own = shutil.copytree(tiny_model, tmp_path / "model")
     shutil.rmtree(own / "vae")
     shutil.copytree(folder, own / "vae")
@@ -120,7 +120,7 @@ def test_full_vae_takes_the_place_of_the_models_own(tiny_model: Path, tmp_path: 
     assert describe_pipeline(loaded)["vae"] == {**told, "path": str(tmp_path / "other")}
     assert describe_pipeline(plain)["vae"] == {**told, "path": None}
     request = plain.contract.check({"prompt": "x"})
-    assert "vae" not in describe_picture(plain, request, 0, unet_calls=4)["made_with"]
+    assert "vae" not in describe_image(plain, request, 0, unet_calls=4)["made_with"]
     assert (make_picture(loaded) - make_picture(plain)).mean() > 50
     assert loaded.weights_sha256 != plain.weights_sha256
 

@@ -18,8 +18,8 @@ from ts.utils.util import PredictionException
 
 from sdxl_server import __version__
 from sdxl_server.api import native
-from sdxl_server.api.http import Answer, Call, read_header
-from sdxl_server.api.native import NativeFace
+from sdxl_server.api.http import HttpRequest, Response, find_header
+from sdxl_server.api.native import NativeApi
 from sdxl_server.diffusion.previews import choose_preview_steps
 from sdxl_server.errors import ConfigError, RequestError, VersionError
 from sdxl_server.metrics import serve_metrics
@@ -67,14 +67,14 @@ class Service:
         self.closed: list[str] = []
         self.pieces = [b"end"]
 
-    def answer(self, call: Call) -> Answer:
+    def answer(self, call: HttpRequest) -> Response:
         body = call.values["body"].decode()
         if body == "wrong":
             raise RequestError("width is wrong", param="width")
         kind, _, steps = body.rpartition(" in ")
         waits = steps != "document"
         made = self.make_steps(steps if waits else "1")
-        return Answer(KINDS.get(kind, "image/jpeg"), {"X-Seed": "7"}, NativeFace(), made, waits=waits)
+        return Response(KINDS.get(kind, "image/jpeg"), {"X-Seed": "7"}, NativeApi(), made, waits=waits)
 
     def make_steps(self, body: str) -> Generator[bytes, None, bytes]:
         try:
@@ -306,16 +306,16 @@ def test_without_continuous_batching_an_answer_is_all_in_one_piece(
 def test_fields_that_are_called_as_headers_are_none() -> None:
     """TorchServe puts the content type of each part of a form, and of each parameter of a query, among the headers."""
     told = {"content-type": {"content-type": "text/plain"}, "url_path": {"content-type": ""}, "Content-Type": "x/y"}
-    assert [read_header(told, name) for name in ("content-type", "url_path", "accept")] == ["x/y", "", ""]
+    assert [find_header(told, name) for name in ("content-type", "url_path", "accept")] == ["x/y", "", ""]
 
 
 @pytest.mark.parametrize("given", ["", "a b", "a\r\nX-Seed: 7", "é", "a" * 65, "[METRICS]a.Count:1"])
 def test_an_id_that_could_do_harm_is_replaced(given: str) -> None:
-    assert Call.read({}, {"X-Request-ID": given}, model="m", own_id="own").request_id == "own"
+    assert HttpRequest.read({}, {"X-Request-ID": given}, model="m", own_id="own").request_id == "own"
 
 
 def test_an_id_that_came_with_the_request_is_kept() -> None:
-    read = Call.read({}, {"x-request-id": "job-7.a_B"}, model="m", own_id="own")
+    read = HttpRequest.read({}, {"x-request-id": "job-7.a_B"}, model="m", own_id="own")
     assert (read.request_id, read.is_id_given) == ("job-7.a_B", True)
 
 
@@ -331,13 +331,13 @@ def test_steps_that_come_near_to_the_limit_are_told_once(caplog: pytest.LogCaptu
 
 
 def test_what_is_written_leaves_in_pieces_that_torchserve_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "MAX_PIECE", 4)
-    assert list(native.split_pieces([b""])) == [b""]
-    assert list(native.split_pieces([])) == [b""]
-    assert list(native.split_pieces([b"ab", b"cd"])) == [b"abcd"]
-    assert list(native.split_pieces([b"ab", b"cde", b"f"])) == [b"ab", b"cdef"]
-    assert list(native.split_pieces([b"a", b"0123456789"])) == [b"a", b"0123", b"4567", b"89"]
-    assert list(native.split_pieces([b"01234567"])) == [b"0123", b"4567"]
+    monkeypatch.setattr(native, "MAX_CHUNK", 4)
+    assert list(native.split_chunks([b""])) == [b""]
+    assert list(native.split_chunks([])) == [b""]
+    assert list(native.split_chunks([b"ab", b"cd"])) == [b"abcd"]
+    assert list(native.split_chunks([b"ab", b"cde", b"f"])) == [b"ab", b"cdef"]
+    assert list(native.split_chunks([b"a", b"0123456789"])) == [b"a", b"0123", b"4567", b"89"]
+    assert list(native.split_chunks([b"01234567"])) == [b"0123", b"4567"]
 
 
 def test_a_long_answer_goes_one_piece_a_call() -> None:

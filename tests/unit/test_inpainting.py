@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_server.api.openai import OpenAIEditFace, OpenAIFace
+from sdxl_server.api.openai import OpenAIApi, OpenAIEditApi
 from sdxl_server.diffusion.generation import generate
 from sdxl_server.diffusion.previews import draw_preview
 from sdxl_server.errors import RequestError
@@ -104,10 +104,7 @@ def test_a_request_for_anything_else_is_refused(eager: LoadedPipeline, given: tu
         eager.contract.check({"prompt": "a fox", **{name: FIELDS[name] for name in given}})
     missing = "mask_image" if "image" in given else "image"
     assert caught.value.param == missing
-    assert str(caught.value) == (
-        f"{missing} is missing: this model is for inpainting, which paints an image anew where a mask says so, and "
-        "takes image and mask_image"
-    )
+    assert str(caught.value) == f"{missing} is missing: this is an inpainting model; send image and mask_image"
     assert eager.contract.build_schema()["required"] == ["prompt", "image", "mask_image"]
 
 
@@ -115,10 +112,10 @@ def test_openais_edits_take_the_images_own_transparency(eager: LoadedPipeline) -
     image = PHOTO.copy()
     image.putalpha(Image.eval(MASK, lambda value: 255 - value))
 
-    def read(face: OpenAIFace, **fields: Any) -> Any:
+    def read(api: OpenAIApi, **fields: Any) -> Any:
         call = {"body": json.dumps({"prompt": "a red fox", **fields}).encode()}
-        return face.read(call, content_type="application/json", contract=eager.contract)[0]
+        return api.read(call, content_type="application/json", contract=eager.contract)[0]
 
-    assert read(OpenAIEditFace(), image=encode(image)).mask_image.tobytes() == MASK.tobytes()
-    with pytest.raises(RequestError, match="image is missing: this model is for inpainting"):
-        read(OpenAIFace())
+    assert read(OpenAIEditApi(), image=encode(image)).mask_image.tobytes() == MASK.tobytes()
+    with pytest.raises(RequestError, match="image is missing: this is an inpainting model"):
+        read(OpenAIApi())

@@ -19,9 +19,9 @@ from PIL import Image, ImageFilter
 from demo.measure import choose_prompts
 from demo.oracle import judge_picture
 from openvino_backend import CompiledFunction, GraphLimitError
-from sdxl_server.api.http import Call
-from sdxl_server.api.image_files import encode_picture
-from sdxl_server.api.image_metadata import describe_picture
+from sdxl_server.api.http import HttpRequest
+from sdxl_server.api.image_files import encode_image
+from sdxl_server.api.image_metadata import describe_image
 from sdxl_server.api.warnings import list_warnings
 from sdxl_server.config.settings import CompileConfig, HandlerConfig
 from sdxl_server.diffusion.generation import finish, fork_pipeline, generate
@@ -159,7 +159,7 @@ def test_a_picture_tells_the_arithmetic_that_made_it(tiny_model: Path) -> None:
     pt2 = {"backend": "openvino", "options": {"precision": "int8"}}
     loaded = load(tiny_model, pt2, dtype="auto", graphs="static", warm_up=True, **UNET_ONLY)
     request = loaded.contract.check({"prompt": "a fox"})
-    told = describe_picture(loaded, request, 0, unet_calls=1)["made_with"]["arithmetic"]
+    told = describe_image(loaded, request, 0, unet_calls=1)["made_with"]["arithmetic"]
     assert told == describe_pipeline(loaded)["arithmetic"]
     assert told["precision"] == "int8"
     assert told["lossy"]
@@ -233,9 +233,10 @@ def test_work_is_counted_in_calls_of_the_unet(eager: LoadedPipeline, fields: dic
     assert eager.contract.count_calls(request) == calls
     (picture,) = finish(generate(eager, request))
     assert picture.unet_calls == calls
-    low = dataclasses.replace(eager.contract.bounds, max_megapixel_steps=(calls - 0.5) * 128 * 128 / 1e6)
-    with pytest.raises(RequestError, match=f"not {calls} steps of 128x128"):
-        dataclasses.replace(eager.contract, bounds=low).check({"prompt": "x", **fields})
+    low = dataclasses.replace(eager.config, max_megapixel_steps=(calls - 0.5) * 128 * 128 / 1e6)
+    limits = dataclasses.replace(eager.contract.limits, config=low)
+    with pytest.raises(RequestError, match=f"not {calls} UNet calls of 128x128"):
+        dataclasses.replace(eager.contract, limits=limits).check({"prompt": "x", **fields})
 
 
 @pytest.mark.parametrize(
@@ -270,8 +271,8 @@ def test_prompts_too_long_for_a_jpeg_are_told_before_the_work(eager: LoadedPipel
     for kind, is_held in (("jpeg", False), ("png", True), ("webp", True)):
         request = eager.contract.check({"prompt": "x", **long, "output_format": kind})
         assert any("too long for a JPEG" in each for each in list_warnings(eager, request)) is not is_held
-        parameters = describe_picture(eager, request, 0, unet_calls=4)
-        file = encode_picture(Image.new("RGB", (64, 64)), request, parameters=parameters)
+        parameters = describe_image(eager, request, 0, unet_calls=4)
+        file = encode_image(Image.new("RGB", (64, 64)), request, parameters=parameters)
         image = Image.open(io.BytesIO(file))
         assert bool(image.info.get("parameters") or image.getexif()) is is_held
 
@@ -434,7 +435,7 @@ def test_what_a_mask_protects_is_kept_bit_by_bit(demo: LoadedPipeline, kind: str
     assert np.array_equal(np.asarray(preview)[is_protected], given[is_protected])
 
 
-@pytest.mark.parametrize(("value", "told"), [(0, "the mask protects all"), (255, "the mask protects nothing")])
+@pytest.mark.parametrize(("value", "told"), [(0, "the mask protects everything"), (255, "the mask protects nothing")])
 def test_masks_that_mean_little_are_told(eager: LoadedPipeline, value: int, told: str) -> None:
     image, mask = encode(Image.new("RGB", (128, 128))), encode(Image.new("L", (128, 128), value))
     request = eager.contract.check({"prompt": "x", "image": image, "mask_image": mask})
@@ -449,7 +450,7 @@ def test_image_sets_the_size(eager: LoadedPipeline) -> None:
 
 
 def test_every_scheduler_makes_pictures_or_says_what_it_needs(eager: LoadedPipeline) -> None:
-    for name in eager.contract.bounds.schedulers:
+    for name in eager.contract.limits.samplers:
         assert make_picture(eager, scheduler=name, num_inference_steps=5).std() > 0
         if name != "PNDMScheduler":
             assert make_picture(eager, scheduler=name, num_inference_steps=1).std() > 0
@@ -625,7 +626,9 @@ def test_a_compilation_that_a_client_waits_for_is_told(
     fields = {"prompt": "a red fox", "stream": True, "num_inference_steps": 2, "strength": 1}
 
     def draw(**more: Any) -> list[bytes]:
-        call = Call({"body": json.dumps({**fields, **more}).encode()}, path, "application/json", "", "*/*", "sdxl")
+        call = HttpRequest(
+            {"body": json.dumps({**fields, **more}).encode()}, path, "application/json", "", "*/*", "sdxl"
+        )
         return list(service.answer(call).steps)
 
     image = encode(Image.new("RGB", (128, 128), "red"))
@@ -644,8 +647,8 @@ def test_prompts_in_other_programs_words_are_told_in_the_file(eager: LoadedPipel
     request = eager.contract.check({"prompt": "a (red:1.3) fox", "negative_prompt": "snow BREAK", "seed": 1})
     warnings = list_warnings(eager, request)
     assert [each.partition(":")[0] for each in warnings] == ["prompt", "negative_prompt"]
-    assert describe_picture(eager, request, 0, unet_calls=4, warnings=warnings)["warnings"] == warnings
-    assert "warnings" not in describe_picture(eager, request, 0, unet_calls=4)
+    assert describe_image(eager, request, 0, unet_calls=4, warnings=warnings)["warnings"] == warnings
+    assert "warnings" not in describe_image(eager, request, 0, unet_calls=4)
 
 
 @pytest.mark.parametrize("output_format", ["jpeg", "png", "webp"])
@@ -653,7 +656,7 @@ def test_file_holds_what_makes_the_picture_again(eager: LoadedPipeline, output_f
     fields = {"prompt": "a fox 🦊", "seed": 3, "output_format": output_format, "num_images_per_prompt": 2}
     request = eager.contract.check(fields)
     pictures = [each.image for each in finish(generate(eager, request))]
-    file = encode_picture(pictures[1], request, parameters=describe_picture(eager, request, 1, unet_calls=4))
+    file = encode_image(pictures[1], request, parameters=describe_image(eager, request, 1, unet_calls=4))
     image = Image.open(io.BytesIO(file))
     assert image.format == output_format.upper()
     text = image.text["parameters"] if output_format == "png" else read_comment(image)  # type: ignore[attr-defined]
@@ -662,7 +665,7 @@ def test_file_holds_what_makes_the_picture_again(eager: LoadedPipeline, output_f
     assert again[0].image.tobytes() == pictures[1].tobytes()
     assert parameters["made_with"]["weights_sha256"] == eager.weights_sha256
     assert parameters["made_with"]["backend"] == "eager"
-    plain = Image.open(io.BytesIO(encode_picture(pictures[1], request)))
+    plain = Image.open(io.BytesIO(encode_image(pictures[1], request)))
     assert "parameters" not in plain.info
     assert not plain.getexif()
 
@@ -732,7 +735,7 @@ def test_distilled_models_have_their_own_scheduler(tmp_path: Path, name: str) ->
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", name]}))
     loaded = load(folder, warm_up=True)
-    assert list(loaded.contract.bounds.schedulers) == [describe_pipeline(loaded)["scheduler"]] == [name]
+    assert list(loaded.contract.limits.samplers) == [describe_pipeline(loaded)["scheduler"]] == [name]
     prompt = choose_prompts(1, seed=3)[0]
     fields = {"prompt": prompt.text, "seed": prompt.seed, "guidance_scale": 1.5, "num_inference_steps": 8}
     request = loaded.contract.check({**fields, "scheduler": {"name": name, "original_inference_steps": 100}})
@@ -747,7 +750,7 @@ def test_scheduler_with_options_is_used_and_told(tiny_model: Path) -> None:
     loaded = load(tiny_model, scheduler="dpm++ 2m karras")
     assert describe_pipeline(loaded)["scheduler"] == karras
     request = loaded.contract.check({"prompt": "x", "seed": 1})
-    assert describe_picture(loaded, request, 0, unet_calls=4)["request"]["scheduler"] == karras
+    assert describe_image(loaded, request, 0, unet_calls=4)["request"]["scheduler"] == karras
     plain = make_picture(loaded, scheduler="DPMSolverMultistepScheduler")  # has nothing of the configured options
     assert np.array_equal(plain, make_picture(load(tiny_model), scheduler={"name": "DPM++ 2M"}))
     assert not np.array_equal(plain, make_picture(loaded))
@@ -870,7 +873,7 @@ def test_part_that_did_not_reach_openvino_stops_the_load(tiny_model: Path, monke
 def test_quality(eager: LoadedPipeline, output_format: str) -> None:
     image = Image.effect_noise((256, 256), 50).convert("RGB")
     small, large = (
-        encode_picture(image, eager.contract.check({"prompt": "x", "quality": quality, "output_format": output_format}))
+        encode_image(image, eager.contract.check({"prompt": "x", "quality": quality, "output_format": output_format}))
         for quality in (10, 90)
     )
     assert len(small) < len(large)

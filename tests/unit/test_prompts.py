@@ -22,8 +22,11 @@ from sdxl_server.api.warnings import warn_of_syntax
         ("a [fox:cat:0.5]", ["'[fox:cat:0.5]'"]),
         ("a [fox|cat]", ["'[fox|cat]'"]),
         ("ugly, embedding:EasyNegative", ["'embedding:EasyNegative'"]),
-        ("<lora:x:1> a (red:1.3) fox BREAK snow", ["'<lora:x:1>', '(red:1.3)', 'BREAK' mean nothing here and are"]),
-        (f"a ({'x' * 150}:1.3) fox", ["...", "means nothing here and is read as plain words"]),
+        (
+            "<lora:x:1> a (red:1.3) fox BREAK snow",
+            ["'<lora:x:1>', '(red:1.3)', 'BREAK' have no special meaning here and are"],
+        ),
+        (f"a ({'x' * 150}:1.3) fox", ["...", "has no special meaning here and is read as plain words"]),
         ("a (f\u00fcchs\n:1.3)", ["\\xfc", "\\n"]),
     ],
 )

@@ -32,7 +32,7 @@ import pytest
 from PIL import Image
 
 import query
-from sdxl_server.api.image_files import encode_picture
+from sdxl_server.api.image_files import encode_image
 from sdxl_server.request.fields import GenerationRequest
 
 QUERY = Path(query.__file__)
@@ -1036,7 +1036,7 @@ def embed(request: dict[str, object], kind: str) -> bytes:
     """A picture that carries a request as the server embeds it."""
     size = {"width": 64, "height": 64, "seed": 0}
     picture = GenerationRequest(prompt="", output_format=kind, **size)  # type: ignore[arg-type]
-    return encode_picture(Image.new("RGB", (64, 64)), picture, parameters={"request": request})
+    return encode_image(Image.new("RGB", (64, 64)), picture, parameters={"request": request})
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])

@@ -80,7 +80,7 @@ def test_as_many_calls_as_steps_is_the_full_picture(demo: LoadedPipeline) -> Non
 
 
 def test_every_scheduler_forecasts(demo: LoadedPipeline) -> None:
-    for name in demo.contract.bounds.schedulers:
+    for name in demo.contract.limits.samplers:
         fields = {"num_inference_steps": 16, "scheduler": name}
         full, forecast = draw(demo, **fields), draw(demo, **fields, unet_calls=10)
         assert forecast.unet_calls == 10, name

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdxl_server.api.image_metadata import describe_picture
+from sdxl_server.api.image_metadata import describe_image
 from sdxl_server.model.describe import describe_pipeline
 from sdxl_server.model.tiling import decode_tiles, plan_tiles
 from tests.unit.test_pipeline import load, make_picture
@@ -78,7 +78,7 @@ def test_a_tiled_picture_is_told(tiny_model: Path, caplog: pytest.LogCaptureFixt
     assert np.array_equal(make_picture(tiled), drawn)
     request = tiled.contract.check({"prompt": "x"})
     for loaded, told in ((whole, None), (room, None), (tiled, TOLD)):
-        assert describe_picture(loaded, request, 0, unet_calls=4)["made_with"].get("vae_tiles") == told
+        assert describe_image(loaded, request, 0, unet_calls=4)["made_with"].get("vae_tiles") == told
         assert describe_pipeline(loaded)["vae"]["tile_side"] == loaded.config.vae_tile_side
 
 

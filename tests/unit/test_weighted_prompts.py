@@ -15,7 +15,7 @@ from PIL import Image
 
 from demo.oracle import list_components, name_pixels
 from demo.shapes import COLOURS
-from sdxl_server.api.image_metadata import describe_picture
+from sdxl_server.api.image_metadata import describe_image
 from sdxl_server.api.warnings import list_warnings
 from sdxl_server.config.settings import CompileConfig, HandlerConfig
 from sdxl_server.diffusion.generation import finish, fork_pipeline, generate
@@ -135,8 +135,8 @@ def test_break_begins_a_part(prompt: str, expected: list[list[tuple[str, float]]
 @pytest.mark.parametrize(
     ("prompt", "told"),
     [
-        ("a (red:1000000000) fox", "takes weights from -10 to 10, nested ones multiplied, and 'red' has 1e+09"),
-        ("a clock (at 10:30)", r"'at 10' has 30; brackets that are meant as such are written \( and \)"),
+        ("a (red:1000000000) fox", "takes weights from -10 to 10 (nested weights multiply), not 1e+09 for 'red'"),
+        ("a clock (at 10:30)", r"not 30 for 'at 10'; write plain brackets as \( and \)"),
         ("(" * 1000 + "a", "'a' has 2.46993e+41"),
         (f"(a:{'9' * 400})", "'a' has inf"),
         (f"((a:{'9' * 400}):0)", "'a' has nan"),
@@ -267,7 +267,7 @@ def test_static_graphs_weigh_one_chunk(tiny_model: Path, eager: LoadedPipeline, 
     request = loaded.contract.check({"prompt": "a fox BREAK (snow)", "negative_prompt": f"({LONG})"})
     count = len(loaded.pipeline.tokenizer(LONG).input_ids)
     assert list_warnings(loaded, request) == [
-        "prompt: BREAK begins no chunk here, where graphs for one size read a single one",
+        "prompt: BREAK starts no new chunk here: graphs for one size read one chunk",
         f"negative_prompt has {count} tokens; the text encoder reads the first 77",
     ]
 
@@ -275,7 +275,7 @@ def test_static_graphs_weigh_one_chunk(tiny_model: Path, eager: LoadedPipeline, 
 def test_what_is_read_is_not_warned_of(eager: LoadedPipeline) -> None:
     fields = {"prompt": f"a (red:1.3) ((fox)) BREAK {LONG}", "negative_prompt": "[fox:cat:0.5], (a)1.3 AND b"}
     (warning,) = list_warnings(eager, eager.contract.check(fields))
-    assert warning == "negative_prompt: '[fox:cat:0.5]', 'AND' mean nothing here and are read as plain words"
+    assert warning == "negative_prompt: '[fox:cat:0.5]', 'AND' have no special meaning here and are read as plain words"
 
 
 def test_chunks_are_bounded(eager: LoadedPipeline) -> None:
@@ -301,6 +301,6 @@ def test_requests_in_flight_do_not_meet(eager: LoadedPipeline) -> None:
 
 def test_the_setting_is_told(eager: LoadedPipeline, plain_demo: LoadedPipeline) -> None:
     request = eager.contract.check({"prompt": "a (red:2) fox"})
-    assert describe_picture(eager, request, 0, unet_calls=4)["made_with"]["weighted_prompts"] is True
-    assert "weighted_prompts" not in describe_picture(plain_demo, request, 0, unet_calls=4)["made_with"]
+    assert describe_image(eager, request, 0, unet_calls=4)["made_with"]["weighted_prompts"] is True
+    assert "weighted_prompts" not in describe_image(plain_demo, request, 0, unet_calls=4)["made_with"]
     assert [describe_pipeline(each)["weighted_prompts"] for each in (eager, plain_demo)] == [True, False]
