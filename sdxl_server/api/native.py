@@ -19,7 +19,7 @@ MAX_CHUNK = 8_000_000
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An image as it is sent.
+    """An encoded image with its parameters.
 
     Attributes:
         file: the bytes of the image file.

@@ -14,7 +14,7 @@ SCHEDULER: Schema = {"type": ["string", "object"], "minLength": 1, "x-accepted":
 
 
 class Role(Enum):
-    """What a request field decides."""
+    """The part of a response that a request field decides."""
 
     IMAGE = "what the image shows"
     FILE = "the kind of image file"

@@ -291,7 +291,7 @@ class CompileConfig:
                 raise ConfigError(f"{section}.options: {error}") from error
             # Otherwise code that dynamo cannot trace would run in eager PyTorch, and OpenVINO needs each shape.
             if self.dynamic or self.fullgraph is False:
-                raise ConfigError(f"{section}: openvino needs dynamic: false and fullgraph: true, or neither key")
+                raise ConfigError(f"{section}: openvino needs dynamic: false, fullgraph: true, or neither key")
         if self.mode is not None and self.backend != "inductor":
             raise ConfigError(f"{section}.mode is for the inductor backend, not for {shorten(self.backend)}")
         if self.mode is not None and self.options is not None:

@@ -1,8 +1,7 @@
 """The fields of a request, each declared once.
 
-A declaration gives everything else: the JSON Schema, the rows in docs/requests.md and docs/openapi.json, the argument
-of diffusers' pipeline, the metadata of an image, the option of query.py, and the fuzzer's input. docs/extending.md
-shows how to add a field.
+The rest follows from a declaration: JSON Schema, docs, the argument of diffusers' pipeline, an image's metadata, and
+the option of query.py. The page docs/extending.md shows how to add a field.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What limits requests: the configuration, and what the model adds to it."""
+"""The limits of requests, from the configuration and from the model."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ from sdxl_server.request.samplers import Samplers
 
 @dataclass(frozen=True)
 class Limits:
-    """What limits requests.
+    """The limits of requests.
 
     Attributes:
-        config: the settings, with the limits of the operator.
+        config: the settings, which contain most limits.
         own_side: side of the model's own square, in pixels. An uploaded image is resized to about its area.
         multiple: the sides of such an image are multiples of this, in pixels.
         allowed_sizes: the only sizes (width, height), in pixels. Empty: any size.

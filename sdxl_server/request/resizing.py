@@ -30,7 +30,7 @@ def resize_images(used: dict[str, Any], given: Mapping[str, Any], limits: Limits
         given: the fields that the client sent.
 
     Raises:
-        RequestError: the mask has neither the aspect of the image nor that of the result.
+        RequestError: the mask has neither the aspect of the image nor the aspect of the result.
     """
     image = used["image"].pixels
     width, height = given.get("width"), given.get("height")

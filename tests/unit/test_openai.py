@@ -154,7 +154,7 @@ def test_mistake_is_told_in_openais_names(fields: dict[str, Any], param: str, me
         (
             {"image": RED, "mask": encode(Image.new("L", (80, 40)))},
             "mask",
-            "mask takes a picture of the image's",
+            "mask takes the aspect of the image",
         ),
         ({"image": RED, "mask": "AAAA"}, "mask", "cannot be read"),
         ({"image": RED, "mask": 3}, "mask", "mask takes an image in base64"),
