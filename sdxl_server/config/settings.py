@@ -129,8 +129,8 @@ class HandlerConfig:
     )
     preview: str = declare(
         choice("fast", "exact"),
-        "previews during generation; `exact`: decoded by the VAE, which takes as long as the image; `fast`: in "
-        "milliseconds without fine detail, with colours fitted to the VAE at the warm-up. The final image is equal",
+        "previews during generation; `exact`: by the VAE, each as slow as the decoding of the image; `fast`: in "
+        "milliseconds without fine detail, with colours fitted to the VAE at the warm-up. The final image is the same",
         value="fast",
     )
     allowed_sizes: Sequence[str] | None = declare(
@@ -178,7 +178,7 @@ class HandlerConfig:
     warm_up: bool = declare(
         switch(),
         "before the worker is ready, generate an image of few steps for each graph, so that no user waits for "
-        "compilation; the VAE's encoder is compiled only for inpainting models",
+        "compilation; the VAE's encoder waits for the first uploaded image, except for inpainting models",
         value=True,
     )
     metrics_address: str | None = declare(
