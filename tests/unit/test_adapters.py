@@ -292,7 +292,7 @@ def test_a_wrong_entry_is_told_in_a_line(entry: Any, told: str) -> None:
 
 def test_names_are_given_once() -> None:
     entry = {"name": "a", "path": "a", "fuse": True}
-    with pytest.raises(ConfigError, match=r"^handler\.adapters\[1\]\.name takes a name that no other has, not 'a'"):
+    with pytest.raises(ConfigError, match=r"^handler\.adapters\[1\]\.name takes a name that no other adapter has, not 'a'"):
         HandlerConfig.parse({"adapters": [entry, entry]})
 
 
@@ -392,7 +392,7 @@ def test_an_adapter_brings_defaults(chosen: LoadedPipeline) -> None:
         ([{"name": "a", "scale": 101}], "not .*101"),
         ([{"name": "a", "path": "/etc/passwd"}], "not .*passwd"),
         ([{"name": "a"}, {"name": "a"}], "takes each adapter once, not a, a"),
-        ([{"name": "a"}, {"name": "b"}, {"name": "few"}], "whose ranks are 11 together at most, not 12: a, b, few"),
+        ([{"name": "a"}, {"name": "b"}, {"name": "few"}], "with a sum of ranks of at most 11, not 12: a, b, few"),
         ([7], "not 7"),
     ],
 )
