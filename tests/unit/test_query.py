@@ -240,21 +240,18 @@ def test_program_sends_prompt_and_saves_image(server: Server) -> None:
 
 
 def test_token_order(client: Client, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    server.steps *= 4
-    client.save("--filename", "1.jpg")
+    server.steps *= 5
+    client.save("--filename", "0.jpg")
+    write_key("elsewhere")
+    Path("key_file.json").rename("other.json")
+    client.save("--filename", "1.jpg", "--key-file", "other.json")
     write_key("from-file")
     client.save("--filename", "2.jpg")
     monkeypatch.setenv("TORCHSERVE_TOKEN", "from-variable")
     client.save("--filename", "3.jpg")
     client.save("--filename", "4.jpg", "--token", "from-option")
-    assert get_tokens(server) == [None, "Bearer from-file", "Bearer from-variable", "Bearer from-option"]
-
-
-def test_key_file_option(client: Client, server: Server) -> None:
-    write_key("elsewhere")
-    Path("key_file.json").rename("other.json")
-    client.save("--key-file", "other.json")
-    assert get_tokens(server) == ["Bearer elsewhere"]
+    places = ("elsewhere", "from-file", "from-variable", "from-option")
+    assert get_tokens(server) == [None, *(f"Bearer {place}" for place in places)]
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"inference": "key"}', '{"inference": {}}'])
@@ -305,21 +302,19 @@ def test_other_400_is_not_sent_again(client: Client, server: Server) -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--token", "own"]])
-def test_netrc_does_not_replace_token(
+def test_no_netrc_and_no_proxy(
     client: Client, server: Server, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    netrc = tmp_path / "netrc"
-    netrc.write_text("machine 127.0.0.1 login somebody password else\n")
+    (netrc := tmp_path / "netrc").write_text("machine 127.0.0.1 login somebody password else\n")
     netrc.chmod(0o600)
-    monkeypatch.setenv("NETRC", str(netrc))
+    for name, value in {
+        "NETRC": str(netrc),
+        "HTTP_PROXY": "http://127.0.0.1:1",
+        "http_proxy": "http://127.0.0.1:1",
+    }.items():
+        monkeypatch.setenv(name, value)
     client.save(*options)
     assert get_tokens(server) == ["Bearer own" if options else None]
-
-
-def test_proxy_is_not_asked(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    client.save()
 
 
 def test_redirect_is_not_followed(client: Client, server: Server) -> None:
@@ -530,12 +525,6 @@ def test_timeout_is_for_the_whole_request(client: Client, server: Server, step: 
     server.steps = [step]
     late = f"query.py: no image from {server.url} within 0.4 s (--timeout)\n"
     assert client.fail("--timeout", "0.4", code=3) == late
-
-
-@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "soon"])
-def test_timeout_must_be_positive(client: Client, seconds: str) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        client.run("--timeout", seconds)
 
 
 def test_steps_are_shown_on_a_terminal(server: Server) -> None:
@@ -799,12 +788,6 @@ def test_last_wait_ends_with_the_time() -> None:
     assert query.choose_wait(0, tries=9, left=-1) is None
 
 
-@pytest.mark.parametrize("seconds", ["-1", "nan", "soon"])
-def test_retry_must_be_a_time(client: Client, seconds: str) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        client.run("--retry", seconds)
-
-
 def test_interrupt_of_a_wait(server: Server) -> None:
     server.steps = [refuse(429, retry_after="30")]
     with start_query(server, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
@@ -923,18 +906,27 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "line"),
     [
-        [],
-        ["--prompt", "x", "--prompts", "x"],
-        ["--prompt", "x", "--concurrency", "0"],
-        ["--prompt", "x", "--field", "a"],
+        ("", "one of --prompt, --prompts, --like and --job is needed"),
+        ("--prompt x --prompts x", "--prompts goes without --prompt"),
+        ("--prompts x --job 12345678", "--prompts goes without --prompt and without --job"),
+        ("--prompt x --concurrency 0", "--concurrency must be 1 or more"),
+        ("--prompt x --leave", "--leave needs --job"),
+        ("--prompt x --job short", "--job takes 8 to 64 letters"),
+        ("--prompt x --field a", "--field: takes NAME=VALUE, such as clip_skip=1, not 'a'"),
+        ("--prompt x --image missing.png", "--image: cannot read missing.png: No such file"),
+        *((f"--prompt x --timeout {seconds}", "--timeout must be more than 0") for seconds in ("0", "-1", "nan")),
+        *((f"--prompt x --retry {seconds}", "--retry must be 0 or more") for seconds in ("-1", "nan")),
+        *((f"--prompt x --{name} soon", f"--{name}: invalid float value") for name in ("timeout", "retry")),
     ],
 )
-def test_options_that_are_wrong(client: Client, options: list[str]) -> None:
+def test_options_that_are_wrong(client: Client, server: Server, options: str, line: str) -> None:
     client.options.clear()
     with pytest.raises(SystemExit, match="2"):
-        client.run(*options)
+        client.run(*options.split())
+    assert line in client.capsys.readouterr().err
+    assert server.requests == []
 
 
 def read_contract() -> dict[str, Any]:
@@ -966,13 +958,6 @@ def test_fields_are_sent(client: Client, server: Server) -> None:
     image = base64.b64encode(b"an image").decode()
     rest = {"image": image, "output_format": "webp", "partial_images": 3, "prompt": "a cat", "stream": True}
     assert sent == given | rest | {"adapters": adapters, "scheduler": "Euler a"}
-
-
-def test_image_that_cannot_be_read(client: Client, server: Server) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        client.run("--image", "missing.png")
-    assert "cannot read missing.png: No such file" in client.capsys.readouterr().err
-    assert server.requests == []
 
 
 def test_several_images_and_previews(client: Client, server: Server) -> None:
@@ -1056,18 +1041,16 @@ def test_program_runs_with_requests_alone(server: Server, kind: str) -> None:
 
 
 @pytest.mark.parametrize("place", [2, 3])
-def test_place_in_the_queue_only_falls(server: Server, place: int) -> None:
+def test_place_in_the_queue_only_falls(client: Client, server: Server, place: int) -> None:
     server.steps = [answer(make_event("queue", place=2) + make_event("queue", place=place) + DONE)]
-    _, err = run_alone("--url", server.url, "--prompt", "a cat").communicate(timeout=LIMIT)
-    assert err.splitlines()[1:] == [b"query.py: the server sends place %d in its queue after place 2" % place]
+    assert client.run()[2].splitlines()[1:] == [f"query.py: the server sends place {place} in its queue after place 2"]
 
 
-def test_place_in_the_queue_is_shown(server: Server) -> None:
+def test_place_in_the_queue_is_shown(client: Client, server: Server) -> None:
     waits = b"".join(make_event("queue", place=place) for place in (4, 3, 1))
     server.steps = [answer(waits + b":\n\n" + DONE)]
-    out, err = run_alone("--url", server.url, "--prompt", "a cat", "--filename", "cat.jpg").communicate(timeout=LIMIT)
-    told = b"".join(b"query.py: waiting; requests before it: %d\n" % place for place in (4, 3, 1))
-    assert (out, err) == (b"cat.jpg\n", told + b"cat.jpg: seed 7\n")
+    shown = "".join(f"query.py: waiting; requests before it: {place}\n" for place in (4, 3, 1))
+    assert client.run("--filename", "cat.jpg") == (0, "cat.jpg\n", shown + "cat.jpg: seed 7\n")
 
 
 def test_terminal_without_a_bar(server: Server) -> None:
