@@ -59,11 +59,13 @@ class Handler(BaseHTTPRequestHandler):
     server: "Server"
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         self.server.requests.append(Request(self.path, self.headers, body))
         self.server.asked.set()
         with contextlib.suppress(OSError):  # the client may have left
             self.server.steps[len(self.server.requests) - 1](self)
+
+    do_GET = do_PUT = do_POST
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -1069,6 +1071,58 @@ def test_like_without_pillow(server: Server) -> None:
     line = b"query.py: --like reads images with Pillow: pip install pillow\n"
     assert (process.communicate(timeout=LIMIT), process.returncode) == ((b"", line), 2)
     assert server.requests == []
+
+
+# Jobs
+
+
+def report(**state: object) -> Step:
+    return answer(state, 202, "application/json")
+
+
+def test_job_is_ordered_and_followed(client: Client, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(query, "JOB_PAUSE_SECONDS", 0.01)
+    write_key("key")
+    done = report(state="done", pictures=["/jobs/my-fox-1/pictures/0", "/jobs/my-fox-1/pictures/1"])
+    images = [answer(IMAGE, kind="image/jpeg"), answer(IMAGE, kind="image/jpeg")]
+    waits = [report(state="waiting", place=1), report(state="running", step=1, total=2)]
+    server.steps = [*waits, done, *images]
+    status, out, err = client.run("--job", "my-fox-1", "-n", "2", "--filename", "fox.jpg")
+    assert (status, out, err) == (0, "fox-1.jpg\nfox-2.jpg\n", "query.py: waiting; requests before it: 1\n")
+    assert read_folder()["fox-2.jpg"] == IMAGE
+    order = {"prompt": "a cat", "num_images_per_prompt": 2, "output_format": "jpeg"}
+    assert json.loads(server.requests[0].body) == order
+    paths = ["/jobs/my-fox-1"] * 3 + ["/jobs/my-fox-1/pictures/0", "/jobs/my-fox-1/pictures/1"]
+    assert [request.path for request in server.requests] == paths
+    assert set(get_tokens(server)) == {"Bearer key"}
+
+
+@pytest.mark.parametrize(
+    ("steps", "line"),
+    [
+        ([report(state="failed", message="no memory")], "the job is failed: no memory"),
+        ([answer({"error": {"message": "there is no job"}}, 404)], "the server answered 404: there is no job"),
+        ([report(state="done", pictures=["/a"]), answer(b"{}", 200, "application/json")], "instead of image/: {}"),
+        (
+            [
+                report(state="done", pictures=["/a"]),
+                answer(IMAGE, kind="image/jpeg", headers={"Content-Length": "99999"}),
+            ],
+            "the connection broke before the first step",
+        ),
+    ],
+)
+def test_job_without_an_image(client: Client, server: Server, steps: list[Step], line: str) -> None:
+    server.steps = steps
+    status, out, err = client.run("--job", "my-fox-1")
+    assert (status > 0, out, line in err, read_folder()) == (True, "", True, {})
+
+
+def test_job_that_is_left(client: Client, server: Server) -> None:
+    server.steps = [report(state="waiting", place=0)]
+    status, out, err = client.run("--job", "my-fox-1", "--leave")
+    assert (status, out, len(server.requests)) == (0, "", 1)
+    assert err.endswith("/jobs/my-fox-1: waiting; --job my-fox-1 returns to it\n")
 
 
 # Several prompts
