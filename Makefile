@@ -6,8 +6,8 @@
 # make soak    an hour of load, faults and hostile input, with a scorecard; make soak QUICK=--quick: minutes
 # make lock    write constraints.txt anew: what its lines pin stays, and what has no line comes in its newest version
 # make audit   look for known faults of the pinned packages; needs PyPI's own index
-# make bench   compare engines at SDXL's real size: 7 GB of random weights, 22 GB of memory, most of an hour
-# make peers   what make bench compares whole pictures with, in an environment of its own; needs a C++ compiler
+# make bench   compare engines at SDXL's real size: 7 GB of random weights, 22 GB of memory, more than an hour
+# make peers   build the environment of the libraries that `python -m benchmarks images` compares with; needs a C++ compiler
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # The address of another package index for torch, such as PyTorch's for CPU builds: make demo TORCH_INDEX=...
 # https://pytorch.org/get-started/locally/ names them.
@@ -56,7 +56,7 @@ audit: $(VENV)/served
 	build/audit/bin/pip-audit --path $$($(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 
 bench: $(VENV)/served build/base
-	$(RUN) benchmarks
+	$(RUN) benchmarks parts --output build/benchmarks.json
 
 peers: .venv-peers/made
 
