@@ -15,7 +15,7 @@ TORCH_INDEX ?=
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 
-.PHONY: audit bench demo lint lock page peers sdxl soak test
+.PHONY: audit bench demo environment lint lock page peers sdxl soak test
 
 demo: $(VENV)/served
 	$(RUN) demo
@@ -27,11 +27,12 @@ sdxl: $(VENV)/served
 	$(RUN) tools.serve $(if $(MODEL),--model "$(MODEL)")
 
 test: $(VENV)/tested
-	# Two files at a time, whose idle threads must not take the cores by waiting busily; but not those of real servers:
-	# how long things take there is part of what is tested.
-	OMP_WAIT_POLICY=passive $(RUN) pytest tests/unit --numprocesses 2 --dist loadfile
-	# In the files' order, in which no long one comes last and runs alone.
-	$(RUN) pytest tests/server --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	# Two processes, whose idle threads must not take the cores by waiting busily. One that dies or hangs ends the run,
+	# which names its test; tests/conftest.py has the order.
+	OMP_WAIT_POLICY=passive $(RUN) pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
+		-o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
+
+environment: $(VENV)/tested
 
 lint: $(VENV)/tested
 	$(RUN) ruff check

@@ -1,5 +1,6 @@
 """Run TorchServe on free ports of this machine, for the demonstration, the tests and the benchmarks."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -222,7 +223,9 @@ class LocalServer:
     def _stop(self) -> None:
         processes = self.find_processes()
         if processes:
-            self._torchserve("--stop", stdout=subprocess.DEVNULL)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                processes[0].terminate()  # as `torchserve --stop` does
+            self.key_file.unlink(missing_ok=True)
         _, alive = psutil.wait_procs(processes, timeout=30)
         for process in alive:
             process.send_signal(signal.SIGKILL)
