@@ -252,5 +252,5 @@ def check_tokens(site: Site, _scale: Scale) -> list[Line]:
         ]
         metrics_closed = not is_open(server.ports["metrics_address"])
     told = f"{len(CLOSED)} paths, without a token and with a wrong one: {', '.join(answered) or 'all refused'}"
-    told += f"; the {len(OPEN)} that docs/operations.md lists answer {sorted(set(opened))}"
+    told += f"; the {len(OPEN)} that docs/security.md lists answer {sorted(set(opened))}"
     return [Line("tokens", not answered and metrics_closed, told)]

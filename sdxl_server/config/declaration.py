@@ -29,7 +29,6 @@ class Declaration:
         schema: what it accepts, or a function that returns this from a request's Limits.
         words: its meaning.
         role: what a request field decides.
-        option: argparse's keywords for the option of query.py. None: there is no such option.
         is_argument: diffusers' pipelines have an argument of this name.
         is_upload: an image, as base64 in JSON and as a file in a form.
         read: reads a value under given Limits, where the schema does not say everything. Raises ValueError; its
@@ -39,7 +38,6 @@ class Declaration:
     schema: Schema | Callable[[Any], Schema]
     words: str
     role: Role = Role.IMAGE
-    option: Mapping[str, Any] | None = None
     is_argument: bool = True
     is_upload: bool = False
     read: Callable[[Any, Any], Any] | None = None

@@ -1,7 +1,7 @@
 """The fields of a request, each declared once.
 
-The rest follows from a declaration: JSON Schema, docs, the argument of diffusers' pipeline, an image's metadata, and
-the option of query.py. The page docs/extending.md shows how to add a field.
+The rest follows from a declaration: JSON Schema, docs, the argument of diffusers' pipeline, and an image's metadata.
+The page docs/extending.md shows how to add a field.
 """
 
 import dataclasses
@@ -27,9 +27,6 @@ SCHEDULES = (
 )
 SCHEDULE_FIELDS = ("timesteps", "sigmas", "schedule")  # a request has one of them at most
 WITH_IMAGE = "with an image, its aspect decides by default"
-PIXELS = {"type": int, "metavar": "PIXELS"}
-COUNT = {"type": int, "metavar": "N"}
-NUMBER = {"type": float, "metavar": "X"}
 UPLOAD: Schema = {
     "type": "string",
     "contentEncoding": "base64",
@@ -52,41 +49,36 @@ class GenerationRequest:
     prompt: str = declare(
         lambda limits: text(limits.config.max_prompt_characters, is_needed=True), "what the image shows"
     )
-    width: int = declare(_side, f"pixels; {WITH_IMAGE}", option=PIXELS)
-    height: int = declare(_side, f"pixels; {WITH_IMAGE}", option=PIXELS)
+    width: int = declare(_side, f"pixels; {WITH_IMAGE}")
+    height: int = declare(_side, f"pixels; {WITH_IMAGE}")
     seed: int = declare(
         whole(RANDOM_SEED, MAX_SEED),
         f"seed of the first image; each later image has the next number, 0 after {MAX_SEED}. None or {RANDOM_SEED}: "
         "random",
-        option=COUNT,
         is_argument=False,
     )
-    prompt_2: str | None = declare(_prompt, "for the second text encoder; default: `prompt`", value=None, option={})
+    prompt_2: str | None = declare(_prompt, "for the second text encoder; default: `prompt`", value=None)
     negative_prompt: str | None = declare(
-        _prompt, "what the image should not show; no effect with a guidance of 1 or less", value=None, option={}
+        _prompt, "what the image should not show; no effect with a guidance of 1 or less", value=None
     )
     negative_prompt_2: str | None = declare(
-        _prompt, "for the second text encoder; default: `negative_prompt`", value=None, option={}
+        _prompt, "for the second text encoder; default: `negative_prompt`", value=None
     )
-    num_inference_steps: int = declare(
-        lambda limits: whole(1, limits.config.max_steps), "denoising steps", value=30, option=COUNT
-    )
+    num_inference_steps: int = declare(lambda limits: whole(1, limits.config.max_steps), "denoising steps", value=30)
     guidance_scale: float = declare(
-        real(0, 100), "how strongly the prompt guides the image; 1 or less: no guidance", value=5.0, option=NUMBER
+        real(0, 100), "how strongly the prompt guides the image; 1 or less: no guidance", value=5.0
     )
-    guidance_rescale: float = declare(real(0, 1), "reduces overexposure with strong guidance", value=0.0, option=NUMBER)
+    guidance_rescale: float = declare(real(0, 1), "reduces overexposure with strong guidance", value=0.0)
     unet_calls: int | None = declare(
         lambda limits: whole(MIN_CALLS, 2 * max(limits.config.max_steps, MIN_CALLS)),
         "UNet calls; other steps are extrapolated (lossy). `strength` and `denoising_end` reduce it",
         value=None,
-        option=COUNT,
         is_argument=False,
     )
     guidance_interval: tuple[float, float] | None = declare(
         shares(),
         "from which to which share of the denoising guidance applies; other steps cost half",
         value=None,
-        option={"type": float, "nargs": 2, "metavar": ("FROM", "TO")},
         is_argument=False,
     )
     num_images_per_prompt: int = declare(
@@ -94,14 +86,12 @@ class GenerationRequest:
         "images, generated one after another",
         value=1,
         role=Role.DELIVERY,
-        option=COUNT,
         is_argument=False,
     )
     scheduler: str | Mapping[str, Any] | None = declare(
         lambda limits: make_schema(limits.samplers),
         "the sampler: a name from diffusers or another program, or an object with a name and options",
         value=None,
-        option={"metavar": "NAME"},
         is_argument=False,
         read=lambda value, limits: read_sampler(value, limits.samplers),
     )
@@ -109,99 +99,64 @@ class GenerationRequest:
         lambda limits: build_adapters_schema(limits.adapters),
         "adapters (LoRA), each with its scale; an adapter can change other defaults",
         value=None,
-        option={"metavar": "JSON"},
         is_argument=False,
         read=lambda value, limits: read_adapters(value, limits.adapters, max_rank=limits.config.max_adapter_rank),
     )
     clip_skip: int | None = declare(
-        lambda limits: whole(0, limits.max_clip_skip),
-        "number of last layers of the text encoders to skip",
-        value=None,
-        option=COUNT,
+        lambda limits: whole(0, limits.max_clip_skip), "number of last layers of the text encoders to skip", value=None
     )
     denoising_end: float | None = declare(
-        {**real(0, 1), "exclusiveMinimum": 0},
-        "share of the denoising after which it stops",
-        value=None,
-        option={"type": float, "metavar": "SHARE"},
+        {**real(0, 1), "exclusiveMinimum": 0}, "share of the denoising after which it stops", value=None
     )
     timesteps: tuple[int, ...] | None = declare(
         lambda limits: falling(whole(0, 999), limits.config.max_steps, "a list of falling whole numbers from 999 to 0"),
         "the timesteps, instead of `num_inference_steps`; some schedulers accept them",
         value=None,
-        option={"type": int, "nargs": "+", "metavar": "T"},
         is_argument=False,
     )
     sigmas: tuple[float, ...] | None = declare(
         lambda limits: falling(real(0, 1e6), limits.config.max_steps + 1, "a list of falling numbers that ends with 0"),
         "the noise levels, the last 0, instead of `num_inference_steps`; some schedulers accept them",
         value=None,
-        option={"type": float, "nargs": "+", "metavar": "SIGMA"},
         is_argument=False,
     )
     schedule: str | None = declare(
         choice(*SCHEDULES),
         "one of diffusers' AysSchedules, instead of `num_inference_steps`; for models that predict the noise",
         value=None,
-        option={"choices": SCHEDULES},
         is_argument=False,
     )
     original_size: tuple[int, int] | None = declare(
-        pair(0, 65536),
-        "height and width of the imagined original image; small values look blurred",
-        value=None,
-        option={"type": int, "nargs": 2, "metavar": ("HEIGHT", "WIDTH")},
+        pair(0, 65536), "height and width of the imagined original image; small values look blurred", value=None
     )
     crops_coords_top_left: tuple[int, int] | None = declare(
-        pair(0, 65536),
-        "top and left of the imagined crop",
-        value=None,
-        option={"type": int, "nargs": 2, "metavar": ("TOP", "LEFT")},
+        pair(0, 65536), "top and left of the imagined crop", value=None
     )
     target_size: tuple[int, int] | None = declare(
-        pair(0, 65536),
-        "height and width of the imagined target image",
-        value=None,
-        option={"type": int, "nargs": 2, "metavar": ("HEIGHT", "WIDTH")},
+        pair(0, 65536), "height and width of the imagined target image", value=None
     )
     image: Any = declare(
-        UPLOAD,
-        "an image to start from (image-to-image); transparent pixels become white",
-        value=None,
-        option={"type": "Path", "metavar": "FILE"},
-        is_upload=True,
+        UPLOAD, "an image to start from (image-to-image); transparent pixels become white", value=None, is_upload=True
     )
     mask_image: Any = declare(
         UPLOAD,
         "a mask for inpainting: `image` is repainted where the mask is transparent, or white if nothing is transparent",
         value=None,
-        option={"type": "Path", "metavar": "FILE"},
         is_upload=True,
     )
     resize_mode: str | None = declare(
         choice("crop", "pad"),
         "how `image` gets another aspect: `crop` cuts its edges, `pad` adds white bars; default: crop",
         value=None,
-        option={"choices": ("crop", "pad")},
         is_argument=False,
     )
     strength: float | None = declare(
-        real(0, 1),
-        "how much `image` changes; no effect without an image; default: 0.8, or 1 with a mask",
-        value=None,
-        option=NUMBER,
+        real(0, 1), "how much `image` changes; no effect without an image; default: 0.8, or 1 with a mask", value=None
     )
     output_format: str = declare(
-        choice("jpeg", "png", "webp"),
-        "file format of the images",
-        value="jpeg",
-        role=Role.FILE,
-        option={"choices": ("jpeg", "png", "webp")},
-        is_argument=False,
+        choice("jpeg", "png", "webp"), "file format of the images", value="jpeg", role=Role.FILE, is_argument=False
     )
-    quality: int = declare(
-        whole(1, 100), "quality of a JPEG or WebP", value=90, role=Role.FILE, option=COUNT, is_argument=False
-    )
+    quality: int = declare(whole(1, 100), "quality of a JPEG or WebP", value=90, role=Role.FILE, is_argument=False)
     response_format: str = declare(
         choice("b64_json", "url"),
         "an image in JSON: `b64_json` is base64, `url` is a data: URL",

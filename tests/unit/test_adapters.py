@@ -21,7 +21,7 @@ from sdxl_server.model.adapters.files import DIFFUSERS, PEFT
 from sdxl_server.model.adapters.names import PROCESSORS, Layer, list_layers
 from sdxl_server.model.describe import describe_pipeline
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
-from tests.unit.test_pipeline import load, make_picture
+from tests.unit.pipelines import load, make_picture
 from tools.random_model import make_pipeline
 
 RANK, ALPHA = 4, 2.0
@@ -292,7 +292,9 @@ def test_a_wrong_entry_is_told_in_a_line(entry: Any, told: str) -> None:
 
 def test_names_are_given_once() -> None:
     entry = {"name": "a", "path": "a", "fuse": True}
-    with pytest.raises(ConfigError, match=r"^handler\.adapters\[1\]\.name takes a name that no other adapter has, not 'a'"):
+    with pytest.raises(
+        ConfigError, match=r"^handler\.adapters\[1\]\.name takes a name that no other adapter has, not 'a'"
+    ):
         HandlerConfig.parse({"adapters": [entry, entry]})
 
 
