@@ -250,8 +250,8 @@ def make_from_single_file(
     model: str, revision: str | None, *, folder: Path, dtype: str, prediction: str | None, vae: Path | None
 ) -> None:
     """Convert a model in one file into the folder, after its download if it is on the hub."""
-    from sdxl_server.convert.conversion import check_sizes, count_bytes, make_folder
-    from sdxl_server.convert.recognition import recognise
+    from sdxl_server.convert.conversion import check_weight_counts, convert_to_folder, count_bytes
+    from sdxl_server.convert.recognition import recognise_checkpoint
     from sdxl_server.sampling.few_steps import find_hint
 
     origin, source, file = open_single_file(model, revision)
@@ -271,12 +271,12 @@ def make_from_single_file(
             check_disk_space(folder, 2 * file.size - (partial.stat().st_size if partial.exists() else 0))
             start_folder(folder, record)
             fetch_file(source, file, path)
-    checkpoint = recognise(path, prediction=prediction)
-    check_sizes(checkpoint, needs_vae=vae is None)
+    checkpoint = recognise_checkpoint(path, prediction=prediction)
+    check_weight_counts(checkpoint, needs_vae=vae is None)
     check_disk_space(folder, count_bytes(checkpoint, folder, dtype))
     print(f"{record['model']}: {checkpoint.describe()}")
     start_folder(folder, record)
-    make_folder(checkpoint, folder, dtype=dtype, vae=vae, tell=print)
+    convert_to_folder(checkpoint, folder, dtype=dtype, vae=vae, tell=print)
     if source:
         path.unlink()
     if hint := find_hint(Path(record["model"]).name):
@@ -310,12 +310,12 @@ def fetch_pipeline(source: Source, folder: Path, dtype: str) -> None:
 
 def fetch_vae(source: Source, folder: Path, dtype: str) -> None:
     """Download the missing files of a VAE."""
-    from sdxl_server.model.vaes import FULL, TINY
+    from sdxl_server.model.vaes import FULL_VAE, TINY_VAE
 
     config, content = read_json(source, CONFIG, "the folder of a VAE")
     held = content.get("_class_name") if isinstance(content, dict) else None
-    if held not in (FULL, TINY):
-        raise DownloadError(f"--vae takes an {FULL} or {TINY}, but {source.model} holds {held}")
+    if held not in (FULL_VAE, TINY_VAE):
+        raise DownloadError(f"--vae takes an {FULL_VAE} or {TINY_VAE}, but {source.model} holds {held}")
     inside = {each.name: each for each in source.files}
     weights = select_weights(inside, dtype)
     if not weights:

@@ -1,13 +1,13 @@
-"""The guide's name for the model's side, which is the installed package sdxl_server; this file holds no logic."""
+"""Export what the handler uses of the installed package sdxl_server. The guide gives this file its name."""
 
 from sdxl_server.api.http import HttpRequest, ReplyState, Response, read_id
 from sdxl_server.config.settings import CompileConfig, HandlerConfig, check_is_text
 from sdxl_server.errors import ConfigError, RequestError, VersionError
 from sdxl_server.loading import load_pipeline
-from sdxl_server.model.describe import measure_parts
+from sdxl_server.model.describe import measure_components
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
-from sdxl_server.service import Service, explain, load_service
-from sdxl_server.serving.queue import Pace, Queue, Ticket, Turn
+from sdxl_server.service import Service, describe_error, load_service
+from sdxl_server.serving.queue import Action, CallTimer, Queue, QueuedRequest
 
 __all__ = [
     "Response",
@@ -16,18 +16,18 @@ __all__ = [
     "ConfigError",
     "HandlerConfig",
     "LoadedPipeline",
-    "Pace",
+    "CallTimer",
     "Queue",
     "RequestError",
     "Service",
     "ReplyState",
-    "Ticket",
-    "Turn",
+    "QueuedRequest",
+    "Action",
     "VersionError",
     "check_is_text",
-    "explain",
+    "describe_error",
     "load_pipeline",
     "load_service",
-    "measure_parts",
+    "measure_components",
     "read_id",
 ]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdxl_server.model.adapters.names import UNET, list_layers
+from sdxl_server.model.adapters.layer_names import UNET, list_layers
 
 
 class LowRank(torch.nn.Module):

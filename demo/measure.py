@@ -110,15 +110,15 @@ def load_pipeline(folder: Path, *, device: str = "cpu", adapters: Sequence[Mappi
     import torch
     from diffusers import StableDiffusionXLPipeline
 
-    from sdxl_server.model.adapters.files import read_adapter
-    from sdxl_server.model.adapters.names import spell_layers
-    from sdxl_server.model.adapters.registry import fuse
+    from sdxl_server.model.adapters.layer_names import index_layers
+    from sdxl_server.model.adapters.lora_files import load_lora
+    from sdxl_server.model.adapters.registry import fuse_adapter
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
     for each in adapters:
-        _, changes = read_adapter(Path(each["path"]), spell_layers(pipeline, ("text_encoder", "text_encoder_2")))
-        fuse(pipeline, changes, scale=each["scale"])
+        _, changes = load_lora(Path(each["path"]), index_layers(pipeline, ("text_encoder", "text_encoder_2")))
+        fuse_adapter(pipeline, changes, scale=each["scale"])
     return pipeline
 
 

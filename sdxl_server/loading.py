@@ -1,17 +1,27 @@
-"""Loading a pipeline: check → read → build the contract → compile → warm up."""
+"""Load a pipeline: check the folder, read it, build the contract, compile, warm up."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from sdxl_server.config.settings import CompileConfig, HandlerConfig
 from sdxl_server.diffusion.warm_up import warm_up
 from sdxl_server.errors import ConfigError
-from sdxl_server.model.adapters.registry import find_ranks, load_adapters
-from sdxl_server.model.compiling import choose_graphs, compile_parts, list_parts
+from sdxl_server.model.adapters.registry import compute_ranks, load_adapters
+from sdxl_server.model.compiling import choose_graphs, compile_components, list_components_to_compile
 from sdxl_server.model.contract_builder import build_contract
+from sdxl_server.model.diffusers_pipeline import load_diffusers_pipeline
+from sdxl_server.model.dtypes import check_device, choose_dtype
 from sdxl_server.model.families import find_family
-from sdxl_server.model.folders import check_texts, check_whole, write_copy, write_remedy
+from sdxl_server.model.folders import (
+    check_complete,
+    check_file_types,
+    check_tokenizers,
+    write_copy_command,
+    write_redownload_command,
+)
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
-from sdxl_server.model.reading import blame, check_device, check_files, choose_dtype, read_pipeline
+from sdxl_server.schemas import shorten
 
 
 def load_pipeline(
@@ -28,25 +38,26 @@ def load_pipeline(
     """
     folder = model_dir / config.model_path
     family = find_family(folder, is_xl=config.is_xl)
-    check_files(folder, remedy=write_copy(folder))
-    check_whole(folder)
+    check_file_types(folder, remedy=write_copy_command(folder))
+    check_complete(folder)
     vae = None if config.vae_path is None else model_dir / config.vae_path
     if vae is not None:
-        check_files(vae, remedy=write_copy(vae, option="--vae"))
+        check_file_types(vae, remedy=write_copy_command(vae, option="--vae"))
     check_device(compilation, device=device)
     graphs = choose_graphs(config, compilation)
     dtype, compilation = choose_dtype(config, compilation, device=device)
-    with blame(f"cannot read the pipeline in {folder} (it is made anew by: {write_remedy(folder)})"):
-        pipeline = read_pipeline(folder, dtype, family, vae=vae)
-        check_texts(pipeline, family.text_encoders, folder)
+    remedy = write_redownload_command(folder)
+    with reraise_as_config_error(f"cannot read the pipeline in {folder} (download it again: {remedy})"):
+        pipeline = load_diffusers_pipeline(folder, dtype, family, vae=vae)
+        check_tokenizers(pipeline, family.text_encoders, folder)
         if device != "cpu":
             pipeline.to(device)
-        compiled = list_parts(family, config) if compilation.backend == "openvino" else []
+        compiled = list_components_to_compile(family, config) if compilation.backend == "openvino" else []
         adapters = load_adapters(pipeline, family, config, model_dir=model_dir, compiled=compiled)
         contract = build_contract(pipeline, family, config, graphs=graphs, adapters=adapters)
-    with blame(f"pt2.backend: {compilation.backend} cannot run this model"):
-        functions, parts = compile_parts(
-            pipeline, family, config, compilation, contract=contract, ranks=find_ranks(adapters, config)
+    with reraise_as_config_error(f"pt2.backend: {compilation.backend} cannot run this model"):
+        functions, parts = compile_components(
+            pipeline, family, config, compilation, contract=contract, ranks=compute_ranks(adapters, config)
         )
         loaded = LoadedPipeline(
             pipeline, config, compilation, dtype, graphs, family, functions, parts, contract, adapters
@@ -56,6 +67,25 @@ def load_pipeline(
     if config.weights_sha256 is not None and config.weights_sha256 != loaded.weights_sha256:
         raise ConfigError(
             f"handler.weights_sha256 takes the digest of the weights in {folder} as {dtype}, "
-            f"{loaded.weights_sha256}, not {config.weights_sha256!r}; other weights than expected, or another dtype"
+            f"{loaded.weights_sha256}, not {config.weights_sha256!r}. The weights or the dtype are unexpected"
         )
     return loaded
+
+
+@contextlib.contextmanager
+def reraise_as_config_error(start: str) -> Iterator[None]:
+    """Turn any error of a block into a ConfigError. Each library raises classes of its own.
+
+    Args:
+        start: how the message begins.
+
+    Raises:
+        ConfigError: also the block's own ConfigError, unchanged.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = shorten(" ".join(str(error).split()), length=600)
+        raise ConfigError(f"{start}: {type(error).__name__}: {reason}") from error

@@ -167,10 +167,10 @@ def keep_variance(*models: Any) -> None:
 
 def save_pipeline(pipeline: Any, folder: Path) -> None:
     """Write a pipeline in safetensors, its weights named as in published checkpoints."""
-    from sdxl_server.convert.conversion import name_as_published
+    from sdxl_server.convert.conversion import prefix_text_encoder_names
 
     pipeline.save_pretrained(folder, safe_serialization=True)
-    name_as_published(folder / "text_encoder/model.safetensors")
+    prefix_text_encoder_names(folder / "text_encoder/model.safetensors")
 
 
 def main() -> None:

@@ -70,7 +70,7 @@ class Response:
         steps: yields the bytes to send after each step, and returns the last bytes.
         waits: it waits in the queue; a document does not.
         seconds: the time of each finished stage, by name.
-        may_pause: the last bytes were complete, so that a message about the queue may follow.
+        may_pause: the last bytes were complete, so that a keep-alive may follow.
     """
 
     content_type: str
@@ -80,18 +80,6 @@ class Response:
     waits: bool = True
     seconds: dict[str, float] = field(default_factory=dict)
     may_pause: bool = True
-
-    def write_place(self, place: int) -> bytes:
-        """Return the number of requests before this one, or nothing if it cannot be sent now."""
-        return self.api.write_place(place, kind=self.content_type) if self.may_pause else b""
-
-    def write_pause(self) -> bytes:
-        """Return bytes that keep the connection open, for the client and for proxies."""
-        return self.api.write_pause(kind=self.content_type) if self.may_pause else b""
-
-    def write_failure(self, error: Mapping[str, Any]) -> bytes:
-        """Return an error that ends a response which has begun."""
-        return self.api.write_failure(error, kind=self.content_type)
 
 
 def find_header(headers: Mapping[str, Any], wanted: str) -> str:

@@ -70,15 +70,13 @@ class NativeApi:
             return JSON
         return f"image/{request.output_format}"
 
-    def write_place(self, place: int, *, kind: str) -> bytes:
-        """Return the event with the number of requests before this one."""
-        return format_event("queue", {"place": place}) if kind == EVENTS else self.write_pause(kind=kind)
+    def write_waiting(self, position: int, *, kind: str) -> bytes:
+        """Return what a client that waits is sent: its new position in the queue, or for 0 a keep-alive.
 
-    def write_pause(self, *, kind: str) -> bytes:
-        """Return bytes without meaning, which keep the connection open: a comment, or white space before JSON.
-
-        Nothing may precede an image file.
+        JSON may start with white space. An image can carry neither.
         """
+        if position and kind == EVENTS:
+            return format_event("queue", {"place": position})
         return {EVENTS: b":\n\n", JSON: b" "}.get(kind, b"")
 
     def write_compiling(self, parts: Sequence[str]) -> bytes:

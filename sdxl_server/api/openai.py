@@ -110,9 +110,11 @@ class OpenAIApi(NativeApi):
                 kept[name] = max(value, 1) if name == "output_compression" and value == 0 else value
         return rename_fields(kept, FIELD_ALIASES)
 
-    def write_place(self, place: int, *, kind: str) -> bytes:
+    def write_waiting(self, position: int, *, kind: str) -> bytes:
         """Return a comment instead of the native event, which OpenAI's clients do not know."""
-        return f": {place} requests are before this one\n\n".encode() if kind == EVENTS else self.write_pause(kind=kind)
+        if position and kind == EVENTS:
+            return f": {position} requests are before this one\n\n".encode()
+        return super().write_waiting(0, kind=kind)
 
     def write_compiling(self, parts: Sequence[str]) -> bytes:
         """Return a comment instead of the native event."""

@@ -1,5 +1,5 @@
-"""Models in one file, as they are published for other programs: what a file is, and a folder for diffusers made of it.
+"""Single-file checkpoints: recognise the model in a file and convert it into a folder for diffusers.
 
-`sdxl.json`, `sd1.json` and `sd2.json` hold what such a file leaves out, the settings of each part. `merges.txt` is
-CLIP's vocabulary as open_clip_torch carries it, without the lines that CLIP does not use, under LICENSE.merges.
+A checkpoint lacks the settings of its components. They are in `sdxl.json`, `sd1.json` and `sd2.json`. `merges.txt` is
+CLIP's vocabulary from open_clip_torch, without the lines that CLIP does not use; see LICENSE.merges.
 """

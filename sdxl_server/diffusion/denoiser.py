@@ -45,12 +45,12 @@ class Denoiser(Part):
         if cost:
             start = time.perf_counter()
             output = self._call(sample, timestep, *inputs, is_guided=is_guided, **options)
-            metrics.CALL_SECONDS.observe(time.perf_counter() - start)
+            metrics.UNET_CALL_SECONDS.observe(time.perf_counter() - start)
         else:
             output = self._forecast(sample, timestep, is_guided=is_guided)
         self.calls += cost
-        metrics.CALLS_MADE.inc(cost)
-        metrics.CALLS_SKIPPED.inc(1 - cost)
+        metrics.UNET_CALLS_MADE.inc(cost)
+        metrics.UNET_CALLS_SKIPPED.inc(1 - cost)
         self.done += 1
         check_finite(output, "what the UNet returned" if cost else "what was forecast of the UNet")
         self._last = (sample, timestep, output)

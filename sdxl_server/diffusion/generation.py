@@ -9,7 +9,7 @@ from sdxl_server.diffusion.denoiser import Denoiser, name_step
 from sdxl_server.diffusion.prompt_embedding import choose_chunks, embed_prompts
 from sdxl_server.diffusion.stand_ins import Functions, TextEncoder, check_finite, fork_vae
 from sdxl_server.errors import RequestError
-from sdxl_server.model.adapters.registry import choose_products
+from sdxl_server.model.adapters.registry import build_low_rank_matrices
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.request.fields import DECLARATIONS, GenerationRequest
 from sdxl_server.request.masks import cover_cells, keep_protected
@@ -160,7 +160,7 @@ def fork_pipeline(loaded: LoadedPipeline, request: GenerationRequest) -> Any:
 
 def bind_adapters(loaded: LoadedPipeline, request: GenerationRequest) -> Functions:
     """Return the functions of the parts, those with the adapters that a request names that these change."""
-    products = choose_products(loaded.adapters, request.adapters or ())
+    products = build_low_rank_matrices(loaded.adapters, request.adapters or ())
     return {
         name: run.bind(products[name]) if name in products else run  # type: ignore[attr-defined]
         for name, run in loaded.functions.items()

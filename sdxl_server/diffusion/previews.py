@@ -21,7 +21,7 @@ from sdxl_server.diffusion.denoiser import name_step
 from sdxl_server.diffusion.generation import Progress
 from sdxl_server.diffusion.stand_ins import check_finite, fork_vae
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
-from sdxl_server.model.vaes import find_methods
+from sdxl_server.model.vaes import choose_vae_methods
 
 PICTURES, SIDE, LEAVES = 6, 128, 60  # of SIDE pixels, with so many leaves each
 MOSAIC_SIDE = 64  # in cells of latents: room for all of them, once as they are and once enlarged
@@ -94,7 +94,7 @@ def fit_colours(vae: Any, decode: Callable[[Any], Any], *, height: int, width: i
     Raises:
         NotFiniteError: the VAE makes NaN or infinity of a picture.
     """
-    _, encode = find_methods(vae)
+    _, encode = choose_vae_methods(vae)
     with torch.no_grad():
         pictures = draw_leaves().to(vae.device, vae.dtype)
         # of a full VAE the first half, the means

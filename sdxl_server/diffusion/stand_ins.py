@@ -11,7 +11,7 @@ import torch
 from sdxl_server.errors import NotFiniteError
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.model.tiling import decode_tiles, plan_tiles
-from sdxl_server.model.vaes import is_tiny, wrap_encoded
+from sdxl_server.model.vaes import is_tiny_vae, wrap_vae_output
 
 Functions = Mapping[str, Callable[..., Any]]
 
@@ -50,7 +50,7 @@ class Autoencoder(Part):
     def __init__(self, model: Any, functions: Functions, *, tile_side: int | None) -> None:
         super().__init__(model)
         self._decode, self._encode, self._tile_side = functions["vae"], functions["vae_encoder"], tile_side
-        self._is_tiny = is_tiny(model)
+        self._is_tiny = is_tiny_vae(model)
 
     def decode(self, latents: Any, return_dict: bool = True, generator: Any = None) -> Any:
         """Return the pixels of latents in a tuple, whatever `return_dict`; the decoder has no use for a generator."""
@@ -67,7 +67,7 @@ class Autoencoder(Part):
         """Return an image's latents, of the full VAE their distribution, as diffusers has them."""
         encoded = self._encode(pixels.to(self.dtype))
         check_finite(encoded, "what the VAE made of the image")
-        return wrap_encoded(encoded, tiny=self._is_tiny)
+        return wrap_vae_output(encoded, tiny=self._is_tiny)
 
 
 class TextEncoder(Part):

@@ -1,1 +1,1 @@
-"""A model: its folder, its weights, its adapters, and their compilation."""
+"""The model: its folder, weights, VAE and adapters, and their compilation."""

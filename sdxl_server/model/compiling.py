@@ -1,4 +1,4 @@
-"""Compiling the parts of a pipeline as `pt2` says."""
+"""Compile the components of a pipeline as `pt2` configures."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 from sdxl_server.config.settings import BACKEND_NAMES, CompileConfig, HandlerConfig
 from sdxl_server.errors import ConfigError
 from sdxl_server.model.families import Family
-from sdxl_server.model.tiling import find_tile_side, plan_tiles
-from sdxl_server.model.vaes import find_methods
+from sdxl_server.model.tiling import compute_tile_side, plan_tiles
+from sdxl_server.model.vaes import choose_vae_methods
 from sdxl_server.request.contract import Contract
 
 VAE_ENCODER = "vae_encoder"
-# The axes of what each part is called with that may have any length: batch, height and width, length of the text.
+# The axes of each component's arguments that may have any length: batch, height, width, text length.
 DYNAMIC_SHAPES: Mapping[str, Mapping[str, Any]] = {
     "unet": {
         "sample": (0, 2, 3),
@@ -21,17 +21,17 @@ DYNAMIC_SHAPES: Mapping[str, Mapping[str, Any]] = {
     "vae": {"z": (2, 3)},
     VAE_ENCODER: {"x": (2, 3)},
 }
-# They differ by their weights alone; the layers of text encoders by their number, which is in hooks of transformers'.
+# Equal but for their weights. A text encoder's layers are not: hooks of transformers hold their numbers.
 REPEATED_BLOCKS = ("BasicTransformerBlock",)
 
 
 def choose_graphs(config: HandlerConfig, compilation: CompileConfig) -> str | None:
-    """Return which sizes a graph is for, by the configuration alone: static, dynamic, both; None without openvino.
+    """Return which sizes a graph serves: static, dynamic or both; None without OpenVINO.
 
-    What was asked for before, or how much memory is free, is no matter, so that a seed's bits hold.
+    The configuration alone decides, not earlier requests or free memory. So a seed always gives the same bits.
 
     Raises:
-        ConfigError: the setting is another backend's, or there are more sizes than graphs.
+        ConfigError: the backend has no such setting, or there are more sizes than graphs.
     """
     if compilation.backend != "openvino":
         if config.graphs is not None:
@@ -42,27 +42,27 @@ def choose_graphs(config: HandlerConfig, compilation: CompileConfig) -> str | No
     from openvino_backend import Options
 
     graphs, sizes = config.graphs or ("static" if len(config.read_sizes()) == 1 else "dynamic"), config.read_sizes()
-    most = Options.parse(compilation.options).max_graphs
-    if graphs == "static" and len(sizes) > most:
+    limit = Options.parse(compilation.options).max_graphs
+    if graphs == "static" and len(sizes) > limit:
         raise ConfigError(
-            f"handler.allowed_sizes names {len(sizes)} sizes, of which each is a graph with graphs: static, and the "
-            f"option max_graphs in pt2.options is {most}: raise it, or use graphs: dynamic"
+            f"handler.allowed_sizes names {len(sizes)} sizes, and with graphs: static each needs a graph. But "
+            f"max_graphs in pt2.options is {limit}: raise it, or use graphs: dynamic"
         )
     return graphs
 
 
-def price_half(config: HandlerConfig, graphs: str | None, *, batch: int) -> float:
-    """Return what a call of the UNet with half of the guidance costs, in whole ones.
+def compute_half_cost(config: HandlerConfig, graphs: str | None, *, batch: int) -> float:
+    """Return the cost of a UNet call without guidance, compared with a whole call.
 
     Args:
-        graphs: see `choose_graphs`; static ones of a configuration with guidance have no smaller batch, see FixedBatch.
-        batch: the rows that the UNet is given for a request that says no more.
+        graphs: see `choose_graphs`. Static graphs for guidance have no smaller batch, see FixedBatch.
+        batch: the UNet's batch for a default request.
     """
     return 1.0 if graphs == "static" and config.compile_unet and batch > 1 else 0.5
 
 
-def list_parts(family: Family, config: HandlerConfig) -> list[str]:
-    """Return the parts of which the configuration wants a compiled one."""
+def list_components_to_compile(family: Family, config: HandlerConfig) -> list[str]:
+    """Return the components that the configuration compiles."""
     wanted = {
         "unet": config.compile_unet,
         "vae": config.compile_vae,
@@ -72,7 +72,7 @@ def list_parts(family: Family, config: HandlerConfig) -> list[str]:
     return [name for name, is_wanted in wanted.items() if is_wanted]
 
 
-def compile_parts(
+def compile_components(
     pipeline: Any,
     family: Family,
     config: HandlerConfig,
@@ -81,16 +81,16 @@ def compile_parts(
     contract: Contract,
     ranks: Mapping[str, Mapping[str, int]],
 ) -> tuple[Mapping[str, Callable[..., Any]], Mapping[str, Any]]:
-    """Compile the UNet, the VAE's two halves and the text encoders as configured; see LoadedPipeline.
+    """Compile the UNet, the VAE's encoder and decoder, and the text encoders as configured.
 
-    Lossless: each part computes the same, in the type of its own weights.
+    Lossless: each component computes the same, in the type of its weights.
 
     Args:
-        contract: tells the size and the batch of a request that says no more.
-        ranks: by part, of the layers that requests can change; see find_ranks.
+        contract: has the size and the batch of a default request.
+        ranks: of the layers that requests can change, by component; see `compute_ranks`.
 
     Returns:
-        The function of each part, and of the compiled ones the OpenVINOBackend, or None where it is another's.
+        `functions` and `parts` of LoadedPipeline.
 
     Raises:
         ConfigError: the machine lacks what the backend needs.
@@ -98,34 +98,22 @@ def compile_parts(
     import torch
 
     if compilation.backend == "inductor":
-        check_compiler()
-    # Past its limit of recompilations dynamo would go on in eager PyTorch and only warn.
+        check_cpp_compiler()
+    # Otherwise dynamo only warns at its limit of recompilations, and continues in eager PyTorch.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     graphs, batch = choose_graphs(config, compilation), contract.batch
-    height, width = (side // pipeline.vae_scale_factor for side in reversed(contract.size))
-    tiles = plan_tiles(height, width, find_tile_side(config, pipeline.vae_scale_factor))
-    tile = (height, width) if tiles is None else (tiles[0].size, tiles[1].size)
-    text = sum(getattr(pipeline, each).config.hidden_size for each in family.text_encoders)
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {
-        "unet": {
-            "sample": (batch, pipeline.unet.config.in_channels, height, width),
-            # a longer text, see weighting.py, is left to the graph for any size
-            "encoder_hidden_states": (batch, pipeline.tokenizer.model_max_length, text),
-        },
-        "vae": {"z": (1, pipeline.vae.config.latent_channels, *tile)},
-        VAE_ENCODER: {"x": (1, pipeline.vae.config.in_channels, *reversed(contract.size))},
-    }
+    shapes = _list_static_shapes(pipeline, family, config, contract) if graphs == "both" else {}
     if graphs in ("dynamic", "both"):
-        # Past so many halvings the UNet's way up takes its sizes from the way down, as a graph of any size must.
+        # With this many upsamplers the up blocks take their sizes from the down blocks, as a graph of any size must.
         pipeline.unet.num_upsamplers = 30
-    decode, encode = find_methods(pipeline.vae)
+    decode, encode = choose_vae_methods(pipeline.vae)
     methods = {
         "unet": pipeline.unet.forward,
         "vae": decode,
         VAE_ENCODER: encode,
         **{name: getattr(pipeline, name).forward for name in family.text_encoders},
     }
-    wanted = list_parts(family, config)
+    wanted = list_components_to_compile(family, config)
     functions: dict[str, Callable[..., Any]] = {}
     backends: dict[str, Any] = {}
     for name, method in methods.items():
@@ -133,14 +121,14 @@ def compile_parts(
         if compilation.backend is None or name not in wanted:
             continue
         if name in family.text_encoders:
-            # At its first call transformers hooks up the hidden states, behind a lock that dynamo cannot trace.
+            # Its first call installs hooks for the hidden states, behind a lock that dynamo cannot trace.
             module = getattr(pipeline, name)
             module(torch.zeros(1, 1, dtype=torch.long, device=module.device), output_hidden_states=True)
         functions[name] = compile_method(
             method,
             compilation,
             dynamic_shapes=None if graphs == "static" else DYNAMIC_SHAPES.get(name),
-            static_shapes=[shapes[name]] if graphs == "both" and name in shapes else [],
+            static_shapes=[shapes[name]] if name in shapes else [],
             ranks=ranks.get(name),
         )
         backends[name] = functions[name].backend if compilation.backend == "openvino" else None  # type: ignore[attr-defined]
@@ -149,8 +137,27 @@ def compile_parts(
     return functions, backends
 
 
+def _list_static_shapes(
+    pipeline: Any, family: Family, config: HandlerConfig, contract: Contract
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return the shapes of a default request's arguments, by component."""
+    height, width = (side // pipeline.vae_scale_factor for side in reversed(contract.size))
+    tiles = plan_tiles(height, width, compute_tile_side(config, pipeline.vae_scale_factor))
+    tile = (height, width) if tiles is None else (tiles[0].size, tiles[1].size)
+    text_width = sum(getattr(pipeline, each).config.hidden_size for each in family.text_encoders)
+    return {
+        "unet": {
+            "sample": (contract.batch, pipeline.unet.config.in_channels, height, width),
+            # The graph for any size serves prompts of several chunks.
+            "encoder_hidden_states": (contract.batch, pipeline.tokenizer.model_max_length, text_width),
+        },
+        "vae": {"z": (1, pipeline.vae.config.latent_channels, *tile)},
+        VAE_ENCODER: {"x": (1, pipeline.vae.config.in_channels, *reversed(contract.size))},
+    }
+
+
 class FixedBatch:
-    """A UNet whose graphs have one batch: more rows are run one after another, fewer are repeated.
+    """A UNet whose graphs have one batch size. More rows run one batch after another; missing rows are repeated.
 
     Args:
         run: the UNet's function.
@@ -161,7 +168,7 @@ class FixedBatch:
         self._run, self._batch = run, batch
 
     def bind(self, products: Mapping[str, Any]) -> "FixedBatch":
-        """Return it with low-rank matrices, see CompiledFunction."""
+        """Return the UNet with low-rank matrices; see CompiledFunction."""
         return FixedBatch(self._run.bind(products), self._batch)  # type: ignore[attr-defined]
 
     def __call__(self, sample: Any, *args: Any, **kwargs: Any) -> Any:
@@ -193,7 +200,7 @@ def compile_method(
     static_shapes: Sequence[Mapping[str, Any]] = (),
     ranks: Mapping[str, int] | None = None,
 ) -> Any:
-    """Return a method of a module, compiled as configured; shapes and ranks are openvino's, see CompiledFunction."""
+    """Return a module's method, compiled as configured. Shapes and ranks are for OpenVINO; see CompiledFunction."""
     import torch
 
     if compilation.backend == "openvino":
@@ -213,11 +220,11 @@ def compile_method(
     return torch.compile(method, backend=backend, fullgraph=compilation.fullgraph or False, **keywords)
 
 
-def check_compiler() -> None:
-    """Refuse Inductor where there is no C++ compiler.
+def check_cpp_compiler() -> None:
+    """Refuse Inductor on a machine without a C++ compiler.
 
     Raises:
-        ConfigError: says which compilers were looked for.
+        ConfigError: names the ways out.
     """
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
@@ -226,6 +233,6 @@ def check_compiler() -> None:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
         raise ConfigError(
-            "pt2.backend: inductor needs a C++ compiler, and there is none; install g++ or name one in the "
-            "environment variable CXX, or use the openvino backend, which needs none"
+            "pt2.backend: inductor needs a C++ compiler, and there is none. Install g++, name a compiler in the "
+            "environment variable CXX, or use the openvino backend"
         ) from error

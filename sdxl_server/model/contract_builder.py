@@ -1,4 +1,4 @@
-"""What requests may ask of a pipeline, under its configuration."""
+"""Build the contract: what requests may ask for, with this pipeline and configuration."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ from typing import Any
 from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.errors import ConfigError, RequestError
 from sdxl_server.model.adapters.registry import Adapter
-from sdxl_server.model.compiling import price_half
+from sdxl_server.model.compiling import compute_half_cost
 from sdxl_server.model.families import Family
 from sdxl_server.request.adapters import RegisteredAdapter
 from sdxl_server.request.contract import Contract
@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 def build_contract(
     pipeline: Any, family: Family, config: HandlerConfig, *, graphs: str | None, adapters: Sequence[Adapter] = ()
 ) -> Contract:
-    """Return what requests may ask of this pipeline under this configuration.
+    """Return the contract of a pipeline under a configuration.
 
     Args:
-        graphs: see `choose_graphs`; static ones are for the allowed sizes, or else for the configured one alone.
+        graphs: see `choose_graphs`. Static graphs serve the allowed sizes, or else the configured one alone.
 
     Raises:
-        ConfigError: the defaults are beyond the limits; names the key.
+        ConfigError: a default is beyond its limit; names the key.
     """
     own, unet_config = pipeline.scheduler, pipeline.unet.config
     samplers = find_samplers(own, unet_config, configured=config.scheduler, is_adapted=bool(config.adapters))
@@ -59,11 +59,11 @@ def build_contract(
     )
     properties = build_properties(limits, defaults=defaults, lacking=family.lacks)
     batch = 2 if has_halves(defaults["guidance_scale"], unet_config) else 1
-    half = price_half(config, graphs, batch=batch)
+    half = compute_half_cost(config, graphs, batch=batch)
     count_calls = functools.partial(_count_calls, pipeline, samplers, half)
     contract = Contract(properties, limits, count_calls, half, batch, family.needs)
     try:
-        contract.check_sample({"prompt": "what a request gets that says no more", **defaults})
+        contract.check_sample({"prompt": "a prompt", **defaults})
     except RequestError as error:
         key = error.param if error.param in {each.name for each in dataclasses.fields(config)} else "jpeg_quality"
         raise ConfigError(f"handler.{key}: its defaults are beyond its limits: {error}") from error
@@ -71,7 +71,7 @@ def build_contract(
 
 
 def _choose_steps(config: HandlerConfig, suited: Suited) -> dict[str, Any]:
-    """Return the steps and the guidance of requests that name none, as configured or as the model says."""
+    """Return the default steps and guidance, as configured or as the model suggests."""
     steps = suited.num_inference_steps if config.num_inference_steps is None else config.num_inference_steps
     guidance = suited.guidance_scale if config.guidance_scale is None else config.guidance_scale
     if warning := suited.find_warning(steps, guidance):
@@ -87,7 +87,7 @@ def _list_registered(
     """Return the adapters that requests can name.
 
     Raises:
-        ConfigError: the defaults of one do not fit the model; names the key.
+        ConfigError: an adapter's defaults do not fit the model; names the key.
     """
     registered = {}
     for index, adapter in enumerate(adapters):
@@ -109,10 +109,10 @@ def _list_registered(
 
 
 def _count_calls(pipeline: Any, samplers: Samplers, half: float, request: GenerationRequest) -> float:
-    """Return the UNet's calls for one picture of a request.
+    """Return the number of UNet calls for one image.
 
     Raises:
-        RequestError: there would be none, or the scheduler cannot make them right.
+        RequestError: there would be none, or the scheduler cannot make these steps.
     """
     check_sampling(pipeline.scheduler, samplers, request)
     scheduler = make_scheduler(pipeline.scheduler, request)

@@ -1,4 +1,4 @@
-"""What a loaded pipeline reports: `describe`, the applied adapters, and the figures for metrics."""
+"""Report a loaded pipeline: `describe`, the applied adapters, and the figures for metrics."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,12 +7,12 @@ from typing import Any
 from sdxl_server import __version__
 from sdxl_server.model.compiling import VAE_ENCODER
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
-from sdxl_server.model.vaes import is_tiny
+from sdxl_server.model.vaes import is_tiny_vae
 from sdxl_server.request.fields import GenerationRequest
 
 
 def describe_pipeline(loaded: LoadedPipeline) -> dict[str, Any]:
-    """Return what runs, read from what is compiled so far. Without a warm-up nothing is compiled before a request."""
+    """Return what runs, read from the graphs compiled so far. Without a warm-up there is none before a request."""
     import torch
 
     import openvino_backend
@@ -54,7 +54,7 @@ def describe_vae(loaded: LoadedPipeline) -> dict[str, Any]:
     return {
         "class": type(vae).__name__,
         "path": config.vae_path,
-        "lossy": is_tiny(vae),
+        "lossy": is_tiny_vae(vae),
         "tile_side": config.vae_tile_side,
     }
 
@@ -66,7 +66,7 @@ def describe_arithmetic(loaded: LoadedPipeline) -> Mapping[str, Any] | None:
     return described
 
 
-def list_applied(loaded: LoadedPipeline, request: GenerationRequest) -> list[dict[str, Any]]:
+def list_applied_adapters(loaded: LoadedPipeline, request: GenerationRequest) -> list[dict[str, Any]]:
     """Return the adapters of an image: the fused ones, and those that its request names."""
     scales = {each["name"]: each["scale"] for each in request.adapters or ()}
     return [
@@ -76,13 +76,13 @@ def list_applied(loaded: LoadedPipeline, request: GenerationRequest) -> list[dic
     ]
 
 
-def list_uncompiled(loaded: LoadedPipeline, request: GenerationRequest) -> list[str]:
+def list_uncompiled_components(loaded: LoadedPipeline, request: GenerationRequest) -> list[str]:
     """Return the components that OpenVINO compiles when this request is the first to need them."""
     needed = (name for name in loaded.parts if name != VAE_ENCODER or request.image is not None)
     return [name for name in needed if loaded.parts[name] is not None and not loaded.parts[name].reports]
 
 
-def measure_parts(loaded: LoadedPipeline) -> dict[str, dict[str, tuple[float, str]]]:
+def measure_components(loaded: LoadedPipeline) -> dict[str, dict[str, tuple[float, str]]]:
     """Return for each component on OpenVINO the figures for metrics: by name, the value and its unit."""
     if loaded.compilation.backend != "openvino":
         return {}

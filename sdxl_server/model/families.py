@@ -1,4 +1,4 @@
-"""The kinds of models that are served; each is one row."""
+"""The kinds of models that are served, one row each."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdxl_server.errors import ConfigError
-from sdxl_server.model.folders import read_json
+from sdxl_server.model.folders import load_json_object
 from sdxl_server.schemas import shorten
 
 
@@ -15,12 +15,12 @@ class Family:
     """One kind of model.
 
     Attributes:
-        saved_as: what a folder of it may say in its model_index.json: diffusers has base models inpaint, too.
-        text_to_image, image_to_image, inpainting: diffusers' pipeline classes; of an inpainting model they are one.
+        saved_as: the class names that its model_index.json may hold. diffusers inpaints with base models, too.
+        text_to_image, image_to_image, inpainting: diffusers' pipeline classes. An inpainting model has one for all.
         text_encoders: the names of its text encoders in a pipeline.
-        lacks: the fields of a request that mean nothing to it.
-        channels: that its UNet takes.
-        needs: the fields beside the prompt that a request must have.
+        lacks: request fields without a meaning for this model.
+        channels: the input channels of its UNet.
+        needs: the fields that a request must have besides the prompt.
     """
 
     saved_as: tuple[str, ...]
@@ -39,7 +39,7 @@ class Family:
 
 
 def _make_inpainting(family: Family) -> Family:
-    """Return the kind whose UNet is given the mask and what it leaves of the image beside the latents."""
+    """Return the kind whose UNet takes the mask and the masked image with the latents."""
     one = family.inpainting
     needs = ("image", "mask_image")
     return dataclasses.replace(family, text_to_image=one, image_to_image=one, channels=9, needs=needs)
@@ -66,11 +66,11 @@ FAMILIES = {
     ),
 }
 FAMILIES |= {f"{name}-inpainting": _make_inpainting(family) for name, family in FAMILIES.items()}
-# Pipelines that are published and not served.
-OTHERS = {
-    "StableDiffusionXLImg2ImgPipeline": "the refiner of Stable Diffusion XL, which finishes pictures that a base began",
-    "StableDiffusionXLInstructPix2PixPipeline": "an instruct-pix2pix model, which edits pictures by instruction",
-    "StableDiffusionInstructPix2PixPipeline": "an instruct-pix2pix model, which edits pictures by instruction",
+# Published, but not served.
+UNSERVED_PIPELINES = {
+    "StableDiffusionXLImg2ImgPipeline": "the refiner of Stable Diffusion XL, which finishes a base model's images",
+    "StableDiffusionXLInstructPix2PixPipeline": "an instruct-pix2pix model, which edits images by instruction",
+    "StableDiffusionInstructPix2PixPipeline": "an instruct-pix2pix model, which edits images by instruction",
 }
 
 
@@ -78,21 +78,21 @@ def find_family(folder: Path, *, is_xl: bool | None) -> Family:
     """Return the family of the pipeline in a folder.
 
     Args:
-        is_xl: what the configuration says of it; None: nothing.
+        is_xl: the setting; None if it is not set.
 
     Raises:
-        ConfigError: there is no pipeline, one that is not served, or another than is_xl says.
+        ConfigError: the folder holds no pipeline, one that is not served, or one that contradicts is_xl.
     """
     try:
         index = json.loads((folder / "model_index.json").read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"handler.model_path takes the folder of a diffusers pipeline, but {folder} has no readable "
-            f"model_index.json; python Download_model.py makes one ({error})"
+            f"model_index.json; python Download_model.py downloads one ({error})"
         ) from error
     held = index.get("_class_name") if isinstance(index, dict) else None
-    if isinstance(held, str) and held in OTHERS:
-        raise ConfigError(f"handler.model_path: {folder} holds {OTHERS[held]} ({held}); that is not served")
+    if isinstance(held, str) and held in UNSERVED_PIPELINES:
+        raise ConfigError(f"handler.model_path: {folder} holds {UNSERVED_PIPELINES[held]} ({held}); that is not served")
     kinds = [family for family in FAMILIES.values() if held in family.saved_as]
     if is_xl is not None and not any(family.is_xl is is_xl for family in kinds):
         wanted = next(family.text_to_image for family in FAMILIES.values() if family.is_xl is is_xl)
@@ -102,8 +102,8 @@ def find_family(folder: Path, *, is_xl: bool | None) -> Family:
         raise ConfigError(
             f"handler.model_path takes the folder of one of {names}, but {folder} holds a {shorten(held)}"
         )
-    # Where they do not say it, diffusers takes 4; where they cannot be read, the reading of the pipeline tells why.
-    channels = read_json(folder / "unet/config.json").get("in_channels", 4)
+    # diffusers defaults to 4. An unreadable file is reported when the pipeline is loaded.
+    channels = load_json_object(folder / "unet/config.json").get("in_channels", 4)
     family = next((each for each in kinds if each.channels == channels), None)
     if family is None:
         raise ConfigError(

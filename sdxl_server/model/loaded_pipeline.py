@@ -9,7 +9,7 @@ from typing import Any
 from sdxl_server.config.settings import CompileConfig, HandlerConfig
 from sdxl_server.model.adapters.registry import Adapter
 from sdxl_server.model.families import Family
-from sdxl_server.model.tiling import find_tile_side
+from sdxl_server.model.tiling import compute_tile_side
 from sdxl_server.request.contract import Contract
 
 
@@ -44,7 +44,7 @@ class LoadedPipeline:
     @property
     def tile_side(self) -> int | None:
         """The side of the largest square that the VAE decodes whole, in latent cells. None: everything is whole."""
-        return find_tile_side(self.config, self.pipeline.vae_scale_factor)
+        return compute_tile_side(self.config, self.pipeline.vae_scale_factor)
 
     @functools.cached_property
     def weights_sha256(self) -> str:

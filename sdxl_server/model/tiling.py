@@ -1,7 +1,7 @@
-"""Decoding large latents in tiles that overlap, which bounds the memory. Lossy: no tile knows what is in the others.
+"""Decode large latents in overlapping tiles, which limits the memory. Lossy: each tile is decoded on its own.
 
-All tiles of a picture have one size, so that one graph decodes them, and are blended where they overlap, as far as
-diffusers does it. The last one of a row or column is moved back until it is whole, where diffusers has a narrow one.
+All tiles of an image have one size, so that one graph decodes them. They are blended over their overlap as in
+diffusers. The last tile of a row or column is moved back to full size; in diffusers it is narrower.
 """
 
 import logging
@@ -16,25 +16,29 @@ from sdxl_server.request.fields import GenerationRequest
 
 logger = logging.getLogger(__name__)
 
-SHARE = 4  # two tiles are blended over one part in so many, as in diffusers
+OVERLAP_DIVISOR = 4  # two tiles overlap by a fourth of their side, as in diffusers
 
 
 @dataclass(frozen=True)
-class Axis:
-    """Where the tiles of a picture lie along one axis, in cells of latents.
+class TileAxis:
+    """The tiles of an image along one axis, in latent cells.
 
     Attributes:
-        size: of each.
-        starts: of each.
-        overlap: over which two are blended.
+        size: the length of each tile.
+        starts: where each tile begins.
+        overlap: the length over which two are blended.
     """
 
     size: int
     starts: tuple[int, ...]
     overlap: int
 
-    def weigh(self, block: int) -> Any:
-        """Return how much each tile counts in each pixel, of `block` a cell: tiles, pixels."""
+    def compute_weights(self, block: int) -> Any:
+        """Return the weight of each tile at each pixel; shape: tiles, pixels.
+
+        Args:
+            block: pixels of a cell.
+        """
         size, overlap = self.size * block, self.overlap * block
         weights = torch.zeros(len(self.starts), self.starts[-1] * block + size)
         ramp = (torch.arange(size) / overlap).clamp(max=1)
@@ -46,31 +50,35 @@ class Axis:
         return weights
 
 
-def plan_tiles(height: int, width: int, side: int | None) -> tuple[Axis, Axis] | None:
-    """Return the tiles of latents down and across, or None where they are decoded whole.
+def plan_tiles(height: int, width: int, side: int | None) -> tuple[TileAxis, TileAxis] | None:
+    """Return the tiles down and across, or None if the latents are decoded whole.
 
     Args:
-        side: of a tile, and of the largest square that is decoded whole; None where everything is.
+        side: of a tile, and of the largest square that is decoded whole; None decodes all whole.
     """
     if side is None or height * width <= side * side:
         return None
-    overlap = side // SHARE
+    overlap = side // OVERLAP_DIVISOR
 
-    def place(length: int) -> Axis:
+    def place(length: int) -> TileAxis:
         size = min(side, length)
         count = 1 + -(-(length - size) // (side - overlap))
-        return Axis(size, tuple(min(index * (side - overlap), length - size) for index in range(count)), overlap)
+        return TileAxis(size, tuple(min(index * (side - overlap), length - size) for index in range(count)), overlap)
 
     return place(height), place(width)
 
 
-def find_tile_side(config: HandlerConfig, cell: int) -> int | None:
-    """Return the side of a tile in cells of latents, each of so many pixels; None where everything is decoded whole."""
+def compute_tile_side(config: HandlerConfig, cell: int) -> int | None:
+    """Return the side of a tile in latent cells; None if everything is decoded whole.
+
+    Args:
+        cell: its side in pixels.
+    """
     return None if config.vae_tile_side is None else config.vae_tile_side // cell
 
 
 def describe_tiles(request: GenerationRequest, config: HandlerConfig) -> dict[str, Any] | None:
-    """Return for a picture's metadata in which tiles it is decoded, in pixels; None where it is decoded whole."""
+    """Return an image's tiles for its metadata, in pixels; None if it is decoded whole."""
     tiles = plan_tiles(request.height, request.width, config.vae_tile_side)
     if tiles is None:
         return None
@@ -84,15 +92,15 @@ def describe_tiles(request: GenerationRequest, config: HandlerConfig) -> dict[st
     }
 
 
-def decode_tiles(decode: Callable[[Any], Any], latents: Any, tiles: tuple[Axis, Axis]) -> Any:
-    """Return the pixels of latents, in float32.
+def decode_tiles(decode: Callable[[Any], Any], latents: Any, tiles: tuple[TileAxis, TileAxis]) -> Any:
+    """Return the pixels of latents in float32.
 
     Args:
-        decode: returns the pixels of a tile.
+        decode: returns the pixels of one tile.
     """
     down, across = tiles
     logger.info(
-        "The VAE decodes a picture of %d × %d latents in %d tiles of %d × %d (handler.vae_tile_side): lossy",
+        "The VAE decodes an image of %d × %d latents in %d tiles of %d × %d (handler.vae_tile_side): lossy",
         *reversed(latents.shape[2:]),
         len(down.starts) * len(across.starts),
         across.size,
@@ -104,7 +112,7 @@ def decode_tiles(decode: Callable[[Any], Any], latents: Any, tiles: tuple[Axis, 
             tile = decode(latents[..., top : top + down.size, left : left + across.size].contiguous()).float()
             if pixels is None:
                 block = tile.shape[-1] // across.size
-                shares = [each.weigh(block).to(tile.device) for each in tiles]
+                shares = [each.compute_weights(block).to(tile.device) for each in tiles]
                 pixels = tile.new_zeros(*tile.shape[:2], *(each.shape[1] for each in shares))
             y, x = top * block, left * block
             place = (..., slice(y, y + tile.shape[-2]), slice(x, x + tile.shape[-1]))

@@ -1,4 +1,4 @@
-"""The kinds of VAE, the full one and the tiny one (TAESD, lossy), and one from a folder of its own."""
+"""The two kinds of VAE, full and tiny (TAESD, lossy), also from a folder of their own."""
 
 import json
 from collections.abc import Callable
@@ -7,24 +7,24 @@ from types import MethodType
 from typing import Any
 
 from sdxl_server.errors import ConfigError
-from sdxl_server.model.folders import name_variant, read_json
+from sdxl_server.model.folders import find_component_variant, load_json_object
 from sdxl_server.schemas import shorten
 
-FULL, TINY = "AutoencoderKL", "AutoencoderTiny"  # diffusers' classes
-LEAST_APART = 1e-4  # of the scaling factors of two kinds of models: 0.13025 for SDXL, 0.18215 for 1.x and 2.x
+FULL_VAE, TINY_VAE = "AutoencoderKL", "AutoencoderTiny"  # diffusers' classes
+MIN_SCALING_DIFFERENCE = 1e-4  # between kinds of models: 0.13025 for SDXL, 0.18215 for 1.x and 2.x
 
 
-def is_tiny(vae: Any) -> bool:
-    """Say whether a VAE is a tiny one, whose pictures lack fine detail."""
-    return type(vae).__name__ == TINY
+def is_tiny_vae(vae: Any) -> bool:
+    """Say whether a VAE is a tiny one. Its images lack fine detail."""
+    return type(vae).__name__ == TINY_VAE
 
 
-def find_methods(vae: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return what decodes latents, to pixels in a tuple, and what encodes pixels.
+def choose_vae_methods(vae: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return the method that decodes latents and the one that encodes pixels.
 
-    The full one's encoder returns the moments of latents, the tiny one's the latents themselves.
+    The decoder returns a tuple. The full encoder returns the moments of the latents, the tiny one the latents.
     """
-    if is_tiny(vae):
+    if is_tiny_vae(vae):
         return MethodType(_decode_tiny, vae), MethodType(_encode_tiny, vae)
     return vae._decode, vae._encode
 
@@ -37,8 +37,8 @@ def _encode_tiny(self: Any, x: Any) -> Any:
     return self.encoder(x)
 
 
-def wrap_encoded(encoded: Any, *, tiny: bool) -> Any:
-    """Return what diffusers' own `encode` would, of what an encoder of `find_methods` returned."""
+def wrap_vae_output(encoded: Any, *, tiny: bool) -> Any:
+    """Return an encoder's result as diffusers' own `encode` does; see `choose_vae_methods`."""
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
     from diffusers.models.modeling_outputs import AutoencoderKLOutput
@@ -48,61 +48,63 @@ def wrap_encoded(encoded: Any, *, tiny: bool) -> Any:
     return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(encoded))
 
 
-def read_class(folder: Path) -> str:
-    """Return which of the two kinds of VAE a folder holds.
+def read_vae_class(folder: Path) -> str:
+    """Return the class name of a folder's VAE.
 
     Raises:
-        ConfigError: it holds none.
+        ConfigError: the folder holds none of the two kinds.
     """
     try:
         held = json.loads((folder / "config.json").read_text()).get("_class_name")
     except (OSError, ValueError, RecursionError, AttributeError) as error:
         raise ConfigError(
-            f"handler.vae_path takes the folder of a VAE as diffusers has it, but {folder} has no readable "
-            f"config.json; python Download_model.py --vae makes one ({error})"
+            f"handler.vae_path takes the folder of a VAE in diffusers' layout, but {folder} has no readable "
+            f"config.json; python Download_model.py --vae downloads one ({error})"
         ) from error
-    if held not in (FULL, TINY):
+    if held not in (FULL_VAE, TINY_VAE):
         raise ConfigError(
-            f"handler.vae_path takes the folder of an {FULL} or {TINY}, but {folder} holds {shorten(held)}"
+            f"handler.vae_path takes the folder of an {FULL_VAE} or {TINY_VAE}, but {folder} holds {shorten(held)}"
         )
     return str(held)
 
 
-def read_vae(folder: Path, dtype: Any) -> Any:
-    """Read a VAE from a folder of its own, from safetensors.
+def load_vae(folder: Path, dtype: Any) -> Any:
+    """Load a VAE from a folder of its own, from safetensors.
 
     Args:
-        dtype: torch's type of its weights.
+        dtype: torch's type for its weights.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the folder holds no VAE.
     """
     import diffusers
 
-    kind = getattr(diffusers, read_class(folder))
-    variant = name_variant(folder.glob("diffusion_pytorch_model*.safetensors"))
+    kind = getattr(diffusers, read_vae_class(folder))
+    variant = find_component_variant(folder.glob("diffusion_pytorch_model*.safetensors"))
     return kind.from_pretrained(folder, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True)
 
 
 def check_vae(vae: Any, *, channels: int, own: Path) -> None:
-    """Refuse a VAE that is another kind of model's.
+    """Refuse a VAE that belongs to another kind of model.
 
     Args:
-        channels: of the latents that the UNet makes.
+        channels: the UNet's output channels.
         own: the folder of the model's own VAE.
 
     Raises:
-        ConfigError: says what does not fit.
+        ConfigError: names what does not fit.
     """
-    if type(vae).__name__ not in (FULL, TINY):
-        raise ConfigError(f"handler.model_path takes a pipeline with an {FULL} or {TINY}, not {type(vae).__name__}")
+    if type(vae).__name__ not in (FULL_VAE, TINY_VAE):
+        raise ConfigError(
+            f"handler.model_path takes a pipeline with an {FULL_VAE} or {TINY_VAE}, not {type(vae).__name__}"
+        )
     found = vae.config.latent_channels
     if found != channels:
         raise ConfigError(f"handler.vae_path takes a VAE of {channels} latent channels for this model, not {found}")
-    settings = read_json(own / "config.json")
-    of_model = settings.get("scaling_factor") if settings.get("_class_name") == FULL else None
-    if of_model and not is_tiny(vae) and abs(vae.config.scaling_factor - of_model) > LEAST_APART:
+    settings = load_json_object(own / "config.json")
+    expected = settings.get("scaling_factor") if settings.get("_class_name") == FULL_VAE else None
+    if expected and not is_tiny_vae(vae) and abs(vae.config.scaling_factor - expected) > MIN_SCALING_DIFFERENCE:
         raise ConfigError(
-            f"handler.vae_path takes a VAE of this kind of model, of scaling factor {of_model:g} (0.13025: Stable "
+            f"handler.vae_path takes a VAE for this kind of model, with scaling factor {expected:g} (0.13025: Stable "
             f"Diffusion XL; 0.18215: 1.x and 2.x), not {vae.config.scaling_factor:g}"
         )

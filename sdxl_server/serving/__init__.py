@@ -1,1 +1,1 @@
-"""Operations: the queue of a worker, readiness, the container's entry point, rolling restarts."""
+"""The worker's queue, and programs: readiness check, container entry point, rolling restart."""

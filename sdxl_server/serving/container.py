@@ -1,6 +1,6 @@
-"""Run TorchServe as the one process of a container: make the archive, serve, and on SIGTERM drain first.
+"""Run TorchServe as the one process of a container: make the archive, serve, and drain on SIGTERM.
 
-What is written goes into the folder where it is started: the archive, logs and keys. The model is read where it is.
+The archive, logs and keys go into the working directory. The model stays where it is.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,9 @@ import requests
 
 logger = logging.getLogger(__name__)
 
-IN_FLIGHT = re.compile(r"^sdxl_requests_in_flight (\S+)$", re.MULTILINE)
-# Kubernetes takes a pod out of its services while it is told to end; this long, new requests may still come.
-QUIET_SECONDS = 5
+IN_FLIGHT_LINE = re.compile(r"^sdxl_requests_in_flight (\S+)$", re.MULTILINE)
+# Kubernetes removes a pod from its services after SIGTERM. New requests may come until then.
+IDLE_SECONDS = 5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,10 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--source", type=Path, default=Path("/opt/sdxl"), help="the folder of this project")
     parser.add_argument("--settings", type=Path, help="a model-config.yaml (default: the one of the project)")
     parser.add_argument("--model", type=Path, default=Path("/models/Base_Diffusion_model"), help="the model's folder")
-    parser.add_argument("--address", default="0.0.0.0", help="where it listens")
-    parser.add_argument("--port", type=int, default=8080, help="of pictures (default: %(default)s)")
+    parser.add_argument("--address", default="0.0.0.0", help="address to listen on")
+    parser.add_argument("--port", type=int, default=8080, help="of the inference API (default: %(default)s)")
     parser.add_argument("--metrics-port", type=int, default=9108, help="of /metrics and /ready (default: %(default)s)")
-    parser.add_argument("--drain", type=float, default=3600, metavar="SECONDS", help="for the requests under way")
+    parser.add_argument("--drain", type=float, default=3600, metavar="SECONDS", help="limit for requests in flight")
     options = parser.parse_args(arguments)
     make_archive(options.source, options.settings or options.source / "model-config.yaml", options)
     properties = {
@@ -52,11 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             *("--model-store", "model_store", "--models", "diffusion_fast"),
         ]
     )
-    is_told_to_end = threading.Event()
+    is_stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: is_told_to_end.set())
+        signal.signal(number, lambda *_: is_stopping.set())
     while server.poll() is None:
-        if is_told_to_end.wait(1):
+        if is_stopping.wait(1):
             drain(options.metrics_port, seconds=options.drain)
             subprocess.run(["torchserve", "--stop", "--foreground"], check=False)
             server.wait()
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make_archive(source: Path, settings: Path, options: Any) -> None:
-    """Make the archive of this package's version, with the model left where it is."""
+    """Make the model archive. The model stays where it is."""
     import yaml
 
     content = yaml.safe_load(settings.read_text())
@@ -88,24 +89,28 @@ def make_archive(source: Path, settings: Path, options: Any) -> None:
 
 
 def drain(port: int, *, seconds: float) -> None:
-    """Wait until nothing has been in flight for some seconds, or for this long."""
-    logger.info("Told to end: the requests under way are finished first")
-    quiet = 0
+    """Wait until no request has been in flight for some seconds.
+
+    Args:
+        seconds: the longest time to wait.
+    """
+    logger.info("Stopping: the requests in flight are finished first")
+    idle = 0
     for _ in range(int(seconds)):
-        quiet = quiet + 1 if count_in_flight(port) == 0 else 0
-        if quiet > QUIET_SECONDS:
+        idle = idle + 1 if count_in_flight(port) == 0 else 0
+        if idle > IDLE_SECONDS:
             return
-        threading.Event().wait(1)
-    logger.warning("Requests were still under way after %.0f s", seconds)
+        time.sleep(1)
+    logger.warning("Requests were still in flight after %.0f s", seconds)
 
 
 def count_in_flight(port: int) -> float:
-    """Return how many requests the worker has; none where it is not there."""
+    """Return how many requests the worker has; 0 without a worker."""
     try:
         text = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=5).text
     except requests.RequestException:
         return 0
-    found = IN_FLIGHT.search(text)
+    found = IN_FLIGHT_LINE.search(text)
     return float(found[1]) if found else 0
 
 

@@ -1,4 +1,4 @@
-"""Exit with 0 when the model can answer, else with 1 and a line that says what is missing."""
+"""Exit with 0 when the model can answer, else with 1 and a line with the reason."""
 
 import argparse
 import json
@@ -10,12 +10,12 @@ from pathlib import Path
 import requests
 
 ADDRESSES = {"inference_address": "http://127.0.0.1:8080", "management_address": "http://127.0.0.1:8081"}
-ANSWER_SECONDS = 10  # of the management API, which waits for no worker
-PAUSE_SECONDS = 0.5
+MANAGEMENT_SECONDS = 10  # for the management API, which waits for no worker
+RETRY_SECONDS = 0.5
 
 
 class NotReadyError(RuntimeError):
-    """The model cannot answer; the message says what is missing."""
+    """The model cannot answer; the message gives the reason."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--answer",
         type=float,
         metavar="SECONDS",
-        help="also ask the model, which answers after the pictures that are under way or wait; without this, a worker "
-        "that hangs counts as ready",
+        help="also ask the model, which answers after the images in work and in the queue; without this option "
+        "a worker that hangs counts as ready",
     )
     parser.add_argument("--wait", type=float, default=0, metavar="SECONDS", help="how long to try (default: once)")
     options = parser.parse_args(arguments)
@@ -44,19 +44,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 token = read_token(options.key_file, "inference")
                 check_answer(addresses["inference_address"], options.model, token, seconds=options.answer)
         except NotReadyError as error:
-            if time.monotonic() + PAUSE_SECONDS > deadline:
+            if time.monotonic() + RETRY_SECONDS > deadline:
                 print(error, file=sys.stderr)
                 return 1
-            time.sleep(PAUSE_SECONDS)
+            time.sleep(RETRY_SECONDS)
         else:
             return 0
 
 
 def read_addresses(properties: Path) -> dict[str, str]:
-    """Return a config.properties' addresses by their key, TorchServe's own where it names none.
+    """Return the addresses of a config.properties by their key, with TorchServe's defaults.
 
     Raises:
-        NotReadyError: there is no such file.
+        NotReadyError: the file cannot be read.
     """
     try:
         lines = properties.read_text().splitlines()
@@ -70,28 +70,28 @@ def read_token(key_file: Path, kind: str) -> str:
     """Return the token for `inference` or `management`.
 
     Raises:
-        NotReadyError: there is none.
+        NotReadyError: the file has none.
     """
     try:
         token: str = json.loads(key_file.read_text())[kind]["key"]
     except FileNotFoundError as error:
-        raise NotReadyError(f"{key_file} is missing; TorchServe writes it where it is started") from error
+        raise NotReadyError(f"{key_file} is missing; TorchServe writes it into its working directory") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise NotReadyError(f"{key_file} holds no token for {kind} that can be read") from error
+        raise NotReadyError(f"{key_file} holds no readable token for {kind}") from error
     return token
 
 
 def check_workers(address: str, model: str, token: str) -> None:
-    """Ask the management API about the model; every worker, and at least one, must be ready.
+    """Ask the management API for the model's workers. There must be one at least, and all must be ready.
 
     Raises:
-        NotReadyError: says what is missing.
+        NotReadyError: names their states.
     """
-    answer = ask(f"{address}/models/{model}", token, seconds=ANSWER_SECONDS)
+    answer = send_get(f"{address}/models/{model}", token, seconds=MANAGEMENT_SECONDS)
     try:
         statuses = [str(worker["status"]) for worker in answer.json()[0]["workers"]]
     except (ValueError, LookupError, TypeError) as error:
-        raise NotReadyError(f"{address} does not answer as TorchServe does") from error
+        raise NotReadyError(f"{address} does not answer like TorchServe") from error
     if not statuses:
         raise NotReadyError(f"{model} has no worker")
     if set(statuses) != {"READY"}:
@@ -102,27 +102,27 @@ def check_answer(address: str, model: str, token: str, *, seconds: float) -> Non
     """Ask the model what it runs.
 
     Raises:
-        NotReadyError: says what is missing.
+        NotReadyError: it does not answer.
     """
-    ask(f"{address}/predictions/{model}/1.0/describe", token, seconds=seconds)
+    send_get(f"{address}/predictions/{model}/1.0/describe", token, seconds=seconds)
 
 
-def ask(url: str, token: str, *, seconds: float) -> requests.Response:
-    """Return the answer to a GET.
+def send_get(url: str, token: str, *, seconds: float) -> requests.Response:
+    """Return the response to a GET.
 
     Raises:
-        NotReadyError: there is none within the time, or it is an error.
+        NotReadyError: there is none in time, or it is an error.
     """
     try:
         with requests.Session() as session:
-            session.trust_env = False  # no proxy, and no other token from a .netrc
+            session.trust_env = False  # no proxy, and no token from a .netrc
             answer = session.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=seconds)
     except requests.Timeout as error:
         raise NotReadyError(f"no answer from {url} within {seconds:g} s") from error
     except requests.RequestException as error:
         raise NotReadyError(f"no server at {url}") from error
     if answer.status_code == 400 and "InvalidKeyException" in answer.text:
-        raise NotReadyError("the token is refused; the key file is of another start of the server")
+        raise NotReadyError("the token is refused; the key file belongs to another start of the server")
     if answer.status_code == 404:
         raise NotReadyError(f"there is no model at {url}")
     if answer.status_code != 200:

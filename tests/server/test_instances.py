@@ -119,7 +119,7 @@ def wait_until_up(site: Site) -> None:
         try:
             if {each["status"] for each in haproxy.read_servers().values()} == {"UP"}:
                 return
-        except rolling_restart.RollingError:
+        except rolling_restart.RestartError:
             pass
         assert time.monotonic() < deadline, site.balancer.log
         time.sleep(0.1)

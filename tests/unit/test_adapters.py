@@ -1,4 +1,4 @@
-"""Adapters (LoRA) in each naming, fused into the weights; the reference is diffusers with PEFT, in eager PyTorch."""
+"""Adapters (LoRA) in each naming, compared with diffusers and PEFT in eager PyTorch."""
 
 import hashlib
 import json
@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 
 from sdxl_server.api.image_metadata import describe_image
 from sdxl_server.config.settings import HandlerConfig
-from sdxl_server.convert.names import name_originals
+from sdxl_server.convert.ldm_names import list_ldm_names
 from sdxl_server.diffusion.generation import finish, generate
 from sdxl_server.errors import ConfigError, RequestError
-from sdxl_server.model.adapters.files import DIFFUSERS, PEFT
-from sdxl_server.model.adapters.names import PROCESSORS, Layer, list_layers
+from sdxl_server.model.adapters.layer_names import ATTENTION_PROCESSORS, Layer, list_layers
+from sdxl_server.model.adapters.lora_files import DIFFUSERS_KEY, PEFT_FILE
 from sdxl_server.model.describe import describe_pipeline
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from tests.unit.pipelines import load, make_picture
@@ -45,19 +45,19 @@ def matrices() -> Matrices:
 
 
 def get_name(layer: Layer) -> str:
-    """Return a layer's name as files have it, whatever today's transformers calls it."""
+    """Return a layer's name in files, independent of transformers' version."""
     name = layer.name.removeprefix("text_model.")
-    return name if layer.part == "unet" or name == "text_projection" else f"text_model.{name}"
+    return name if layer.component == "unet" or name == "text_projection" else f"text_model.{name}"
 
 
 def write_kohya(matrices: Matrices, *, is_original: bool) -> dict[str, torch.Tensor]:
-    originals = name_originals([each.weight for each in matrices if each.part == "unet"], 1)
+    originals = list_ldm_names([each.weight for each in matrices if each.component == "unet"], 1)
     tensors: dict[str, torch.Tensor] = {}
     for layer, (down, up) in matrices.items():
         name = get_name(layer)
-        if is_original and layer.part == "unet":
+        if is_original and layer.component == "unet":
             name = originals[layer.weight].removesuffix(".weight")
-        flat = PARTS[layer.part] + name.replace(".", "_")
+        flat = PARTS[layer.component] + name.replace(".", "_")
         tensors |= {
             f"{flat}.lora_down.weight": down,
             f"{flat}.lora_up.weight": up,
@@ -69,7 +69,7 @@ def write_kohya(matrices: Matrices, *, is_original: bool) -> dict[str, torch.Ten
 def write_diffusers(matrices: Matrices) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for layer, (down, up) in matrices.items():
-        name = f"{layer.part}.{get_name(layer)}"
+        name = f"{layer.component}.{get_name(layer)}"
         tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
     return tensors
 
@@ -78,20 +78,20 @@ def write_processors(matrices: Matrices) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for layer, (down, up) in matrices.items():
         if "attn" in layer.name.rpartition(".to_")[0] or "self_attn" in layer.name:
-            name = f"{layer.part}.{get_name(layer)}"
-            for new, old in PROCESSORS.items():
+            name = f"{layer.component}.{get_name(layer)}"
+            for new, old in ATTENTION_PROCESSORS.items():
                 name = name.replace(new, old)
             tensors |= {f"{name}_lora.down.weight": down, f"{name}_lora.up.weight": up}
     return tensors
 
 
 def write_settings(matrices: Matrices) -> dict[str, str]:
-    """Return the metadata in which diffusers keeps PEFT's settings."""
+    """Return PEFT's settings as diffusers writes them into the metadata."""
     settings: dict[str, Any] = {}
     for part in PARTS:
-        names = [layer.name for layer in matrices if layer.part == part]
+        names = [layer.name for layer in matrices if layer.component == part]
         settings |= {f"{part}.r": RANK, f"{part}.lora_alpha": ALPHA, f"{part}.target_modules": names}
-    return {DIFFUSERS: json.dumps(settings)}
+    return {DIFFUSERS_KEY: json.dumps(settings)}
 
 
 def save(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> Path:
@@ -106,10 +106,10 @@ def files(matrices: Matrices, tmp_path_factory: pytest.TempPathFactory) -> dict[
     peft = {
         f"base_model.model.{get_name(layer)}.lora_{kind}.weight": matrix
         for layer, pair in matrices.items()
-        if layer.part == "unet"
+        if layer.component == "unet"
         for kind, matrix in zip("AB", pair, strict=True)
     }
-    (folder / PEFT).write_text(json.dumps({"r": RANK, "lora_alpha": ALPHA, "peft_type": "LORA"}))
+    (folder / PEFT_FILE).write_text(json.dumps({"r": RANK, "lora_alpha": ALPHA, "peft_type": "LORA"}))
     return {
         "kohya": save(write_kohya(matrices, is_original=False), folder / "kohya.safetensors"),
         "kohya, original": save(write_kohya(matrices, is_original=True), folder / "original.safetensors"),
@@ -125,10 +125,10 @@ def adapt(tiny_model: Path, path: Path, pt2: Any = None, *, scale: float = 1.0, 
 
 
 def draw_reference(tiny_model: Path, matrices: Matrices, *, scale: float) -> np.ndarray[Any, Any]:
-    """Return the picture of eager PyTorch with the formula written out: W + scale · up · down."""
+    """Return eager PyTorch's image with the formula written out: W + scale · up · down."""
     loaded = load(tiny_model)
     for layer, (down, up) in matrices.items():
-        weight = getattr(loaded.pipeline, layer.part).get_submodule(layer.name).weight
+        weight = getattr(loaded.pipeline, layer.component).get_submodule(layer.name).weight
         weight.data += scale * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
     return make_picture(loaded)
 
@@ -137,7 +137,7 @@ def choose(matrices: Matrices, naming: str) -> Matrices:
     """Return the matrices that the file of a naming holds."""
     if naming == "processors":
         return {layer: each for layer, each in matrices.items() if "attn" in layer.name}
-    return {layer: each for layer, each in matrices.items() if naming != "PEFT" or layer.part == "unet"}
+    return {layer: each for layer, each in matrices.items() if naming != "PEFT" or layer.component == "unet"}
 
 
 NAMINGS = ("kohya", "kohya, original", "diffusers", "processors", "PEFT")
@@ -161,7 +161,7 @@ def test_each_naming_is_read_whole(
 
 
 @pytest.mark.parametrize("scale", [-1.0, 0.0, 0.5])
-def test_the_picture_is_that_of_diffusers_with_peft(tiny_model: Path, files: Mapping[str, Path], scale: float) -> None:
+def test_the_image_equals_diffusers_with_peft(tiny_model: Path, files: Mapping[str, Path], scale: float) -> None:
     own = load(tiny_model)
     own.pipeline.load_lora_weights(files["diffusers"], adapter_name="outline")
     own.pipeline.set_adapters(["outline"], [scale])
@@ -170,7 +170,7 @@ def test_the_picture_is_that_of_diffusers_with_peft(tiny_model: Path, files: Map
     assert (loaded.weights_sha256 == load(tiny_model).weights_sha256) == (scale == 0)
 
 
-def test_openvino_draws_eagers_picture(tiny_model: Path, files: Mapping[str, Path]) -> None:
+def test_openvino_draws_the_image_of_eager_pytorch(tiny_model: Path, files: Mapping[str, Path]) -> None:
     reference = make_picture(adapt(tiny_model, files["kohya"]))
     loaded = adapt(tiny_model, files["kohya"], "openvino", warm_up=True)
     assert np.abs(make_picture(loaded) - reference).max() <= 1
@@ -236,7 +236,7 @@ GOOD = {DOWN: (4, 64), UP: (64, 4)}
         ),
     ],
 )
-def test_a_file_that_does_not_fit_is_told_in_a_line(
+def test_a_file_that_does_not_fit_is_reported_in_a_line(
     tiny_model: Path, tmp_path: Path, shapes: Mapping[str, tuple[int, ...]], told: str
 ) -> None:
     path = save({name: torch.ones(shape) for name, shape in shapes.items()}, tmp_path / "wrong.safetensors")
@@ -255,7 +255,7 @@ def test_a_file_that_does_not_fit_is_told_in_a_line(
         (lambda path: save({DOWN: torch.ones(4, 64), UP: torch.full((64, 4), 1e38)}, path), "is too large for torch"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_told_in_a_line(
+def test_an_unusable_file_is_reported_in_a_line(
     tiny_model: Path, tmp_path: Path, spoil: Callable[[Path], Any], told: str
 ) -> None:
     path = save({name: torch.ones(shape) for name, shape in GOOD.items()}, tmp_path / "wrong.safetensors")
@@ -267,9 +267,9 @@ def test_a_file_that_cannot_be_used_is_told_in_a_line(
 def test_a_file_of_peft_needs_its_settings(tiny_model: Path, files: Mapping[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(files["PEFT"].read_bytes())
-    with pytest.raises(ConfigError, match="adapter_config.json beside it, and there is none"):
+    with pytest.raises(ConfigError, match="needs PEFT's settings: put its adapter_config.json next to it"):
         adapt(tiny_model, path)
-    (tmp_path / PEFT).write_text(json.dumps({"r": RANK, "lora_alpha": 8, "use_dora": True}))
+    (tmp_path / PEFT_FILE).write_text(json.dumps({"r": RANK, "lora_alpha": 8, "use_dora": True}))
     with pytest.raises(ConfigError, match="holds DoRA"):
         adapt(tiny_model, path)
 
@@ -285,7 +285,7 @@ def test_a_file_of_peft_needs_its_settings(tiny_model: Path, files: Mapping[str,
         (3, r"adapters\[0\] takes keys and values, not 3"),
     ],
 )
-def test_a_wrong_entry_is_told_in_a_line(entry: Any, told: str) -> None:
+def test_a_wrong_entry_is_reported_in_a_line(entry: Any, told: str) -> None:
     with pytest.raises(ConfigError, match=rf"^handler\.{told}"):
         HandlerConfig.parse({"adapters": [entry]})
 
@@ -303,7 +303,7 @@ def test_names_are_given_once() -> None:
 
 @pytest.fixture(scope="module")
 def chosen(tiny_model: Path, files: Mapping[str, Path], matrices: Matrices, tmp_path_factory: Any) -> LoadedPipeline:
-    """The small pipeline with two adapters of all layers on offer, and one of few that brings defaults."""
+    """The small pipeline with two adapters for all layers, and one for few layers with defaults."""
     other = save(
         {DOWN: torch.ones(4, 64) * 0.1, UP: torch.ones(64, 4)}, tmp_path_factory.mktemp("other") / "few.safetensors"
     )
@@ -398,7 +398,7 @@ def test_an_adapter_brings_defaults(chosen: LoadedPipeline) -> None:
         ([7], "not 7"),
     ],
 )
-def test_wrong_adapters_of_a_request_are_told_in_a_line(chosen: LoadedPipeline, given: Any, told: str) -> None:
+def test_wrong_adapters_of_a_request_are_reported_in_a_line(chosen: LoadedPipeline, given: Any, told: str) -> None:
     with pytest.raises(RequestError, match=f"^adapters .*{told}") as error:
         chosen.contract.check({"prompt": "a fox", "adapters": given})
     assert error.value.param == "adapters"

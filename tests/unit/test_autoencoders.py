@@ -1,4 +1,4 @@
-"""Other VAEs than a model's own: each with its own scaling, the tiny one told as lossy."""
+"""VAEs from their own folder: each has its own scaling, and the tiny one is reported as lossy."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny VAE of random weights; its scaling is not the 1 of published ones, so that one that is left out shows."""
+    """A tiny VAE with random weights. Its scaling differs from 1, so that a missing scaling shows."""
     from diffusers import AutoencoderTiny
 
     torch.manual_seed(0)
@@ -54,7 +54,7 @@ def compiled(tiny_model: Path, folder: Path) -> LoadedPipeline:
 
 
 def draw_by_diffusers(model: Path, vae: Path, fields: dict[str, Any]) -> np.ndarray[Any, Any]:
-    """Return the picture of diffusers' own pipeline with a tiny VAE."""
+    """Return the image of diffusers' own pipeline with a tiny VAE."""
     import diffusers
 
     kind = "Inpaint" if "mask_image" in fields else "Img2Img" if fields else ""
@@ -92,7 +92,7 @@ def test_exact_preview_has_the_tiny_vaes_scaling(tiny_model: Path, folder: Path)
     assert np.array_equal(np.asarray(draw_preview(eager, progress)), np.asarray(expected))
 
 
-def test_lossy_vae_is_told(tiny_model: Path, folder: Path, eager: LoadedPipeline, tmp_path: Path) -> None:
+def test_lossy_vae_is_reported(tiny_model: Path, folder: Path, eager: LoadedPipeline, tmp_path: Path) -> None:
     told = {"class": "AutoencoderTiny", "path": str(folder), "lossy": True, "tile_side": None}
     assert describe_pipeline(eager)["vae"] == told
     request = eager.contract.check({"prompt": "x"})
@@ -128,13 +128,13 @@ def test_full_vae_takes_the_place_of_the_models_own(tiny_model: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"scaling_factor": 0.18215}, r"of scaling factor 0.13025 \(.*\), not 0.18215"),
+        ({"scaling_factor": 0.18215}, r"with scaling factor 0.13025 \(.*\), not 0.18215"),
         ({"latent_channels": 16}, "4 latent channels for this model, not 16"),
         (
             {"_class_name": "AutoencoderKLWan"},
             "the folder of an AutoencoderKL or AutoencoderTiny, but .* 'AutoencoderKLW",
         ),
-        (None, "has no readable config.json; python Download_model.py --vae makes one"),
+        (None, "has no readable config.json; python Download_model.py --vae downloads one"),
     ],
 )
 def test_vae_of_another_model_is_refused(tiny_model: Path, tmp_path: Path, settings: Any, told: str) -> None:

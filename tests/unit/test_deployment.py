@@ -1,4 +1,4 @@
-"""What is shipped for HAProxy, containers and Kubernetes, as far as it can be checked without a cluster."""
+"""The files for HAProxy, containers and Kubernetes, checked without a cluster."""
 
 import re
 import shutil
@@ -48,7 +48,7 @@ def make_strict(schema: Any) -> Any:
 
 
 def test_keda_takes_what_scales() -> None:
-    """By the schema of KEDA 2.16, the newest that a package has."""
+    """By the schema of KEDA 2.16, the newest packaged one."""
     schema = jsonschema.Draft202012Validator(make_strict(ScaledObject.model_json_schema()))
     scaled = yaml.safe_load((KUBERNETES / "keda/scaledobject.yaml").read_text())
     schema.validate(scaled)
@@ -106,7 +106,7 @@ def test_the_image_is_made_of_what_there_is() -> None:
 
 
 def test_waits_are_those_of_theory() -> None:
-    """One worker, all pictures of the same time: the mean wait is u / (2 (1 - u)) pictures."""
+    """With one worker and a constant time per image the mean wait is u / (2 (1 - u)) images."""
     wait = simulate(1, 0.5, seconds=10, spread=0, requests=100_000)
     assert wait.mean == pytest.approx(5, rel=0.05)
     assert simulate(100, 0.9, seconds=10, spread=0, requests=50_000).mean < 0.2

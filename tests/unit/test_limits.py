@@ -22,7 +22,7 @@ from sdxl_server.errors import MAX_MESSAGE, MAX_PARAM, RequestError
 from sdxl_server.request import uploads
 from sdxl_server.request.upload_limits import MAX_FIELDS, MAX_SCANS, MAX_SEGMENTS, check_segments, limit_time
 from sdxl_server.schemas import is_valid, pair, shorten, text
-from sdxl_server.service import explain
+from sdxl_server.service import describe_error
 from tests.unit.test_request import CONTRACT
 from tools.server import ROOT
 
@@ -40,7 +40,7 @@ def read(hostile: Hostile) -> tuple[float, str]:
     try:
         READERS[hostile.path].read({"body": bytearray(hostile.body)}, content_type=kind, contract=CONTRACT)
     except RequestError as error:
-        told = json.dumps(explain(error, "a"))
+        told = json.dumps(describe_error(error, "a"))
     return time.process_time() - start, told
 
 
@@ -90,7 +90,7 @@ def test_messages_in_the_log_have_one_line_each(caplog: pytest.LogCaptureFixture
             raise ValueError(prompt) from error
     except ValueError as error:
         with caplog.at_level(logging.ERROR):
-            explain(error, "a")
+            describe_error(error, "a")
     (told,) = caplog.messages
     lines = told.splitlines()
     assert len(told) < 3 * MAX_MESSAGE

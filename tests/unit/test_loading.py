@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sdxl_server.errors import ConfigError
-from sdxl_server.model.reading import check_files
+from sdxl_server.model.folders import check_file_types
 from tests.unit.pipelines import load
 
 
@@ -54,10 +54,10 @@ def test_subfolders_that_are_links_are_looked_into(tiny_model: Path, tmp_path: P
     shutil.move(folder / "unet", elsewhere)
     (folder / "unet").symlink_to(elsewhere)
     (elsewhere / "round").symlink_to(folder)
-    check_files(folder, remedy="")
+    check_file_types(folder, remedy="")
     (elsewhere / "x.bin").touch()
     with pytest.raises(ConfigError, match=r"unet/x.bin could run code"):
-        check_files(folder, remedy="")
+        check_file_types(folder, remedy="")
 
 
 @pytest.mark.parametrize(

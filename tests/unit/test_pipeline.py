@@ -20,8 +20,8 @@ from sdxl_server.errors import ConfigError
 from sdxl_server.loading import load_pipeline
 from sdxl_server.model.compiling import VAE_ENCODER
 from sdxl_server.model.describe import describe_pipeline
+from sdxl_server.model.dtypes import choose_dtype
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
-from sdxl_server.model.reading import choose_dtype
 from sdxl_server.service import Service
 from tests.unit.modules import HAS_BF16
 from tests.unit.pipelines import PARTS, UNET_ONLY, encode, load, make_picture

@@ -1,4 +1,4 @@
-"""What the ready check says of servers in all states; tests/server/test_deploy.py runs it on a real one."""
+"""The readiness check on servers in all states. tests/server/test_deploy.py runs it on a real one."""
 
 import json
 import socket
@@ -82,13 +82,13 @@ def test_ready_model_is_asked_with_the_right_tokens(server: Server, capsys: pyte
         (200, describe("READY", "LOADING"), "diffusion_fast's workers: READY, LOADING"),
         (200, describe("STOPPED"), "diffusion_fast's workers: STOPPED"),
         (200, describe(), "diffusion_fast has no worker"),
-        (200, {}, "does not answer as TorchServe does"),
+        (200, {}, "does not answer like TorchServe"),
         (400, REFUSED, "the token is refused"),
         (404, {}, "there is no model at http://"),
         (500, {"message": "oh"}, "answers 500"),
     ],
 )
-def test_what_is_missing_is_said(
+def test_the_reason_is_printed(
     server: Server, capsys: pytest.CaptureFixture[str], status: int, answer: Any, message: str
 ) -> None:
     server.answers["/models/diffusion_fast"] = (status, answer)

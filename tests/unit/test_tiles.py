@@ -1,4 +1,4 @@
-"""Decoding in tiles: beside diffusers' own, told where it happens, and nothing else changed."""
+"""Tiled decoding: compared with diffusers' own, reported, and without effect on small images."""
 
 import logging
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_tiles_are_whole_and_as_few_as_do(size: tuple[int, int], starts: Any) ->
     assert (None if tiles is None else tuple(each.starts for each in tiles)) == starts
     for axis, length in zip(tiles or (), size, strict=False):
         assert axis.size == min(128, length)
-        weights = axis.weigh(8)
+        weights = axis.compute_weights(8)
         assert weights.shape == (len(axis.starts), 8 * length)
         assert torch.allclose(weights.sum(dim=0), torch.ones(8 * length))
         assert weights.min() >= 0
@@ -40,7 +40,7 @@ def test_tiles_are_whole_and_as_few_as_do(size: tuple[int, int], starts: Any) ->
 
 
 def test_tiles_are_blended_as_diffusers_does(tiny_model: Path) -> None:
-    """But where rows and columns meet, which diffusers blends twice, and for the narrow tiles at its far edges."""
+    """They differ where rows and columns meet, which diffusers blends twice, and at its narrow last tiles."""
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(tiny_model / "vae")
@@ -64,7 +64,7 @@ def test_tiles_are_blended_as_diffusers_does(tiny_model: Path) -> None:
     assert (drawn - whole).abs().mean() > 1e-3 * whole.std()  # lossy
 
 
-def test_a_tiled_picture_is_told(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tiled_image_is_reported(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole, tiled, room = (load(tiny_model, vae_tile_side=side) for side in (None, 64, 128))
     with caplog.at_level(logging.INFO, "sdxl_server"):
         expected = make_picture(whole)
@@ -72,7 +72,7 @@ def test_a_tiled_picture_is_told(tiny_model: Path, caplog: pytest.LogCaptureFixt
         assert "tiles" not in caplog.text
         drawn = make_picture(tiled)
     assert (
-        "The VAE decodes a picture of 16 × 16 latents in 9 tiles of 8 × 8 (handler.vae_tile_side): lossy" in caplog.text
+        "The VAE decodes an image of 16 × 16 latents in 9 tiles of 8 × 8 (handler.vae_tile_side): lossy" in caplog.text
     )
     assert not np.array_equal(drawn, expected)
     assert np.array_equal(make_picture(tiled), drawn)

@@ -1,5 +1,5 @@
-"""Adapters (LoRA): low-rank changes of a model's layers, from files in every naming that they are published in.
+"""Adapters (LoRA): low-rank changes of a model's layers, from files in every published naming.
 
-A layer computes W x; with an adapter it computes W x + scale · B (A x). The operator registers adapters: they are added
-to the weights before anything is compiled, or requests name them and bring A and B to the compiled graph.
+A layer computes W x. With an adapter it computes W x + scale · B (A x). The operator registers adapters. Fused ones are
+added to the weights before compilation. Others are named by requests, and the compiled graph takes A and B as inputs.
 """
