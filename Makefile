@@ -31,7 +31,7 @@ lint: $(VENV)/tested
 	$(RUN) ruff format --check
 	$(RUN) mypy
 
-soak: $(VENV)/served
+soak: $(VENV)/tested
 	$(RUN) scorecard $(QUICK)
 
 lock:
@@ -65,9 +65,6 @@ build/base: | $(VENV)/served
 
 $(VENV)/served: requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	# what this was before it was torchserve-sdxl-openvino
-	$(RUN) pip -qq uninstall --yes openvino-backend
-	rm -rf openvino_backend.egg-info
 	$(RUN) pip install --quiet -r requirements.txt
 	touch $@
 
