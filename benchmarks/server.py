@@ -15,8 +15,7 @@ from typing import Any
 import requests
 import yaml
 
-from scorecard.clients import Watch
-from scorecard.clients import measure as measure_server
+from scorecard.clients import Watch, measure_server
 from tools.server import ROOT, LocalServer, make_archive, read_shipped, run_command
 
 
@@ -41,7 +40,7 @@ def measure(
             folder, model, yaml.safe_dump({key: value for key, value in settings.items() if value is not None})
         )
         server, started = LocalServer(folder, timeout=3600), time.perf_counter()
-        with Watch(server) as watch, server:
+        with Watch(lambda: measure_server(server)) as watch, server:
             ready, times = time.perf_counter() - started, []
             for _ in range(requests_made):
                 started = time.perf_counter()
