@@ -1,1 +1,1 @@
-"""The page for people, and what serves it on one machine."""
+"""The web UI and its server for one machine."""

@@ -1,4 +1,4 @@
-"""Serve the page for people beside a TorchServe of this machine; see docs/page.md.
+"""Serve the web UI next to a TorchServe of this machine; see docs/page.md.
 
 python -m web --url http://127.0.0.1:8080 --key-file key_file.json
 """
@@ -19,7 +19,7 @@ def main() -> int:
         "--key-file",
         type=Path,
         default=Path("key_file.json"),
-        help="with TorchServe's token, which the printed address hands over (%(default)s)",
+        help="with TorchServe's token, which the printed address contains (%(default)s)",
     )
     options = parser.parse_args()
     try:
@@ -34,8 +34,8 @@ def main() -> int:
 
 
 def serve(server: PageServer, token: str) -> None:
-    """Print the page's address, and serve it until Ctrl-C."""
-    print(f"The page is at {server.make_url(token)}\nCtrl-C ends it", flush=True)
+    """Print the web UI's address and serve it until Ctrl-C."""
+    print(f"The web UI is at {server.make_url(token)}\nCtrl-C ends it", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:

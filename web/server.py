@@ -1,6 +1,7 @@
-"""Serve the page on loopback, and pass what it asks on to a TorchServe, so that both are of one origin.
+"""Serve the web UI on loopback and pass its requests on to a TorchServe, so that both have one origin.
 
-deploy/nginx.conf does the same for users. This program adds nothing to a request: who has no token draws nothing.
+deploy/nginx.conf does the same for users. This program adds nothing to a request: a client without a token gets no
+image.
 """
 
 import contextlib
@@ -19,8 +20,8 @@ PORT = 8088
 PREDICTIONS = "/predictions/diffusion_fast"
 PASSED = (("POST", PREDICTIONS), ("GET", f"{PREDICTIONS}/1.0/openapi.json"))
 MAX_REQUEST = 33_554_432  # bytes; max_request_size of config.properties
-TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-# As in deploy/nginx.conf. Trusted types: no text can become HTML or a script in the page.
+FILE_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+# As in deploy/nginx.conf. Trusted types: no text can become HTML or a script in the web UI.
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -32,7 +33,7 @@ HEADERS = {
 
 
 class PageServer(ThreadingHTTPServer):
-    """The page's server on 127.0.0.1.
+    """The web UI's server on 127.0.0.1.
 
     Args:
         upstream: the address of TorchServe's inference API, such as http://127.0.0.1:8080.
@@ -48,7 +49,7 @@ class PageServer(ThreadingHTTPServer):
         self.hosts = tuple(f"{name}:{self.server_address[1]}" for name in ("127.0.0.1", "localhost"))
 
     def make_url(self, token: str) -> str:
-        """Return the page's address with the token in its fragment, which browsers keep to themselves."""
+        """Return the web UI's address with the token in its fragment, which browsers do not send."""
         return f"http://{self.hosts[0]}/#token={token}"
 
 
@@ -56,22 +57,24 @@ class PageHandler(BaseHTTPRequestHandler):
     """One connection, which ends with its answer: HTTP/1.0."""
 
     server: PageServer
-    timeout = 60  # seconds between two pieces of a request
+    timeout = 60  # seconds between two chunks of a request
 
     def do_GET(self) -> None:
-        """Send a file of the page, or what TorchServe answers."""
+        """Send a file of the web UI, or TorchServe's answer."""
         path = PAGE / (self.path[1:] or "index.html")
         if not self._is_ours():
             return
         if ("GET", self.path) in PASSED:
             self._pass_on(None)
         elif path in PAGE.iterdir():
-            self._send(HTTPStatus.OK, path.read_bytes(), f"{TYPES[path.suffix]}; charset=utf-8", HEADERS)
+            self._send(HTTPStatus.OK, path.read_bytes(), f"{FILE_TYPES[path.suffix]}; charset=utf-8", HEADERS)
         else:
-            self._refuse(HTTPStatus.NOT_FOUND, f"there is nothing here; the page is at http://{self.server.hosts[0]}/")
+            self._refuse(
+                HTTPStatus.NOT_FOUND, f"there is no file at this path; the web UI is at http://{self.server.hosts[0]}/"
+            )
 
     def do_POST(self) -> None:
-        """Send what TorchServe answers."""
+        """Send TorchServe's answer."""
         length = self.headers.get("Content-Length", "")
         if not self._is_ours():
             return
@@ -84,12 +87,14 @@ class PageHandler(BaseHTTPRequestHandler):
             self._pass_on(self.rfile.read(int(length)))
 
     def _is_ours(self) -> bool:
-        """Refuse what comes by another name, as another site's page asks whose name was made to mean this machine."""
+        """Refuse other host names: a foreign site may point its name at this machine (DNS rebinding)."""
         hosts = self.server.hosts
         origin = self.headers.get("Origin", f"http://{hosts[0]}")
         if self.headers.get("Host") in hosts and origin in [f"http://{host}" for host in hosts]:
             return True
-        self._refuse(HTTPStatus.FORBIDDEN, f"this page answers to {' and '.join(hosts)} only, and to no other site's")
+        self._refuse(
+            HTTPStatus.FORBIDDEN, f"the web UI takes requests for {' and '.join(hosts)} only, and none from other sites"
+        )
         return False
 
     def _pass_on(self, body: bytes | None) -> None:
@@ -131,11 +136,11 @@ class PageHandler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def log_message(self, *_: Any) -> None:
-        """Log nothing: TorchServe logs what it is asked."""
+        """Log nothing: TorchServe logs its requests."""
 
 
 def _hang_up(client: socket.socket, upstream: socket.socket) -> None:
-    """Wait until a client has left, then end the connection that works for it, so that TorchServe ends the work."""
+    """Wait until a client has left, then end its connection to TorchServe, which ends the work."""
     with contextlib.suppress(OSError):
         while client.recv(4096):  # more than was asked for, such as a GET's body, is no news of its leaving
             pass
