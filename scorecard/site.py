@@ -30,7 +30,7 @@ class Scale:
     requests_after: int = 100
     crowd: int = 200
     kinds: int = 1000
-    fuzzed: int = 5000  # examples of schemathesis
+    fuzzed: int = 1000  # examples of schemathesis
     leavers: int = 50
     bodies: int = 90
     cycles: int = 20

@@ -93,7 +93,7 @@ class PageHandler(BaseHTTPRequestHandler):
         if self.headers.get("Host") in hosts and origin in [f"http://{host}" for host in hosts]:
             return True
         self._refuse(
-            HTTPStatus.FORBIDDEN, f"the web UI takes requests for {' and '.join(hosts)} only, and none from other sites"
+            HTTPStatus.FORBIDDEN, f"the web UI answers to {' and '.join(hosts)} only; other sites may not use it"
         )
         return False
 
