@@ -1,5 +1,6 @@
 # make demo    serve a small model and save a picture
-# make page    serve a small model with the page for people, until Ctrl-C
+# make page    serve a small model with the web UI, until Ctrl-C
+# make sdxl    download SDXL (7 GB), serve it with the web UI, until Ctrl-C; MODEL= another hub id, file or folder
 # make test    the tests, but for those of pytest -m soak
 # make lint    ruff and mypy
 # make soak    an hour of load, faults and hostile input, with a scorecard; make soak QUICK=--quick: minutes
@@ -8,16 +9,22 @@
 # make bench   compare engines at SDXL's real size: 7 GB of random weights, 22 GB of memory, most of an hour
 # make peers   what make bench compares whole pictures with, in an environment of its own; needs a C++ compiler
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The address of another package index for torch, such as PyTorch's for CPU builds: make demo TORCH_INDEX=...
+# https://pytorch.org/get-started/locally/ names them.
+TORCH_INDEX ?=
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 
-.PHONY: audit bench demo lint lock page peers soak test
+.PHONY: audit bench demo lint lock page peers sdxl soak test
 
 demo: $(VENV)/served
 	$(RUN) demo
 
 page: $(VENV)/served
 	$(RUN) demo --page
+
+sdxl: $(VENV)/served
+	$(RUN) tools.serve $(if $(MODEL),--model "$(MODEL)")
 
 test: $(VENV)/tested
 	# Two files at a time, whose idle threads must not take the cores by waiting busily; but not those of real servers:
@@ -30,6 +37,7 @@ lint: $(VENV)/tested
 	$(RUN) ruff check
 	$(RUN) ruff format --check
 	$(RUN) mypy
+	$(VENV)/bin/lint-imports
 
 soak: $(VENV)/tested
 	$(RUN) scorecard $(QUICK)
@@ -64,8 +72,10 @@ build/base: | $(VENV)/served
 	$(RUN) tools.random_model $@ --size base
 
 $(VENV)/served: requirements.txt constraints.txt pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(None if sys.version_info[:2] == (3, 11) else 'Python 3.11 is needed, not ' \
+		+ sys.version.split()[0] + '. Install it, or name it: make demo PYTHON=/path/to/python3.11')"
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install --quiet -r requirements.txt
+	$(RUN) pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements.txt
 	touch $@
 
 $(VENV)/tested: $(VENV)/served requirements-dev.txt

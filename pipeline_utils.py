@@ -4,7 +4,9 @@ from sdxl_server.api.http import Answer, Call, State, read_id
 from sdxl_server.config.sections import check_is_text
 from sdxl_server.config.settings import CompileConfig, HandlerConfig
 from sdxl_server.errors import ConfigError, RequestError, VersionError
-from sdxl_server.model.loading import LoadedPipeline, load_pipeline
+from sdxl_server.loading import load_pipeline
+from sdxl_server.model.describe import measure_parts
+from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.service import Service, explain, load_service
 from sdxl_server.serving.queue import Pace, Queue, Ticket, Turn
 
@@ -27,5 +29,6 @@ __all__ = [
     "explain",
     "load_pipeline",
     "load_service",
+    "measure_parts",
     "read_id",
 ]

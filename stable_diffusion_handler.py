@@ -69,7 +69,7 @@ class StableDiffusionHandler:
         self.queue = self.package.Queue(max_running=config.max_running, max_waiting=config.max_waiting)
         self.pace = self.package.Pace(float(settings.get("responseTimeout", 120)))
         self.is_continuous = settings.get("continuousBatching") is True
-        for part, figures in self.service.loaded.measure_parts().items():
+        for part, figures in self.package.measure_parts(self.service.loaded).items():
             for name, (value, unit) in figures.items():
                 context.metrics.add_metric(
                     name, value, unit, dimensions=[Dimension("Part", part)], metric_type=MetricTypes.GAUGE

@@ -55,7 +55,7 @@ def load(job: Job) -> tuple[Draw, Describe]:
     """Load the model as the server does; return what draws, and what tells what ran."""
     from sdxl_server.config.settings import HandlerConfig
     from sdxl_server.diffusion.generation import finish, generate
-    from sdxl_server.model.loading import load_pipeline
+    from sdxl_server.loading import load_pipeline
 
     configuration = job.configuration
     settings = {"model_path": job.model, "dtype": configuration.weights, "width": job.size, "height": job.size}

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from demo.measure import Prompt, choose_prompts, save_sheet, score_pictures
+from sdxl_server.diffusion.stand_ins import fork_vae
 from sdxl_server.sampling.few_steps import FEW_STEPS
 from tools.server import ROOT
 
@@ -75,7 +76,7 @@ def judge_ways(
         count: of prompts.
     """
     from sdxl_server.config.settings import CompileConfig, HandlerConfig
-    from sdxl_server.model.loading import load_pipeline
+    from sdxl_server.loading import load_pipeline
 
     config = HandlerConfig.parse({"model_path": model.name, **settings})
     loaded = load_pipeline(config, CompileConfig.parse(pt2), model_dir=model.parent)
@@ -127,7 +128,7 @@ def _encode(loaded: Any, picture: Any) -> Any:
 
     pixels = loaded.pipeline.image_processor.preprocess(picture)
     with torch.no_grad():
-        return retrieve_latents(loaded.fork_vae().encode(pixels), sample_mode="argmax").float()
+        return retrieve_latents(fork_vae(loaded).encode(pixels), sample_mode="argmax").float()
 
 
 def _write_table(path: Path, rows: Sequence[Row], *, title: str) -> None:

@@ -11,10 +11,9 @@ from pathlib import Path
 import yaml
 
 from demo.measure import GUIDANCE
-from sdxl_server.serving.readiness import read_token
+from tools.serve import serve_web_ui
 from tools.server import ROOT, LocalServer, ServerError, make_archive, read_shipped, run_command
-from web.__main__ import serve
-from web.server import PORT, PageServer
+from web.server import PORT
 
 PROMPT = "a large yellow star on a blue background, left"
 
@@ -32,17 +31,11 @@ def main() -> int:
         print("Starting TorchServe; the model is compiled for OpenVINO", flush=True)
         try:
             with LocalServer(folder) as server:
-                (serve_page if options.page else save_demo_image)(server)
+                (serve_web_ui if options.page else save_demo_image)(server)
         except (ServerError, OSError) as error:
             print(error, file=sys.stderr)
             return 1
     return 0
-
-
-def serve_page(server: LocalServer) -> None:
-    """Serve the web UI until Ctrl-C."""
-    with PageServer(server.url) as page:
-        serve(page, read_token(server.key_file, "inference"))
 
 
 def save_demo_image(server: LocalServer) -> None:

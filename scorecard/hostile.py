@@ -240,5 +240,5 @@ def check_tokens(site: Site, _scale: Scale) -> list[Line]:
         ]
         metrics_closed = not is_open(server.ports["metrics_address"])
     detail = f"{len(CLOSED)} paths, without a token and with a wrong one: {', '.join(answered) or 'all refused'}"
-    detail += f"; the {len(OPEN)} that docs/operations.md lists answer {sorted(set(opened))}"
+    detail += f"; the {len(OPEN)} that docs/security.md lists answer {sorted(set(opened))}"
     return [Line("tokens", not answered and metrics_closed, detail)]

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdxl_server.errors import cut
-from sdxl_server.request.upload_limits import MAX_VALUES
 
 Schema = dict[str, Any]
+MAX_VALUES = 50_000  # of a JSON text: its commas and brackets, those in prompts included
 DEAR = ("items", "pattern")  # keywords that look at all of a value: checked when the others have passed
 
 

@@ -1,6 +1,7 @@
 """One call's way: its request is read, drawn, and answered in the words of the API that it came by."""
 
 import dataclasses
+import functools
 import json
 import logging
 import threading
@@ -14,14 +15,20 @@ from sdxl_server import __version__, metrics
 from sdxl_server.api.bodies import check_parts
 from sdxl_server.api.http import Answer, Call
 from sdxl_server.api.image_files import encode_picture
+from sdxl_server.api.image_metadata import describe_picture
 from sdxl_server.api.native import JSON, MadePicture, NativeFace, split_pieces
 from sdxl_server.api.openai import OpenAIEditFace, OpenAIFace, describe_model, list_models
 from sdxl_server.api.openapi import build_openapi
+from sdxl_server.api.warnings import list_warnings
 from sdxl_server.config.settings import CompileConfig, HandlerConfig, check_server_keys
-from sdxl_server.diffusion.generation import Picture, Progress, draw_preview, generate, keep_protected
+from sdxl_server.diffusion.generation import Picture, Progress, generate
+from sdxl_server.diffusion.previews import choose_preview_steps, draw_preview
 from sdxl_server.errors import NotFiniteError, RequestError, VersionError, format_error
-from sdxl_server.model.loading import LoadedPipeline, describe_picture, find_warnings, load_pipeline
+from sdxl_server.loading import load_pipeline
+from sdxl_server.model.describe import describe_pipeline, list_uncompiled, measure_parts
+from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.request.fields import GenerationRequest
+from sdxl_server.request.masks import keep_protected
 from sdxl_server.request.upload_limits import READ_SECONDS, limit_time
 from sdxl_server.schemas import shorten
 
@@ -51,7 +58,7 @@ class Service:
 
         from openvino_backend import find_processors
 
-        report = self.loaded.describe()
+        report = describe_pipeline(self.loaded)
         processors = {**dataclasses.asdict(find_processors()), "torch_threads": torch.get_num_threads()}
         return {**report, "processors": processors, "versions": {**report["versions"], "archive": self.archive}}
 
@@ -69,7 +76,7 @@ class Service:
         with limit_time(READ_SECONDS):
             check_parts(call.values, content_type=call.content_type, length=call.content_length)
             request, warnings = face.read(call.values, content_type=call.content_type, contract=self.loaded.contract)
-            warnings += find_warnings(self.loaded, request, told=warnings)
+            warnings += list_warnings(self.loaded, request, told=warnings)
         # As JSON a prompt has no line breaks, so that it cannot forge a line of the log.
         logger.info("Request: %s", json.dumps({"id": call.request_id, **request.describe()}))
         kind = face.choose_type(request, call.accept)
@@ -102,7 +109,7 @@ class Service:
         """Yield after each step what to send then; return the rest."""
         face, seconds = answer.face, answer.seconds
         steps = self._make_steps(call, request, seconds)
-        uncompiled = self.loaded.list_uncompiled(request)
+        uncompiled = list_uncompiled(self.loaded, request)
         if uncompiled and request.stream:  # of any other answer the beginning waits, and with it the status
             yield face.write_compiling(uncompiled)
         try:
@@ -222,16 +229,9 @@ def load_service(settings: Mapping[str, Any], *, model_dir: Path, gpu_id: int | 
         model_dir=model_dir,
         device=device,
     )
-    metrics.watch_parts(loaded.measure_parts)
+    metrics.watch_parts(functools.partial(measure_parts, loaded))
     is_ready.set()
     return Service(loaded, archive=archive)
-
-
-def choose_preview_steps(count: int, *, steps: int) -> list[int]:
-    """Return the steps after which previews are due, in equal parts of the way; the last step is the picture itself."""
-    if steps < 2:
-        return []
-    return [min(max(round(steps * (i + 1) / (count + 1)), 1), steps - 1) for i in range(count)]
 
 
 def explain(error: Exception, request_id: str) -> dict[str, Any]:

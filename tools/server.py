@@ -219,9 +219,13 @@ class LocalServer:
 
 
 def make_archive(
-    folder: Path, model: Path, settings: str, *, handler: Path = ROOT / "stable_diffusion_handler.py"
+    folder: Path, model: Path | None, settings: str, *, handler: Path = ROOT / "stable_diffusion_handler.py"
 ) -> None:
-    """Make `model_store/diffusion_fast` in a folder as the guide does, with these settings and a copy of the model."""
+    """Make `model_store/diffusion_fast` in a folder as the guide does, with these settings and a copy of the model.
+
+    Args:
+        model: None where the settings name a folder outside the archive.
+    """
     extra = {ROOT / "pipeline_utils.py", ROOT / "stable_diffusion_handler.py"} - {handler}
     (folder / "model-config.yaml").write_text(settings)
     run_command(
@@ -232,4 +236,5 @@ def make_archive(
     )
     (folder / "model_store").mkdir()
     shutil.move(folder / "diffusion_fast", folder / "model_store")
-    shutil.copytree(model, folder / "model_store/diffusion_fast/Base_Diffusion_model")
+    if model is not None:
+        shutil.copytree(model, folder / "model_store/diffusion_fast/Base_Diffusion_model")

@@ -1,4 +1,4 @@
-"""Serve the web UI next to a TorchServe of this machine; see docs/page.md.
+"""Serve the web UI next to a TorchServe of this machine; see docs/web-ui.md.
 
 python -m web --url http://127.0.0.1:8080 --key-file key_file.json
 """

@@ -71,13 +71,6 @@ def read_fields(
     return fields
 
 
-def find_warnings(fields: Mapping[str, Any]) -> list[str]:
-    """Return what of a request was perhaps meant otherwise."""
-    prompt = fields.get("prompt")
-    is_alike = isinstance(prompt, str) and prompt.lstrip()[:1] == "{" and prompt.rstrip()[-1:] == "}"
-    return [f"the prompt looks like JSON and is drawn as text; for JSON {SEND_JSON}"] if is_alike else []
-
-
 def check_parts(values: Mapping[str, Any], *, content_type: str, length: str) -> None:
     """Refuse a form that was longer than what is here of it: of parts of one name TorchServe hands over the last.
 

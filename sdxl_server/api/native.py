@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdxl_server.api.bodies import find_warnings, read_fields
+from sdxl_server.api.bodies import read_fields
+from sdxl_server.api.warnings import warn_of_body
 from sdxl_server.request.contract import Contract
 from sdxl_server.request.fields import GenerationRequest
 
@@ -55,7 +56,7 @@ class NativeFace:
             RequestError: names the field, what is accepted and what was given.
         """
         fields = read_fields(values, content_type=content_type, properties=contract.properties, aliases={})
-        return contract.check(fields), find_warnings(fields)
+        return contract.check(fields), warn_of_body(fields)
 
     def choose_type(self, request: GenerationRequest, accepted: str) -> str:
         """Return the content type of the answer.

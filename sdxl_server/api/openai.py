@@ -8,8 +8,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sdxl_server.api.bodies import find_warnings, read_fields, rename_fields
+from sdxl_server.api.bodies import read_fields, rename_fields
 from sdxl_server.api.native import EVENTS, NativeFace
+from sdxl_server.api.warnings import warn_of_body
 from sdxl_server.errors import RequestError
 from sdxl_server.request.contract import Contract
 from sdxl_server.request.fields import GenerationRequest
@@ -58,7 +59,7 @@ class OpenAIFace(NativeFace):
         given = read_fields(
             values, content_type=content_type or "application/json", properties=contract.properties, aliases=ALIASES
         )
-        warnings = find_warnings(given)
+        warnings = warn_of_body(given)
         known = _drop_unknown(given, known=contract.properties, warnings=warnings)
         kept = _cut_prompts(known, most=contract.bounds.max_prompt_characters, warnings=warnings)
         defaults = {"output_format": "png", "response_format": _choose_response_format(kept.get("model"))}

@@ -9,7 +9,6 @@ from typing import Any, Self
 from sdxl_server.config.adapter_settings import read_adapters
 from sdxl_server.config.sections import SCHEDULER, any_text, read_section, setting
 from sdxl_server.errors import ConfigError
-from sdxl_server.request.fields import MIN_CALLS, MIN_SIDE
 from sdxl_server.schemas import (
     choice,
     describe_schema,
@@ -23,7 +22,8 @@ from sdxl_server.schemas import (
 
 logger = logging.getLogger(__name__)
 
-MAX_SIDE = 4096
+MIN_SIDE, MAX_SIDE = 64, 4096  # pixels
+MIN_CALLS = 4  # of the UNet, where some are extrapolated
 COUNT = whole(1, 2**31 - 1)  # what TorchServe counts with
 PUBLISHED_KEYS_WITHOUT_EFFECT = {
     "change_comp_config": "Inductor's settings go in pt2: {options: ...}",

@@ -1,47 +1,20 @@
-"""One picture's own parts, which stand between diffusers' pipeline and the parts that all pictures share.
+"""The UNet of one image: it calls the shared UNet, or extrapolates its output, as the step plan says."""
 
-diffusers is handed these in the place of its models. What one request asks for stays in its own objects; the shared
-ones are functions, compiled or not. Each has what diffusers reads of a model beside calling it.
-"""
-
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from sdxl_server import metrics
+from sdxl_server.diffusion.stand_ins import Part, check_finite
 from sdxl_server.errors import NotFiniteError
-from sdxl_server.model.tiling import decode_tiles, plan_tiles
-from sdxl_server.model.vaes import is_tiny, wrap_encoded
 from sdxl_server.request.fields import GenerationRequest
+from sdxl_server.sampling.extrapolation import Line
 from sdxl_server.sampling.predicted_x0 import find_output, find_sigma, predict_original
-from sdxl_server.sampling.step_plan import Line, Plan
-
-Functions = Mapping[str, Callable[..., Any]]
-
-
-def check_finite(values: Any, what: str) -> None:
-    """Refuse a tensor with a number that is NaN or infinite; it costs a thousandth of what makes the tensor.
-
-    Raises:
-        NotFiniteError: says what the tensor is.
-    """
-    if not torch.isfinite(values).all():
-        raise NotFiniteError(f"{what} holds numbers that are not finite")
-
-
-class Part(torch.nn.Module):
-    """What diffusers reads of a model: its configuration, its type, its device."""
-
-    reads: tuple[str, ...] = ("config", "dtype", "device")
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        for name in self.reads:
-            if hasattr(model, name):
-                setattr(self, name, getattr(model, name))
+from sdxl_server.sampling.step_plan import Plan
 
 
 class Denoiser(Part):
@@ -128,52 +101,6 @@ class Denoiser(Part):
         return predict_original(self._scheduler, sample[:1, : output.shape[1]], timestep, output)
 
 
-class Autoencoder(Part):
-    """The VAE of one picture.
-
-    Args:
-        tile_side: of the largest square that is decoded whole, in cells of latents; None where everything is.
-    """
-
-    reads = (*Part.reads, "post_quant_conv")
-
-    def __init__(self, model: Any, functions: Functions, *, tile_side: int | None) -> None:
-        super().__init__(model)
-        self._decode, self._encode, self._tile_side = functions["vae"], functions["vae_encoder"], tile_side
-        self._is_tiny = is_tiny(model)
-
-    def decode(self, latents: Any, return_dict: bool = True, generator: Any = None) -> Any:
-        """Return the pixels of latents in a tuple, whatever `return_dict`; the decoder has no use for a generator."""
-        height, width = latents.shape[2:]
-        latents, tiles = latents.to(self.dtype), plan_tiles(height, width, self._tile_side)
-        if tiles is None:
-            decoded = self._decode(latents, return_dict=False)
-        else:
-            decoded = (decode_tiles(lambda tile: self._decode(tile, return_dict=False)[0], latents, tiles),)
-        check_finite(decoded[0], "what the VAE decoded")
-        return decoded
-
-    def encode(self, pixels: Any) -> Any:
-        """Return an image's latents, of the full VAE their distribution, as diffusers has them."""
-        encoded = self._encode(pixels.to(self.dtype))
-        check_finite(encoded, "what the VAE made of the image")
-        return wrap_encoded(encoded, tiny=self._is_tiny)
-
-
-class TextEncoder(Part):
-    """A text encoder of one picture."""
-
-    def __init__(self, model: Any, run: Callable[..., Any]) -> None:
-        super().__init__(model)
-        # Of Stable Diffusion 1.x and 2.x with clip_skip diffusers takes the last normalisation from there.
-        self.text_model = getattr(model, "text_model", model)  # transformers 5 has it in the model itself
-        self._run = run
-
-    def forward(self, *inputs: Any, **options: Any) -> Any:
-        """Call the shared text encoder."""
-        return self._run(*inputs, **options)
-
-
 def _scale_noise(sigma: float) -> float:
     """Return a noise level on the scale on which a picture in the making changes most evenly."""
     return math.asinh(sigma)
@@ -187,3 +114,14 @@ def _halve(inputs: Any, *, size: int) -> Any:
         return tuple(_halve(each, size=size) for each in inputs)
     is_batch = isinstance(inputs, torch.Tensor) and inputs.dim() > 0 and len(inputs) == size
     return inputs[size // 2 :] if is_batch else inputs
+
+
+@contextlib.contextmanager
+def name_step(request: GenerationRequest, index: int, denoiser: Denoiser) -> Iterator[None]:
+    """Say of numbers that are not finite in which step of which picture they came up."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise NotFiniteError(
+            f"the picture of seed {request.get_seed(index)} failed in step {denoiser.done}: {error}"
+        ) from error

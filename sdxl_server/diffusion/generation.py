@@ -1,24 +1,21 @@
 """From a request to its pictures, step by step."""
 
-import contextlib
 import inspect
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sdxl_server import metrics
-from sdxl_server.diffusion.denoiser import Denoiser, Functions, TextEncoder, check_finite
-from sdxl_server.errors import NotFiniteError, RequestError
+from sdxl_server.diffusion.denoiser import Denoiser, name_step
+from sdxl_server.diffusion.prompt_embedding import choose_chunks, embed_prompts
+from sdxl_server.diffusion.stand_ins import Functions, TextEncoder, check_finite, fork_vae
+from sdxl_server.errors import RequestError
 from sdxl_server.model.adapters.registry import choose_products
+from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.request.fields import DECLARATIONS, GenerationRequest
-from sdxl_server.request.masks import blend, cover_cells
-from sdxl_server.request.prompt_weights import embed_prompts
+from sdxl_server.request.masks import cover_cells, keep_protected
 from sdxl_server.request.prompts import PROMPTS
 from sdxl_server.sampling.schedulers import find_schedule, make_scheduler
 from sdxl_server.sampling.step_plan import plan_calls
-
-if TYPE_CHECKING:
-    from sdxl_server.model.loading import LoadedPipeline
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class Picture:
     calls_of_all: int
 
 
-def generate(loaded: "LoadedPipeline", request: GenerationRequest) -> Generator[Progress, None, list[Picture]]:
+def generate(loaded: LoadedPipeline, request: GenerationRequest) -> Generator[Progress, None, list[Picture]]:
     """Make the pictures of a request, stopping after each denoising step but the last; return them.
 
     Several requests can be under way at a time, each in a pipeline of its own around the same compiled parts. A
@@ -74,7 +71,7 @@ def generate(loaded: "LoadedPipeline", request: GenerationRequest) -> Generator[
     return pictures
 
 
-def _draw(loaded: "LoadedPipeline", request: GenerationRequest, index: int) -> Generator[Progress, None, Picture]:
+def _draw(loaded: LoadedPipeline, request: GenerationRequest, index: int) -> Generator[Progress, None, Picture]:
     """Run a diffusers pipeline in a greenlet, which its callback leaves after each step."""
     import torch
     from greenlet import greenlet
@@ -95,11 +92,12 @@ def _draw(loaded: "LoadedPipeline", request: GenerationRequest, index: int) -> G
     pipeline = fork_pipeline(loaded, request)
     unet: Denoiser = pipeline.unet
     arguments = list_arguments(pipeline, request, index)
-    if loaded.chunks and (embedded := embed_prompts(pipeline, request, loaded.family, chunks=loaded.chunks)):
+    chunks = choose_chunks(loaded)
+    if chunks and (embedded := embed_prompts(pipeline, request, loaded.family, chunks=chunks)):
         arguments = {name: value for name, value in arguments.items() if name not in PROMPTS} | embedded
     work = greenlet(lambda: pipeline(callback_on_step_end=report_step, **arguments).images[0])
     try:
-        with _name_place(request, index, unet):
+        with name_step(request, index, unet):
             result = work.switch()
             while not work.dead:
                 yield result
@@ -118,50 +116,12 @@ def _draw(loaded: "LoadedPipeline", request: GenerationRequest, index: int) -> G
     return Picture(keep_protected(result, request), unet.calls, len(unet.plan.costs))
 
 
-@contextlib.contextmanager
-def _name_place(request: GenerationRequest, index: int, denoiser: Denoiser) -> Iterator[None]:
-    """Say of numbers that are not finite in which step of which picture they came up."""
-    try:
-        yield
-    except NotFiniteError as error:
-        raise NotFiniteError(
-            f"the picture of seed {request.get_seed(index)} failed in step {denoiser.done}: {error}"
-        ) from error
-
-
 def _is_graph_limit(error: BaseException) -> bool:
     import torch
 
     from openvino_backend import GraphLimitError
 
     return isinstance(error, (GraphLimitError, torch._dynamo.exc.FailOnRecompileLimitHit))
-
-
-def draw_preview(loaded: "LoadedPipeline", progress: Progress) -> Any:
-    """Return the picture, a Pillow image, as it looks from where it stands, in the way that the configuration says.
-
-    Raises:
-        NotFiniteError: it is none.
-    """
-    import torch
-
-    pipeline, config, kind = loaded.pipeline, loaded.pipeline.vae.config, loaded.config.preview
-    place = _name_place(progress.denoiser.request, progress.index, progress.denoiser)
-    with torch.no_grad(), place, metrics.PREVIEW_SECONDS.labels(kind).time():
-        latents = progress.denoiser.predict() / config.scaling_factor
-        mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
-        if mean is not None and std is not None:
-            latents = latents * torch.tensor(std).view(1, -1, 1, 1) + torch.tensor(mean).view(1, -1, 1, 1)
-        if kind == "fast":
-            pixels = loaded.colours.draw(latents)
-        else:
-            pixels = loaded.fork_vae().decode(latents.to(pipeline.vae.device))[0]
-        return pipeline.image_processor.postprocess(pixels.float().cpu())[0]
-
-
-def keep_protected(picture: Any, request: GenerationRequest) -> Any:
-    """Return a picture, or a preview, in which what the request's mask protects is the image as it was."""
-    return picture if request.mask_image is None else blend(picture, request.image, request.mask_image)
 
 
 def finish(generator: Generator[Any, None, Any]) -> Any:
@@ -173,7 +133,7 @@ def finish(generator: Generator[Any, None, Any]) -> Any:
             return end.value
 
 
-def fork_pipeline(loaded: "LoadedPipeline", request: GenerationRequest) -> Any:
+def fork_pipeline(loaded: LoadedPipeline, request: GenerationRequest) -> Any:
     """Return a pipeline for one picture: parts and a scheduler of its own, the class that the request needs."""
     import diffusers
 
@@ -188,7 +148,7 @@ def fork_pipeline(loaded: "LoadedPipeline", request: GenerationRequest) -> Any:
     parts = {
         "scheduler": scheduler,
         "unet": Denoiser(pipeline.unet, functions["unet"], request, scheduler, plan),
-        "vae": loaded.fork_vae(),
+        "vae": fork_vae(loaded),
         **{each: TextEncoder(getattr(pipeline, each), functions[each]) for each in family.text_encoders},
     }
     given = {**pipeline.config, **pipeline.components, **parts}
@@ -198,7 +158,7 @@ def fork_pipeline(loaded: "LoadedPipeline", request: GenerationRequest) -> Any:
     return forked
 
 
-def bind_adapters(loaded: "LoadedPipeline", request: GenerationRequest) -> Functions:
+def bind_adapters(loaded: LoadedPipeline, request: GenerationRequest) -> Functions:
     """Return the functions of the parts, those with the adapters that a request names that these change."""
     products = choose_products(loaded.adapters, request.adapters or ())
     return {

@@ -6,6 +6,7 @@ the VAE's encoder makes latents; half of these are enlarged, as guidance enlarge
 seed, so that a preview depends on the model, the configuration and the request alone.
 """
 
+import functools
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,11 @@ from typing import Any
 import torch
 from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle, relu, unfold
 
-from sdxl_server.diffusion.denoiser import check_finite
+from sdxl_server import metrics
+from sdxl_server.diffusion.denoiser import name_step
+from sdxl_server.diffusion.generation import Progress
+from sdxl_server.diffusion.stand_ins import check_finite, fork_vae
+from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.model.vaes import find_methods
 
 PICTURES, SIDE, LEAVES = 6, 128, 60  # of SIDE pixels, with so many leaves each
@@ -141,3 +146,41 @@ def lay_out(tiles: Any, *, height: int, width: int) -> Any:
     count = -(-len(tiles) // (down * across)) * down * across
     chosen = tiles[torch.arange(count) % len(tiles)].unflatten(0, (-1, down, across))
     return chosen.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)[..., :height, :width]
+
+
+def choose_preview_steps(count: int, *, steps: int) -> list[int]:
+    """Return the steps after which previews are due, in equal parts of the way; the last step is the picture itself."""
+    if steps < 2:
+        return []
+    return [min(max(round(steps * (i + 1) / (count + 1)), 1), steps - 1) for i in range(count)]
+
+
+def draw_preview(loaded: LoadedPipeline, progress: Progress) -> Any:
+    """Return the picture, a Pillow image, as it looks from where it stands, in the way that the configuration says.
+
+    Raises:
+        NotFiniteError: it is none.
+    """
+    pipeline, config, kind = loaded.pipeline, loaded.pipeline.vae.config, loaded.config.preview
+    place = name_step(progress.denoiser.request, progress.index, progress.denoiser)
+    with torch.no_grad(), place, metrics.PREVIEW_SECONDS.labels(kind).time():
+        latents = progress.denoiser.predict() / config.scaling_factor
+        mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+        if mean is not None and std is not None:
+            latents = latents * torch.tensor(std).view(1, -1, 1, 1) + torch.tensor(mean).view(1, -1, 1, 1)
+        if kind == "fast":
+            pixels = fit_preview(loaded).draw(latents)
+        else:
+            pixels = fork_vae(loaded).decode(latents.to(pipeline.vae.device))[0]
+        return pipeline.image_processor.postprocess(pixels.float().cpu())[0]
+
+
+@functools.lru_cache(maxsize=2)  # a worker has one pipeline
+def fit_preview(loaded: LoadedPipeline) -> ColourMap:
+    """Return the map of fast previews: fitted at the warm-up, or else for the first preview."""
+    width, height = (side // loaded.pipeline.vae_scale_factor for side in loaded.contract.size)
+    if loaded.graphs == "dynamic":  # no larger than holds all that it is fitted to
+        width, height = min(width, MOSAIC_SIDE), min(height, MOSAIC_SIDE)
+    vae = loaded.pipeline.vae
+    fit = functools.partial(fit_colours, vae, fork_vae(loaded).decode, height=height, width=width)
+    return keep_colours(fit, loaded.parts.get("vae"), vae.config, loaded.tile_side, height, width)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sdxl_server.config.settings import MIN_CALLS, MIN_SIDE
 from sdxl_server.request.adapters import make_adapter_schema, read_adapters
 from sdxl_server.request.declaration import Bounds, Declaration, Role, declare
 from sdxl_server.request.samplers import make_schema, read_sampler
@@ -17,8 +18,6 @@ from sdxl_server.schemas import Schema, choice, falling, nullable, pair, real, s
 
 MAX_SEED = 2**32 - 1
 RANDOM_SEED = -1
-MIN_SIDE = 64
-MIN_CALLS = 4  # of the UNet, where some are forecast
 PICTURE_FORMATS = ("JPEG", "PNG", "WebP", "AVIF", "GIF", "TIFF", "BMP")  # that are read; each decoder is a surface
 SCHEDULES = (
     "StableDiffusionTimesteps",

@@ -6,6 +6,7 @@ where it is protected.
 
 from typing import Any
 
+from sdxl_server.request.fields import GenerationRequest
 from sdxl_server.request.uploads import Upload
 
 HALF = 128  # of 255: from here on a pixel is painted anew
@@ -58,9 +59,6 @@ def blend(picture: Any, image: Any, mask: Any) -> Any:
     return Image.composite(picture, image, Image.fromarray(share))
 
 
-def find_mask_warnings(mask: Any) -> list[str]:
-    """Return what is odd about a mask, in words."""
-    rule = "a mask is transparent, or without transparency white, where the image is painted anew"
-    told = {0: "protects all of the image, of which nothing is painted anew", 255: "protects nothing of the image"}
-    low, high = mask.getextrema()
-    return [f"the mask {told[low]}; {rule}"] if low == high else []
+def keep_protected(picture: Any, request: GenerationRequest) -> Any:
+    """Return a picture, or a preview, in which what the request's mask protects is the image as it was."""
+    return picture if request.mask_image is None else blend(picture, request.image, request.mask_image)

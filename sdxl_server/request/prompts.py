@@ -2,8 +2,6 @@
 
 import re
 
-from sdxl_server.schemas import shorten
-
 PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 NUMBER = r"[-+]?(?:\d{1,9}(?:\.\d{0,9})?|\.\d{1,9})"
 # A1111's, ComfyUI's and compel's. Each is bounded, so that no prompt takes long; `\(` is a plain bracket there too.
@@ -20,22 +18,3 @@ LITERAL = (  # always plain words, brackets and numbers included
 EMBEDDING = re.compile(r"\bembedding:[\w.-]{1,200}")
 # In a prompt that is not all in capitals.
 BREAK, AND = re.compile(r"\bBREAK\b"), re.compile(r"\bAND\b")
-MAX_SHOWN = 5
-
-
-def find_syntax(name: str, prompt: str, *, is_weighted: bool = False) -> list[str]:
-    """Return a warning of what means something to other programs, none where there is nothing.
-
-    Args:
-        is_weighted: weights and BREAK mean something here too, see weighting.py.
-    """
-    patterns = [*LITERAL, EMBEDDING, *(() if is_weighted else WEIGHTS)]
-    if not prompt.isupper():
-        patterns += [AND] if is_weighted else [AND, BREAK]
-    found = [each.search(prompt) for each in patterns]
-    starts = sorted({match.start(): match[0] for match in found if match}.items())
-    if not starts:
-        return []
-    shown = ", ".join(shorten(text, length=40) for _, text in starts[:MAX_SHOWN])
-    verbs = ("means", "is") if len(starts) == 1 else ("mean", "are")
-    return [f"{name}: {shown} {verbs[0]} nothing here and {verbs[1]} read as plain words"]

@@ -5,9 +5,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from sdxl_server.config.settings import MIN_SIDE
 from sdxl_server.errors import RequestError
 from sdxl_server.request.declaration import Bounds
-from sdxl_server.request.fields import MIN_SIDE
 from sdxl_server.request.masks import decide_pixels, read_mask
 from sdxl_server.request.uploads import MASK
 

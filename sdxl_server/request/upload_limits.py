@@ -13,7 +13,6 @@ from collections.abc import Iterator
 
 from sdxl_server.errors import RequestError
 
-MAX_VALUES = 50_000  # of a JSON text: its commas and brackets, those in prompts included
 MAX_FIELDS = 100  # of a form
 MAX_PIECES = 10_000  # segments of a JPEG, chunks of a PNG or WebP, tags of a TIFF; 24 MB in chunks of 4 KB are 6,000
 MAX_SCANS = 40  # of a progressive JPEG, each of which goes over the whole picture; encoders make 10

@@ -10,12 +10,10 @@ from sdxl_server.errors import ConfigError, RequestError
 from sdxl_server.request.fields import SCHEDULE_FIELDS, GenerationRequest
 from sdxl_server.request.samplers import Samplers, list_options, read_sampler, split_sampler
 from sdxl_server.sampling.few_steps import DISTILLED
-from sdxl_server.sampling.trials import build_scheduler, find_fault, measure_growth, write_config
+from sdxl_server.sampling.trials import build_scheduler, find_fault, write_config
 from sdxl_server.schemas import shorten
 
 LEAST_SIGMA = 0.001  # below it a step divides by next to nothing
-MOST_GROWTH = 2.0  # of a model's errors; at 2.6 and 3.2 the demonstration model draws 3 to 5 of 8 right, at 1.7 all
-MOST_STEPS = 50  # at which growth is looked for: it falls with them
 TAKES_NO_SIGMAS = "UniPCMultistepScheduler"  # but for models of flow, although set_timesteps has the argument
 
 
@@ -94,25 +92,6 @@ def check_options(own: Any, sampler: str | Mapping[str, Any]) -> None:
     fault = find_fault(write_config(own), name, options=json.dumps(options, sort_keys=True)) if options else ""
     if fault:
         raise ValueError(f"takes other options than these: {name} {fault}")
-
-
-def find_sampling_warnings(own: Any, request: GenerationRequest) -> list[str]:
-    """Return what the scheduler that a request names makes of it, in words.
-
-    A solver of high order reckons with the changes of the model's predictions, and with its errors too: how much that
-    is depends on its options and on the number of steps.
-    """
-    name, options = split_sampler(request.scheduler or type(own).__name__)
-    if not options or request.schedule_field is not None or request.num_inference_steps > MOST_STEPS:
-        return []
-    written = json.dumps(options, sort_keys=True)
-    growth = measure_growth(write_config(own), name, written, steps=request.num_inference_steps)
-    if growth <= MOST_GROWTH:
-        return []
-    return [
-        f"{name} with these options makes the model's errors {growth:.1f} times as large in "
-        f"{request.num_inference_steps} steps; more steps or a lower solver_order draw better"
-    ]
 
 
 def make_scheduler(model_own: Any, request: GenerationRequest) -> Any:

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sdxl_server.config.settings import MIN_CALLS
 from sdxl_server.errors import RequestError
-from sdxl_server.request.fields import MIN_CALLS, GenerationRequest
+from sdxl_server.request.fields import GenerationRequest
 from sdxl_server.sampling.schedulers import list_timesteps
 
 
@@ -100,23 +101,3 @@ def spread_calls(count: int, *, total: int) -> list[int]:
     for i in reversed(range(count - 1)):
         places[i] = min(places[i], places[i + 1] - 1)
     return places
-
-
-class Line:
-    """The straight line through the last two of some points, each a number and a tensor."""
-
-    def __init__(self) -> None:
-        self._points: list[tuple[float, Any]] = []
-
-    def add(self, at: float, value: Any) -> None:
-        """Add a point; it takes the place of the last one where that is at the same number."""
-        kept = [each for each in self._points if each[0] != at]
-        self._points = [*kept[-1:], (at, value)]
-
-    def find(self, at: float) -> Any:
-        """Return where the line is; through one point it is level."""
-        last, value = self._points[-1]
-        if len(self._points) == 1:
-            return value
-        before, earlier = self._points[0]
-        return value + (value - earlier) * ((at - last) / (last - before))

@@ -12,13 +12,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sdxl_server.api.image_metadata import describe_picture
 from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.convert.names import name_originals
 from sdxl_server.diffusion.generation import finish, generate
 from sdxl_server.errors import ConfigError, RequestError
 from sdxl_server.model.adapters.files import DIFFUSERS, PEFT
 from sdxl_server.model.adapters.names import PROCESSORS, Layer, list_layers
-from sdxl_server.model.loading import LoadedPipeline, describe_picture
+from sdxl_server.model.describe import describe_pipeline
+from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from tests.unit.test_pipeline import load, make_picture
 from tools.random_model import make_pipeline
 
@@ -153,7 +155,7 @@ def test_each_naming_is_read_whole(
     assert np.abs(make_picture(load(tiny_model)) - reference).mean() > 1  # and it does change the picture
     digest = hashlib.sha256(files[naming].read_bytes()).hexdigest()
     told = {"name": "outline", "sha256": digest, "scale": 0.8, "fused": True, "rank": RANK, "layers": len(held)}
-    assert loaded.describe()["adapters"] == [told]
+    assert describe_pipeline(loaded)["adapters"] == [told]
     request = loaded.contract.check({"prompt": "a fox"})
     assert describe_picture(loaded, request, 0, unet_calls=1)["made_with"]["adapters"] == [told]
 
@@ -195,12 +197,12 @@ def test_two_are_added_in_turn(tiny_model: Path, matrices: Matrices, files: Mapp
     loaded = load(tiny_model, adapters=HandlerConfig.parse({"adapters": entries}).adapters)
     reference = draw_reference(tiny_model, matrices, scale=0.5 * ALPHA / RANK)
     assert np.abs(make_picture(loaded) - reference).max() <= 1
-    assert [each["name"] for each in loaded.describe()["adapters"]] == ["kohya", "diffusers"]
+    assert [each["name"] for each in describe_pipeline(loaded)["adapters"]] == ["kohya", "diffusers"]
 
 
 def test_distilled_schedulers_are_offered_with_adapters(tiny_model: Path, files: Mapping[str, Path]) -> None:
     loaded = adapt(tiny_model, files["kohya"], scheduler="LCM", guidance_scale=0.0)
-    assert loaded.describe()["scheduler"] == "LCMScheduler"
+    assert describe_pipeline(loaded)["scheduler"] == "LCMScheduler"
     assert make_picture(loaded).shape == (128, 128, 3)
     assert "TCDScheduler" in loaded.contract.bounds.schedulers
 
@@ -321,9 +323,9 @@ def test_a_request_draws_with_its_adapters(
     tiny_model: Path, matrices: Matrices, chosen: LoadedPipeline, scales: dict[str, float]
 ) -> None:
     reference = draw_reference(tiny_model, matrices, scale=sum(scales.values()) * ALPHA / RANK)
-    report = chosen.describe()
+    report = describe_pipeline(chosen)
     assert np.abs(make_picture(chosen, adapters=name_adapters(**scales)) - reference).max() <= 1
-    assert chosen.describe() == report  # nothing was compiled for it
+    assert describe_pipeline(chosen) == report  # nothing was compiled for it
     request = chosen.contract.check({"prompt": "a fox", "adapters": name_adapters(**scales)})
     told = describe_picture(chosen, request, 0, unet_calls=1)
     applied = told["made_with"].get("adapters", [])

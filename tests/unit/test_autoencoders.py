@@ -10,9 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_server.diffusion.generation import draw_preview, generate
+from sdxl_server.api.image_metadata import describe_picture
+from sdxl_server.diffusion.generation import generate
+from sdxl_server.diffusion.previews import draw_preview
 from sdxl_server.errors import ConfigError
-from sdxl_server.model.loading import LoadedPipeline, describe_picture
+from sdxl_server.model.describe import describe_pipeline
+from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.request.masks import cover_cells
 from tests.unit.test_pipeline import encode, load, make_picture
 
@@ -76,7 +79,7 @@ def test_tiny_vae_draws_what_diffusers_draws(
     assert expected.std() > 1
     assert np.array_equal(make_picture(eager, **fields), expected)
     assert np.abs(make_picture(compiled, **fields) - expected).max() <= 1  # the last bit is rounded
-    assert len(compiled.describe()["openvino"]["vae"]) == 1
+    assert len(describe_pipeline(compiled)["openvino"]["vae"]) == 1
 
 
 def test_exact_preview_has_the_tiny_vaes_scaling(tiny_model: Path, folder: Path) -> None:
@@ -91,7 +94,7 @@ def test_exact_preview_has_the_tiny_vaes_scaling(tiny_model: Path, folder: Path)
 
 def test_lossy_vae_is_told(tiny_model: Path, folder: Path, eager: LoadedPipeline, tmp_path: Path) -> None:
     told = {"class": "AutoencoderTiny", "path": str(folder), "lossy": True, "tile_side": None}
-    assert eager.describe()["vae"] == told
+    assert describe_pipeline(eager)["vae"] == told
     request = eager.contract.check({"prompt": "x"})
     assert describe_picture(eager, request, 0, unet_calls=4)["made_with"]["vae"] == told
     own = shutil.copytree(tiny_model, tmp_path / "model")
@@ -100,7 +103,7 @@ def test_lossy_vae_is_told(tiny_model: Path, folder: Path, eager: LoadedPipeline
     index = json.loads((own / "model_index.json").read_text())
     (own / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", "AutoencoderTiny"]}))
     loaded = load(own)
-    assert loaded.describe()["vae"] == {**told, "path": None}
+    assert describe_pipeline(loaded)["vae"] == {**told, "path": None}
     assert np.array_equal(make_picture(loaded), make_picture(eager))
     assert loaded.weights_sha256 == eager.weights_sha256
 
@@ -114,8 +117,8 @@ def test_full_vae_takes_the_place_of_the_models_own(tiny_model: Path, tmp_path: 
     vae.save_pretrained(tmp_path / "other", variant="fp16")
     plain, loaded = load(tiny_model), load(tiny_model, vae_path=str(tmp_path / "other"))
     told = {"class": "AutoencoderKL", "lossy": False, "tile_side": None}
-    assert loaded.describe()["vae"] == {**told, "path": str(tmp_path / "other")}
-    assert plain.describe()["vae"] == {**told, "path": None}
+    assert describe_pipeline(loaded)["vae"] == {**told, "path": str(tmp_path / "other")}
+    assert describe_pipeline(plain)["vae"] == {**told, "path": None}
     request = plain.contract.check({"prompt": "x"})
     assert "vae" not in describe_picture(plain, request, 0, unet_calls=4)["made_with"]
     assert (make_picture(loaded) - make_picture(plain)).mean() > 50

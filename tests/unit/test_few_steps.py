@@ -11,7 +11,9 @@ import pytest
 import torch
 import yaml
 
-from sdxl_server.model.loading import LoadedPipeline, find_warnings
+from sdxl_server.api.warnings import list_warnings
+from sdxl_server.model.describe import describe_pipeline
+from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.sampling.few_steps import find_hint, find_suited
 from tests.flat import ONE_LEVEL
 from tests.unit.test_pipeline import UNET_ONLY, load, make_picture
@@ -132,7 +134,7 @@ def test_a_guidance_that_is_an_input_of_the_unet_reaches_it(consistent: Path) ->
         assert loaded.contract.batch == 1
         for way, picture in zip(ways, expected, strict=True):
             assert np.abs(make_picture(loaded, **way) - picture).max() <= farthest
-        assert not graphs or len(loaded.describe()["openvino"]["unet"]) == 1  # for any guidance
+        assert not graphs or len(describe_pipeline(loaded)["openvino"]["unet"]) == 1  # for any guidance
 
 
 @pytest.mark.parametrize(("name", "steps"), [("LCM", 4), ({"name": "TCD", "original_inference_steps": 100}, 4)])
@@ -153,11 +155,11 @@ def test_what_a_negative_prompt_does_not_do_is_told(turbo: Path, consistent: Pat
         loaded = load(folder, **NULL)
         request = loaded.contract.check({"prompt": "a fox", "negative_prompt": "blurry"})
         assert any(
-            each.startswith(f"negative_prompt has no effect, since {why}") for each in find_warnings(loaded, request)
+            each.startswith(f"negative_prompt has no effect, since {why}") for each in list_warnings(loaded, request)
         )
     guided = load(turbo, num_inference_steps=4, guidance_scale=2.0)
     request = guided.contract.check({"prompt": "a fox", "negative_prompt": "blurry"})
-    assert not find_warnings(guided, request)
+    assert not list_warnings(guided, request)
 
 
 @pytest.mark.parametrize("line", LINES)

@@ -20,9 +20,10 @@ from sdxl_server import __version__
 from sdxl_server.api import native
 from sdxl_server.api.http import Answer, Call, read_header
 from sdxl_server.api.native import NativeFace
+from sdxl_server.diffusion.previews import choose_preview_steps
 from sdxl_server.errors import ConfigError, RequestError, VersionError
 from sdxl_server.metrics import serve_metrics
-from sdxl_server.service import choose_preview_steps, load_service
+from sdxl_server.service import load_service
 from sdxl_server.serving.queue import Pace, Queue
 from stable_diffusion_handler import MADE_FOR, StableDiffusionHandler
 from tools.server import ROOT

@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 
 from sdxl_server.api.openai import OpenAIEditFace, OpenAIFace
-from sdxl_server.diffusion.generation import draw_preview, generate, keep_protected
+from sdxl_server.diffusion.generation import generate
+from sdxl_server.diffusion.previews import draw_preview
 from sdxl_server.errors import RequestError
 from sdxl_server.model.compiling import VAE_ENCODER
-from sdxl_server.model.loading import LoadedPipeline
-from sdxl_server.request.masks import cover_cells
+from sdxl_server.model.describe import describe_pipeline
+from sdxl_server.model.loaded_pipeline import LoadedPipeline
+from sdxl_server.request.masks import cover_cells, keep_protected
 from tests.unit.test_pipeline import encode, load, make_picture
 from tools.random_model import make_pipeline, save_pipeline
 
@@ -73,12 +75,12 @@ def compiled(folder: Path) -> LoadedPipeline:
 def test_draws_what_diffusers_draws(
     folder: Path, eager: LoadedPipeline, compiled: LoadedPipeline, fields: dict[str, Any]
 ) -> None:
-    before = compiled.describe()
+    before = describe_pipeline(compiled)
     assert len(before["openvino"][VAE_ENCODER]) == 1  # no request does without it
     expected = draw_by_diffusers(folder, **fields)[INSIDE]
     assert np.array_equal(make_picture(eager, **FIELDS, **fields)[INSIDE], expected)
     assert np.abs(make_picture(compiled, **FIELDS, **fields)[INSIDE] - expected).max() <= 1  # the last bit is rounded
-    assert compiled.describe() == before
+    assert describe_pipeline(compiled) == before
 
 
 def test_stable_diffusion_1_too(tmp_path: Path) -> None:

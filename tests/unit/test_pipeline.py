@@ -21,14 +21,20 @@ from demo.oracle import judge_picture
 from openvino_backend import CompiledFunction, GraphLimitError
 from sdxl_server.api.http import Call
 from sdxl_server.api.image_files import encode_picture
+from sdxl_server.api.image_metadata import describe_picture
+from sdxl_server.api.warnings import list_warnings
 from sdxl_server.config.settings import CompileConfig, HandlerConfig
-from sdxl_server.diffusion.generation import draw_preview, finish, fork_pipeline, generate, keep_protected
+from sdxl_server.diffusion.generation import finish, fork_pipeline, generate
+from sdxl_server.diffusion.previews import draw_preview
+from sdxl_server.diffusion.warm_up import choose_sizes
 from sdxl_server.errors import ConfigError, NotFiniteError, RequestError
+from sdxl_server.loading import load_pipeline
 from sdxl_server.model.compiling import VAE_ENCODER, choose_graphs
-from sdxl_server.model.loading import LoadedPipeline, describe_picture, find_warnings, load_pipeline
+from sdxl_server.model.describe import describe_pipeline
+from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.model.reading import check_files, choose_dtype
+from sdxl_server.request.masks import keep_protected
 from sdxl_server.service import Service
-from sdxl_server.warm_up import choose_sizes
 from tests.spoiled import spoil_model
 from tests.unit.modules import HAS_BF16
 from tests.unit.test_samplers import ALL, ZERO_SNR
@@ -87,7 +93,7 @@ def make_picture(loaded: LoadedPipeline, **fields: Any) -> np.ndarray[Any, Any]:
 START = """
 import sys, torch
 from pathlib import Path
-from sdxl_server.model.loading import load_pipeline
+from sdxl_server.loading import load_pipeline
 from sdxl_server.config.settings import CompileConfig, HandlerConfig
 
 folder, cache = map(Path, sys.argv[1:])
@@ -108,10 +114,10 @@ def test_openvino_draws_eagers_picture(
     folder = tiny_model if is_xl else tiny_sd_model
     reference = make_picture(load(folder, is_xl=is_xl))
     loaded = load(folder, cached, is_xl=is_xl, warm_up=True)
-    report = loaded.describe()
+    report = describe_pipeline(loaded)
     assert reference.shape == (128, 128, 3)
     assert np.abs(make_picture(loaded) - reference).max() <= 1  # a rounding of the last bit
-    assert loaded.describe() == report  # nothing was compiled after the warm-up
+    assert describe_pipeline(loaded) == report  # nothing was compiled after the warm-up
     parts = PARTS if is_xl else PARTS[:4]
     assert list(report["openvino"]) == report["compiled_parts"] == parts
     assert report["openvino"].pop(VAE_ENCODER) == []  # waits for the first request with an image
@@ -125,7 +131,7 @@ def test_auto_is_near_the_float32_picture(tiny_model: Path) -> None:
     reference = make_picture(load(tiny_model))
     loaded = load(tiny_model, "openvino", dtype="auto", graphs="static", warm_up=True)
     assert loaded.dtype == ("float16" if HAS_BF16 else "float32")
-    (unet,) = loaded.describe()["openvino"]["unet"]
+    (unet,) = describe_pipeline(loaded)["openvino"]["unet"]
     assert [model["precision"] for model in unet["models"]] == ["f32", "bf16" if HAS_BF16 else "f32"]
     assert np.abs(make_picture(loaded) - reference).mean() < 8  # of 255, in bfloat16; 0 in float32
 
@@ -154,10 +160,10 @@ def test_a_picture_tells_the_arithmetic_that_made_it(tiny_model: Path) -> None:
     loaded = load(tiny_model, pt2, dtype="auto", graphs="static", warm_up=True, **UNET_ONLY)
     request = loaded.contract.check({"prompt": "a fox"})
     told = describe_picture(loaded, request, 0, unet_calls=1)["made_with"]["arithmetic"]
-    assert told == loaded.describe()["arithmetic"]
+    assert told == describe_pipeline(loaded)["arithmetic"]
     assert told["precision"] == "int8"
     assert told["lossy"]
-    (unet,) = loaded.describe()["openvino"]["unet"]
+    (unet,) = describe_pipeline(loaded)["openvino"]["unet"]
     assert sum(model["constants"].get("i8", 0) for model in unet["models"]) > 0
 
 
@@ -172,7 +178,7 @@ def test_float16_keeps_the_vae_in_float32(tiny_model: Path) -> None:
 def test_parts_can_be_left_out(tiny_model: Path) -> None:
     loaded = load(tiny_model, "openvino", compile_unet=False, compile_text_encoders=False, warm_up=True)
     assert list(loaded.parts) == ["vae", VAE_ENCODER]
-    assert loaded.describe()["graphs"] == 1
+    assert describe_pipeline(loaded)["graphs"] == 1
 
 
 def test_size_and_steps_are_used(tiny_model: Path) -> None:
@@ -253,9 +259,9 @@ def test_a_request_without_a_step_is_refused_before_any_work(
 
 def test_strength_without_an_image_is_told(eager: LoadedPipeline) -> None:
     request = eager.contract.check({"prompt": "x", "strength": 0.5})
-    assert find_warnings(eager, request) == ["strength has no effect without an image"]
+    assert list_warnings(eager, request) == ["strength has no effect without an image"]
     request = eager.contract.check({"prompt": "x", "resize_mode": "pad"})
-    assert find_warnings(eager, request) == ["resize_mode has no effect without an image"]
+    assert list_warnings(eager, request) == ["resize_mode has no effect without an image"]
     assert np.array_equal(make_picture(eager, strength=0.5), make_picture(eager))
 
 
@@ -263,7 +269,7 @@ def test_prompts_too_long_for_a_jpeg_are_told_before_the_work(eager: LoadedPipel
     long = {name: "\x01" * 2000 for name in ("prompt_2", "negative_prompt", "negative_prompt_2")}
     for kind, is_held in (("jpeg", False), ("png", True), ("webp", True)):
         request = eager.contract.check({"prompt": "x", **long, "output_format": kind})
-        assert any("too long for a JPEG" in each for each in find_warnings(eager, request)) is not is_held
+        assert any("too long for a JPEG" in each for each in list_warnings(eager, request)) is not is_held
         parameters = describe_picture(eager, request, 0, unet_calls=4)
         file = encode_picture(Image.new("RGB", (64, 64)), request, parameters=parameters)
         image = Image.open(io.BytesIO(file))
@@ -291,7 +297,7 @@ def test_openvino_beside_cuda_is_refused(tiny_model: Path, pt2: Any) -> None:
 
 def test_a_scheduler_that_needs_more_steps_is_warmed_up_with_them(tiny_model: Path, cached: dict[str, Any]) -> None:
     loaded = load(tiny_model, cached, warm_up=True, scheduler="PNDMScheduler")
-    assert loaded.describe()["scheduler"] == "PNDMScheduler"
+    assert describe_pipeline(loaded)["scheduler"] == "PNDMScheduler"
     with pytest.raises(ConfigError, match="handler.num_inference_steps"):
         load(tiny_model, scheduler="PNDMScheduler", num_inference_steps=1)
 
@@ -432,7 +438,7 @@ def test_what_a_mask_protects_is_kept_bit_by_bit(demo: LoadedPipeline, kind: str
 def test_masks_that_mean_little_are_told(eager: LoadedPipeline, value: int, told: str) -> None:
     image, mask = encode(Image.new("RGB", (128, 128))), encode(Image.new("L", (128, 128), value))
     request = eager.contract.check({"prompt": "x", "image": image, "mask_image": mask})
-    (warning,) = find_warnings(eager, request)
+    (warning,) = list_warnings(eager, request)
     assert warning.startswith(told)
 
 
@@ -452,10 +458,10 @@ def test_every_scheduler_makes_pictures_or_says_what_it_needs(eager: LoadedPipel
 
 
 def test_schedulers_share_one_graph(compiled: LoadedPipeline) -> None:
-    graphs = compiled.describe()["graphs"]
+    graphs = describe_pipeline(compiled)["graphs"]
     for name in ("DDIMScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"):
         make_picture(compiled, scheduler=name)
-    assert compiled.describe()["graphs"] == graphs
+    assert describe_pipeline(compiled)["graphs"] == graphs
 
 
 def test_one_graph_too_many_is_refused(eager: LoadedPipeline) -> None:
@@ -468,16 +474,16 @@ def test_one_graph_too_many_is_refused(eager: LoadedPipeline) -> None:
 
 
 def count_graphs(loaded: LoadedPipeline) -> list[int]:
-    return [len(loaded.describe()["openvino"][part]) for part in PARTS]
+    return [len(describe_pipeline(loaded)["openvino"][part]) for part in PARTS]
 
 
 def test_allowed_sizes_are_compiled_at_the_start(tiny_model: Path, cached: dict[str, Any]) -> None:
     sizes = ["128x128", "64x128"]
     loaded = load(tiny_model, cached, warm_up=True, allowed_sizes=sizes, graphs="static")
-    report = loaded.describe()
+    report = describe_pipeline(loaded)
     assert count_graphs(loaded) == [2, 2, 0, 1, 1]
     make_picture(loaded, width=64, guidance_scale=1)
-    assert loaded.describe() == report
+    assert describe_pipeline(loaded) == report
     with pytest.raises(RequestError, match="one of 128x128, 64x128 here, not 64x64"):
         make_picture(loaded, width=64, height=64)
     few = {**cached, "options": {**cached["options"], "max_graphs": 1}}
@@ -519,7 +525,7 @@ def test_no_size_takes_the_place_of_another(tiny_model: Path, cached: dict[str, 
     again = load(tiny_model, one)
     assert np.array_equal(make_picture(again, width=72, height=200), make_picture(loaded, width=72, height=200))
     assert np.array_equal(make_picture(again), before)
-    assert loaded.describe()["graphs_for"] == "dynamic"
+    assert describe_pipeline(loaded)["graphs_for"] == "dynamic"
 
 
 @pytest.mark.parametrize("configured", [5.0, 1.0])
@@ -629,14 +635,14 @@ def test_a_compilation_that_a_client_waits_for_is_told(
 
 def test_long_prompts_are_told(eager: LoadedPipeline) -> None:
     fields = {"prompt": "fox " * 80, "negative_prompt": "blue"}
-    (warning,) = find_warnings(eager, eager.contract.check(fields))
+    (warning,) = list_warnings(eager, eager.contract.check(fields))
     assert "prompt has" in warning
     assert "the first 77" in warning
 
 
 def test_prompts_in_other_programs_words_are_told_in_the_file(eager: LoadedPipeline) -> None:
     request = eager.contract.check({"prompt": "a (red:1.3) fox", "negative_prompt": "snow BREAK", "seed": 1})
-    warnings = find_warnings(eager, request)
+    warnings = list_warnings(eager, request)
     assert [each.partition(":")[0] for each in warnings] == ["prompt", "negative_prompt"]
     assert describe_picture(eager, request, 0, unet_calls=4, warnings=warnings)["warnings"] == warnings
     assert "warnings" not in describe_picture(eager, request, 0, unet_calls=4)
@@ -693,7 +699,7 @@ sys.addaudithook(tell)
 """
 LOAD = """
 import pathlib, sys, time
-from sdxl_server.model.loading import load_pipeline
+from sdxl_server.loading import load_pipeline
 from sdxl_server.config.settings import CompileConfig, HandlerConfig
 pt2 = {"backend": "openvino", "options": {"weight_compression": "int8_sym"}}
 folder = pathlib.Path(sys.argv[1])
@@ -726,7 +732,7 @@ def test_distilled_models_have_their_own_scheduler(tmp_path: Path, name: str) ->
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", name]}))
     loaded = load(folder, warm_up=True)
-    assert list(loaded.contract.bounds.schedulers) == [loaded.describe()["scheduler"]] == [name]
+    assert list(loaded.contract.bounds.schedulers) == [describe_pipeline(loaded)["scheduler"]] == [name]
     prompt = choose_prompts(1, seed=3)[0]
     fields = {"prompt": prompt.text, "seed": prompt.seed, "guidance_scale": 1.5, "num_inference_steps": 8}
     request = loaded.contract.check({**fields, "scheduler": {"name": name, "original_inference_steps": 100}})
@@ -739,7 +745,7 @@ def test_distilled_models_have_their_own_scheduler(tmp_path: Path, name: str) ->
 def test_scheduler_with_options_is_used_and_told(tiny_model: Path) -> None:
     karras = {"name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}
     loaded = load(tiny_model, scheduler="dpm++ 2m karras")
-    assert loaded.describe()["scheduler"] == karras
+    assert describe_pipeline(loaded)["scheduler"] == karras
     request = loaded.contract.check({"prompt": "x", "seed": 1})
     assert describe_picture(loaded, request, 0, unet_calls=4)["request"]["scheduler"] == karras
     plain = make_picture(loaded, scheduler="DPMSolverMultistepScheduler")  # has nothing of the configured options
@@ -751,7 +757,7 @@ def test_scheduler_with_options_is_used_and_told(tiny_model: Path) -> None:
 
 def test_scheduler_is_used(tiny_model: Path) -> None:
     loaded = load(tiny_model, scheduler="DPMSolverMultistepScheduler")
-    assert loaded.describe()["scheduler"] == "DPMSolverMultistepScheduler"
+    assert describe_pipeline(loaded)["scheduler"] == "DPMSolverMultistepScheduler"
     assert np.abs(make_picture(loaded) - make_picture(load(tiny_model))).max() > 0
 
 

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 
 from demo.measure import choose_prompts
-from sdxl_server.diffusion.generation import Progress, draw_preview, generate
-from sdxl_server.diffusion.previews import fit_colours, lay_out
+from sdxl_server.diffusion import previews
+from sdxl_server.diffusion.generation import Progress, generate
+from sdxl_server.diffusion.previews import draw_preview, fit_colours, fit_preview, lay_out
 from sdxl_server.errors import ConfigError
-from sdxl_server.model import loading
-from sdxl_server.model.loading import LoadedPipeline
+from sdxl_server.model.describe import describe_pipeline
+from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from tests.spoiled import spoil_model
 from tests.unit.test_autoencoders import folder
 from tests.unit.test_pipeline import load, make_picture
@@ -79,16 +80,18 @@ def test_the_warm_up_fits_a_tiny_vae_without_another_graph(
 ) -> None:
     others = {"compile_unet": False, "compile_text_encoders": False, "warm_up": True}
     loaded = load(tiny_model, pt2, vae_path=str(folder), graphs=graphs, **others)
-    assert "colours" in vars(loaded)
-    assert loaded.describe()["preview"] == {"kind": "fast", "lossy": True}
+    fits = fit_preview.cache_info().misses
+    fit_preview(loaded)
+    assert fit_preview.cache_info().misses == fits  # the warm-up has fitted it
+    assert describe_pipeline(loaded)["preview"] == {"kind": "fast", "lossy": True}
     sheet = loaded.pipeline.image_processor.preprocess(Image.open(ROOT / "demo/model/sheet.jpg"), 256, 256)
     with torch.no_grad():  # of a picture: what a UNet of random weights makes is far from all that this VAE ever sees
         latents = loaded.pipeline.vae.encoder(sheet)
         decoded = loaded.pipeline.vae.decoder(latents)
-    apart = (loaded.colours.draw(latents) - decoded.clamp(-1, 1)).abs().mean()
+    apart = (fit_preview(loaded).draw(latents) - decoded.clamp(-1, 1)).abs().mean()
     assert apart < decoded.std() / 5
     if pt2 is not None:
-        assert [len(loaded.describe()["openvino"][name]) for name in ("vae", "vae_encoder")] == [1, 0]
+        assert [len(describe_pipeline(loaded)["openvino"][name]) for name in ("vae", "vae_encoder")] == [1, 0]
 
 
 def test_a_warm_start_takes_what_was_fitted(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,10 +101,10 @@ def test_a_warm_start_takes_what_was_fitted(tiny_model: Path, tmp_path: Path, mo
         fits.append(fit_colours(*args, **kwargs))
         return fits[-1]
 
-    monkeypatch.setattr(loading, "fit_colours", fit)
+    monkeypatch.setattr(previews, "fit_colours", fit)
     pt2 = {"backend": "openvino", "options": {"model_caching": True, "cache_dir": str(tmp_path)}}
     others = {"compile_unet": False, "compile_text_encoders": False, "warm_up": True}
-    cold, warm = load(tiny_model, pt2, **others).colours, load(tiny_model, pt2, **others).colours
+    cold, warm = fit_preview(load(tiny_model, pt2, **others)), fit_preview(load(tiny_model, pt2, **others))
     assert len(fits) == 1
     assert torch.equal(cold.weights, fits[0].weights)
     for name, value in vars(cold).items():
@@ -121,7 +124,7 @@ def test_stable_diffusion_1_and_any_size(tiny_sd_model: Path) -> None:
 def test_the_scaling_of_the_latents_is_taken_back(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load(tiny_model)
     progress = next(generate(loaded, loaded.contract.check({"prompt": "x"})))
-    plain = loaded.colours.draw(progress.denoiser.predict() / 0.13025 * 2 + 0.5)
+    plain = fit_preview(loaded).draw(progress.denoiser.predict() / 0.13025 * 2 + 0.5)
     config = loaded.pipeline.vae.config
     monkeypatch.setattr(loaded.pipeline.vae, "_internal_dict", type(config)({**config, **MOVED}))
     expected = loaded.pipeline.image_processor.postprocess(plain)[0]

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from sdxl_server.request.prompts import find_syntax
+from sdxl_server.api.warnings import warn_of_syntax
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ from sdxl_server.request.prompts import find_syntax
     ],
 )
 def test_other_programs_syntax_is_told(prompt: str, shown: list[str]) -> None:
-    (warning,) = find_syntax("negative_prompt", prompt)
+    (warning,) = warn_of_syntax("negative_prompt", prompt)
     assert warning.startswith("negative_prompt: ")
     assert all(each in warning for each in shown)
     assert warning.isascii()
@@ -57,11 +57,11 @@ def test_other_programs_syntax_is_told(prompt: str, shown: list[str]) -> None:
     ],
 )
 def test_plain_words_are_not(prompt: str) -> None:
-    assert find_syntax("prompt", prompt) == []
+    assert warn_of_syntax("prompt", prompt) == []
 
 
 @pytest.mark.parametrize("piece", ["(", "[", "(:", "[:", "[|", "(a", "<lora:", "[::", "((", "1", "embedding:", " AND"])
 def test_no_prompt_takes_long(piece: str) -> None:
     start = time.perf_counter()
-    find_syntax("prompt", piece * (3000 // len(piece)))
+    warn_of_syntax("prompt", piece * (3000 // len(piece)))
     assert time.perf_counter() - start < 0.5

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from demo.measure import choose_prompts, draw_prompts, draw_with, load_eager_pipeline, score_pictures
+from sdxl_server.api.warnings import warn_of_sampling
 from sdxl_server.errors import ConfigError
 from sdxl_server.request.samplers import ALIASES, list_options, make_schema, read_sampler, split_sampler
-from sdxl_server.sampling.schedulers import check_options, choose_default, find_samplers, find_sampling_warnings
+from sdxl_server.sampling.schedulers import check_options, choose_default, find_samplers
 from sdxl_server.sampling.trials import build_scheduler, try_levels
 from sdxl_server.schemas import is_valid
 from tests.unit.test_request import CONTRACT
@@ -226,7 +227,7 @@ def test_a_solver_that_makes_more_of_errors_is_told(sampler: Any, steps: int, gr
     """And so it is: with those the demonstration model draws fewer right."""
     request = dataclasses.replace(CONTRACT.check({"prompt": "a fox"}), scheduler=sampler, num_inference_steps=steps)
     told = f"makes the model's errors {growth} times as large in {steps} steps; more steps or a lower solver_order"
-    assert [told in each for each in find_sampling_warnings(DEMO, request)] == ([] if growth is None else [True])
+    assert [told in each for each in warn_of_sampling(DEMO, request)] == ([] if growth is None else [True])
     name, options = split_sampler(sampler)
     pipeline = load_demo()
     pipeline.scheduler = build_scheduler(DEMO.config, name, options)

@@ -14,7 +14,9 @@ from sdxl_server.config.settings import CompileConfig, HandlerConfig
 from sdxl_server.diffusion.denoiser import Denoiser
 from sdxl_server.diffusion.generation import Picture, finish, fork_pipeline, generate
 from sdxl_server.errors import NotFiniteError, RequestError
-from sdxl_server.model.loading import LoadedPipeline, load_pipeline
+from sdxl_server.loading import load_pipeline
+from sdxl_server.model.describe import describe_pipeline
+from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.sampling.step_plan import plan_calls, spread_calls
 from tests.spoiled import spoil_model
 from tools.server import ROOT
@@ -108,14 +110,14 @@ def test_the_interval_holds_with_each_kind_of_graphs(
     expected = draw(eager, **fields)
     served = dataclasses.replace(config, graphs=graphs, warm_up=True)
     loaded = load_pipeline(served, CompileConfig.parse("openvino"), model_dir=tiny_model.parent)
-    graphs_before = loaded.describe()["openvino"]["unet"]
+    graphs_before = describe_pipeline(loaded)["openvino"]["unet"]
     picture = draw(loaded, **fields)
     assert measure_psnr(picture, expected) > 45  # compiled and eager, in float32
     assert measure_psnr(picture, draw(eager, **{**fields, "guidance_interval": [0, 1]})) < 45
     halves = 8 - 2 * expected.unet_calls
     assert halves > 0
     assert picture.unet_calls == 4 - halves * (1 - price)
-    assert loaded.describe()["openvino"]["unet"] == graphs_before
+    assert describe_pipeline(loaded)["openvino"]["unet"] == graphs_before
 
 
 def test_the_first_guided_step_is_called(demo: LoadedPipeline) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from sdxl_server.model.loading import describe_picture
+from sdxl_server.api.image_metadata import describe_picture
+from sdxl_server.model.describe import describe_pipeline
 from sdxl_server.model.tiling import decode_tiles, plan_tiles
 from tests.unit.test_pipeline import load, make_picture
 
@@ -78,7 +79,7 @@ def test_a_tiled_picture_is_told(tiny_model: Path, caplog: pytest.LogCaptureFixt
     request = tiled.contract.check({"prompt": "x"})
     for loaded, told in ((whole, None), (room, None), (tiled, TOLD)):
         assert describe_picture(loaded, request, 0, unet_calls=4)["made_with"].get("vae_tiles") == told
-        assert loaded.describe()["vae"]["tile_side"] == loaded.config.vae_tile_side
+        assert describe_pipeline(loaded)["vae"]["tile_side"] == loaded.config.vae_tile_side
 
 
 def list_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -92,7 +93,7 @@ TOLD = {"count": 9, "width": 64, "height": 64, "overlap": 16, "lossy": True}
 def test_one_graph_decodes_all_tiles(tiny_model: Path, graphs: str, count: int) -> None:
     expected = make_picture(load(tiny_model, vae_tile_side=96), width=128, height=128)
     loaded = load(tiny_model, "openvino", vae_tile_side=96, graphs=graphs, warm_up=True, **UNET_AND_TEXTS)
-    before = loaded.describe()
+    before = describe_pipeline(loaded)
     assert np.abs(make_picture(loaded) - expected).max() <= 1  # the last bit is rounded
-    assert loaded.describe() == before
+    assert describe_pipeline(loaded) == before
     assert len(before["openvino"]["vae"]) == count

@@ -15,11 +15,16 @@ from PIL import Image
 
 from demo.oracle import list_components, name_pixels
 from demo.shapes import COLOURS
+from sdxl_server.api.image_metadata import describe_picture
+from sdxl_server.api.warnings import list_warnings
 from sdxl_server.config.settings import CompileConfig, HandlerConfig
 from sdxl_server.diffusion.generation import finish, fork_pipeline, generate
+from sdxl_server.diffusion.prompt_embedding import MAX_CHUNKS, choose_chunks, embed_prompts
 from sdxl_server.errors import RequestError
-from sdxl_server.model.loading import LoadedPipeline, describe_picture, find_warnings, load_pipeline
-from sdxl_server.request.prompt_weights import MAX_CHUNKS, embed_prompts, parse_weights
+from sdxl_server.loading import load_pipeline
+from sdxl_server.model.describe import describe_pipeline
+from sdxl_server.model.loaded_pipeline import LoadedPipeline
+from sdxl_server.request.prompt_weights import parse_weights
 from tools.server import ROOT
 
 LONG = "a red fox in the snow, " * 5 + "blue"  # 2 chunks of letters
@@ -61,7 +66,7 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def embed(loaded: LoadedPipeline, **fields: Any) -> dict[str, Any]:
     request = loaded.contract.check({"seed": 1, **fields})
-    return embed_prompts(fork_pipeline(loaded, request), request, loaded.family, chunks=loaded.chunks)
+    return embed_prompts(fork_pipeline(loaded, request), request, loaded.family, chunks=choose_chunks(loaded))
 
 
 def draw(loaded: LoadedPipeline, **fields: Any) -> Any:
@@ -261,7 +266,7 @@ def test_static_graphs_weigh_one_chunk(tiny_model: Path, eager: LoadedPipeline, 
     assert count_graphs(loaded) == [1, 1, 1]
     request = loaded.contract.check({"prompt": "a fox BREAK (snow)", "negative_prompt": f"({LONG})"})
     count = len(loaded.pipeline.tokenizer(LONG).input_ids)
-    assert find_warnings(loaded, request) == [
+    assert list_warnings(loaded, request) == [
         "prompt: BREAK begins no chunk here, where graphs for one size read a single one",
         f"negative_prompt has {count} tokens; the text encoder reads the first 77",
     ]
@@ -269,13 +274,13 @@ def test_static_graphs_weigh_one_chunk(tiny_model: Path, eager: LoadedPipeline, 
 
 def test_what_is_read_is_not_warned_of(eager: LoadedPipeline) -> None:
     fields = {"prompt": f"a (red:1.3) ((fox)) BREAK {LONG}", "negative_prompt": "[fox:cat:0.5], (a)1.3 AND b"}
-    (warning,) = find_warnings(eager, eager.contract.check(fields))
+    (warning,) = list_warnings(eager, eager.contract.check(fields))
     assert warning == "negative_prompt: '[fox:cat:0.5]', 'AND' mean nothing here and are read as plain words"
 
 
 def test_chunks_are_bounded(eager: LoadedPipeline) -> None:
     fields = {"prompt": "a BREAK " * 100, "output_format": "png"}
-    (warning,) = find_warnings(eager, eager.contract.check(fields))
+    (warning,) = list_warnings(eager, eager.contract.check(fields))
     assert warning == f"prompt makes 100 chunks of 77 tokens; the first {MAX_CHUNKS} are read"
     assert embed(eager, **fields)["prompt_embeds"].shape[1] == MAX_CHUNKS * 77
 
@@ -298,4 +303,4 @@ def test_the_setting_is_told(eager: LoadedPipeline, plain_demo: LoadedPipeline) 
     request = eager.contract.check({"prompt": "a (red:2) fox"})
     assert describe_picture(eager, request, 0, unet_calls=4)["made_with"]["weighted_prompts"] is True
     assert "weighted_prompts" not in describe_picture(plain_demo, request, 0, unet_calls=4)["made_with"]
-    assert [each.describe()["weighted_prompts"] for each in (eager, plain_demo)] == [True, False]
+    assert [describe_pipeline(each)["weighted_prompts"] for each in (eager, plain_demo)] == [True, False]

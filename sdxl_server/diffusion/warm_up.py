@@ -5,16 +5,16 @@ import itertools
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sdxl_server.api.image_files import encode_picture
+from sdxl_server.config.settings import MIN_SIDE
 from sdxl_server.diffusion.generation import finish, generate
+from sdxl_server.diffusion.previews import fit_preview
 from sdxl_server.errors import ConfigError, NotFiniteError, RequestError
 from sdxl_server.model.compiling import VAE_ENCODER
-from sdxl_server.request.fields import MIN_SIDE, GenerationRequest
-
-if TYPE_CHECKING:
-    from sdxl_server.model.loading import LoadedPipeline
+from sdxl_server.model.describe import describe_pipeline
+from sdxl_server.model.loaded_pipeline import LoadedPipeline
+from sdxl_server.request.fields import GenerationRequest
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ WARM_UP_STEPS = 2  # Inductor may compile again at the second
 _SIDE = 128  # pixels of a picture for a graph of any size; of a smaller one a deep UNet sees a single pixel
 
 
-def warm_up(loaded: "LoadedPipeline") -> None:
+def warm_up(loaded: LoadedPipeline) -> None:
     """Make a picture for each graph, which compiles every part; check that all were; fit the previews.
 
     The VAE's encoder is left to the first request with an image, but of a model that draws nothing else.
@@ -42,11 +42,11 @@ def warm_up(loaded: "LoadedPipeline") -> None:
             with compile_ahead():
                 finish(generate(loaded, request))
         with _blame_numbers(loaded):
-            encode_picture(finish(generate(loaded, request))[0].image, request)
+            finish(generate(loaded, request))
     if loaded.config.preview == "fast":
         with _blame_numbers(loaded):
-            logger.info("Fast previews: %.1f levels of 255 from what the VAE decodes", loaded.colours.error)
-    report = loaded.describe()
+            logger.info("Fast previews: %.1f levels of 255 from what the VAE decodes", fit_preview(loaded).error)
+    report = describe_pipeline(loaded)
     warm = [name for name in loaded.parts if name != VAE_ENCODER or loaded.family.needs]
     idle = [name for name, graphs in report.get("openvino", {}).items() if name in warm and not graphs]
     if idle or report["graphs"] < len(warm):
@@ -56,7 +56,7 @@ def warm_up(loaded: "LoadedPipeline") -> None:
 
 
 @contextlib.contextmanager
-def _blame_numbers(loaded: "LoadedPipeline") -> Iterator[None]:
+def _blame_numbers(loaded: LoadedPipeline) -> Iterator[None]:
     """Turn what is not finite in a block into a ConfigError."""
     try:
         yield
@@ -67,7 +67,7 @@ def _blame_numbers(loaded: "LoadedPipeline") -> Iterator[None]:
         ) from error
 
 
-def choose_sizes(loaded: "LoadedPipeline") -> list[tuple[int, int]]:
+def choose_sizes(loaded: LoadedPipeline) -> list[tuple[int, int]]:
     """Return the widths and heights of a picture for each graph, of one for any size as small as may be.
 
     A first picture of another size takes half a second longer than its next one does.
@@ -83,7 +83,7 @@ def choose_sizes(loaded: "LoadedPipeline") -> list[tuple[int, int]]:
     return [configured, *[each for each in allowed or [(side, less), (less, side)] if each != configured][:1]]
 
 
-def _choose_warm_up(loaded: "LoadedPipeline", fields: Mapping[str, Any]) -> GenerationRequest:
+def _choose_warm_up(loaded: LoadedPipeline, fields: Mapping[str, Any]) -> GenerationRequest:
     """Return the request of the fewest steps that compile everything and that the scheduler can make."""
     most = loaded.contract.properties["num_inference_steps"]["default"]
     steps = 1 if loaded.compilation.backend == "openvino" else min(WARM_UP_STEPS, most)
