@@ -7,6 +7,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import requests
+
 from tools.server import SCRIPTS, LocalServer
 
 CHECKS_LEFT_OUT = (
@@ -27,7 +29,7 @@ class GeneratedRun:
     """
 
     passed: bool
-    requests: int
+    count: int
     output: str
 
 
@@ -39,7 +41,10 @@ def run_schemathesis(server: LocalServer, *, examples: int, most_steps: int, pat
         most_steps: the most steps that a request asks for.
         patience: seconds until an answer must come.
     """
-    document = server.read_document("openapi.json")
+    try:
+        document = server.read_document("openapi.json")
+    except requests.RequestException as error:
+        return GeneratedRun(False, 0, str(error))
     document["components"]["schemas"]["GenerationRequest"]["properties"]["num_inference_steps"]["maximum"] = most_steps
     with tempfile.TemporaryDirectory(prefix="schemathesis-") as folder:
         (Path(folder) / "openapi.json").write_text(json.dumps(document))

@@ -99,7 +99,7 @@ def check_fuzz(site: Site, scale: Scale) -> list[Line]:
     detail = f"{kinds.total()} hostile requests: {kinds['2']} 2xx, {kinds['4']} 4xx, "
     detail += f"{kinds['closed']} closed without an answer, {kinds[FORM_ERROR]} {FORM_ERROR}"
     detail += f", {len(bad)} others, such as {bad[0]}" if bad else ""
-    detail += f"; {generated.requests} generated requests"
+    detail += f"; {generated.count} generated requests"
     detail += "" if generated.passed else f" with failures: {generated.output[-1500:]}"
     return [Line("fuzz", passed, f"{detail}; worker {'the same' if survived else 'another'}; then {after.kind}")]
 
