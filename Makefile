@@ -6,8 +6,8 @@
 # make soak    an hour of load, faults and hostile input, with a scorecard; make soak QUICK=--quick: minutes
 # make lock    write constraints.txt anew: what its lines pin stays, and what has no line comes in its newest version
 # make audit   look for known faults of the pinned packages; needs PyPI's own index
-# make bench   compare engines at SDXL's real size: 7 GB of random weights, 22 GB of memory, most of an hour
-# make peers   what make bench compares whole pictures with, in an environment of its own; needs a C++ compiler
+# make bench   compare engines at SDXL's real size: 7 GB of random weights, 22 GB of memory, more than an hour
+# make peers   build the environment of the libraries that `python -m benchmarks images` compares with; needs a C++ compiler
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # The address of another package index for torch, such as PyTorch's for CPU builds: make demo TORCH_INDEX=...
 # https://pytorch.org/get-started/locally/ names them.
@@ -15,7 +15,7 @@ TORCH_INDEX ?=
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 
-.PHONY: audit bench demo lint lock page peers sdxl soak test
+.PHONY: audit bench demo environment lint lock page peers sdxl soak test
 
 demo: $(VENV)/served
 	$(RUN) demo
@@ -27,11 +27,12 @@ sdxl: $(VENV)/served
 	$(RUN) tools.serve $(if $(MODEL),--model "$(MODEL)")
 
 test: $(VENV)/tested
-	# Two files at a time, whose idle threads must not take the cores by waiting busily; but not those of real servers:
-	# how long things take there is part of what is tested.
-	OMP_WAIT_POLICY=passive $(RUN) pytest tests/unit --numprocesses 2 --dist loadfile
-	# In the files' order, in which no long one comes last and runs alone.
-	$(RUN) pytest tests/server --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	# Two processes, whose idle threads must not take the cores by waiting busily. One that dies or hangs ends the run,
+	# which names its test; tests/conftest.py has the order.
+	OMP_WAIT_POLICY=passive $(RUN) pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
+		-o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
+
+environment: $(VENV)/tested
 
 lint: $(VENV)/tested
 	$(RUN) ruff check
@@ -56,7 +57,7 @@ audit: $(VENV)/served
 	build/audit/bin/pip-audit --path $$($(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 
 bench: $(VENV)/served build/base
-	$(RUN) benchmarks
+	$(RUN) benchmarks parts --output build/benchmarks.json
 
 peers: .venv-peers/made
 

@@ -1,5 +1,6 @@
 """Run TorchServe on free ports of this machine, for the demonstration, the tests and the benchmarks."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -46,9 +47,9 @@ def make_environment() -> dict[str, str]:
     return environment
 
 
-def read_shipped() -> dict[str, Any]:
+def read_shipped(root: Path = ROOT) -> dict[str, Any]:
     """Return the settings of the default model-config.yaml."""
-    settings: dict[str, Any] = yaml.safe_load((ROOT / "model-config.yaml").read_text())
+    settings: dict[str, Any] = yaml.safe_load((root / "model-config.yaml").read_text())
     return settings
 
 
@@ -96,18 +97,28 @@ class LocalServer:
         archive: the archive's name in the model store: a folder, a .mar or a .tar.gz.
         timeout: seconds until the model must be ready.
         properties: settings of config.properties that differ from the default ones.
+        root: the checkout with config.properties and log4j2.xml.
+        environment: more variables for the server's processes.
     """
 
     model = "diffusion_fast"
 
     def __init__(
-        self, folder: Path, *, archive: str = model, timeout: float = 600, properties: Mapping[str, str] | None = None
+        self,
+        folder: Path,
+        *,
+        archive: str = model,
+        timeout: float = 600,
+        properties: Mapping[str, str] | None = None,
+        root: Path = ROOT,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
         self.archive = archive
         self.timeout = timeout
-        self.ports = write_properties(ROOT / "config.properties", folder / "config.properties", **(properties or {}))
-        shutil.copy(ROOT / "log4j2.xml", folder)
+        self.environment = dict(environment or {})
+        self.ports = write_properties(root / "config.properties", folder / "config.properties", **(properties or {}))
+        shutil.copy(root / "log4j2.xml", folder)
         # TorchServe unpacks archives here and keeps its process id and its workers' sockets, so no other account may
         # share it. A socket's path has at most 108 characters.
         self.temporary = Path(tempfile.mkdtemp(prefix="ts-"))
@@ -195,7 +206,8 @@ class LocalServer:
         self._stop()
 
     def _torchserve(self, *arguments: str, **options: Any) -> None:
-        environment = {**make_environment(), "TMPDIR": str(self.temporary), "TEMP": str(self.temporary)}
+        environment = {**make_environment(), **self.environment}
+        environment |= {"TMPDIR": str(self.temporary), "TEMP": str(self.temporary)}
         subprocess.run(["torchserve", *arguments], cwd=self.folder, env=environment, check=True, umask=0o077, **options)
 
     def _wait(self) -> None:
@@ -211,7 +223,9 @@ class LocalServer:
     def _stop(self) -> None:
         processes = self.find_processes()
         if processes:
-            self._torchserve("--stop", stdout=subprocess.DEVNULL)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                processes[0].terminate()  # as `torchserve --stop` does
+            self.key_file.unlink(missing_ok=True)
         _, alive = psutil.wait_procs(processes, timeout=30)
         for process in alive:
             process.send_signal(signal.SIGKILL)
@@ -219,14 +233,15 @@ class LocalServer:
 
 
 def make_archive(
-    folder: Path, model: Path | None, settings: str, *, handler: Path = ROOT / "stable_diffusion_handler.py"
+    folder: Path, model: Path | None, settings: str, *, handler: Path | None = None, root: Path = ROOT
 ) -> None:
     """Make `model_store/diffusion_fast` in a folder as the guide does, with these settings and a copy of the model.
 
     Args:
         model: None where the settings name a folder outside the archive.
     """
-    extra = {ROOT / "pipeline_utils.py", ROOT / "stable_diffusion_handler.py"} - {handler}
+    handler = handler or root / "stable_diffusion_handler.py"
+    extra = {root / "pipeline_utils.py", root / "stable_diffusion_handler.py"} - {handler}
     (folder / "model-config.yaml").write_text(settings)
     run_command(
         *("torch-model-archiver", "--model-name", "diffusion_fast", "--version", "1.0"),

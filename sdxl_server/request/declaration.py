@@ -64,7 +64,6 @@ class Declaration:
         role: what it decides.
         schema: what it accepts, null aside, under given bounds.
         words: its meaning.
-        option: argparse's keywords of query.py's option; None where query.py has none of that name.
         is_argument: diffusers' pipelines have an argument of this name.
         is_upload: it is a picture, in base64 in JSON and a file in a form.
         default: of requests under given bounds; None where the configuration, the model or chance gives one, or
@@ -76,7 +75,6 @@ class Declaration:
     role: Role
     schema: Callable[[Bounds], Schema]
     words: str
-    option: Mapping[str, Any] | None = None
     is_argument: bool = True
     is_upload: bool = False
     default: Callable[[Bounds], Any] = lambda _: None

@@ -1,8 +1,8 @@
 """The fields of a request, each declared once.
 
 All else follows from a declaration: the JSON Schema that checks a request and its row in docs/requests.md and in
-docs/openapi.json, the argument of diffusers' pipeline, what describes a picture, query.py's option, what the fuzzer
-sends. docs/extending.md walks a field through.
+docs/openapi.json, the argument of diffusers' pipeline, what describes a picture, what the fuzzer sends.
+docs/extending.md walks a field through.
 """
 
 import dataclasses
@@ -27,9 +27,6 @@ SCHEDULES = (
 )
 SCHEDULE_FIELDS = ("timesteps", "sigmas", "schedule")  # of which a request has one
 WITH_IMAGE = "with an image, by its aspect unless given"
-PIXELS = {"type": int, "metavar": "PIXELS"}
-COUNT = {"type": int, "metavar": "N"}
-NUMBER = {"type": float, "metavar": "X"}
 
 
 def _prompt(bounds: Bounds) -> Schema:
@@ -56,51 +53,46 @@ class GenerationRequest:
     prompt: str = declare(
         Role.PICTURE, lambda bounds: text(bounds.max_prompt_characters, is_needed=True), "what the picture shows"
     )
-    width: int = declare(Role.PICTURE, _side, f"pixels; {WITH_IMAGE}", option=PIXELS)
-    height: int = declare(Role.PICTURE, _side, f"pixels; {WITH_IMAGE}", option=PIXELS)
+    width: int = declare(Role.PICTURE, _side, f"pixels; {WITH_IMAGE}")
+    height: int = declare(Role.PICTURE, _side, f"pixels; {WITH_IMAGE}")
     seed: int = declare(
         Role.PICTURE,
         lambda _: whole(RANDOM_SEED, MAX_SEED),
         f"of the first picture, each further one has the next (after {MAX_SEED} 0); none or {RANDOM_SEED}: random",
-        option=COUNT,
         is_argument=False,
     )
     prompt_2: str | None = declare(
-        Role.PICTURE, _prompt, "for the second text encoder; without it, `prompt`", value=None, option={}
+        Role.PICTURE, _prompt, "for the second text encoder; without it, `prompt`", value=None
     )
     negative_prompt: str | None = declare(
         Role.PICTURE,
         _prompt,
         "what the picture should not show; without effect at a guidance of 1 or below",
         value=None,
-        option={},
     )
     negative_prompt_2: str | None = declare(
-        Role.PICTURE, _prompt, "for the second text encoder; without it, `negative_prompt`", value=None, option={}
+        Role.PICTURE, _prompt, "for the second text encoder; without it, `negative_prompt`", value=None
     )
     num_inference_steps: int = declare(
-        Role.PICTURE, lambda bounds: whole(1, bounds.max_steps), "denoising steps", value=30, option=COUNT
+        Role.PICTURE, lambda bounds: whole(1, bounds.max_steps), "denoising steps", value=30
     )
     guidance_scale: float = declare(
         Role.PICTURE,
         lambda _: real(0, 100),
         "how strongly the prompt steers; at 1 or below not at all",
         value=5.0,
-        option=NUMBER,
     )
     guidance_rescale: float = declare(
         Role.PICTURE,
         lambda _: real(0, 1),
         "against overexposed pictures under strong guidance",
         value=0.0,
-        option=NUMBER,
     )
     unet_calls: int | None = declare(
         Role.PICTURE,
         lambda bounds: whole(MIN_CALLS, 2 * max(bounds.max_steps, MIN_CALLS)),
         "calls of the UNet to make, the others forecast (lossy); `strength` and `denoising_end` shorten it",
         value=None,
-        option=COUNT,
         is_argument=False,
     )
     guidance_interval: tuple[float, float] | None = declare(
@@ -108,7 +100,6 @@ class GenerationRequest:
         lambda _: shares(),
         "shares of the denoising between which the prompt steers; outside it a step costs half",
         value=None,
-        option={"type": float, "nargs": 2, "metavar": ("FROM", "TO")},
         is_argument=False,
     )
     num_images_per_prompt: int = declare(
@@ -116,7 +107,6 @@ class GenerationRequest:
         lambda bounds: whole(1, bounds.max_images),
         "pictures, made one by one",
         value=1,
-        option=COUNT,
         is_argument=False,
     )
     scheduler: str | Mapping[str, Any] | None = declare(
@@ -124,7 +114,6 @@ class GenerationRequest:
         lambda bounds: make_schema(bounds.schedulers),
         "the sampler: diffusers' name, another program's, or an object of a name and options",
         value=None,
-        option={"metavar": "NAME"},
         is_argument=False,
         read=lambda value, bounds: read_sampler(value, bounds.schedulers),
     )
@@ -133,7 +122,6 @@ class GenerationRequest:
         lambda bounds: make_adapter_schema(bounds.adapters),
         "adapters (LoRA) to draw with, each with its scale; they may bring other defaults",
         value=None,
-        option={"metavar": "JSON"},
         is_argument=False,
         read=lambda value, bounds: read_adapters(value, bounds.adapters, max_rank=bounds.max_adapter_rank),
     )
@@ -142,21 +130,18 @@ class GenerationRequest:
         lambda bounds: whole(0, bounds.max_clip_skip),
         "last layers of the text encoders to leave out",
         value=None,
-        option=COUNT,
     )
     denoising_end: float | None = declare(
         Role.PICTURE,
         lambda _: {**real(0, 1), "exclusiveMinimum": 0},
         "share of the denoising after which to stop",
         value=None,
-        option={"type": float, "metavar": "SHARE"},
     )
     timesteps: tuple[int, ...] | None = declare(
         Role.PICTURE,
         lambda bounds: falling(whole(0, 999), bounds.max_steps, "a list of falling whole numbers from 0 to 999"),
         "the timesteps themselves, for `num_inference_steps`; some schedulers take them",
         value=None,
-        option={"type": int, "nargs": "+", "metavar": "T"},
         is_argument=False,
     )
     sigmas: tuple[float, ...] | None = declare(
@@ -164,7 +149,6 @@ class GenerationRequest:
         lambda bounds: falling(real(0, 1e6), bounds.max_steps + 1, "a list of falling numbers from 0 on, the last 0"),
         "the noise levels themselves, the last 0, for `num_inference_steps`; some schedulers take them",
         value=None,
-        option={"type": float, "nargs": "+", "metavar": "SIGMA"},
         is_argument=False,
     )
     schedule: str | None = declare(
@@ -172,7 +156,6 @@ class GenerationRequest:
         lambda _: choice(*SCHEDULES),
         "one of diffusers' AysSchedules, for `num_inference_steps`; for models that predict the noise",
         value=None,
-        option={"choices": SCHEDULES},
         is_argument=False,
     )
     original_size: tuple[int, int] | None = declare(
@@ -180,28 +163,24 @@ class GenerationRequest:
         _pair,
         "height and width that the picture passes for; small ones look blurred",
         value=None,
-        option={"type": int, "nargs": 2, "metavar": ("HEIGHT", "WIDTH")},
     )
     crops_coords_top_left: tuple[int, int] | None = declare(
         Role.PICTURE,
         _pair,
         "top and left of the crop that the picture passes for",
         value=None,
-        option={"type": int, "nargs": 2, "metavar": ("TOP", "LEFT")},
     )
     target_size: tuple[int, int] | None = declare(
         Role.PICTURE,
         _pair,
         "height and width that the picture is made for",
         value=None,
-        option={"type": int, "nargs": 2, "metavar": ("HEIGHT", "WIDTH")},
     )
     image: Any = declare(
         Role.PICTURE,
         _upload,
         "a picture to start from (image-to-image); what is transparent counts as white",
         value=None,
-        option={"type": "Path", "metavar": "FILE"},
         is_upload=True,
     )
     mask_image: Any = declare(
@@ -209,7 +188,6 @@ class GenerationRequest:
         _upload,
         "a mask: transparent, or without transparency white, where `image` is painted anew (inpainting)",
         value=None,
-        option={"type": "Path", "metavar": "FILE"},
         is_upload=True,
     )
     resize_mode: str | None = declare(
@@ -217,7 +195,6 @@ class GenerationRequest:
         lambda _: choice("crop", "pad"),
         "how `image` is brought to another aspect: cut at its edges, or with white bars; crop unless given",
         value=None,
-        option={"choices": ("crop", "pad")},
         is_argument=False,
     )
     strength: float | None = declare(
@@ -225,19 +202,15 @@ class GenerationRequest:
         lambda _: real(0, 1),
         "how far to go from `image`, and without effect where there is none; 0.8 unless given, with a mask 1",
         value=None,
-        option=NUMBER,
     )
     output_format: str = declare(
         Role.FILE,
         lambda _: choice("jpeg", "png", "webp"),
         "of the answer",
         value="jpeg",
-        option={"choices": ("jpeg", "png", "webp")},
         is_argument=False,
     )
-    quality: int = declare(
-        Role.FILE, lambda _: whole(1, 100), "of a JPEG or WebP", value=90, option=COUNT, is_argument=False
-    )
+    quality: int = declare(Role.FILE, lambda _: whole(1, 100), "of a JPEG or WebP", value=90, is_argument=False)
     response_format: str = declare(
         Role.DELIVERY,
         lambda _: choice("b64_json", "url"),

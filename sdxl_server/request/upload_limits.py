@@ -5,6 +5,7 @@ times the bytes that it came in. A bound on time stands behind it.
 """
 
 import contextlib
+import ctypes
 import functools
 import re
 import signal
@@ -139,6 +140,7 @@ def limit_time(seconds: float) -> Iterator[None]:
     def end(*_: object) -> None:
         raise RequestError(f"reading the request has taken more than {seconds:g} s; send smaller or simpler pictures")
 
+    _disable_alternate_stack()
     previous = signal.signal(signal.SIGALRM, end)
     try:
         # Once more each second, since a library may take it for an error of its own and go on.
@@ -150,3 +152,21 @@ def limit_time(seconds: float) -> Iterator[None]:
         finally:  # it may have come just before the line above
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, previous)
+
+
+class _SignalStack(ctypes.Structure):
+    """The `stack_t` of Linux."""
+
+    _fields_ = (("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+_SS_DISABLE = 2
+
+
+def _disable_alternate_stack() -> None:
+    """Let the signals of this thread run on its own stack.
+
+    Python runs its handlers on the alternate stack. OpenVINO's CPU plugin sets one for each Core (openvino#11894).
+    Two Cores that end in the order of their start leave one that is unmapped. The next signal would kill the process.
+    """
+    ctypes.CDLL(None).sigaltstack(ctypes.byref(_SignalStack(flags=_SS_DISABLE)), None)

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,21 +20,9 @@ import yaml
 from PIL import Image
 
 from scorecard.generated import run_schemathesis
+from tests.server.eager import LIMITS, LONG, EagerServer, wait_for
 from tests.server.test_backends import ask_for_picture, make_settings
 from tools.server import ROOT, LocalServer, make_archive, make_environment
-
-LIMITS = {"num_inference_steps": 3, "max_steps": 150, "max_side": 128, "max_images": 2}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[LocalServer]:
-    folder = tmp_path_factory.mktemp("server")
-    make_archive(folder, tiny_model, make_settings(None, **LIMITS))
-    with LocalServer(folder) as running:
-        worker = running.find_worker()
-        yield running
-        ask_for_picture(running)
-        assert running.find_worker() == worker  # it outlived every request
 
 
 def ask(server: LocalServer, *, accept: str = "*/*", **fields: Any) -> requests.Response:
@@ -188,7 +175,7 @@ def test_work_ends_when_the_client_leaves(server: LocalServer) -> None:
     assert int(done) <= 3
 
 
-def test_who_has_left_leaves_the_queue(server: LocalServer) -> None:
+def test_who_has_left_leaves_the_queue(server: EagerServer) -> None:
     """Nine requests of one address are given up while a picture is under way; another address gets its own before."""
     place = ("127.0.0.1", server.ports["inference_address"])
     headers = {**server.get_headers(), "Content-Type": "application/json"}
@@ -200,12 +187,13 @@ def test_who_has_left_leaves_the_queue(server: LocalServer) -> None:
         )
         return connection
 
-    long = {"num_inference_steps": 150, "num_images_per_prompt": 2, "width": 128, "height": 128}
-    under_way = send("127.0.0.1", **long, stream=True).getresponse()
+    server.wait_until_idle()
+    under_way = send("127.0.0.1", **LONG, stream=True).getresponse()
     for _ in range(9):
-        connection = send("127.0.0.2", **long)
-        time.sleep(0.05)  # TorchServe has read it
+        connection = send("127.0.0.2", **LONG)
+        wait_for(lambda: server.read_metrics()["sdxl_requests_in_flight"] > 1)
         connection.close()
+        wait_for(lambda: server.read_metrics()["sdxl_requests_in_flight"] == 1)
     answer = send("127.0.0.3", num_inference_steps=1).getresponse()
     assert (answer.status, len(answer.read()) > 100) == (200, True)
     told = under_way.read1()

@@ -19,8 +19,8 @@ from playwright.sync_api import Browser, BrowserContext, Page, Route, expect, sy
 from demo.measure import GUIDANCE
 from demo.oracle import judge_picture
 from demo.shapes import Scene, Thing
+from tests.server.eager import wait_for
 from tests.server.test_backends import make_settings
-from tests.server.test_deploy import wait_for
 from tools.proxy import LocalProxy, find_nginx
 from tools.server import ROOT, LocalServer, make_archive
 
@@ -449,7 +449,7 @@ def test_addresses_of_the_page_are_open_without_a_token(nginx: LocalProxy) -> No
 
 
 def test_worker_that_dies_in_mid_picture_is_told_and_asked_again(page: Page, server: LocalServer) -> None:
-    """The last test here, since TorchServe needs some seconds to start another."""
+    """It ends when another worker is ready."""
     draw(page, num_inference_steps=LONG)
     expect(page.locator("#work .said")).to_contain_text("Step")
     psutil.Process(server.find_worker()).kill()

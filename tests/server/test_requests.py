@@ -2,8 +2,6 @@
 
 import json
 import socket
-from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 import pytest
@@ -11,24 +9,9 @@ import requests
 
 from scorecard.fuzz import make_jpeg
 from sdxl_server.api.bodies import SEND_JSON
-from tests.server.test_backends import ask_for_picture, make_settings
-from tools.server import LocalServer, make_archive
-
-PASSED_ON, KEPT = ("OMP_NUM_THREADS", "LC_TIME"), ("MYSQL_PWD", "GH_PAT", "DATABASE_URL", "HF_TOKEN")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[LocalServer]:
-    folder = tmp_path_factory.mktemp("server")
-    make_archive(folder, tiny_model, make_settings(None))
-    with pytest.MonkeyPatch.context() as patch:
-        for name in (*PASSED_ON, *KEPT):
-            patch.setenv(name, "1")
-        with LocalServer(folder) as running:
-            worker = running.find_worker()
-            yield running
-            ask_for_picture(running)
-            assert running.find_worker() == worker  # it outlived every request
+from tests.server.eager import KEPT, PASSED_ON
+from tests.server.test_backends import ask_for_picture, check_report, check_seeds
+from tools.server import LocalServer
 
 
 def post(server: LocalServer, body: bytes, content_type: str | None) -> requests.Response:
@@ -222,3 +205,9 @@ def test_only_loopback_is_listened_on(server: LocalServer) -> None:
 def test_client_that_sends_nothing_does_not_block_others(server: LocalServer) -> None:
     with socket.create_connection(("127.0.0.1", server.ports["inference_address"])):
         ask_for_picture(server)
+
+
+def test_eager_makes_pictures(server: LocalServer) -> None:
+    assert ask_for_picture(server).tobytes() != ask_for_picture(server).tobytes()
+    check_seeds(server, images=2)
+    check_report(server.read_document(), "eager", [])

@@ -64,10 +64,10 @@ def check(name: str, site: Site, scale: Scale = SMALL) -> dict[str, bool]:
     return {line.name: line.passed for line in lines}
 
 
-SOAK_LINES = [pytest.param(name, marks=pytest.mark.soak) for name in ("kinds", "fuzz")]
+SLOW = [pytest.param(name, marks=pytest.mark.soak) for name in ("kinds", "fuzz")]
 
 
-@pytest.mark.parametrize("name", ["soak", "crowd", "leavers", "queue", "tokens", *SOAK_LINES])
+@pytest.mark.parametrize("name", ["soak", "crowd", "leavers", "queue", "tokens", *SLOW])
 def test_lines_of_one_server(running: Site, name: str) -> None:
     results = check(name, running)
     results.pop("memory", None)  # a few seconds tell nothing of it; the control below shows that it can fail

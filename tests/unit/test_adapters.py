@@ -21,7 +21,7 @@ from sdxl_server.model.adapters.files import DIFFUSERS, PEFT
 from sdxl_server.model.adapters.names import PROCESSORS, Layer, list_layers
 from sdxl_server.model.describe import describe_pipeline
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
-from tests.unit.test_pipeline import load, make_picture
+from tests.unit.pipelines import load, make_picture
 from tools.random_model import make_pipeline
 
 RANK, ALPHA = 4, 2.0

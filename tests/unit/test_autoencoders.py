@@ -17,7 +17,7 @@ from sdxl_server.errors import ConfigError
 from sdxl_server.model.describe import describe_pipeline
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.request.masks import cover_cells
-from tests.unit.test_pipeline import encode, load, make_picture
+from tests.unit.pipelines import encode, load, make_picture
 
 SIDE = 128
 PHOTO = Image.effect_noise((SIDE, SIDE), 90).convert("RGB")

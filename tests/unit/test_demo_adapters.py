@@ -17,7 +17,7 @@ from demo.training.data import number_features
 from demo.training.low_rank import add_low_rank, load_low_rank, save_low_rank
 from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
-from tests.unit.test_pipeline import UNET_ONLY, load, make_picture
+from tests.unit.pipelines import UNET_ONLY, load, make_picture
 
 ROOT = Path(__file__).parents[2]
 ADAPTERS = ROOT / "demo/adapters"

@@ -16,7 +16,7 @@ from sdxl_server.model.describe import describe_pipeline
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.sampling.few_steps import find_hint, find_suited
 from tests.flat import ONE_LEVEL
-from tests.unit.test_pipeline import UNET_ONLY, load, make_picture
+from tests.unit.pipelines import UNET_ONLY, load, make_picture
 from tools.random_model import SCHEDULER, make_pipeline, save_pipeline
 from tools.server import ROOT
 

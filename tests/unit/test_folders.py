@@ -14,7 +14,7 @@ import pytest
 from sdxl_server.errors import ConfigError
 from sdxl_server.model.families import FAMILIES, find_family
 from sdxl_server.model.folders import write_remedy
-from tests.unit.test_pipeline import load, make_picture
+from tests.unit.pipelines import load, make_picture
 from tools.server import ROOT
 
 

@@ -26,7 +26,7 @@ from sdxl_server.metrics import serve_metrics
 from sdxl_server.service import load_service
 from sdxl_server.serving.queue import Pace, Queue
 from stable_diffusion_handler import MADE_FOR, StableDiffusionHandler
-from tools.server import ROOT
+from tools.server import ROOT, read_shipped
 
 KINDS = {"json": native.JSON, "events": native.EVENTS}
 
@@ -402,6 +402,26 @@ def test_a_package_that_cannot_be_imported_is_told_in_one_line(monkeypatch: pyte
     monkeypatch.delitem(sys.modules, "pipeline_utils", raising=False)
     with pytest.raises(RuntimeError, match=f"made for sdxl_server {MADE_FOR}, which cannot be imported.*pip install"):
         StableDiffusionHandler().initialize(Context())
+
+
+@pytest.mark.parametrize(
+    ("pt2", "changed", "message"),
+    [
+        ("openvino", {"width": 100}, "handler.width takes a whole number from 64 to 4096"),
+        ({"backend": "openvino", "options": {"device": "GPU.7"}}, {}, "option 'device' takes CPU here"),
+        ("openvino", {"is_xl": False}, "handler.is_xl: false takes a StableDiffusionPipeline"),
+    ],
+    ids=["setting", "device", "model"],
+)
+def test_wrong_configuration_stops_the_load(tiny_model: Path, pt2: Any, changed: dict[str, Any], message: str) -> None:
+    """In a server, where this ends the start: test_backends."""
+    settings = read_shipped()
+    settings["handler"] |= {"model_path": tiny_model.name, **changed}
+    context = Context()
+    context.model_yaml_config = {**settings, "pt2": pt2}  # type: ignore[attr-defined]
+    context.system_properties = {"model_dir": str(tiny_model.parent), "gpu_id": None}  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=message):
+        StableDiffusionHandler().initialize(context)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1"])

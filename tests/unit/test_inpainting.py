@@ -17,7 +17,7 @@ from sdxl_server.model.compiling import VAE_ENCODER
 from sdxl_server.model.describe import describe_pipeline
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.request.masks import cover_cells, keep_protected
-from tests.unit.test_pipeline import encode, load, make_picture
+from tests.unit.pipelines import encode, load, make_picture
 from tools.random_model import make_pipeline, save_pipeline
 
 SIDE = 128

@@ -6,6 +6,8 @@ import json
 import logging
 import signal
 import struct
+import subprocess
+import sys
 import threading
 import time
 from typing import Any
@@ -22,6 +24,7 @@ from sdxl_server.request.upload_limits import MAX_FIELDS, MAX_PIECES, MAX_SCANS,
 from sdxl_server.schemas import is_valid, pair, shorten, text
 from sdxl_server.service import explain
 from tests.unit.test_request import CONTRACT
+from tools.server import ROOT
 
 FACES: dict[str, NativeFace] = {
     MODEL: NativeFace(),
@@ -224,3 +227,28 @@ def test_limit_ends_what_the_counts_let_pass(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(RequestError, match=r"more than 0.2 s"), limit_time(0.2):
         CONTRACT.check({"prompt": "a", "image": file})
     assert time.monotonic() - start < 4
+
+
+CORES = """
+import openvino
+from sdxl_server.errors import RequestError
+from sdxl_server.request.upload_limits import limit_time
+
+cores = [openvino.Core(), openvino.Core()]
+for index in range(2):
+    cores[index].get_property("CPU", "FULL_DEVICE_NAME")  # loads the plugin
+del cores[0]
+del cores[0]
+try:
+    with limit_time(0.05):
+        while True:
+            pass
+except RequestError:
+    print("refused")
+"""
+
+
+def test_limit_holds_after_two_cores_of_openvino() -> None:
+    """They leave a stack for signals that is unmapped."""
+    done = subprocess.run([sys.executable, "-c", CORES], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "refused\n"), done.stderr

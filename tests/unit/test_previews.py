@@ -18,8 +18,8 @@ from sdxl_server.errors import ConfigError
 from sdxl_server.model.describe import describe_pipeline
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from tests.spoiled import spoil_model
+from tests.unit.pipelines import load, make_picture
 from tests.unit.test_autoencoders import folder
-from tests.unit.test_pipeline import load, make_picture
 from tools.server import ROOT
 
 __all__ = ["folder"]  # a tiny VAE
@@ -56,11 +56,15 @@ def test_fast_previews_are_near_the_exact_ones(demo: LoadedPipeline) -> None:
 
 def test_a_preview_takes_ten_milliseconds_at_512(demo: LoadedPipeline) -> None:
     progress = next(generate(demo, demo.contract.check({"prompt": "x", "width": 512, "height": 512})))
-    seconds = [1.0]
-    while min(seconds) >= 0.010 and len(seconds) < 400:  # other work may be beside for a while
-        start = time.perf_counter()
-        assert draw_preview(demo, progress).size == (512, 512)
-        seconds.append(time.perf_counter() - start)
+    threads, seconds = torch.get_num_threads(), [1.0]
+    torch.set_num_threads(1)  # the time of this thread is all there is then, whatever else runs here
+    try:
+        for _ in range(20):
+            start = time.thread_time()
+            assert draw_preview(demo, progress).size == (512, 512)
+            seconds.append(time.thread_time() - start)
+    finally:
+        torch.set_num_threads(threads)
     assert min(seconds) < 0.010, seconds
 
 

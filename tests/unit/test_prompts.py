@@ -62,6 +62,6 @@ def test_plain_words_are_not(prompt: str) -> None:
 
 @pytest.mark.parametrize("piece", ["(", "[", "(:", "[:", "[|", "(a", "<lora:", "[::", "((", "1", "embedding:", " AND"])
 def test_no_prompt_takes_long(piece: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     warn_of_syntax("prompt", piece * (3000 // len(piece)))
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5

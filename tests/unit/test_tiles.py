@@ -11,7 +11,7 @@ import torch
 from sdxl_server.api.image_metadata import describe_picture
 from sdxl_server.model.describe import describe_pipeline
 from sdxl_server.model.tiling import decode_tiles, plan_tiles
-from tests.unit.test_pipeline import load, make_picture
+from tests.unit.pipelines import load, make_picture
 
 UNET_AND_TEXTS = {"compile_unet": False, "compile_text_encoders": False}
 

@@ -155,10 +155,10 @@ def test_weights_that_cannot_be_are_refused(eager: LoadedPipeline, prompt: str, 
     "piece", ["(", "[", "(:", "[:", "[|", "(a", "<lora:", "[::", "a[", "(a:1)", "[a]", "BREAK ", "\\"]
 )
 def test_no_prompt_takes_long(piece: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with contextlib.suppress(ValueError):  # too large a weight
         parse_weights(piece * (3000 // len(piece)))
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 @pytest.mark.parametrize(
