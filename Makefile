@@ -40,7 +40,7 @@ lint: $(VENV)/tested
 	$(RUN) mypy
 	$(VENV)/bin/lint-imports
 
-soak: $(VENV)/served
+soak: $(VENV)/tested
 	$(RUN) scorecard $(QUICK)
 
 lock:
@@ -76,9 +76,6 @@ $(VENV)/served: requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(None if sys.version_info[:2] == (3, 11) else 'Python 3.11 is needed, not ' \
 		+ sys.version.split()[0] + '. Install it, or name it: make demo PYTHON=/path/to/python3.11')"
 	$(PYTHON) -m venv $(VENV)
-	# what this was before it was torchserve-sdxl-openvino
-	$(RUN) pip -qq uninstall --yes openvino-backend
-	rm -rf openvino_backend.egg-info
 	$(RUN) pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements.txt
 	touch $@
 

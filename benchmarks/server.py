@@ -15,7 +15,7 @@ import requests
 import yaml
 
 from benchmarks.turns import Figures, MeasuringError, Row, format_spread, format_starts, measure_in_turns
-from scorecard.clients import Watch, measure
+from scorecard.clients import Watch, measure_server
 from tools.server import ROOT, LocalServer, ServerError, make_archive, read_shipped, run_command
 
 INDUCTOR = {"backend": "inductor", "mode": "reduce-overhead"}
@@ -57,7 +57,7 @@ class MeasuredServer:
             make_archive(folder, no_model, yaml.safe_dump(settings), root=checkout)
             environment = {"PYTHONPATH": str(checkout), "TORCHINDUCTOR_CACHE_DIR": str(cache)}
             self._server = LocalServer(folder, timeout=timeout, root=checkout, environment=environment)
-            self._watch = stack.enter_context(Watch(self._server))
+            self._watch = stack.enter_context(Watch(lambda: measure_server(self._server)))
             started = time.perf_counter()
             try:
                 stack.enter_context(self._server)
@@ -91,7 +91,7 @@ class MeasuredServer:
         outside = [
             1000 * seconds - sum(parts) for seconds, *parts in zip(self._seconds, *stages.values(), strict=False)
         ]
-        samples = [*self._watch.samples, measure(self._server)]
+        samples = [*self._watch.samples, measure_server(self._server)]
         return {
             "first_image": self._first,
             **{f"{stage}_ms": values for stage, values in stages.items()},

@@ -1,6 +1,6 @@
 """Write a pipeline as one .safetensors in the original layout (LDM's, SGM's), as models are published.
 
-The inverse of what diffusers does to read such files.
+It inverts the conversion that diffusers makes when it reads such files.
 """
 
 import argparse

@@ -9,7 +9,7 @@ import diffusers
 import pytest
 from PIL import Image
 
-from demo.measure import choose_prompts, draw_prompts, draw_with, load_pipeline, score_pictures
+from demo.measure import choose_prompts, draw_prompts, draw_with, load_eager_pipeline, score_pictures
 from sdxl_server.api.warnings import warn_of_sampling
 from sdxl_server.errors import ConfigError
 from sdxl_server.request.samplers import ALIASES, list_options, make_schema, read_sampler, split_sampler
@@ -179,7 +179,7 @@ def test_options_that_draw_wrong_are_refused(sampler: dict[str, Any], told: str)
 
 @functools.cache
 def load_demo() -> Any:
-    return load_pipeline(ROOT / "demo/model")
+    return load_eager_pipeline(ROOT / "demo/model")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Low-rank changes (LoRA) of a UNet's layers while they are trained, and the file of them."""
+"""Low-rank changes (LoRA) of a UNet's layers during training, and their file."""
 
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from sdxl_server.model.adapters.layer_names import UNET, list_layers
 
 
-class LowRank(torch.nn.Module):
-    """What is added to the result of a layer: up · (down · x), in float32."""
+class LowRankChange(torch.nn.Module):
+    """The term that is added to the result of a layer: up · (down · x), in float32."""
 
     def __init__(self, layer: Any, rank: int) -> None:
         super().__init__()
@@ -29,25 +29,25 @@ class LowRank(torch.nn.Module):
         torch.nn.init.zeros_(self.up.weight)  # so that it changes nothing at first
 
     def change(self, layer: Any, inputs: tuple[torch.Tensor], result: torch.Tensor) -> torch.Tensor:
-        """Return a layer's result with what is added, as a forward hook does."""
+        """Return a layer's result with the added term, as a forward hook does."""
         # In bfloat16 the gradients of a convolution's weights take ten times as long on a CPU without AMX
         with torch.autocast(result.device.type, enabled=False):
             return result + self.up(self.down(inputs[0].float())).to(result.dtype)
 
 
-def add_low_rank(unet: Any, rank: int) -> dict[str, LowRank]:
+def add_low_rank(unet: Any, rank: int) -> dict[str, LowRankChange]:
     """Let each layer of a UNet learn a change of this rank and nothing else; return the changes by the layer's name."""
     unet.requires_grad_(False)
     changes = {}
     for layer in list_layers(UNET, unet):
         module = unet.get_submodule(layer.name)
-        changes[layer.name] = LowRank(module, rank).to(module.weight.device)
+        changes[layer.name] = LowRankChange(module, rank).to(module.weight.device)
         module.register_forward_hook(changes[layer.name].change)
     return changes
 
 
-def list_tensors(changes: dict[str, LowRank]) -> dict[str, torch.Tensor]:
-    """Return the matrices by diffusers' names; without an alpha beside them their strength is 1."""
+def name_matrices(changes: dict[str, LowRankChange]) -> dict[str, torch.Tensor]:
+    """Return the matrices by diffusers' names. Without an alpha their strength is 1."""
     tensors = {}
     for name, change in changes.items():
         tensors[f"{UNET}.{name}.lora_A.weight"] = change.down.weight
@@ -56,16 +56,16 @@ def list_tensors(changes: dict[str, LowRank]) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def save_low_rank(changes: dict[str, LowRank], path: Path) -> None:
+def save_low_rank(changes: dict[str, LowRankChange], path: Path) -> None:
     """Write changes as an adapter, in float16."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.half().contiguous().cpu() for name, tensor in list_tensors(changes).items()}
+    tensors = {name: tensor.half().contiguous().cpu() for name, tensor in name_matrices(changes).items()}
     save_file(tensors, path, {"format": "pt"})
 
 
 @torch.no_grad()
-def load_low_rank(changes: dict[str, LowRank], path: Path) -> None:
-    """Let changes begin as an adapter that save_low_rank wrote."""
+def load_low_rank(changes: dict[str, LowRankChange], path: Path) -> None:
+    """Start changes from an adapter that save_low_rank wrote."""
     saved = load_file(path)
-    for name, tensor in list_tensors(changes).items():
+    for name, tensor in name_matrices(changes).items():
         tensor.copy_(saved[name])

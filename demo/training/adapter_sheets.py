@@ -1,28 +1,28 @@
 """Draw the sheets of the adapters' cards: a row for each choice of adapters, each with the same prompts and seeds.
 
-python -m demo.adapter_sheets
+python -m demo.training.adapter_sheets
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from demo.measure import Prompt, choose_prompts, choose_vague, draw_prompts, draw_with, load_pipeline, save_sheet
+from demo.measure import Prompt, choose_prompts, choose_vague, draw_prompts, draw_with, load_eager_pipeline, save_sheet
 
 MODEL, ADAPTERS = Path("demo/model"), Path("demo/adapters")
 COLUMNS = 8
 FEW: Mapping[str, Any] = {"num_inference_steps": 4, "guidance_scale": 0.0}
-Row = tuple[Mapping[str, float], Mapping[str, Any]]  # scales of adapters by name, settings
+SheetRow = tuple[Mapping[str, float], Mapping[str, Any]]  # scales of adapters by name, settings
 
 
-def draw_sheet(path: Path, prompts: Sequence[Prompt], rows: Sequence[Row]) -> None:
-    pictures: list[Any] = []
+def draw_sheet(path: Path, prompts: Sequence[Prompt], rows: Sequence[SheetRow]) -> None:
+    images: list[Any] = []
     for scales, settings in rows:
         entries = [
             {"path": str(ADAPTERS / name / f"{name}.safetensors"), "scale": scale} for name, scale in scales.items()
         ]
-        pictures += draw_prompts(prompts, draw_with(load_pipeline(MODEL, adapters=entries), **settings))
-    save_sheet(path, [*prompts] * len(rows), pictures, columns=COLUMNS)
+        images += draw_prompts(prompts, draw_with(load_eager_pipeline(MODEL, adapters=entries), **settings))
+    save_sheet(path, [*prompts] * len(rows), images, columns=COLUMNS)
 
 
 def main() -> None:

@@ -1,12 +1,11 @@
-"""Train an adapter (LoRA) of the demonstration model; the model itself stays as it is.
+"""Train an adapter (LoRA) of the demonstration model. The model itself does not change.
 
-    python -m demo.train_adapter inverted     inverted colours: learnt from drawings whose prompts name these
-    python -m demo.train_adapter few-steps    four calls of the UNet without guidance: learnt on the way of these calls
-                                              from noise to the drawing that is nearest to this noise
+    python -m demo.training.adapters inverted     inverted colours, learnt from drawings whose prompts name these
+    python -m demo.training.adapters few-steps    four UNet calls without guidance, each after those before it
 
-Of all drawings that a prompt may mean, the model's own training takes any for any noise, so that what it predicts from
-noise alone is their mean, and many steps are needed to get from there to one of them. Where noise and drawing belong
-together, the first call can tell which it is.
+A prompt may mean many drawings. The model's own training pairs any of them with any noise. So the model predicts their
+mean from noise alone, and needs many steps from there to one of them. The training of few-steps pairs each noise with
+the nearest drawing. So the first call can know which drawing is meant.
 """
 
 import argparse
@@ -19,30 +18,24 @@ from typing import Any
 import torch
 
 from demo import shapes
-from demo.low_rank import LowRank, add_low_rank, load_low_rank, save_low_rank
-from demo.train import (
-    FEATURES,
-    FOCUS,
-    FOCUSED_SHARE,
-    Models,
-    compute_loss,
+from demo.training.data import FEATURES, number_features, read_scene, to_tensor
+from demo.training.low_rank import LowRankChange, add_low_rank, load_low_rank, save_low_rank
+from demo.training.models import Models, build_scheduler, load_models
+from demo.training.steps import (
+    build_optimizer,
     compute_rate,
     compute_short,
-    encode_scenes,
-    list_features,
-    load_models,
-    make_scheduler,
     save_state,
+    show_loss,
     show_progress,
-    to_scene,
-    to_tensor,
-    weigh_pixels,
+    take_step,
 )
+from demo.training.unet import compute_focus, compute_loss, encode_scenes, weigh_pixels
 
 TIMESTEPS = (999, 749, 499, 249)  # of a trailing scheduler with four steps
 CALL_WEIGHTS = (2, 1, 1, 1)  # the first decides most
 DRAWINGS = 4  # of each scene, each with moves of its own
-PAIRS = 1500  # scenes with two things, of two drawings each
+PAIR_COUNT = 1500  # scenes with two things, of two drawings each
 VAGUE_SHARE = 0.4  # of the prompts leave something unsaid
 UNSAID = {"background": 0.15, "size": 0.1, "position": 0.85}  # how often these do
 FEW_FOCUS = 2
@@ -51,25 +44,21 @@ SMOOTH = 0.1  # below it the loss is square; above it is absolute, whose best is
 Compute = Callable[[int], torch.Tensor]
 
 
-def fit(changes: dict[str, LowRank], compute: Compute, *, steps: int, rate: float, name: str) -> None:
-    """Learn the changes.
+def fit(changes: dict[str, LowRankChange], compute: Compute, *, steps: int, rate: float, name: str) -> None:
+    """Train the changes.
 
     Args:
         compute: returns the loss of a step.
     """
-    parameters = [p for change in changes.values() for p in change.parameters()]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = build_optimizer([p for change in changes.values() for p in change.parameters()])
     bar, losses = show_progress(0, steps, name), []
     for step in bar:
         optimizer.param_groups[0]["lr"] = compute_rate(step, steps=steps, peak=rate, warm_up=20)
         loss = compute(step)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        take_step(optimizer, loss)
         losses.append(loss.item())
         if step % 20 == 19:
-            bar.set_postfix(loss=f"{sum(losses[-100:]) / len(losses[-100:]):.4f}")
+            show_loss(bar, losses)
 
 
 def prepare_inverted(models: Models, vae: Any, options: argparse.Namespace) -> Compute:
@@ -80,19 +69,19 @@ def prepare_inverted(models: Models, vae: Any, options: argparse.Namespace) -> C
             vae, options.work, count=options.scenes, seed=options.seed, device=options.device
         )
     ]
-    alphas = make_scheduler().alphas_cumprod.to(options.device)
+    alphas = build_scheduler().alphas_cumprod.to(options.device)
 
     def compute(step: int) -> torch.Tensor:
         torch.manual_seed(step)
         random = Random(f"inverted {options.seed} {step}")
-        focus = FOCUS * max(0.0, 1 - step / (FOCUSED_SHARE * options.steps))
+        focus = compute_focus(step, steps=options.steps)
         return compute_loss(models, groups, random=random, batch=options.batch, alphas=alphas, focus=focus)
 
     return compute
 
 
 def keep_training(group: Any) -> Any:
-    """Return what of latents, scenes and conditions no prompt that is held out asks for."""
+    """Return the latents, scenes and conditions that no held-out prompt asks for."""
     latents, scenes, conditions = group
     kept = [
         i
@@ -111,7 +100,7 @@ class Pool:
     features: torch.Tensor
 
     def find_nearest(self, scene: shapes.Scene, noise: torch.Tensor) -> torch.Tensor:
-        """Return the latents that are most like a noise of all that show a scene; what it leaves empty may be any."""
+        """Return the latents of a scene that are most like a noise; an empty feature of the scene may be any."""
         asked = list_asked(scene).to(self.features.device)
         fitting = self.latents[((self.features == asked) | (asked < 0)).all(1)]
         directions = torch.nn.functional.normalize(fitting.flatten(1), dim=1)
@@ -127,7 +116,7 @@ def list_asked(scene: shapes.Scene) -> torch.Tensor:
             for thing in scene.things
         ),
     )
-    features = torch.tensor(list_features(filled))
+    features = torch.tensor(number_features(filled))
     first = scene.things[0]
     for index, feature in ((0, scene.background), (3, first.size), (7, first.position)):
         if not feature:
@@ -145,7 +134,7 @@ def make_pool(vae: Any, folder: Path, *, seed: int, device: str) -> Pool:
             scene for scene in shapes.iterate_scenes() if not shapes.is_held_out(scene.background, scene.things[0])
         ]
         scenes = [scene for scene in singles for _ in range(DRAWINGS)]
-        scenes += [scene for _ in range(PAIRS) for scene in [shapes.choose_scene(random, share_of_two=1)] * 2]
+        scenes += [scene for _ in range(PAIR_COUNT) for scene in [shapes.choose_scene(random, share_of_two=1)] * 2]
         latents = []
         for i in show_progress(0, -(-len(scenes) // 32), "drawings"):
             drawn = [shapes.draw_scene(scene, random=random) for scene in scenes[32 * i : 32 * i + 32]]
@@ -153,13 +142,13 @@ def make_pool(vae: Any, folder: Path, *, seed: int, device: str) -> Pool:
                 latents.append(vae.encode(to_tensor(drawn).to(device)).latent_dist.mean.half().cpu())
         save_state(path, latents=torch.cat(latents), scenes=[astuple(scene) for scene in scenes])
     state = torch.load(path, map_location=device)
-    scenes = [to_scene(scene) for scene in state["scenes"]]
-    features = torch.tensor([list_features(scene) for scene in scenes], device=device)
+    scenes = [read_scene(scene) for scene in state["scenes"]]
+    features = torch.tensor([number_features(scene) for scene in scenes], device=device)
     return Pool(state["latents"].float(), scenes, features)
 
 
 def leave_unsaid(scene: shapes.Scene, random: Random) -> shapes.Scene:
-    """Return a scene of which some is left open; one of two things as it is, for its pool has too few others."""
+    """Leave some features of a scene empty. A scene of two things stays, for its pool has too few others."""
     if len(scene.things) == 2 or random.random() > VAGUE_SHARE:
         return scene
     open_ones = {name for name, share in UNSAID.items() if random.random() < share}
@@ -175,8 +164,8 @@ def prepare_few_steps(models: Models, vae: Any, options: argparse.Namespace) -> 
         for i, scene in enumerate(pool.scenes)
         if any((thing.shape, thing.size) == ("star", "small") for thing in scene.things)
     ]
-    alphas = make_scheduler().alphas_cumprod.to(options.device)
-    size = float(shapes.PICTURE_SIZE)
+    alphas = build_scheduler().alphas_cumprod.to(options.device)
+    size = float(shapes.IMAGE_SIZE)
     time_ids = torch.tensor([[size, size, 0, 0, size, size]] * options.batch, device=options.device)
 
     def compute(step: int) -> torch.Tensor:
@@ -209,7 +198,7 @@ def prepare_few_steps(models: Models, vae: Any, options: argparse.Namespace) -> 
 
 
 @dataclass(frozen=True)
-class Plan:
+class AdapterPlan:
     """How an adapter is trained unless the command line says otherwise."""
 
     prepare: Callable[[Models, Any, argparse.Namespace], Compute]
@@ -217,28 +206,32 @@ class Plan:
     steps: int
 
 
-PLANS = {
-    "inverted": Plan(prepare_inverted, rank=8, steps=400),
-    "few-steps": Plan(prepare_few_steps, rank=16, steps=1100),
+ADAPTER_PLANS = {
+    "inverted": AdapterPlan(prepare_inverted, rank=8, steps=400),
+    "few-steps": AdapterPlan(prepare_few_steps, rank=16, steps=1100),
 }
 
 
-def parse_arguments() -> argparse.Namespace:
+def read_adapter_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=PLANS)
+    parser.add_argument("name", choices=ADAPTER_PLANS)
     parser.add_argument("--model", type=Path, default=Path("demo/model"), help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, help="a file (default: demo/adapters/NAME/NAME.safetensors)")
     parser.add_argument("--work", type=Path, help="latents (default: build/NAME)")
     parser.add_argument("--start-from", type=Path, help="an adapter that learns on")
-    parser.add_argument("--rank", type=int, help=f"(default: {', '.join(str(each.rank) for each in PLANS.values())})")
-    parser.add_argument("--steps", type=int, help=f"(default: {', '.join(str(each.steps) for each in PLANS.values())})")
+    parser.add_argument(
+        "--rank", type=int, help=f"(default: {', '.join(str(each.rank) for each in ADAPTER_PLANS.values())})"
+    )
+    parser.add_argument(
+        "--steps", type=int, help=f"(default: {', '.join(str(each.steps) for each in ADAPTER_PLANS.values())})"
+    )
     parser.add_argument("--batch", type=int, default=16, help="(default: %(default)s)")
     parser.add_argument("--scenes", type=int, default=5000, help="drawings of inverted (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    plan, name = PLANS[options.name], options.name
+    plan, name = ADAPTER_PLANS[options.name], options.name
     options.output = options.output or Path(f"demo/adapters/{name}/{name}.safetensors")
     options.work = options.work or Path(f"build/{name}")
     options.rank, options.steps = options.rank or plan.rank, options.steps or plan.steps
@@ -246,12 +239,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    options = parse_arguments()
+    options = read_adapter_options()
     options.work.mkdir(parents=True, exist_ok=True)
     models, vae = load_models(options.model, device=options.device)
     for part in (*models.trained, vae):
         part.requires_grad_(False)
-    compute = PLANS[options.name].prepare(models, vae, options)
+    compute = ADAPTER_PLANS[options.name].prepare(models, vae, options)
     torch.manual_seed(options.seed)
     changes = add_low_rank(models.unet, options.rank)
     if options.start_from:
