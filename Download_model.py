@@ -252,7 +252,7 @@ def make_from_single_file(
     """Convert a model in one file into the folder, after its download if it is on the hub."""
     from sdxl_server.convert.conversion import check_weight_counts, convert_to_folder, count_bytes
     from sdxl_server.convert.recognition import recognise_checkpoint
-    from sdxl_server.sampling.few_steps import find_hint
+    from sdxl_server.sampling.few_steps import describe_few_step_name
 
     origin, source, file = open_single_file(model, revision)
     record = {**origin, "dtype": dtype, **describe_vae(vae)}
@@ -279,7 +279,7 @@ def make_from_single_file(
     convert_to_folder(checkpoint, folder, dtype=dtype, vae=vae, tell=print)
     if source:
         path.unlink()
-    if hint := find_hint(Path(record["model"]).name):
+    if hint := describe_few_step_name(Path(record["model"]).name):
         print(hint)
     print(f"{folder} is complete")
 

@@ -46,7 +46,7 @@ def _load_pipeline(job: Job) -> tuple[Callable[[Prompt], Image.Image], Callable[
     """Load the model as the server does. Return a function that draws and one that describes what ran."""
     from benchmarks.engines import complete_compilation, describe_engine
     from sdxl_server.config.settings import HandlerConfig
-    from sdxl_server.diffusion.generation import finish, generate
+    from sdxl_server.diffusion.generation import generate, run_to_end
     from sdxl_server.loading import load_pipeline
 
     compilation = complete_compilation(job.configuration, Path(job.cache))
@@ -57,7 +57,7 @@ def _load_pipeline(job: Job) -> tuple[Callable[[Prompt], Image.Image], Callable[
     def draw(prompt: Prompt) -> Image.Image:
         fields = {"prompt": prompt.text, "seed": prompt.seed, "guidance_scale": GUIDANCE}
         request = loaded.contract.check({**fields, "num_inference_steps": job.steps})
-        image: Image.Image = finish(generate(loaded, request))[0].image
+        image: Image.Image = run_to_end(generate(loaded, request))[0].image
         return image
 
     backends = [backend for backend in loaded.parts.values() if backend and backend.reports]

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from benchmarks.turns import format_number, format_spread
 from demo.measure import choose_prompts, score_pictures
-from sdxl_server.diffusion.stand_ins import fork_vae
+from sdxl_server.diffusion.stand_ins import build_vae
 from sdxl_server.sampling.few_steps import FEW_STEPS
 from tools.server import ROOT
 
@@ -70,7 +70,7 @@ def judge_plans(
         images: a folder to save the images in.
     """
     from sdxl_server.config.settings import CompileConfig, HandlerConfig
-    from sdxl_server.diffusion.generation import finish, generate
+    from sdxl_server.diffusion.generation import generate, run_to_end
     from sdxl_server.loading import load_pipeline
 
     config = HandlerConfig.parse({"model_path": model.name, **settings})
@@ -82,7 +82,7 @@ def judge_plans(
         for row, fields in zip(rows, plans.values(), strict=True):
             request = loaded.contract.check({"prompt": prompt.text, "seed": prompt.seed, **fields})
             started = time.perf_counter()
-            (result,) = finish(generate(loaded, request))
+            (result,) = run_to_end(generate(loaded, request))
             row.seconds.append(time.perf_counter() - started)
             row.ratios.append(rows[0].seconds[-1] / row.seconds[-1])
             row.calls = result.unet_calls
@@ -111,7 +111,7 @@ def _encode(loaded: Any, image: Any) -> Any:
 
     pixels = loaded.pipeline.image_processor.preprocess(image)
     with torch.no_grad():
-        return retrieve_latents(fork_vae(loaded).encode(pixels), sample_mode="argmax").float()
+        return retrieve_latents(build_vae(loaded).encode(pixels), sample_mode="argmax").float()
 
 
 def format_plans(rows: Sequence[PlanRow]) -> list[dict[str, str]]:

@@ -22,7 +22,7 @@ from sdxl_server.api.openai import OpenAIApi, OpenAIEditApi, describe_model, lis
 from sdxl_server.api.openapi import build_openapi
 from sdxl_server.api.warnings import list_warnings
 from sdxl_server.config.settings import CompileConfig, HandlerConfig, check_server_keys
-from sdxl_server.diffusion.generation import Picture, Progress, generate
+from sdxl_server.diffusion.generation import GeneratedImage, Progress, generate
 from sdxl_server.diffusion.previews import choose_preview_steps, draw_preview
 from sdxl_server.errors import NotFiniteError, RequestError, VersionError, format_error
 from sdxl_server.loading import load_pipeline
@@ -123,7 +123,7 @@ class Service:
                 events = self._write_events(request, progress, api, seconds["inference"])
                 yield (yield from _send_all_but_last(response, [events]))
         except StopIteration as end:
-            images: list[Picture] = end.value
+            images: list[GeneratedImage] = end.value
         except GeneratorExit:
             if progress is not None:
                 message = "The client has left; its work has ended after step %d of %d, request %s"
@@ -157,7 +157,7 @@ class Service:
         self,
         http_request: HttpRequest,
         request: GenerationRequest,
-        picture: Picture,
+        picture: GeneratedImage,
         index: int,
         warnings: Sequence[str],
     ) -> EncodedImage:

@@ -13,23 +13,23 @@ from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.request.fields import GenerationRequest
 from sdxl_server.request.prompt_weights import Fragment, parse_weights
 
-MAX_CHUNKS = 10  # of a prompt; a call of the text encoders each
+MAX_CHUNKS = 10  # of a prompt; each takes one call of the text encoders
 
 
 def choose_chunks(loaded: LoadedPipeline) -> int:
-    """Return how many chunks of a prompt are read, 0 where its syntax is not; a static graph has room for one."""
+    """Return how many chunks of a prompt are read, 0 without weights. A static graph has room for one."""
     if not loaded.config.weighted_prompts:
         return 0
     return 1 if loaded.graphs == "static" and loaded.config.compile_unet else MAX_CHUNKS
 
 
 def embed_prompts(pipeline: Any, request: GenerationRequest, family: Family, *, chunks: int) -> dict[str, Any]:
-    """Return what a pipeline is given in the place of the prompts, nothing where they are plain.
+    """Return the pipeline arguments that replace the prompts; none for plain prompts.
 
-    Plain ones of one chunk go diffusers' way, so that their pictures are the same to the last bit.
+    diffusers itself encodes plain prompts of one chunk, so those images stay the same to the last bit.
 
     Args:
-        pipeline: the picture's own, through whose text encoders all goes.
+        pipeline: the image's own. Its text encoders are called.
         chunks: see `choose_chunks`.
     """
     import torch
@@ -37,7 +37,7 @@ def embed_prompts(pipeline: Any, request: GenerationRequest, family: Family, *, 
     @functools.cache
     def provide(name: str, skip: int | None) -> Any:
         encoder = _Encoder(getattr(pipeline, name), skip, is_xl=family.is_xl)
-        return make_provider(getattr(pipeline, name.replace("text_encoder", "tokenizer")), encoder, chunks)
+        return build_embeddings_provider(getattr(pipeline, name.replace("text_encoder", "tokenizer")), encoder, chunks)
 
     read, is_plain = [], True
     for side, texts, skip in _list_sides(pipeline, request):
@@ -58,16 +58,16 @@ def embed_prompts(pipeline: Any, request: GenerationRequest, family: Family, *, 
             rows = torch.cat([rows, *empty], dim=1).to(provider.text_encoder.dtype)
             before = [embedded[f"{side}prompt_embeds"]] if f"{side}prompt_embeds" in embedded else []
             embedded[f"{side}prompt_embeds"] = torch.cat([*before, rows], dim=-1)
-            if family.is_xl:  # the last encoder's
+            if family.is_xl:  # from the last encoder
                 embedded[f"{side}pooled_prompt_embeds"] = provider.get_pooled_embeddings([text])
     return embedded
 
 
 def _list_sides(pipeline: Any, request: GenerationRequest) -> list[tuple[str, tuple[str, str], int | None]]:
-    """Return of the prompt, and of the negative one where it has an effect, the two texts and the layers to skip.
+    """Return prefix, the two texts and the layers to skip: for the prompt, and for a negative prompt with an effect.
 
-    They are diffusers' rules: without a negative prompt SDXL takes zeros, which it makes itself, and no layer of a
-    negative prompt is skipped.
+    These are diffusers' rules. Without a negative prompt SDXL uses zeros, which diffusers makes. clip_skip does not
+    apply to negative prompts.
     """
     sides = [("", (request.prompt, request.prompt_2 or request.prompt), request.clip_skip)]
     is_given = request.negative_prompt is not None or request.negative_prompt_2 is not None
@@ -78,24 +78,23 @@ def _list_sides(pipeline: Any, request: GenerationRequest) -> list[tuple[str, tu
 
 
 class _Encoder:
-    """What compel calls in the place of a text encoder: one picture's part, called as diffusers calls it.
+    """A text encoder for compel: it calls the image's stand-in as diffusers calls it.
 
-    So the graphs run that are compiled already. What was encoded once is kept: a weighted prompt is compared with an
-    empty one, and others are filled up with it.
+    So the graphs that are already compiled run. Encoded chunks are kept, because the empty prompt is needed often.
 
     Args:
-        part: the picture's.
+        model: the image's stand-in.
         skip: the request's clip_skip.
-        is_xl: of which kind of model it is, which diffusers take from different layers.
+        is_xl: the model is SDXL, where diffusers reads another layer.
     """
 
-    def __init__(self, part: Any, skip: int | None, *, is_xl: bool) -> None:
-        self.device, self.dtype = part.device, part.dtype
-        self._part, self._skip, self._is_xl = part, skip, is_xl
+    def __init__(self, model: Any, skip: int | None, *, is_xl: bool) -> None:
+        self.device, self.dtype = model.device, model.dtype
+        self._model, self._skip, self._is_xl = model, skip, is_xl
         self._known: dict[tuple[int, ...], Any] = {}
 
     def __call__(self, ids: Any, attention_mask: Any = None, **_: Any) -> Any:
-        """Return the embeddings of a chunk, and with SDXL's second encoder the pooled one."""
+        """Return the embeddings of a chunk, and the pooled embedding from SDXL's second encoder."""
         key = tuple(ids.flatten().tolist())
         if key not in self._known:
             self._known[key] = self._encode(ids.long())  # compel's empty prompt is in int32
@@ -103,30 +102,31 @@ class _Encoder:
 
     def _encode(self, ids: Any) -> Any:
         if self._is_xl:
-            output = self._part(ids, output_hidden_states=True)
+            output = self._model(ids, output_hidden_states=True)
             chosen = output.hidden_states[-2 - (self._skip or 0)]
         elif self._skip is None:
-            chosen = (output := self._part(ids, attention_mask=None))[0]
+            chosen = (output := self._model(ids, attention_mask=None))[0]
         else:
-            output = self._part(ids, attention_mask=None, output_hidden_states=True)
-            chosen = self._part.text_model.final_layer_norm(output.hidden_states[-1 - self._skip])
+            output = self._model(ids, attention_mask=None, output_hidden_states=True)
+            chosen = self._model.text_model.final_layer_norm(output.hidden_states[-1 - self._skip])
         return SimpleNamespace(last_hidden_state=chosen, pooler_output=output[0])
 
 
 def join_fragments(parts: list[list[Fragment]]) -> str:
+    """Return a prompt's words without weights."""
     return " ".join(each.text for part in parts for each in part)
 
 
-def make_provider(tokenizer: Any, encoder: Any, chunks: int) -> Any:
+def build_embeddings_provider(tokenizer: Any, encoder: Any, chunks: int) -> Any:
     from compel import EmbeddingsProvider, SplitLongTextMode
 
     device = "cpu" if encoder is None else encoder.device
-    mode = SplitLongTextMode.SENTENCES  # or else phrases, or else words, of which none is cut
+    mode = SplitLongTextMode.SENTENCES  # then phrases, then words; no word is cut
     return EmbeddingsProvider(tokenizer, encoder, truncate=chunks == 1, device=device, split_long_text_mode=mode)
 
 
 def read_tokens(provider: Any, parts: list[list[Fragment]]) -> tuple[Any, Any]:
-    """Return the tokens of a prompt in whole chunks, each part beginning one, and their weights."""
+    """Return a prompt's tokens in whole chunks, and their weights. Each part begins a new chunk."""
     import torch
 
     if provider.truncate_to_model_max_length:

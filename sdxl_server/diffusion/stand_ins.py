@@ -1,6 +1,6 @@
 """Stand-ins: modules of one image that diffusers gets instead of the shared models.
 
-Each has what diffusers reads of a model. What one request asks for stays in its own objects.
+Each has the attributes that diffusers reads from a model. A request's settings stay in its own objects.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,17 +17,20 @@ Functions = Mapping[str, Callable[..., Any]]
 
 
 def check_finite(values: Any, what: str) -> None:
-    """Refuse a tensor with a number that is NaN or infinite; it costs a thousandth of what makes the tensor.
+    """Refuse a tensor with NaN or infinity. This takes a thousandth of the time that computes the tensor.
+
+    Args:
+        what: the tensor's name in the message.
 
     Raises:
-        NotFiniteError: says what the tensor is.
+        NotFiniteError: names the tensor.
     """
     if not torch.isfinite(values).all():
         raise NotFiniteError(f"{what} holds numbers that are not finite")
 
 
-class Part(torch.nn.Module):
-    """What diffusers reads of a model: its configuration, its type, its device."""
+class StandIn(torch.nn.Module):
+    """A module with the attributes that diffusers reads from a model."""
 
     reads: tuple[str, ...] = ("config", "dtype", "device")
 
@@ -38,14 +41,14 @@ class Part(torch.nn.Module):
                 setattr(self, name, getattr(model, name))
 
 
-class Autoencoder(Part):
-    """The VAE of one picture.
+class VAEStandIn(StandIn):
+    """The VAE of one image.
 
     Args:
-        tile_side: of the largest square that is decoded whole, in cells of latents; None where everything is.
+        tile_side: the largest square that is decoded in one piece, in latent cells; None for no limit.
     """
 
-    reads = (*Part.reads, "post_quant_conv")
+    reads = (*StandIn.reads, "post_quant_conv")
 
     def __init__(self, model: Any, functions: Functions, *, tile_side: int | None) -> None:
         super().__init__(model)
@@ -53,30 +56,30 @@ class Autoencoder(Part):
         self._is_tiny = is_tiny_vae(model)
 
     def decode(self, latents: Any, return_dict: bool = True, generator: Any = None) -> Any:
-        """Return the pixels of latents in a tuple, whatever `return_dict`; the decoder has no use for a generator."""
+        """Return the pixels of latents in a tuple. The decoder ignores `return_dict` and `generator`."""
         height, width = latents.shape[2:]
         latents, tiles = latents.to(self.dtype), plan_tiles(height, width, self._tile_side)
         if tiles is None:
             decoded = self._decode(latents, return_dict=False)
         else:
             decoded = (decode_tiles(lambda tile: self._decode(tile, return_dict=False)[0], latents, tiles),)
-        check_finite(decoded[0], "what the VAE decoded")
+        check_finite(decoded[0], "the VAE's decoded image")
         return decoded
 
     def encode(self, pixels: Any) -> Any:
-        """Return an image's latents, of the full VAE their distribution, as diffusers has them."""
+        """Return an image's latents in diffusers' form: a distribution for the full VAE."""
         encoded = self._encode(pixels.to(self.dtype))
-        check_finite(encoded, "what the VAE made of the image")
+        check_finite(encoded, "the VAE's encoding of the image")
         return wrap_vae_output(encoded, tiny=self._is_tiny)
 
 
-class TextEncoder(Part):
-    """A text encoder of one picture."""
+class TextEncoderStandIn(StandIn):
+    """A text encoder of one image."""
 
     def __init__(self, model: Any, run: Callable[..., Any]) -> None:
         super().__init__(model)
-        # Of Stable Diffusion 1.x and 2.x with clip_skip diffusers takes the last normalisation from there.
-        self.text_model = getattr(model, "text_model", model)  # transformers 5 has it in the model itself
+        # diffusers reads the last normalisation here for Stable Diffusion 1.x and 2.x with clip_skip.
+        self.text_model = getattr(model, "text_model", model)  # in transformers 5 the model itself
         self._run = run
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
@@ -84,6 +87,6 @@ class TextEncoder(Part):
         return self._run(*inputs, **options)
 
 
-def fork_vae(loaded: LoadedPipeline) -> Autoencoder:
+def build_vae(loaded: LoadedPipeline) -> VAEStandIn:
     """Return the VAE of one image."""
-    return Autoencoder(loaded.pipeline.vae, loaded.functions, tile_side=loaded.tile_side)
+    return VAEStandIn(loaded.pipeline.vae, loaded.functions, tile_side=loaded.tile_side)

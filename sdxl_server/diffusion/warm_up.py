@@ -1,4 +1,4 @@
-"""The warm-up: a picture for each graph, so that no user waits for compilation, and the fit of the previews."""
+"""The warm-up: compile every graph before the first request, and fit the previews."""
 
 import contextlib
 import itertools
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sdxl_server.config.settings import MIN_SIDE
-from sdxl_server.diffusion.generation import finish, generate
+from sdxl_server.diffusion.generation import generate, run_to_end
 from sdxl_server.diffusion.previews import fit_preview
 from sdxl_server.errors import ConfigError, NotFiniteError, RequestError
 from sdxl_server.model.compiling import VAE_ENCODER
@@ -19,30 +19,30 @@ from sdxl_server.request.fields import GenerationRequest
 logger = logging.getLogger(__name__)
 
 WARM_UP_STEPS = 2  # Inductor may compile again at the second
-_SIDE = 128  # pixels of a picture for a graph of any size; of a smaller one a deep UNet sees a single pixel
+_SIDE = 128  # pixels, for a graph of any size; a smaller image is a single pixel deep in the UNet
 
 
 def warm_up(loaded: LoadedPipeline) -> None:
-    """Make a picture for each graph, which compiles every part; check that all were; fit the previews.
+    """Generate an image for each graph, which compiles every component. Then fit the previews.
 
-    The VAE's encoder is left to the first request with an image, but of a model that draws nothing else.
+    The first request with an image compiles the VAE's encoder. Models that need an image compile it here.
 
     Raises:
-        ConfigError: a part ran in eager PyTorch although it was to be compiled, or a picture is not finite.
+        ConfigError: a component was not compiled, or an image is not finite.
     """
     from openvino_backend import compile_ahead
 
     kinds: list[dict[str, Any]] = [{"guidance_interval": [0, 1]}]
-    # OpenVINO's graphs are for one batch, whatever is asked for, or for any.
+    # An OpenVINO graph is for one batch size or for any, so guidance needs no graph of its own.
     if loaded.graphs is None and loaded.compilation.backend is not None and loaded.config.guidance_interval is not None:
         kinds.append({"guidance_scale": 1.0})
     for (width, height), kind in itertools.product(choose_sizes(loaded), kinds):
         request = _choose_warm_up(loaded, {"prompt": "warm-up", "width": width, "height": height, **kind})
         if loaded.compilation.backend == "openvino":
             with compile_ahead():
-                finish(generate(loaded, request))
+                run_to_end(generate(loaded, request))
         with _blame_numbers(loaded):
-            finish(generate(loaded, request))
+            run_to_end(generate(loaded, request))
     if loaded.config.preview == "fast":
         with _blame_numbers(loaded):
             logger.info("Fast previews: %.1f levels of 255 from what the VAE decodes", fit_preview(loaded).error)
@@ -51,31 +51,31 @@ def warm_up(loaded: LoadedPipeline) -> None:
     idle = [name for name, graphs in report.get("openvino", {}).items() if name in warm and not graphs]
     if idle or report["graphs"] < len(warm):
         raise ConfigError(
-            f"pt2.backend: {report['backend']} did not compile {', '.join(idle) or 'every part'}: {report}"
+            f"pt2.backend: {report['backend']} did not compile {', '.join(idle) or 'every component'}: {report}"
         )
 
 
 @contextlib.contextmanager
 def _blame_numbers(loaded: LoadedPipeline) -> Iterator[None]:
-    """Turn what is not finite in a block into a ConfigError."""
+    """Turn NotFiniteError in a block into a ConfigError."""
     try:
         yield
     except NotFiniteError as error:
         raise ConfigError(
-            f"handler.dtype: {loaded.config.dtype}: at the warm-up {error}; either the weights in "
+            f"handler.dtype: {loaded.config.dtype}: at the warm-up {error}. The weights in "
             f"{loaded.config.model_path} are damaged, or they overflow in {loaded.dtype} and need dtype: float32"
         ) from error
 
 
 def choose_sizes(loaded: LoadedPipeline) -> list[tuple[int, int]]:
-    """Return the widths and heights of a picture for each graph, of one for any size as small as may be.
+    """Return the width and height of an image for each graph. A graph for any size gets the smallest image.
 
-    A first picture of another size takes half a second longer than its next one does.
+    The first image of another size then takes half a second longer than the next one.
     """
     configured, allowed = loaded.contract.size, sorted(loaded.contract.limits.allowed_sizes, key=math.prod)
     if loaded.graphs not in ("dynamic", "both"):
         return allowed or [configured]
-    # No larger than the VAE decodes whole, and of "both" in another shape than its tiles, whose graph is another.
+    # At most one VAE tile. With "both" the shape differs from a tile, because tiles have their own graph.
     side = min(_SIDE, loaded.config.max_side // 8 * 8, loaded.config.vae_tile_side or _SIDE)
     if loaded.graphs == "dynamic":
         return allowed[:1] or [(side, side)]
@@ -84,7 +84,7 @@ def choose_sizes(loaded: LoadedPipeline) -> list[tuple[int, int]]:
 
 
 def _choose_warm_up(loaded: LoadedPipeline, fields: Mapping[str, Any]) -> GenerationRequest:
-    """Return the request of the fewest steps that compile everything and that the scheduler can make."""
+    """Return the request with the fewest steps that compile everything and that the scheduler can make."""
     most = loaded.contract.properties["num_inference_steps"]["default"]
     steps = 1 if loaded.compilation.backend == "openvino" else min(WARM_UP_STEPS, most)
     while True:

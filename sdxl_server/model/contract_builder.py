@@ -16,9 +16,9 @@ from sdxl_server.request.contract import Contract
 from sdxl_server.request.fields import GenerationRequest, build_properties
 from sdxl_server.request.limits import Limits
 from sdxl_server.request.samplers import Samplers, read_sampler
-from sdxl_server.sampling.few_steps import Suited, find_suited
-from sdxl_server.sampling.schedulers import check_options, check_sampling, choose_default, find_samplers, make_scheduler
-from sdxl_server.sampling.step_plan import has_halves, plan_calls
+from sdxl_server.sampling.few_steps import SuitedDefaults, choose_suited_defaults
+from sdxl_server.sampling.schedulers import build_request_scheduler, check_schedule, choose_default, list_samplers
+from sdxl_server.sampling.step_plan import build_step_plan, has_halves
 
 logger = logging.getLogger(__name__)
 
@@ -35,14 +35,14 @@ def build_contract(
         ConfigError: a default is beyond its limit; names the key.
     """
     own, unet_config = pipeline.scheduler, pipeline.unet.config
-    samplers = find_samplers(own, unet_config, configured=config.scheduler, is_adapted=bool(config.adapters))
+    samplers = list_samplers(own, unet_config, configured=config.scheduler, is_adapted=bool(config.adapters))
     sampler = choose_default(own, samplers, config.scheduler)
     own_side = unet_config.sample_size * pipeline.vae_scale_factor
     size = (config.width or own_side, config.height or own_side)
     defaults = {
         "width": size[0],
         "height": size[1],
-        **_choose_steps(config, find_suited(own, unet_config, sampler)),
+        **_choose_steps(config, choose_suited_defaults(own, unet_config, sampler)),
         "unet_calls": config.unet_calls,
         "guidance_interval": config.guidance_interval,
         "quality": config.jpeg_quality,
@@ -55,7 +55,7 @@ def build_contract(
         allowed_sizes=config.read_sizes() or ((size,) if graphs == "static" else ()),
         samplers=samplers,
         max_clip_skip=min(getattr(pipeline, each).config.num_hidden_layers for each in family.text_encoders) - 1,
-        adapters=_list_registered(adapters, config, own, samplers),
+        adapters=_list_registered(adapters, config, samplers),
     )
     properties = build_properties(limits, defaults=defaults, lacking=family.lacks)
     batch = 2 if has_halves(defaults["guidance_scale"], unet_config) else 1
@@ -70,11 +70,11 @@ def build_contract(
     return contract
 
 
-def _choose_steps(config: HandlerConfig, suited: Suited) -> dict[str, Any]:
+def _choose_steps(config: HandlerConfig, suited: SuitedDefaults) -> dict[str, Any]:
     """Return the default steps and guidance, as configured or as the model suggests."""
     steps = suited.num_inference_steps if config.num_inference_steps is None else config.num_inference_steps
     guidance = suited.guidance_scale if config.guidance_scale is None else config.guidance_scale
-    if warning := suited.find_warning(steps, guidance):
+    if warning := suited.describe_mismatch(steps, guidance):
         logger.warning("%s", warning)
     elif suited.reason:
         logger.info("This is a few-step model (%s): %s suit it", suited.reason, suited)
@@ -82,7 +82,7 @@ def _choose_steps(config: HandlerConfig, suited: Suited) -> dict[str, Any]:
 
 
 def _list_registered(
-    adapters: Sequence[Adapter], config: HandlerConfig, own: Any, samplers: Samplers
+    adapters: Sequence[Adapter], config: HandlerConfig, samplers: Samplers
 ) -> dict[str, RegisteredAdapter]:
     """Return the adapters that requests can name.
 
@@ -95,7 +95,6 @@ def _list_registered(
         if "scheduler" in defaults:
             try:
                 defaults["scheduler"] = read_sampler(defaults["scheduler"], samplers)
-                check_options(own, defaults["scheduler"])
             except ValueError as error:
                 raise ConfigError(f"{key}.scheduler {error}") from error
         if defaults.get("num_inference_steps", 1) > config.max_steps:
@@ -114,6 +113,6 @@ def _count_calls(pipeline: Any, samplers: Samplers, half: float, request: Genera
     Raises:
         RequestError: there would be none, or the scheduler cannot make these steps.
     """
-    check_sampling(pipeline.scheduler, samplers, request)
-    scheduler = make_scheduler(pipeline.scheduler, request)
-    return plan_calls(scheduler, request, unet_config=pipeline.unet.config, half=half).total
+    check_schedule(pipeline.scheduler, samplers, request)
+    scheduler = build_request_scheduler(pipeline.scheduler, request)
+    return build_step_plan(scheduler, request, unet_config=pipeline.unet.config, half=half).total

@@ -13,7 +13,7 @@ from sdxl_server.config.declaration import NEEDED, Declaration, Role, declare, l
 from sdxl_server.config.settings import MIN_CALLS, MIN_SIDE
 from sdxl_server.request.adapters import build_adapters_schema, read_adapters
 from sdxl_server.request.limits import Limits
-from sdxl_server.request.samplers import make_schema, read_sampler
+from sdxl_server.request.samplers import build_sampler_schema, read_sampler
 from sdxl_server.schemas import Schema, choice, falling, nullable, pair, real, shares, switch, text, whole
 
 MAX_SEED = 2**32 - 1
@@ -89,7 +89,7 @@ class GenerationRequest:
         is_argument=False,
     )
     scheduler: str | Mapping[str, Any] | None = declare(
-        lambda limits: make_schema(limits.samplers),
+        lambda limits: build_sampler_schema(limits.samplers),
         "the sampler: a name from diffusers or another program, or an object with a name and options",
         value=None,
         is_argument=False,

@@ -1,117 +1,167 @@
-"""Schedulers as clients name them: diffusers' names, the names of other programs, and the options that are taken.
+"""The samplers: one row for each of diffusers' schedulers, with the names and options that requests may use.
 
-A scheduler with options is an object, `{"name": ..., option: ...}`, in requests, answers and settings alike; without
-options it is its name.
+A sampler with options is an object, `{"name": ..., option: ...}`. Without options it is a name.
+
+tests/unit/test_samplers.py draws a known image with every row, prediction type and declared option.
 """
 
-import inspect
-import types
-import typing
+import difflib
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from sdxl_server.schemas import Schema, choice, describe_schema, is_valid, load_json, shorten, switch, whole
 
 Options = Mapping[str, Schema]
-Samplers = Mapping[str, Options]  # the schedulers on offer, each with its options
+Samplers = Mapping[str, Options]  # the samplers that fit a model, each with its options
 
-SPACINGS = ("linspace", "leading", "trailing")
-# The options of diffusers' schedulers that say how to sample. All others say what the model was trained on. A schema is
-# for those of which the schedulers' signatures do not say what they take.
-OPTIONS: Mapping[str, Schema | None] = {
-    "use_karras_sigmas": None,
-    "use_exponential_sigmas": None,
-    "use_beta_sigmas": None,
-    "use_lu_lambdas": None,
-    "timestep_spacing": choice(*SPACINGS),
-    "steps_offset": whole(0, 10),
-    "solver_order": whole(1, 3),
-    "solver_type": None,
-    "algorithm_type": None,
-    "lower_order_final": None,
-    "euler_at_final": None,
-    "final_sigmas_type": None,
-    "interpolation_type": choice("linear", "log_linear"),
-    "predict_x0": None,
-    "set_alpha_to_one": None,
-    "skip_prk_steps": None,
-    "original_inference_steps": whole(1, 1000),
-}
+SIGMA_SCHEDULES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+EXAMPLE = '{"name": "DPM++ 2M", "use_karras_sigmas": true}'
 KARRAS = {"use_karras_sigmas": True}
 SDE = {"algorithm_type": "sde-dpmsolver++"}
-# As diffusers' documentation maps the names of A1111 and k-diffusion, and ComfyUI's where they are others.
-ALIASES: Mapping[str, Mapping[str, Any]] = {
-    "DPM++ 2M": {"name": "DPMSolverMultistepScheduler"},
-    "DPM++ 2M Karras": {"name": "DPMSolverMultistepScheduler", **KARRAS},
-    "DPM++ 2M SDE": {"name": "DPMSolverMultistepScheduler", **SDE},
-    "DPM++ 2M SDE Karras": {"name": "DPMSolverMultistepScheduler", **KARRAS, **SDE},
-    "DPM++ SDE": {"name": "DPMSolverSinglestepScheduler"},
-    "DPM++ SDE Karras": {"name": "DPMSolverSinglestepScheduler", **KARRAS},
-    "DPM2": {"name": "KDPM2DiscreteScheduler"},
-    "DPM2 Karras": {"name": "KDPM2DiscreteScheduler", **KARRAS},
-    "DPM2 a": {"name": "KDPM2AncestralDiscreteScheduler"},
-    "DPM2 a Karras": {"name": "KDPM2AncestralDiscreteScheduler", **KARRAS},
-    "Euler": {"name": "EulerDiscreteScheduler"},
-    "Euler a": {"name": "EulerAncestralDiscreteScheduler"},
-    "Heun": {"name": "HeunDiscreteScheduler"},
-    "LMS": {"name": "LMSDiscreteScheduler"},
-    "LMS Karras": {"name": "LMSDiscreteScheduler", **KARRAS},
-    "DDIM": {"name": "DDIMScheduler"},
-    "DDPM": {"name": "DDPMScheduler"},
-    "PLMS": {"name": "PNDMScheduler", "skip_prk_steps": True},
-    "DEIS": {"name": "DEISMultistepScheduler"},
-    "UniPC": {"name": "UniPCMultistepScheduler"},
-    "LCM": {"name": "LCMScheduler"},
-    "TCD": {"name": "TCDScheduler"},
-    "euler_ancestral": {"name": "EulerAncestralDiscreteScheduler"},
-    "dpm_2": {"name": "KDPM2DiscreteScheduler"},
-    "dpm_2_ancestral": {"name": "KDPM2AncestralDiscreteScheduler"},
-    "dpmpp_2m": {"name": "DPMSolverMultistepScheduler"},
-    "dpmpp_2m_sde": {"name": "DPMSolverMultistepScheduler", **SDE},
-    "dpmpp_sde": {"name": "DPMSolverSinglestepScheduler"},
-    "uni_pc": {"name": "UniPCMultistepScheduler"},  # ComfyUI's is of the kind bh1, which ends in NaN in diffusers
-    "uni_pc_bh2": {"name": "UniPCMultistepScheduler", "solver_type": "bh2"},
+
+_ALWAYS: Schema = {"type": "boolean", "enum": [True]}  # diffusers' other value draws a wrong image
+_SIGMAS: Options = {name: switch() for name in SIGMA_SCHEDULES[:3]}
+_SPACING: Options = {"timestep_spacing": choice("linspace", "leading", "trailing"), "steps_offset": whole(0, 10)}
+_SPACING_FROM_END: Options = {**_SPACING, "timestep_spacing": choice("leading", "trailing")}
+_ALPHA: Options = {"set_alpha_to_one": switch()}
+_FINAL: Options = {"final_sigmas_type": choice("zero", "sigma_min")}
+_ORDER: Options = {"solver_order": whole(1, 3), "lower_order_final": switch()}
+_DPM: Options = {
+    **_ORDER,
+    "algorithm_type": choice("dpmsolver++", "sde-dpmsolver++"),
+    "solver_type": choice("midpoint", "heun"),
+    **_FINAL,
 }
-EXAMPLE = '{"name": "DPM++ 2M", "use_karras_sigmas": true}'
-LEFT_OUT = ("dpmsolver", "sde-dpmsolver")  # algorithms that diffusers gives up, and that end in noise here
+_DISTILLED: Options = {"original_inference_steps": whole(1, 1000), **_ALPHA, **_SPACING}
+_NO_SAMPLE = ("epsilon", "v_prediction")
 
 
-def list_options(scheduler: type[Any]) -> dict[str, Schema]:
-    """Return the options that a diffusers scheduler takes, by its own signature."""
-    found = {}
-    for name, parameter in inspect.signature(scheduler.__init__).parameters.items():
-        if name in OPTIONS:
-            schema = OPTIONS[name] or _read_annotation(parameter.annotation)
-            if schema is not None:
-                found[name] = schema
-    return found
+@dataclass(frozen=True)
+class Sampler:
+    """One scheduler of diffusers.
+
+    Attributes:
+        name: its class in diffusers.
+        aliases: the names of A1111, ComfyUI and k-diffusion, each with the options that it stands for.
+        options: what requests may set. All other settings are the model's.
+        predictions: the prediction types of the models that it samples correctly.
+        zero_snr: it samples models with zero terminal SNR correctly.
+        use: "any"; "own" if only models saved with it use it; "distilled" if only models distilled for it do; "edm".
+        schedules: the fields that give the steps themselves and that it takes.
+    """
+
+    name: str
+    aliases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
+    predictions: tuple[str, ...] = ("epsilon", "v_prediction", "sample")
+    zero_snr: bool = False
+    use: str = "any"
+    schedules: tuple[str, ...] = ()
 
 
-def _read_annotation(annotation: Any) -> Schema | None:
-    """Return the schema of a switch or of some words, None where an annotation says neither."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        annotation = next(each for each in typing.get_args(annotation) if each is not type(None))
-    if annotation is bool:
-        return switch()
-    if typing.get_origin(annotation) is typing.Literal:
-        return choice(*(each for each in typing.get_args(annotation) if each not in LEFT_OUT))
-    return None
+_ROWS = (
+    Sampler("DDIMParallelScheduler", {}, {**_ALPHA, **_SPACING_FROM_END}, zero_snr=True, use="own"),
+    Sampler("DDIMScheduler", {"DDIM": {}}, {**_ALPHA, **_SPACING_FROM_END}, zero_snr=True),
+    Sampler("DDPMParallelScheduler", {}, _SPACING, zero_snr=True, use="own", schedules=("timesteps",)),
+    Sampler("DDPMScheduler", {"DDPM": {}}, _SPACING, zero_snr=True, schedules=("timesteps",)),
+    Sampler(
+        "DEISMultistepScheduler",
+        {"DEIS": {}},
+        {**_ORDER, "algorithm_type": choice("deis"), "solver_type": choice("logrho"), **_SIGMAS, **_SPACING},
+    ),
+    Sampler(
+        "DPMSolverMultistepScheduler",
+        {
+            "DPM++ 2M": {},
+            "DPM++ 2M Karras": KARRAS,
+            "DPM++ 2M SDE": SDE,
+            "DPM++ 2M SDE Karras": {**KARRAS, **SDE},
+            "dpmpp_2m": {},
+            "dpmpp_2m_sde": SDE,
+        },
+        {**_DPM, "euler_at_final": switch(), **_SIGMAS, "use_lu_lambdas": switch(), **_SPACING},
+        zero_snr=True,
+        schedules=("timesteps",),
+    ),
+    Sampler(
+        "DPMSolverSinglestepScheduler",
+        {"DPM++ SDE": SDE, "DPM++ SDE Karras": {**KARRAS, **SDE}, "dpmpp_sde": SDE},
+        {**_DPM, **_SIGMAS},
+        schedules=("timesteps",),
+    ),
+    Sampler("EDMDPMSolverMultistepScheduler", {}, {**_DPM, "euler_at_final": switch()}, use="edm"),
+    Sampler("EDMEulerScheduler", {}, _FINAL, use="edm", schedules=("sigmas",)),
+    Sampler(
+        "EulerAncestralDiscreteScheduler", {"Euler a": {}, "euler_ancestral": {}}, _SPACING, _NO_SAMPLE, zero_snr=True
+    ),
+    Sampler(
+        "EulerDiscreteScheduler",
+        {"Euler": {}},
+        {"interpolation_type": choice("linear"), **_SIGMAS, **_SPACING, **_FINAL},
+        zero_snr=True,
+        schedules=("timesteps", "sigmas"),
+    ),
+    Sampler("HeunDiscreteScheduler", {"Heun": {}}, {**_SIGMAS, **_SPACING}, schedules=("timesteps",)),
+    Sampler(
+        "KDPM2AncestralDiscreteScheduler",
+        {"DPM2 a": {}, "DPM2 a Karras": KARRAS, "dpm_2_ancestral": {}},
+        {**_SIGMAS, **_SPACING},
+        _NO_SAMPLE,
+    ),
+    Sampler(
+        "KDPM2DiscreteScheduler",
+        {"DPM2": {}, "DPM2 Karras": KARRAS, "dpm_2": {}},
+        {**_SIGMAS, **_SPACING},
+        _NO_SAMPLE,
+    ),
+    Sampler("LCMScheduler", {"LCM": {}}, _DISTILLED, zero_snr=True, use="distilled", schedules=("timesteps",)),
+    Sampler("LMSDiscreteScheduler", {"LMS": {}, "LMS Karras": KARRAS}, {**_SIGMAS, **_SPACING}),
+    Sampler(
+        "PNDMScheduler",
+        {"PLMS": {"skip_prk_steps": True}},
+        {"skip_prk_steps": switch(), **_ALPHA, **_SPACING_FROM_END},
+        ("epsilon",),
+    ),
+    Sampler("SASolverScheduler", {}, {"lower_order_final": switch(), **_SIGMAS, **_SPACING}, use="own"),
+    Sampler("TCDScheduler", {"TCD": {}}, _DISTILLED, zero_snr=True, use="distilled", schedules=("timesteps",)),
+    Sampler(
+        "UniPCMultistepScheduler",
+        {"UniPC": {}, "uni_pc": {}, "uni_pc_bh2": {"solver_type": "bh2"}},  # bh1 ends in NaN in diffusers
+        {
+            "solver_order": whole(1, 3),
+            "predict_x0": _ALWAYS,
+            "solver_type": choice("bh2"),
+            "lower_order_final": _ALWAYS,
+            **_SIGMAS,
+            **_SPACING,
+            **_FINAL,
+        },
+        zero_snr=True,
+    ),
+)
+SAMPLERS: Mapping[str, Sampler] = {row.name: row for row in _ROWS}
+ALIASES: Mapping[str, Mapping[str, Any]] = {
+    alias: {"name": row.name, **options} for row in _ROWS for alias, options in row.aliases.items()
+}
 
 
 def list_aliases(samplers: Samplers) -> dict[str, Mapping[str, Any]]:
-    """Return the names of other programs for the schedulers on offer."""
-    return {name: meant for name, meant in ALIASES.items() if meant["name"] in samplers}
+    """Return the names of other programs for these samplers."""
+    return {alias: meaning for alias, meaning in ALIASES.items() if meaning["name"] in samplers}
 
 
-def make_schema(samplers: Samplers) -> Schema:
-    """Return the JSON Schema of a scheduler; which options go with which of them it does not say."""
-    aliases = list_aliases(samplers)
-    name = choice(*samplers, *aliases)
+def build_sampler_schema(samplers: Samplers) -> Schema:
+    """Return the JSON Schema of a sampler. It does not say which options go with which name."""
+    name = choice(*samplers, *list_aliases(samplers))
     options: dict[str, Schema] = {}
     for known in samplers.values():
         for option, schema in known.items():
             words = [*options.get(option, {}).get("enum", []), *schema.get("enum", [])]
-            options[option] = {**schema, "enum": list(dict.fromkeys(words))} if words else schema
+            if schema["type"] == "boolean":
+                options[option] = switch()
+            else:
+                options[option] = {**schema, "enum": list(dict.fromkeys(words))} if words else schema
     with_options = {"type": "object", "required": ["name"], "additionalProperties": False}
     return {
         "type": ["string", "object"],
@@ -121,40 +171,53 @@ def make_schema(samplers: Samplers) -> Schema:
 
 
 def describe_samplers(samplers: Samplers) -> str:
-    """Say in words what a scheduler may be."""
+    """Say in words what a sampler may be."""
     names, aliases = ", ".join(samplers), ", ".join(list_aliases(samplers))
     return f"one of {names}; one of {aliases}; or an object of such a name and options, as {EXAMPLE}"
 
 
 def read_sampler(value: Any, samplers: Samplers) -> str | dict[str, Any]:
-    """Return a scheduler by diffusers' name, with its options if there are any.
+    """Return a sampler by diffusers' name, with its options if there are any.
 
     Args:
-        value: a name, an alias in upper or lower case, an object, or the JSON of one, as forms have it.
+        value: a name, an alias in upper or lower case, an object, or the JSON of an object, as forms send it.
 
     Raises:
-        ValueError: names what is accepted and what was given, but for the field.
+        ValueError: says what is wrong and what is accepted. The caller puts the field's name in front.
     """
     if isinstance(value, str) and value.lstrip().startswith("{"):
         value = load_json(value)
     given = {"name": value} if isinstance(value, str) else value
     name = given.get("name") if isinstance(given, Mapping) else None
-    spelt = {each.casefold(): each for each in (*samplers, *list_aliases(samplers))}
-    known = spelt.get(name.casefold()) if isinstance(name, str) else None
-    if known is None:
-        raise ValueError(f"takes {describe_samplers(samplers)}, not {shorten(value)}")
-    meant = {**ALIASES.get(known, {"name": known}), **{key: each for key, each in given.items() if key != "name"}}
-    taken = samplers[meant["name"]]
-    for option, each in meant.items():
-        if option != "name" and option not in taken:
-            raise ValueError(f"takes for {meant['name']} the options {', '.join(taken)}, not {shorten(option)}")
-        if option != "name" and not is_valid(each, taken[option]):
-            raise ValueError(f"takes for {option} {describe_schema(taken[option])}, not {shorten(each)}")
-    return meant if len(meant) > 1 else str(meant["name"])
+    sampler = {**_find_sampler(name, samplers, given=value), **{k: v for k, v in given.items() if k != "name"}}
+    name, options = split_sampler(sampler)
+    accepted = samplers[name]
+    for option, chosen in options.items():
+        if option not in accepted:
+            raise ValueError(f"takes for {name} the options {', '.join(accepted) or 'none'}, not {shorten(option)}")
+        if not is_valid(chosen, accepted[option]):
+            raise ValueError(f"takes for {option} {describe_schema(accepted[option])}, not {shorten(chosen)}")
+    schedules = [option for option in SIGMA_SCHEDULES if options.get(option)]
+    if len(schedules) > 1:
+        raise ValueError(f"takes one sigma schedule, not {' and '.join(schedules)}")
+    return sampler if options else name
+
+
+def _find_sampler(name: Any, samplers: Samplers, *, given: Any) -> Mapping[str, Any]:
+    """Return what a name or an alias stands for."""
+    spellings = {known.casefold(): known for known in (*samplers, *list_aliases(samplers))}
+    known = spellings.get(name.casefold()) if isinstance(name, str) else None
+    if known is not None:
+        return ALIASES.get(known, {"name": known})
+    close = difflib.get_close_matches(name[:60].casefold(), spellings) if isinstance(name, str) else []
+    nearest = ", ".join(spellings[each] for each in close) or ", ".join(list(samplers)[:3])
+    raise ValueError(
+        f"takes a sampler that suits this model, such as {nearest} (openapi.json lists all), not {shorten(given)}"
+    )
 
 
 def split_sampler(sampler: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return the name and the options of what `read_sampler` has returned."""
     if isinstance(sampler, str):
         return sampler, {}
-    return str(sampler["name"]), {option: each for option, each in sampler.items() if option != "name"}
+    return str(sampler["name"]), {option: value for option, value in sampler.items() if option != "name"}

@@ -1,11 +1,11 @@
-"""The noise in what the UNet is given, and the picture that its output foretells, by diffusers' schedulers."""
+"""The predicted x0: the finished latents that one UNet output implies, under diffusers' schedulers."""
 
 import math
 from typing import Any
 
 
-def find_sigma(scheduler: Any, timestep: Any) -> float:
-    """Return the noise at a timestep, whole or not, as a share of the picture's own strength."""
+def compute_sigma(scheduler: Any, timestep: Any) -> float:
+    """Return the noise at a timestep, as a multiple of the image's own strength. The timestep may be a fraction."""
     if hasattr(scheduler, "precondition_outputs"):
         return math.exp(4 * float(timestep))  # the inverse of EDM's precondition_noise
     alphas = scheduler.alphas_cumprod.double().clamp(min=1e-12)
@@ -15,45 +15,39 @@ def find_sigma(scheduler: Any, timestep: Any) -> float:
     return float(sigmas[low] + (float(timestep) - low) * (sigmas[high] - sigmas[low]))
 
 
-def find_level(scheduler: Any, timestep: Any) -> tuple[float, float]:
-    """Return the shares of the picture and of the noise that a model was trained on at a timestep, whole or not."""
-    sigma = find_sigma(scheduler, timestep)
-    return (1 / (1 + sigma**2)) ** 0.5, (sigma**2 / (1 + sigma**2)) ** 0.5
+def compute_predicted_x0(scheduler: Any, sample: Any, timestep: Any, output: Any) -> Any:
+    """Return the finished latents that one UNet call predicts.
 
-
-def predict_original(scheduler: Any, sample: Any, timestep: Any, output: Any) -> Any:
-    """Return the finished latents as they look from one call of the UNet.
-
-    What the UNet is given is, under every scheduler, the sample of the diffusion process that it was trained on at this
-    timestep, so the answer needs the noise level and the kind of prediction only. EDM's has scales of its own.
+    Under every scheduler the UNet's input is the sample that the model was trained on at this timestep. So only the
+    noise level and the prediction type matter. EDM has its own scales.
 
     Args:
-        scheduler: its noise levels and its kind of prediction count.
-        sample: what the UNet was given; 1, channels, height / 8, width / 8.
-        timestep: likewise, whole or not.
-        output: what it returned, guided.
+        scheduler: gives the noise levels and the prediction type.
+        sample: the UNet's input; 1, channels, height / 8, width / 8.
+        timestep: the UNet's timestep, which may be a fraction.
+        output: the UNet's output, with guidance applied.
     """
     sample, output = sample.float(), output.float()
+    sigma = compute_sigma(scheduler, timestep)
     if hasattr(scheduler, "precondition_outputs"):
-        sigma = find_sigma(scheduler, timestep)
         scale = (sigma**2 + scheduler.config.sigma_data**2) ** 0.5
         return scheduler.precondition_outputs(sample * scale, output, sigma)
-    alpha, noise = find_level(scheduler, timestep)
-    kind = scheduler.config.prediction_type
-    if kind == "sample":
+    signal, noise = (1 / (1 + sigma**2)) ** 0.5, (sigma**2 / (1 + sigma**2)) ** 0.5
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type == "sample":
         return output
-    if kind == "v_prediction":
-        return alpha * sample - noise * output
-    return (sample - noise * output) / alpha
+    if prediction_type == "v_prediction":
+        return signal * sample - noise * output
+    return (sample - noise * output) / signal
 
 
-def find_output(scheduler: Any, sample: Any, timestep: Any, original: Any) -> Any:
-    """Return what the UNet would have to return for its prediction to be these finished latents.
+def compute_unet_output(scheduler: Any, sample: Any, timestep: Any, predicted_x0: Any) -> Any:
+    """Return the UNet output that implies this predicted x0.
 
-    The prediction is a straight function of the output, whatever its kind.
+    The predicted x0 is a linear function of the output for every prediction type.
     """
     import torch
 
-    offset = predict_original(scheduler, sample, timestep, torch.zeros_like(sample))
-    slope = predict_original(scheduler, torch.zeros(1), timestep, torch.ones(1)).to(offset.device)
-    return (original - offset) / slope
+    offset = compute_predicted_x0(scheduler, sample, timestep, torch.zeros_like(sample))
+    slope = compute_predicted_x0(scheduler, torch.zeros(1), timestep, torch.ones(1)).to(offset.device)
+    return (predicted_x0 - offset) / slope

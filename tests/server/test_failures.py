@@ -49,7 +49,7 @@ def test_the_first_step_fails_with_status_500(server: LocalServer, path: str, fi
     assert (answer.status_code, answer.headers["Content-Type"]) == (500, "application/json")
     error = answer.json()["error"]
     assert (error["code"], error["type"]) == (500, "server_error")
-    assert error["message"] == f"the picture of seed 7 failed in step 1: what the UNet returned {TOLD}"
+    assert error["message"] == f"the image of seed 7 failed in step 1: the UNet's output {TOLD}"
     wait_for(lambda: server.log.count(error["message"]) > told)  # TorchServe writes its log later
 
 

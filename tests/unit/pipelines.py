@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from sdxl_server.config.settings import CompileConfig, HandlerConfig
-from sdxl_server.diffusion.generation import finish, generate
+from sdxl_server.diffusion.generation import generate, run_to_end
 from sdxl_server.loading import load_pipeline
 from sdxl_server.model.compiling import VAE_ENCODER
 from sdxl_server.model.describe import describe_pipeline
@@ -37,7 +37,7 @@ def load(folder: Path, pt2: Any = None, **settings: Any) -> LoadedPipeline:
 def make_pictures(loaded: LoadedPipeline, **fields: Any) -> np.ndarray[Any, Any]:
     """Return the pictures of a request: count, height, width, colours, from 0 to 255."""
     request = loaded.contract.check({"prompt": "a red fox", "seed": 1, **fields})
-    return np.stack([np.asarray(each.image) for each in finish(generate(loaded, request))]).astype(int)
+    return np.stack([np.asarray(each.image) for each in run_to_end(generate(loaded, request))]).astype(int)
 
 
 def make_picture(loaded: LoadedPipeline, **fields: Any) -> np.ndarray[Any, Any]:

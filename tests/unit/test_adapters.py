@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from sdxl_server.api.image_metadata import describe_image
 from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.convert.ldm_names import list_ldm_names
-from sdxl_server.diffusion.generation import finish, generate
+from sdxl_server.diffusion.generation import generate, run_to_end
 from sdxl_server.errors import ConfigError, RequestError
 from sdxl_server.model.adapters.layer_names import ATTENTION_PROCESSORS, Layer, list_layers
 from sdxl_server.model.adapters.lora_files import DIFFUSERS_KEY, PEFT_FILE
@@ -345,7 +345,7 @@ def test_requests_in_flight_do_not_see_each_others(chosen: LoadedPipeline) -> No
     for steps in running * 2:  # of the shortest there is but one more
         next(steps, None)
     for steps, request, picture in zip(running[:4], requests, expected, strict=False):
-        assert np.array_equal(np.asarray(finish(steps)[0].image).astype(int), picture), request.adapters
+        assert np.array_equal(np.asarray(run_to_end(steps)[0].image).astype(int), picture), request.adapters
 
 
 @pytest.mark.soak
@@ -366,7 +366,7 @@ def test_two_hundred_mixed_requests(chosen: LoadedPipeline) -> None:
             running.append((kind, steps))
             continue
         if steps.gi_frame is not None:
-            picture = np.asarray(finish(steps)[0].image).astype(int)
+            picture = np.asarray(run_to_end(steps)[0].image).astype(int)
             assert np.array_equal(picture, expected[kind]), kinds[kind]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_server.diffusion.generation import finish, fork_pipeline, generate
+from sdxl_server.diffusion.generation import build_image_pipeline, generate, run_to_end
 from sdxl_server.diffusion.previews import draw_preview
 from sdxl_server.errors import RequestError
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
@@ -76,7 +76,7 @@ def test_previews_show_the_finished_picture(request: pytest.FixtureRequest, sche
 def test_work_is_counted_in_calls_of_the_unet(eager: LoadedPipeline, fields: dict[str, Any], calls: int) -> None:
     request = eager.contract.check({"prompt": "x", "seed": 1, **fields})
     assert eager.contract.count_calls(request) == calls
-    (picture,) = finish(generate(eager, request))
+    (picture,) = run_to_end(generate(eager, request))
     assert picture.unet_calls == calls
     low = dataclasses.replace(eager.config, max_megapixel_steps=(calls - 0.5) * 128 * 128 / 1e6)
     limits = dataclasses.replace(eager.contract.limits, config=low)
@@ -104,7 +104,7 @@ def test_a_request_without_a_step_is_refused_before_any_work(
 
 
 def test_parts_have_what_diffusers_reads_of_them(eager: LoadedPipeline) -> None:
-    forked = fork_pipeline(eager, eager.contract.check({"prompt": "x"}))
+    forked = build_image_pipeline(eager, eager.contract.check({"prompt": "x"}), eager.functions)
     assert forked.device == eager.pipeline.device
     for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
         part, model = getattr(forked, name), getattr(eager.pipeline, name)

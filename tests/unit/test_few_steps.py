@@ -14,7 +14,7 @@ import yaml
 from sdxl_server.api.warnings import list_warnings
 from sdxl_server.model.describe import describe_pipeline
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
-from sdxl_server.sampling.few_steps import find_hint, find_suited
+from sdxl_server.sampling.few_steps import choose_suited_defaults, describe_few_step_name
 from tests.flat import ONE_LEVEL
 from tests.unit.pipelines import UNET_ONLY, load, make_picture
 from tools.random_model import SCHEDULER, make_pipeline, save_pipeline
@@ -84,7 +84,7 @@ def list_defaults(loaded: LoadedPipeline) -> dict[str, Any]:
 def test_the_scheduler_tells_how_many_steps_suit(
     scheduler: str, settings: dict[str, Any], steps: int, guidance: float
 ) -> None:
-    suited = find_suited(getattr(diffusers, scheduler)(**settings), {}, scheduler)
+    suited = choose_suited_defaults(getattr(diffusers, scheduler)(**settings), {}, scheduler)
     assert (suited.num_inference_steps, suited.guidance_scale) == (steps, guidance)
     assert bool(suited.reason) is (steps < 30)
 
@@ -188,4 +188,4 @@ def test_all_kinds_are_in_docs() -> None:
     ],
 )
 def test_a_file_that_is_named_as_few_step_models_are_is_told(name: str, is_told: bool) -> None:
-    assert ("docs/models.md" in find_hint(name)) is is_told
+    assert ("docs/models.md" in describe_few_step_name(name)) is is_told

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from sdxl_server.diffusion.generation import finish, generate
+from sdxl_server.diffusion.generation import generate, run_to_end
 from sdxl_server.diffusion.previews import draw_preview
 from sdxl_server.errors import ConfigError, NotFiniteError
 from tests.spoiled import spoil_model
@@ -16,13 +16,13 @@ from tests.unit.pipelines import UNET_ONLY, encode, load
 @pytest.mark.parametrize(
     ("kind", "pt2", "told"),
     [
-        ("early", None, "in step 1: what the UNet returned"),
-        ("late", None, "in step 3: what the UNet returned"),
-        ("late", "openvino", "in step 3: what the UNet returned"),
-        ("overflow", None, "in step 1: what the scheduler made of the step"),
-        ("decoder", None, "in step 4: what the VAE decoded"),
-        ("encoder", None, "in step 0: what the VAE made of the image"),
-        ("text", None, "in step 1: what the UNet returned"),
+        ("early", None, "in step 1: the UNet's output"),
+        ("late", None, "in step 3: the UNet's output"),
+        ("late", "openvino", "in step 3: the UNet's output"),
+        ("overflow", None, "in step 1: the scheduler's result"),
+        ("decoder", None, "in step 4: the VAE's decoded image"),
+        ("encoder", None, "in step 0: the VAE's encoding of the image"),
+        ("text", None, "in step 1: the UNet's output"),
     ],
 )
 def test_numbers_that_are_not_finite_are_no_picture(
@@ -33,10 +33,10 @@ def test_numbers_that_are_not_finite_are_no_picture(
     fields = {"image": encode(Image.new("RGB", (128, 128)))} if kind == "encoder" else {}
     request = loaded.contract.check({"prompt": "a red fox", "seed": 7, **fields})
     with pytest.raises(NotFiniteError) as caught:
-        finish(generate(loaded, request))
-    assert str(caught.value) == f"the picture of seed 7 failed {told} holds numbers that are not finite"
+        run_to_end(generate(loaded, request))
+    assert str(caught.value) == f"the image of seed 7 failed {told} holds numbers that are not finite"
     if kind == "decoder":
-        with pytest.raises(NotFiniteError, match="seed 7 failed in step 1: what the VAE decoded"):
+        with pytest.raises(NotFiniteError, match="seed 7 failed in step 1: the VAE's decoded image"):
             draw_preview(loaded, next(generate(loaded, request)))
 
 
@@ -46,6 +46,6 @@ def test_numbers_that_are_not_finite_are_no_picture(
 def test_numbers_that_are_not_finite_end_the_warm_up(tiny_model: Path, tmp_path: Path, kind: str, pt2: Any) -> None:
     folder = spoil_model(tiny_model, tmp_path / "model", kind)
     with pytest.raises(
-        ConfigError, match="^handler.dtype: float32: at the warm-up the picture of seed .* not finite; eit"
+        ConfigError, match="^handler.dtype: float32: at the warm-up the image of seed .* not finite. The"
     ):
         load(folder, pt2, compile_unet=pt2 is None, compile_text_encoders=False, warm_up=True)

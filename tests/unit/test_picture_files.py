@@ -10,7 +10,7 @@ from PIL import Image
 from sdxl_server.api.image_files import encode_image
 from sdxl_server.api.image_metadata import describe_image
 from sdxl_server.api.warnings import list_warnings
-from sdxl_server.diffusion.generation import finish, generate
+from sdxl_server.diffusion.generation import generate, run_to_end
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from tests.unit.pipelines import make_picture
 
@@ -53,13 +53,13 @@ def test_prompts_in_other_programs_words_are_told_in_the_file(eager: LoadedPipel
 def test_file_holds_what_makes_the_picture_again(eager: LoadedPipeline, output_format: str) -> None:
     fields = {"prompt": "a fox 🦊", "seed": 3, "output_format": output_format, "num_images_per_prompt": 2}
     request = eager.contract.check(fields)
-    pictures = [each.image for each in finish(generate(eager, request))]
+    pictures = [each.image for each in run_to_end(generate(eager, request))]
     file = encode_image(pictures[1], request, parameters=describe_image(eager, request, 1, unet_calls=4))
     image = Image.open(io.BytesIO(file))
     assert image.format == output_format.upper()
     text = image.text["parameters"] if output_format == "png" else read_comment(image)  # type: ignore[attr-defined]
     parameters = json.loads(text)
-    again = finish(generate(eager, eager.contract.check(parameters["request"])))
+    again = run_to_end(generate(eager, eager.contract.check(parameters["request"])))
     assert again[0].image.tobytes() == pictures[1].tobytes()
     assert parameters["made_with"]["weights_sha256"] == eager.weights_sha256
     assert parameters["made_with"]["backend"] == "eager"

@@ -13,7 +13,7 @@ from PIL import Image
 from demo.measure import choose_prompts
 from sdxl_server.diffusion import previews
 from sdxl_server.diffusion.generation import Progress, generate
-from sdxl_server.diffusion.previews import draw_preview, fit_colours, fit_preview, lay_out
+from sdxl_server.diffusion.previews import build_mosaics, draw_preview, fit_colour_map, fit_preview
 from sdxl_server.errors import ConfigError
 from sdxl_server.model.describe import describe_pipeline
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
@@ -102,7 +102,7 @@ def test_a_warm_start_takes_what_was_fitted(tiny_model: Path, tmp_path: Path, mo
     fits: list[Any] = []
 
     def fit(*args: Any, **kwargs: Any) -> Any:
-        fits.append(fit_colours(*args, **kwargs))
+        fits.append(fit_colour_map(*args, **kwargs))
         return fits[-1]
 
     monkeypatch.setattr(previews, "fit_colours", fit)
@@ -140,13 +140,13 @@ MOVED = {"latents_mean": [0.5] * 4, "latents_std": [2.0] * 4}
 
 def test_mosaics_hold_every_tile() -> None:
     tiles = torch.arange(5).view(5, 1, 1, 1).expand(5, 1, 2, 2)
-    wide = lay_out(tiles, height=2, width=5)
+    wide = build_mosaics(tiles, height=2, width=5)
     assert wide[:, 0, 0].tolist() == [[0, 0, 1, 1, 2], [3, 3, 4, 4, 0]]
-    assert lay_out(tiles, height=1, width=1).flatten().tolist() == [0, 1, 2, 3, 4]
+    assert build_mosaics(tiles, height=1, width=1).flatten().tolist() == [0, 1, 2, 3, 4]
 
 
 def test_an_encoder_that_is_damaged_is_told_at_the_warm_up(tiny_model: Path, tmp_path: Path) -> None:
     folder = spoil_model(tiny_model, tmp_path / "model", "encoder")
-    with pytest.raises(ConfigError, match="^handler.dtype: float32: at the warm-up what the VAE made of the image"):
+    with pytest.raises(ConfigError, match="^handler.dtype: float32: at the warm-up the VAE's encoding of the image"):
         load(folder, warm_up=True)
     load(folder, warm_up=True, preview="exact")

@@ -29,7 +29,7 @@ def test_one_graph_too_many_is_refused(eager: LoadedPipeline) -> None:
         raise GraphLimitError("4 graphs are compiled already")
 
     full = dataclasses.replace(eager, functions={**eager.functions, "unet": refuse})
-    with pytest.raises(RequestError, match="64x64 would be one more graph.*allowed_sizes and max_graphs"):
+    with pytest.raises(RequestError, match="64x64 needs one more graph.*allowed_sizes and max_graphs"):
         make_picture(full, width=64, height=64)
 
 

@@ -18,7 +18,7 @@ from demo.shapes import COLOURS
 from sdxl_server.api.image_metadata import describe_image
 from sdxl_server.api.warnings import list_warnings
 from sdxl_server.config.settings import CompileConfig, HandlerConfig
-from sdxl_server.diffusion.generation import finish, fork_pipeline, generate
+from sdxl_server.diffusion.generation import build_image_pipeline, generate, run_to_end
 from sdxl_server.diffusion.prompt_embedding import MAX_CHUNKS, choose_chunks, embed_prompts
 from sdxl_server.errors import RequestError
 from sdxl_server.loading import load_pipeline
@@ -66,12 +66,13 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def embed(loaded: LoadedPipeline, **fields: Any) -> dict[str, Any]:
     request = loaded.contract.check({"seed": 1, **fields})
-    return embed_prompts(fork_pipeline(loaded, request), request, loaded.family, chunks=choose_chunks(loaded))
+    pipeline = build_image_pipeline(loaded, request, loaded.functions)
+    return embed_prompts(pipeline, request, loaded.family, chunks=choose_chunks(loaded))
 
 
 def draw(loaded: LoadedPipeline, **fields: Any) -> Any:
     request = loaded.contract.check({"prompt": "a red fox", "seed": 3, **fields})
-    return finish(generate(loaded, request))[0].image
+    return run_to_end(generate(loaded, request))[0].image
 
 
 def encode(image: Image.Image) -> str:
