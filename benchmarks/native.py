@@ -11,7 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from benchmarks.parts import Part, list_tensors
-from openvino_backend.runtime import CompiledModel
+from openvino_backend.running import TensorRequest
 
 _TRACED_SIZE = 64  # pixels; torch.jit.trace keeps all results, at the real size more than the weights
 
@@ -41,7 +41,7 @@ def compile_part(
     properties = {"INFERENCE_PRECISION_HINT": precision, **options.get("config", {})}
     compiled = openvino.Core().compile_model(path, "CPU", properties)
     ran = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-    model = CompiledModel(compiled)
+    model = TensorRequest(compiled)
 
     def run(**inputs: Any) -> Any:
         return model(*list_tensors(inputs))

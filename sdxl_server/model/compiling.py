@@ -21,8 +21,6 @@ DYNAMIC_SHAPES: Mapping[str, Mapping[str, Any]] = {
     "vae": {"z": (2, 3)},
     VAE_ENCODER: {"x": (2, 3)},
 }
-# Equal but for their weights. A text encoder's layers are not: hooks of transformers hold their numbers.
-REPEATED_BLOCKS = ("BasicTransformerBlock",)
 
 
 def choose_graphs(config: HandlerConfig, compilation: CompileConfig) -> str | None:
@@ -213,7 +211,6 @@ def compile_method(
             dynamic_shapes=dynamic_shapes,
             static_shapes=static_shapes,
             ranks=ranks,
-            repeated=REPEATED_BLOCKS,
         )
     keywords = {name: getattr(compilation, name) for name in ("mode", "dynamic", "options")}
     backend = BACKEND_NAMES.get(str(compilation.backend), compilation.backend)

@@ -20,7 +20,7 @@ from openvino_backend import (
     Options,
     OptionsError,
     UnsupportedOperatorsError,
-    model,
+    models,
 )
 from tests.unit.modules import CAPABILITIES, Bessel, TimeEmbedding, make_module, measure_error, needs_bf16
 from tools.server import ROOT
@@ -88,7 +88,7 @@ def test_a_graph_runs_in_the_type_of_its_weights_or_is_refused(dtype: torch.dtyp
 
 def test_another_precision_than_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU that has every type refuses none, so the answer of another CPU stands in for OpenVINO's here."""
-    monkeypatch.setattr(model, "_read_precision", lambda compiled, device: "bf16")
+    monkeypatch.setattr(models, "_read_precision", lambda compiled, device: "bf16")
     with pytest.raises(Exception, match="CPU computes in bf16 here, not in f32; accept it with config: {'INFER"):
         compile_module(make_module(), OpenVINOBackend())(torch.randn(4, 16))
 

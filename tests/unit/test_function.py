@@ -4,6 +4,7 @@ import itertools
 import pkgutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier, Event
 from typing import Any
@@ -13,8 +14,8 @@ import torch
 from transformers.modeling_outputs import BaseModelOutput
 
 from openvino_backend import CompiledFunction, compile_ahead
-from openvino_backend.ahead import imitate
-from openvino_backend.model import Part
+from openvino_backend.deferred import infer_shapes
+from openvino_backend.models import CompiledModel
 from tests.unit.modules import Bessel, TimeEmbedding, make_module, measure_error, needs_bf16
 from tools.server import ROOT
 
@@ -55,8 +56,8 @@ def test_second_start_neither_traces_nor_converts(tmp_path: Path, monkeypatch: p
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("torch traces again")
 
-    monkeypatch.setattr("torch._dynamo.aot_compile.aot_compile_fullgraph", refuse)
-    monkeypatch.setattr("openvino_backend.backend.convert_graph", refuse)
+    monkeypatch.setattr("torch.export.export", refuse)
+    monkeypatch.setattr("openvino_backend.compiling.convert_graph", refuse)
     second = CompiledFunction(make_module().forward, make_options(tmp_path))
     assert torch.equal(second(x), expected)
     assert read_origins(second) == [(False, [True])]
@@ -104,17 +105,6 @@ def test_other_weights_have_entries_of_their_own(tmp_path: Path) -> None:
         assert function.backend.reports[0].traced is is_traced
 
 
-def test_module_in_another_state_is_traced_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    x, more = torch.randn(3, 4), {"shift": torch.randn(4)}
-    module = Table()
-    function = CompiledFunction(module.forward, make_options(tmp_path))
-    function(x, more=more)
-    module.factor = 3.0
-    assert measure_error(function(x, more=more)["y"], module(x, more=more)["y"]) < 1e-6
-    assert [traced for traced, _ in read_origins(function)] == [True, True]
-    assert "not in the state in which it was traced" in caplog.text
-
-
 class Factors(torch.nn.Module):
     """Numbers from a tuple, made a tensor in the code."""
 
@@ -154,29 +144,6 @@ def test_compressed_weights_are_no_other_states(tmp_path: Path) -> None:
         options = make_options(tmp_path, weight_compression="int8_sym", config={"INFERENCE_PRECISION_HINT": "f32"})
         function = CompiledFunction(module.forward, options)
         assert measure_error(function(x), module(x)) < 0.02
-
-
-HEAD = torch.nn.Linear(64, 64)
-
-
-class Headed(torch.nn.Module):
-    """A layer that is not its own after one that is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = torch.nn.Linear(64, 64)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return HEAD(self.linear(x))
-
-
-def test_weights_outside_the_module_are_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, x = Headed(), torch.randn(3, 64)
-    for _ in range(2):
-        options = make_options(tmp_path, weight_compression="int8_sym", config={"INFERENCE_PRECISION_HINT": "f32"})
-        function = CompiledFunction(module.forward, options)
-        assert measure_error(function(x), module(x)) < 0.02
-        monkeypatch.setattr(sys.modules[__name__], "HEAD", torch.nn.Linear(64, 64))
 
 
 class Tied(torch.nn.Module):
@@ -228,7 +195,7 @@ def test_damaged_function_is_traced_anew(tmp_path: Path, caplog: pytest.LogCaptu
     module, x = make_module(), torch.randn(4, 16)
     CompiledFunction(module.forward, make_options(tmp_path))(x)
     (kept,) = tmp_path.glob("*/function.bin")
-    kept.write_bytes(kept.read_bytes()[:1000])
+    kept.write_bytes(kept.read_bytes()[:-10])
     function = CompiledFunction(module.forward, make_options(tmp_path))
     assert measure_error(function(x), module(x)) < 1e-6
     assert read_origins(function) == [(True, [True])]  # the model beside it is whole
@@ -316,7 +283,7 @@ class Reading(torch.nn.Module):
 @pytest.mark.parametrize("kind", ["number", "tensor"])
 def test_results_are_imitated_of_what_the_meta_device_cannot_compute(kind: str) -> None:
     module, x = Reading(kind), torch.randn(3, 4)
-    result = imitate(Reading.forward, module, x)
+    result = infer_shapes(Reading.forward, module, x)
     assert (result.shape, result.device.type) == (module(x).shape, "cpu")
     assert not result.any()
 
@@ -328,9 +295,9 @@ def test_models_of_calls_ahead_are_compiled_at_the_same_time(
     modules, x = [make_module(seed=seed) for seed in range(2)], torch.randn(4, 16)
     for module in modules if is_kept else ():
         CompiledFunction(module.forward, make_options(tmp_path))(x)
-    make = "openvino_backend.function.load_function" if is_kept else "openvino_backend.backend.trace_inference"
+    make = "pickle.loads" if is_kept else "torch.export.export"
     make_trace = pkgutil.resolve_name(make)
-    load, both, has_begun = Part.load, Barrier(2), Event()
+    load, both, has_begun = CompiledModel.load, Barrier(2), Event()
 
     def wait_and_load(*args: Any, **about: Any) -> Any:
         both.wait(timeout=60)
@@ -340,7 +307,7 @@ def test_models_of_calls_ahead_are_compiled_at_the_same_time(
         has_begun.set()
         return make_trace(*args, **about)
 
-    monkeypatch.setattr(Part, "load", wait_and_load)
+    monkeypatch.setattr(CompiledModel, "load", wait_and_load)
     monkeypatch.setattr(make, tell_and_make)
     functions = [CompiledFunction(module.forward, make_options(tmp_path)) for module in modules]
     with compile_ahead():
@@ -353,6 +320,69 @@ def test_models_of_calls_ahead_are_compiled_at_the_same_time(
         assert measure_error(function(x), module(x)) < 1e-6
 
 
+class Returning(torch.nn.Module):
+    """Returns its input, a view of it, a weight, the same tensor twice, and what it changed of its own in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(4), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = x * 2
+        z = y[1:]
+        y.add_(self.weight)
+        return x, x.t(), x.view(-1), self.weight, y, y, z
+
+
+def test_results_are_new_tensors(tmp_path: Path) -> None:
+    module, x = Returning(), torch.randn(3, 4)
+    expected = [each.clone() for each in module(x)]
+    for is_traced in (True, False):
+        function = CompiledFunction(module.forward, make_options(tmp_path))
+        results = function(x)
+        assert all(torch.equal(*each) for each in zip(results, expected, strict=True))
+        for each in results[:4]:
+            each.zero_()
+        assert torch.equal(module(x)[0], expected[0])
+        assert torch.equal(module.weight, expected[3])
+        assert function.backend.reports[0].traced is is_traced
+
+
+def test_results_that_cannot_be_kept_are_traced_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Naming(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
+            return x * 2, lambda: None
+
+    for _ in range(2):
+        function = CompiledFunction(Naming().forward, make_options(tmp_path))
+        assert torch.equal(function(torch.ones(2))[0], torch.full((2,), 2.0))
+        assert function.backend.reports[0].traced
+    assert caplog.text.count("is traced anew at each start") == 2
+
+
+def test_call_while_another_function_is_traced() -> None:
+    """torch records each call of a module then, whichever thread makes it."""
+    begun, go_on = Event(), Event()
+
+    class Waiting(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            begun.set()
+            assert go_on.wait(60)
+            return x + 1
+
+    warm, x = CompiledFunction(make_module().forward, {}), torch.randn(4, 16)
+    expected = warm(x)
+    waiting = CompiledFunction(Waiting().forward)
+    with ThreadPoolExecutor() as pool:
+        traced = pool.submit(waiting, x)
+        assert begun.wait(60)
+        try:
+            assert torch.equal(warm(x), expected)
+        finally:
+            go_on.set()
+        assert torch.equal(traced.result(), x + 1)
+
+
 def test_what_stands_in_the_way_of_a_call_ahead_is_raised() -> None:
     function = CompiledFunction(Bessel().forward)
     with pytest.raises(Exception, match="aten.special_bessel_j0"), compile_ahead():
@@ -362,12 +392,29 @@ def test_what_stands_in_the_way_of_a_call_ahead_is_raised() -> None:
 
 
 def test_what_is_no_pure_method_is_refused() -> None:
+    class Counting(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("total", torch.zeros(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.total.add_(x)
+            return self.total * 2
+
+    class Choosing(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
+
     class Adding(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.add_(1)
 
-    with pytest.raises(Exception, match="changes its inputs or returns views"):
+    with pytest.raises(Exception, match="changes tensors_0 in place"):
         CompiledFunction(Adding().forward)(torch.zeros(3))
+    with pytest.raises(Exception, match="changes module.total in place"):
+        CompiledFunction(Counting().forward)(torch.zeros(3))
+    with pytest.raises(Exception, match="the graph holds graphs that cond"):
+        CompiledFunction(Choosing().forward)(torch.zeros(3))
     with pytest.raises(TypeError, match="takes a method of a torch.nn.Module"):
         CompiledFunction(torch.sin)
 
@@ -378,8 +425,6 @@ def test_mapped_weights_take_no_memory_once_released(tmp_path: Path) -> None:
 import sys, torch
 from safetensors.torch import load_file, save_file
 from openvino_backend import CompiledFunction, compile_ahead
-from openvino_backend.model import Part
-from openvino_backend.torch_private import load_function
 
 class Wide(torch.nn.Module):
     def __init__(self, weights):

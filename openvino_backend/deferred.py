@@ -1,4 +1,4 @@
-"""Calls that are made ready before they are made: torch traces one after the other, OpenVINO compiles beside it."""
+"""Deferred compilation: torch traces one call after the other, and OpenVINO compiles them in parallel."""
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator
@@ -6,13 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch.utils import _pytree as pytree
 
-from openvino_backend.torch_private import call_with_fakes
+from openvino_backend.torch_private import call_with_fakes, pytree
 
 Result = TypeVar("Result")
 # What makes a call ready. It stops where torch has done its part and OpenVINO's begins: from there on it may go on in
-# another thread, beside the first part of others.
+# another thread, during the first part of others.
 Steps = Generator[None, None, Result]
 
 
@@ -34,7 +33,7 @@ Call = tuple[Function, tuple[Any, ...], dict[str, Any]]
 _calls: list[Call] | None = None  # those of the block that is open
 
 
-def put_off(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def defer(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Note a call to be made ready at the end of the block that is open; tell whether there is one."""
     if _calls is None:
         return False
@@ -58,7 +57,7 @@ def compile_ahead() -> Iterator[None]:
         yield
     finally:
         _calls = None
-    # One of each kind: while another is traced, torch's checks of a trace may not see that it holds.
+    # One of each kind.
     kinds = {
         (id(function), function.describe_call(args, kwargs)): (function, args, kwargs)
         for function, args, kwargs in calls
@@ -98,7 +97,7 @@ class _Method(torch.nn.Module):
         return self.method(self.module, *args, **kwargs)
 
 
-def imitate(method: Callable[..., Any], module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+def infer_shapes(method: Callable[..., Any], module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Return what a method of a module returns, but with zeros in its tensors: only their shapes are computed.
 
     With all tensors on the meta device that takes a third of the time of torch's fake tensors, which are left for

@@ -3,12 +3,13 @@
 import contextlib
 import functools
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from openvino_backend.runtime import TYPES
+from openvino_backend.errors import OpenVINOBackendError
+from openvino_backend.running import TYPES
 from openvino_backend.torch_private import disable_python_kernels, read_dimension, replace_python_kernel
 
 aten = torch.ops.aten
@@ -256,3 +257,38 @@ def name_precision(part: torch.fx.GraphModule) -> str:
         if tensor.dtype in sizes:
             sizes[tensor.dtype] += tensor.numel()
     return str(TYPES[max(sizes, key=lambda dtype: sizes[dtype])].get_type_name())
+
+
+def copy_constants(graph: torch.fx.Graph, names: Collection[str]) -> None:
+    """Let a graph return copies of those constants that it returns as they are.
+
+    Args:
+        names: of the constants.
+    """
+    output = graph.output_node()
+
+    def copy(node: torch.fx.Node) -> torch.fx.Node:
+        if node.name not in names:
+            return node
+        with graph.inserting_before(output):
+            new = graph.call_function(aten.clone.default, (node,))
+        new.meta = dict(node.meta)
+        return new
+
+    output.args = torch.fx.map_arg(output.args, copy)
+
+
+def check_flat(graph: torch.fx.GraphModule) -> None:
+    """Refuse a graph that holds others.
+
+    Raises:
+        OpenVINOBackendError: names the operators that call them.
+    """
+    nodes = graph.graph.find_nodes(op="get_attr")
+    held = [node for node in nodes if isinstance(getattr(graph, node.target), torch.nn.Module)]
+    callers = {str(user.target) for node in held for user in node.users}
+    if callers:
+        raise OpenVINOBackendError(
+            f"the graph holds graphs that {', '.join(sorted(callers))} call, as of torch.cond or of a repeated block "
+            "that changes what it is given"
+        )

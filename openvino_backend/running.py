@@ -19,8 +19,8 @@ TYPES = {
 }
 
 
-class CompiledModel:
-    """A compiled OpenVINO model: tensors in, new tensors out, one call at a time."""
+class TensorRequest:
+    """An inference request of a compiled model: torch tensors in, new ones out, one call at a time."""
 
     def __init__(self, compiled: openvino.CompiledModel) -> None:
         dtypes = {openvino_type: dtype for dtype, openvino_type in TYPES.items()}

@@ -21,7 +21,7 @@ from openvino_backend.memory import release_memory
 from openvino_backend.options import Options, split_device
 from openvino_backend.precision import PRECISION
 from openvino_backend.processors import find_processors, limit_openvino
-from openvino_backend.runtime import TYPES, CompiledModel, share_memory
+from openvino_backend.running import TYPES, TensorRequest, share_memory
 from openvino_backend.tuning import tune_for_cpu
 
 _FILE, _WEIGHTS_FILE = "model.xml", "model.bin"
@@ -60,7 +60,7 @@ class ModelReport:
     seconds: float
 
 
-class Part(torch.nn.Module):
+class CompiledModel:
     """One OpenVINO model of a graph: tensors in, new tensors out.
 
     Pickled, it is the model's place in the cache; `weights` must be given again before it is loaded.
@@ -74,10 +74,15 @@ class Part(torch.nn.Module):
         side_inputs: what it takes beside its inputs.
     """
 
-    def __init__(self, key: str, properties: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        key: str,
+        properties: Mapping[str, Any],
+        weights: Mapping[str, torch.Tensor],
+        sources: Mapping[str, str] | None = None,
+    ) -> None:
         self.key, self.properties, self.weights = key, properties, weights
-        self.sources: Mapping[str, str] = {}
+        self.sources = dict(sources or {})
         self.file: Path | None = None
         self.side_inputs = SideInputs(())
 
@@ -85,8 +90,7 @@ class Part(torch.nn.Module):
         return {"key": self.key, "properties": self.properties, "sources": self.sources}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["key"], state["properties"], {})  # type: ignore[misc]
-        self.sources = state["sources"]
+        self.__init__(state["key"], state["properties"], {}, state["sources"])  # type: ignore[misc]
 
     def load(
         self,
@@ -138,7 +142,7 @@ class Part(torch.nn.Module):
                 f"OpenVINO's {options.device} computes in {precision} here, not in {self.properties[PRECISION]}; "
                 f"accept it with config: {{'{PRECISION}': '{precision}'}}"
             )
-        self._run = CompiledModel(compiled)
+        self._request = TensorRequest(compiled)
         executed = compiled.get_runtime_model().get_ops()
         return ModelReport(
             devices=tuple(compiled.get_property("EXECUTION_DEVICES")),
@@ -155,7 +159,7 @@ class Part(torch.nn.Module):
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         """Return the results."""
-        return self._run(*inputs, kept=self.side_inputs.find())
+        return self._request(*inputs, kept=self.side_inputs.find())
 
 
 def _keep_compiled(folder: Path | None, *, on_cpu: bool, is_packed: bool) -> dict[str, str]:
