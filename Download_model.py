@@ -1,21 +1,22 @@
-"""Fetch a diffusers pipeline into a folder: only the files that it needs, and no pickles.
+"""Download a diffusers pipeline into a folder: only the needed files, and no pickles.
 
-The weights of the fp16 variant (`model.fp16.safetensors`) are saved under the plain name (`model.safetensors`), so that
-any diffusers program loads the folder without being told of a variant. An interrupted download continues with the same
-command. model_index.json comes last: a folder that has it is whole. source.json says what the folder holds.
+Weights of the fp16 variant (`model.fp16.safetensors`) get the plain name (`model.safetensors`). Every diffusers program
+can then load the folder. The same command continues an interrupted download. model_index.json comes last, so a folder
+with this file is complete. source.json names the model in the folder.
 
-A model in one .safetensors, as it is published for other programs, becomes such a folder too, offline. --vae without
---model fetches a VAE alone, for vae_path in model-config.yaml.
+--model also takes a whole model in one .safetensors, and converts it offline. --vae without --model downloads a VAE
+alone, for vae_path in model-config.yaml.
 """
 
 import argparse
+import contextlib
 import hashlib
 import io
 import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,27 +31,27 @@ RECORD = "source.json"
 SETTINGS = (".json", ".txt", ".model")
 PICKLES = (".bin", ".ckpt", ".msgpack", ".pt", ".pth")
 VARIANT = ".fp16"
-# The shards' names are diffusers' `model.fp16-00001-of-00002.safetensors` or, older, `model-00001-of-00002.fp16.…`, and
-# their index is `….safetensors.index.fp16.json` or `….safetensors.fp16.index.json`: all plain without the variant.
+# diffusers names shards `model.fp16-00001-of-00002.safetensors` or, older, `model-00001-of-00002.fp16.safetensors`. It
+# names their index `….safetensors.index.fp16.json` or `….safetensors.fp16.index.json`. The plain names have no variant.
 WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-# owner/name/file.safetensors, or the address that the hub's pages have for it
+# owner/name/file.safetensors, or the address of its page on the hub
 FILE_ON_HUB = re.compile(
     r"(https://(huggingface\.co|hf\.co)/)?(?P<model>[\w.-]+/[\w.-]+)/((blob|resolve)/(?P<revision>[^/]+)/)?(?P<name>[^?]+)(\?.*)?"
 )
 
 
 class DownloadError(Exception):
-    """The model cannot be fetched, for a reason that the message states."""
+    """The model cannot be downloaded; the message is one line."""
 
 
 @dataclass(frozen=True)
 class SourceFile:
     """One file of a pipeline.
 
-    Args:
-        name: its path at the source, relative to the pipeline's folder.
+    Attributes:
+        name: the path at the source, relative to the pipeline's folder.
         size: bytes.
-        sha256: of its content, where the source states it.
+        sha256: the digest of the content, if the source states it.
     """
 
     name: str
@@ -59,19 +60,19 @@ class SourceFile:
 
     @property
     def saved_name(self) -> str:
-        """Its path in the output folder."""
+        """The path in the output folder."""
         return self.name.replace(VARIANT, "")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A pipeline where it comes from.
+    """A pipeline on the hub or in a local folder.
 
-    Args:
+    Attributes:
         model: the hub's id or the local folder's name.
         revision: the hub's commit or the local files' fingerprint.
-        files: everything there, needed or not.
-        fetch: adds to an open file what it lacks of the source's.
+        files: all files, needed or not.
+        fetch: appends the missing bytes of a source file to an open file.
     """
 
     model: str
@@ -81,7 +82,7 @@ class Source:
 
 
 def open_hub(model: str, revision: str) -> Source:
-    """Return the pipeline that the hub has under this id."""
+    """Return the pipeline with this id on the hub."""
     from huggingface_hub import HfApi, hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
@@ -89,7 +90,7 @@ def open_hub(model: str, revision: str) -> Source:
     info = HfApi().model_info(model, revision=revision, files_metadata=True)
 
     def fetch(file: SourceFile, stream: BinaryIO) -> None:
-        # Not hf_hub_download: in 2.4.0 it throws away a partial file when it is interrupted
+        # Not hf_hub_download: an interrupt makes its version 2.4.0 delete the partial file
         http_get(
             hf_hub_url(model, file.name, revision=info.sha),
             stream,
@@ -118,23 +119,23 @@ def open_folder(folder: Path) -> Source:
 
 
 def select_weights(names: Iterable[str], dtype: str) -> list[str]:
-    """Return the names of one component's weights: the fp16 variant if wanted and there, else the plain ones."""
+    """Return the names of one component's weights: the fp16 variant if wanted and present, or the plain ones."""
     plain = [name for name in names if WEIGHTS.fullmatch(name)]
     half = [name for name in names if VARIANT in name and WEIGHTS.fullmatch(name.replace(VARIANT, ""))]
     return half or plain if dtype == "fp16" else plain
 
 
 def select_files(index: dict[str, Any], files: Sequence[SourceFile], dtype: str) -> list[SourceFile]:
-    """Return the files that the pipeline needs, model_index.json apart.
+    """Return the files that the pipeline needs, except model_index.json.
 
     Raises:
-        DownloadError: a component has no files, or is a model without weights in safetensors.
+        DownloadError: a component has no files, or a model has no weights in safetensors.
     """
-    # A component is an attribute of the pipeline, so no other name (such as "..") is taken from a hub
+    # A component is an attribute of the pipeline. Other names, such as "..", are not accepted from a hub.
     components = [
         name
-        for name, value in index.items()  # a component's value is [library, class]; that of one left out, [null, null]
-        if isinstance(value, list) and [type(part) for part in value] == [str, str] and name.isidentifier()
+        for name, value in index.items()  # [library, class], or [null, null] for an absent component
+        if isinstance(value, list) and [type(item) for item in value] == [str, str] and name.isidentifier()
     ]
     chosen, problems = [], []
     for component in components:
@@ -144,27 +145,29 @@ def select_files(index: dict[str, Any], files: Sequence[SourceFile], dtype: str)
         chosen += [inside[name] for name in weights]
         if not inside:
             problems.append(f"{component} is missing")
-        elif "config.json" in inside and not weights:  # of all components, only models have this file
+        elif "config.json" in inside and not weights:  # only models have this file
             pickles = ", ".join(name for name in inside if name.endswith(PICKLES)) or "none"
-            problems.append(f"{component} has no {dtype} weights in safetensors (pickled ones: {pickles})")
+            problems.append(f"{component} has no {dtype} weights in safetensors (in pickles: {pickles})")
     if problems or not components:
         raise DownloadError("; ".join(problems) or f"{INDEX} names no components")
     return chosen
 
 
 def check_folder(folder: Path, record: dict[str, str]) -> None:
-    """Refuse a folder that holds anything but this model, so that no two models mix."""
+    """Refuse a folder that holds something else, so that two models never mix."""
     if not folder.exists() or not any(folder.iterdir()):
         return
     path = folder / RECORD
     held = json.loads(path.read_text()) if path.exists() else {"model": "files of another origin"}
     if held != record:
         is_held, is_wanted = " ".join(held.values()), " ".join(record.values())
-        raise DownloadError(f"{folder} holds {is_held}, not {is_wanted}: remove it or choose another --output-dir")
+        raise DownloadError(
+            f"{folder} holds {is_held}, not {is_wanted}: remove the folder or choose another --output-dir"
+        )
 
 
 def check_disk_space(folder: Path, needed: int) -> None:
-    """Refuse to start what the disk cannot hold.
+    """Refuse a download that the disk cannot hold.
 
     Args:
         needed: bytes.
@@ -176,27 +179,27 @@ def check_disk_space(folder: Path, needed: int) -> None:
 
 
 def get_partial_path(target: Path) -> Path:
-    """Return where a file grows until it is whole."""
+    """Return the path of an incomplete file."""
     return target.with_name(target.name + ".incomplete")
 
 
 def rename_shards(index: Path) -> None:
-    """Let the index of weights in several files name these as they are saved."""
+    """Write the saved names of the shards into their index."""
     content = json.loads(index.read_text())
     content["weight_map"] = {weight: name.replace(VARIANT, "") for weight, name in content["weight_map"].items()}
     index.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def fetch_file(source: Source, file: SourceFile, target: Path) -> None:
-    """Fetch one file, or the rest of it; it bears its name only when it is whole."""
+    """Download one file, or its missing part; only a complete file gets its name."""
     partial = get_partial_path(target)
     target.parent.mkdir(exist_ok=True)
     is_shard_index = target.name.endswith(".index.json")
-    with partial.open("wb" if is_shard_index else "ab") as stream:  # what is edited below cannot be continued
+    with partial.open("wb" if is_shard_index else "ab") as stream:  # it is edited below, so it cannot be continued
         source.fetch(file, stream)
     if file.sha256 and digest_file(partial) != file.sha256:
         partial.unlink()
-        raise DownloadError(f"{file.name} arrived damaged and was removed: run the same command again")
+        raise DownloadError(f"{file.name} arrived damaged and was removed; run the same command again")
     if is_shard_index:
         rename_shards(partial)
     partial.replace(target)
@@ -208,46 +211,48 @@ def digest_file(path: Path) -> str:
 
 
 def is_single_file(model: str) -> bool:
-    """Tell a file that holds a whole model from a folder and from an id."""
+    """Say whether this is a model in one file, not a folder or an id."""
     return Path(model).is_file() or model.partition("?")[0].lower().endswith((".safetensors", *PICKLES))
 
 
 def check_no_pickle(name: str) -> None:
-    """Refuse a pickle by its name, before a byte of it is fetched."""
-    from sdxl_server.checkpoints.recognition import PICKLES, explain_pickle
+    """Refuse a pickle by its name, before it is downloaded."""
+    from sdxl_server.convert.recognition import PICKLES, explain_pickle
 
     if name.lower().endswith(PICKLES):
         raise DownloadError(explain_pickle(Path(name), "a pickle"))
 
 
 def open_single_file(model: str, revision: str | None) -> tuple[dict[str, str], Source | None, SourceFile | None]:
-    """Return where a file that holds a model came from, and for one on the hub what fetches it."""
+    """Return the record of a model in one file; for a file on the hub also its source and entry."""
     path = Path(model)
     if path.is_file():
         if revision:
-            raise DownloadError(f"--revision is for a model on the hub; {model} is a local file")
+            raise DownloadError(f"--revision is for a model on the hub, and {model} is a local file: leave it out")
         check_no_pickle(path.name)
         return {"model": path.name, "revision": digest_file(path)}, None, None
     match = FILE_ON_HUB.fullmatch(model)
     if match is None or model.startswith((".", "/")):
-        raise DownloadError(f"{model} is no file here, and no owner/name/file.safetensors or page of a file on the hub")
+        raise DownloadError(
+            f"{model} is no local file, no owner/name/file.safetensors and no page of a file on the hub"
+        )
     check_no_pickle(match["name"])
     source = open_hub(match["model"], revision or match["revision"] or "main")
     file = next((each for each in source.files if each.name == match["name"]), None)
     if file is None:
         names = (each.name for each in source.files if "/" not in each.name)
         held = ", ".join(name for name in names if name.endswith(".safetensors"))
-        raise DownloadError(f"{source.model} has no file {match['name']}; its models in one file: {held or 'none'}")
+        raise DownloadError(f"{source.model} has no file {match['name']}; it has these .safetensors: {held or 'none'}")
     return {"model": f"{source.model}/{file.name}", "revision": source.revision}, source, file
 
 
 def make_from_single_file(
     model: str, revision: str | None, *, folder: Path, dtype: str, prediction: str | None, vae: Path | None
 ) -> None:
-    """Bring the folder to hold the model of one file, which is fetched first where it is on the hub."""
-    from sdxl_server.checkpoints.conversion import check_sizes, count_bytes, make_folder
-    from sdxl_server.checkpoints.recognition import recognise
-    from sdxl_server.few_steps import find_hint
+    """Convert a model in one file into the folder, after its download if it is on the hub."""
+    from sdxl_server.convert.conversion import check_weight_counts, convert_to_folder, count_bytes
+    from sdxl_server.convert.recognition import recognise_checkpoint
+    from sdxl_server.sampling.few_steps import describe_few_step_name
 
     origin, source, file = open_single_file(model, revision)
     record = {**origin, "dtype": dtype, **describe_vae(vae)}
@@ -262,64 +267,64 @@ def make_from_single_file(
         path = folder / "single_file.safetensors"
         partial = get_partial_path(path)
         if not path.exists():
-            # What is made of it takes about as much again
+            # The converted model takes about the same space again
             check_disk_space(folder, 2 * file.size - (partial.stat().st_size if partial.exists() else 0))
             start_folder(folder, record)
             fetch_file(source, file, path)
-    checkpoint = recognise(path, prediction=prediction)
-    check_sizes(checkpoint, needs_vae=vae is None)
+    checkpoint = recognise_checkpoint(path, prediction=prediction)
+    check_weight_counts(checkpoint, needs_vae=vae is None)
     check_disk_space(folder, count_bytes(checkpoint, folder, dtype))
     print(f"{record['model']}: {checkpoint.describe()}")
     start_folder(folder, record)
-    make_folder(checkpoint, folder, dtype=dtype, vae=vae, tell=print)
+    convert_to_folder(checkpoint, folder, dtype=dtype, vae=vae, tell=print)
     if source:
         path.unlink()
-    if hint := find_hint(Path(record["model"]).name):
+    if hint := describe_few_step_name(Path(record["model"]).name):
         print(hint)
     print(f"{folder} is complete")
 
 
 def describe_vae(vae: Path | None) -> dict[str, str]:
-    """Return what source.json says of a VAE in the place of the model's own."""
+    """Return the entry of source.json for a VAE that replaces the model's own."""
     if vae is None:
         return {}
     if vae.is_dir():
         return {"vae": f"{vae.resolve().name} {open_folder(vae).revision}"}
     if not vae.is_file():
-        raise DownloadError(f"--vae takes a .safetensors or a folder; {vae} is neither")
+        raise DownloadError(f"--vae takes a .safetensors or a folder, and {vae} is neither")
     check_no_pickle(vae.name)
     return {"vae": f"{vae.name} {digest_file(vae)}"}
 
 
 def start_folder(folder: Path, record: dict[str, str]) -> None:
-    """Say what the folder is to hold, before it holds any of it."""
+    """Record the model of the folder before its first file."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def fetch_pipeline(source: Source, folder: Path, dtype: str) -> None:
-    """Bring the folder to hold the whole pipeline, whatever it holds of it now."""
+    """Download the missing files of a pipeline."""
     index, content = read_json(source, INDEX, "a diffusers pipeline")
     fetch_files(source, [*select_files(content, source.files, dtype), index], folder, dtype)
 
 
 def fetch_vae(source: Source, folder: Path, dtype: str) -> None:
-    """Bring the folder to hold a VAE, whatever it holds of it now."""
-    from sdxl_server.autoencoders import FULL, TINY
+    """Download the missing files of a VAE."""
+    from sdxl_server.model.vaes import FULL_VAE, TINY_VAE
 
     config, content = read_json(source, CONFIG, "the folder of a VAE")
     held = content.get("_class_name") if isinstance(content, dict) else None
-    if held not in (FULL, TINY):
-        raise DownloadError(f"--vae takes an {FULL} or {TINY}, but {source.model} holds {held}")
+    if held not in (FULL_VAE, TINY_VAE):
+        raise DownloadError(f"--vae takes an {FULL_VAE} or {TINY_VAE}, but {source.model} holds {held}")
     inside = {each.name: each for each in source.files}
     weights = select_weights(inside, dtype)
     if not weights:
-        raise DownloadError(f"{source.model} has no weights in safetensors under the name that diffusers reads")
+        raise DownloadError(f"{source.model} has no weights in safetensors with a name that diffusers reads")
     fetch_files(source, [*(inside[name] for name in weights), config], folder, dtype)
 
 
 def read_json(source: Source, name: str, what: str) -> tuple[SourceFile, Any]:
-    """Return a file at the source, and what it holds."""
+    """Return a JSON file of the source, and its content."""
     file = next((each for each in source.files if each.name == name), None)
     if file is None:
         raise DownloadError(f"{source.model} is not {what}: it has no {name}")
@@ -329,26 +334,26 @@ def read_json(source: Source, name: str, what: str) -> tuple[SourceFile, Any]:
 
 
 def fetch_files(source: Source, files: Sequence[SourceFile], folder: Path, dtype: str) -> None:
-    """Bring the folder to hold these files, whatever it holds of them now; the last of them says that it is whole."""
+    """Download the missing ones of these files; the last one marks the folder as complete."""
     record = {"model": source.model, "revision": source.revision, "dtype": dtype}
     check_folder(folder, record)
 
     targets = {folder / each.saved_name: each for each in files}
     missing = {target: each for target, each in targets.items() if not target.exists()}
     if not missing:
-        print(f"{folder} already holds {source.model} ({dtype}): nothing to fetch")
+        print(f"{folder} already holds {source.model} ({dtype}): nothing to download")
         return
     partials = [partial for partial in map(get_partial_path, missing) if partial.exists()]
     needed = sum(each.size for each in missing.values()) - sum(partial.stat().st_size for partial in partials)
     check_disk_space(folder, needed)
-    print(f"{source.model} at {source.revision}: {needed / 1e9:.2f} GB to fetch, {len(missing)} files into {folder}")
+    print(f"{source.model} at {source.revision}: {needed / 1e9:.2f} GB to download, {len(missing)} files into {folder}")
     plain = {
         each.name.rpartition("/")[0] or "the VAE"
         for each in files
         if each.name.endswith(".safetensors") and VARIANT not in each.name
     }
     if dtype == "fp16" and plain:
-        print(f"no fp16 variant of {', '.join(sorted(plain))}: taking the weights that are there")
+        print(f"no fp16 variant of {', '.join(sorted(plain))}: using the plain weights")
 
     start_folder(folder, record)
     for target, file in missing.items():
@@ -365,54 +370,62 @@ def download_model(
     prediction: str | None = None,
     vae: str | None = None,
 ) -> None:
-    """Fetch a pipeline from the hub, copy it from a local folder (`demo`: the demonstration's) or make it of one file.
+    """Download a pipeline from the hub, copy it from a local folder, or convert a model in one file.
 
     Args:
-        model: None: of a VAE alone, which `vae` then names, or else the default.
-        folder: None: the default of what it is.
-        vae: in the place of the one in a file.
+        model: `demo` is the demonstration model. None is the default model, or no model if `vae` is given.
+        folder: None is the default folder.
+        vae: without a model the VAE to download; for a model in one file, the VAE that replaces its own.
 
     Raises:
-        DownloadError: with the reason, in one line.
+        DownloadError: with the reason in one line.
     """
-    from huggingface_hub import constants, errors
-
-    from sdxl_server.checkpoints.recognition import CheckpointError
-
     is_vae = model is None and vae is not None
     model = (vae if is_vae else model) or DEFAULT_MODEL
     folder = folder or (DEFAULT_VAE_FOLDER if is_vae else DEFAULT_FOLDER)
     local = DEMO_FOLDER if model == "demo" else Path(model)
-    try:
+    with explain_errors(model, revision):
         if is_vae and is_single_file(model):
             raise DownloadError(f"--vae without --model takes a folder or a hub id, not {model}")
         if not is_vae and is_single_file(model):
-            place = None if vae is None else Path(vae)
-            make_from_single_file(model, revision, folder=folder, dtype=dtype, prediction=prediction, vae=place)
+            own_vae = None if vae is None else Path(vae)
+            make_from_single_file(model, revision, folder=folder, dtype=dtype, prediction=prediction, vae=own_vae)
             return
         if prediction or vae and not is_vae:
             raise DownloadError(
-                f"--prediction-type and --vae are for a model in one file, which {model} is not; --vae without --model "
-                "fetches a VAE alone, for vae_path in model-config.yaml"
+                f"--prediction-type, or --vae with --model, needs a model in one file, which {model} is not. --vae "
+                "without --model downloads a VAE alone, for vae_path in model-config.yaml"
             )
         if local.is_dir():
             if revision:
-                raise DownloadError(f"--revision is for a model on the hub; {model} is a local folder")
+                raise DownloadError(
+                    f"--revision is for a model on the hub, and {model} is a local folder: leave it out"
+                )
             source = open_folder(local)
         else:
-            revision = revision or (DEFAULT_REVISION if model == DEFAULT_MODEL else "main")
-            source = open_hub(model, revision)
+            source = open_hub(model, revision or (DEFAULT_REVISION if model == DEFAULT_MODEL else "main"))
         (fetch_vae if is_vae else fetch_pipeline)(source, folder, dtype)
+
+
+@contextlib.contextmanager
+def explain_errors(model: str, revision: str | None) -> Iterator[None]:
+    """Turn the errors of a download into a DownloadError, whose message is one line."""
+    from huggingface_hub import constants, errors
+
+    from sdxl_server.convert.recognition import CheckpointError
+
+    try:
+        yield
     except CheckpointError as error:
         raise DownloadError(str(error)) from error
     except errors.GatedRepoError as error:
-        raise DownloadError(
-            f"{model} is gated: accept its terms on the hub, then set HF_TOKEN to your token"
-        ) from error
+        message = f"{model} is gated: accept its terms on the hub, then set HF_TOKEN to your token"
+        raise DownloadError(message) from error
     except errors.RepositoryNotFoundError as error:
-        raise DownloadError(
-            f"no local file or folder and no public model on the hub is {model}; if private, set HF_TOKEN"
-        ) from error
+        message = (
+            f"{model} is no local file or folder and no public model on the hub; for a private model, set HF_TOKEN"
+        )
+        raise DownloadError(message) from error
     except errors.RevisionNotFoundError as error:
         raise DownloadError(f"{model} has no revision {revision}") from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError, json.JSONDecodeError) as error:
@@ -423,33 +436,25 @@ def download_model(
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--model",
-        help="hub id, local folder, a model in one .safetensors (here, owner/name/file.safetensors on the hub, or the "
-        f"address of its page), or demo for the demonstration model (default: {DEFAULT_MODEL})",
+        help="hub id, local folder, or demo for the demonstration model; or a model in one .safetensors: a local file, "
+        f"owner/name/file.safetensors on the hub, or the address of its page there (default: {DEFAULT_MODEL})",
     )
-    parser.add_argument(
-        "--revision", help="the hub's branch, tag or commit (default: a pinned commit; other models: main)"
-    )
-    parser.add_argument(
-        "--output-dir",
-        type=Path,
-        help=f"where to save it (default: {DEFAULT_FOLDER}; of a VAE alone: {DEFAULT_VAE_FOLDER})",
-    )
-    parser.add_argument(
-        "--dtype", choices=("fp16", "fp32"), default="fp16", help="fp16 halves the download (default: %(default)s)"
-    )
-    parser.add_argument(
+    add("--revision", help="the hub's branch, tag or commit (default: a pinned commit; other models: main)")
+    add("--output-dir", type=Path, help=f"default: {DEFAULT_FOLDER}, or {DEFAULT_VAE_FOLDER} for a VAE alone")
+    add("--dtype", choices=("fp16", "fp32"), default="fp16", help="fp16 halves the download (default: %(default)s)")
+    add(
         "--prediction-type",
         choices=("epsilon", "v_prediction", "v_prediction_ztsnr"),
-        help="of a model in one file: what its UNet was trained to tell; ztsnr: with zero terminal SNR "
-        "(default: as the file says)",
+        help="for a model in one file: the prediction type of its UNet; ztsnr: with zero terminal SNR (default: from "
+        "the file)",
     )
-    parser.add_argument(
+    add(
         "--vae",
-        help="without --model: the hub id or folder of a VAE to fetch alone, such as madebyollin/sdxl-vae-fp16-fix or, "
-        "tiny, madebyollin/taesdxl; of a model in one file: a .safetensors or a folder whose VAE to take in place of "
-        "its own",
+        help="without --model: the hub id or folder of a VAE to download alone, such as madebyollin/sdxl-vae-fp16-fix "
+        "or the tiny madebyollin/taesdxl; for a model in one file: a .safetensors or folder with another VAE",
     )
     return parser.parse_args(argv)
 
@@ -469,7 +474,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"Download_model.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: the same command continues", file=sys.stderr)
+        print("interrupted; the same command continues the download", file=sys.stderr)
         return 130
     return 0
 

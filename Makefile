@@ -1,17 +1,21 @@
 # make demo    serve a small model and save a picture
-# make page    serve a small model with the page for people, until Ctrl-C
+# make page    serve a small model with the web UI, until Ctrl-C
+# make sdxl    download SDXL (7 GB), serve it with the web UI, until Ctrl-C; MODEL= another hub id, file or folder
 # make test    the tests, but for those of pytest -m soak
 # make lint    ruff and mypy
 # make soak    an hour of load, faults and hostile input, with a scorecard; make soak QUICK=--quick: minutes
 # make lock    write constraints.txt anew: what its lines pin stays, and what has no line comes in its newest version
 # make audit   look for known faults of the pinned packages; needs PyPI's own index
-# make bench   compare engines at SDXL's real size: 7 GB of random weights, 22 GB of memory, most of an hour
-# make peers   what make bench compares whole pictures with, in an environment of its own; needs a C++ compiler
+# make bench   compare engines at SDXL's real size: 7 GB of random weights, 22 GB of memory, more than an hour
+# make peers   build the environment of the libraries that `python -m benchmarks images` compares with; needs a C++ compiler
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The address of another package index for torch, such as PyTorch's for CPU builds: make demo TORCH_INDEX=...
+# https://pytorch.org/get-started/locally/ names them.
+TORCH_INDEX ?=
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 
-.PHONY: audit bench demo lint lock page peers soak test
+.PHONY: audit bench demo environment lint lock page peers sdxl soak test
 
 demo: $(VENV)/served
 	$(RUN) demo
@@ -19,19 +23,24 @@ demo: $(VENV)/served
 page: $(VENV)/served
 	$(RUN) demo --page
 
+sdxl: $(VENV)/served
+	$(RUN) tools.serve $(if $(MODEL),--model "$(MODEL)")
+
 test: $(VENV)/tested
-	# Two files at a time, whose idle threads must not take the cores by waiting busily; but not those of real servers:
-	# how long things take there is part of what is tested.
-	OMP_WAIT_POLICY=passive $(RUN) pytest tests/unit --numprocesses 2 --dist loadfile
-	# In the files' order, in which no long one comes last and runs alone.
-	$(RUN) pytest tests/server --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	# Two processes, whose idle threads must not take the cores by waiting busily. One that dies or hangs ends the run,
+	# which names its test; tests/conftest.py has the order.
+	OMP_WAIT_POLICY=passive $(RUN) pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
+		-o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
+
+environment: $(VENV)/tested
 
 lint: $(VENV)/tested
 	$(RUN) ruff check
 	$(RUN) ruff format --check
 	$(RUN) mypy
+	$(VENV)/bin/lint-imports
 
-soak: $(VENV)/served
+soak: $(VENV)/tested
 	$(RUN) scorecard $(QUICK)
 
 lock:
@@ -48,7 +57,7 @@ audit: $(VENV)/served
 	build/audit/bin/pip-audit --path $$($(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 
 bench: $(VENV)/served build/base
-	$(RUN) benchmarks
+	$(RUN) benchmarks parts --output build/benchmarks.json
 
 peers: .venv-peers/made
 
@@ -64,11 +73,10 @@ build/base: | $(VENV)/served
 	$(RUN) tools.random_model $@ --size base
 
 $(VENV)/served: requirements.txt constraints.txt pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(None if sys.version_info[:2] == (3, 11) else 'Python 3.11 is needed, not ' \
+		+ sys.version.split()[0] + '. Install it, or name it: make demo PYTHON=/path/to/python3.11')"
 	$(PYTHON) -m venv $(VENV)
-	# what this was before it was torchserve-sdxl-openvino
-	$(RUN) pip -qq uninstall --yes openvino-backend
-	rm -rf openvino_backend.egg-info
-	$(RUN) pip install --quiet -r requirements.txt
+	$(RUN) pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements.txt
 	touch $@
 
 $(VENV)/tested: $(VENV)/served requirements-dev.txt

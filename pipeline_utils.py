@@ -1,31 +1,33 @@
-"""The guide's name for the model's side, which is the installed package sdxl_server; this file holds no logic."""
+"""Export what the handler uses of the installed package sdxl_server. The guide gives this file its name."""
 
-from sdxl_server.calls import Answer, Call, State, read_id
+from sdxl_server.api.http import HttpRequest, ReplyState, Response, read_id
+from sdxl_server.config.settings import CompileConfig, HandlerConfig, check_is_text
 from sdxl_server.errors import ConfigError, RequestError, VersionError
-from sdxl_server.pipeline import LoadedPipeline, load_pipeline
-from sdxl_server.sections import check_is_text
-from sdxl_server.service import Service, explain, load_service
-from sdxl_server.settings import CompileConfig, HandlerConfig
-from sdxl_server.waiting import Pace, Queue, Ticket, Turn
+from sdxl_server.loading import load_pipeline
+from sdxl_server.model.describe import measure_components
+from sdxl_server.model.loaded_pipeline import LoadedPipeline
+from sdxl_server.service import Service, describe_error, load_service
+from sdxl_server.serving.queue import Action, CallTimer, Queue, QueuedRequest
 
 __all__ = [
-    "Answer",
-    "Call",
+    "Response",
+    "HttpRequest",
     "CompileConfig",
     "ConfigError",
     "HandlerConfig",
     "LoadedPipeline",
-    "Pace",
+    "CallTimer",
     "Queue",
     "RequestError",
     "Service",
-    "State",
-    "Ticket",
-    "Turn",
+    "ReplyState",
+    "QueuedRequest",
+    "Action",
     "VersionError",
     "check_is_text",
-    "explain",
+    "describe_error",
     "load_pipeline",
     "load_service",
+    "measure_components",
     "read_id",
 ]

@@ -1,381 +1,257 @@
-"""Ask the server for pictures and save them; show each step on a terminal.
+"""Ask the server for images and save them.
 
-One file, which runs with Python and requests alone; with tqdm it shows a bar, and --like needs Pillow.
+This file needs Python and requests only. tqdm adds a progress bar, and --like needs Pillow.
 """
+
+from __future__ import annotations
 
 import argparse
 import base64
-import codecs
+import binascii
 import contextlib
 import json
 import os
 import queue
 import random
 import re
-import struct
 import sys
 import threading
 import time
 import urllib.parse
 import uuid
 import warnings
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
 CONNECT_SECONDS = 10
 MAX_WAIT_SECONDS = 30
-# A server is not trusted with this machine's memory and disk. An event holds a picture in base64, and few other things.
+JOB_PAUSE_SECONDS = 1.0
+# A server must not fill the memory or disk of this machine. Only an image in base64 makes an event large.
 MAX_EVENT_BYTES = 64 * 2**20
 MAX_EVENT_PARTS = 50_000
-MAX_STEPS = 4000  # of a picture: 1000 at most, of which schedulers of second order make two each
+MAX_STEPS = 4000  # per image: the server allows 1000, and a second-order scheduler makes two of each
 MAX_PIXELS = 4096 * 4096
 MAX_ERROR_BYTES = 2**16
-BUSY_TYPE = "ServiceUnavailableException"  # its message, "no worker to serve", is the same for a full queue
+BUSY_TYPE = "ServiceUnavailableException"  # TorchServe's message is "no worker" for a full queue too
 TOKEN_VARIABLE = "TORCHSERVE_TOKEN"
 SUFFIXES = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png", ".webp": "webp"}
+DAMAGED = (LookupError, TypeError, binascii.Error)  # kinds of errors that a wrong event causes
+IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{8,64}")
-JOB_PAUSE_SECONDS = 1.0
 FAILED, REFUSED, TRY_LATER, INTERRUPTED = 1, 2, 3, 130
-JPEG_MARKER = re.compile(rb"\xff+([^\xff])")
-JPEG_FRAMES = {bytes([marker]) for marker in range(0xC0, 0xD0)} - {b"\xc4", b"\xc8", b"\xcc"}
-JPEG_SCAN_END = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # a marker that is neither a stuffed byte nor a restart
-# Width and height by the first ten bytes of a part: a lossy picture, a lossless one, one with more beside it
-WEBP_SIZES: dict[bytes, Callable[[bytes], tuple[int, int]]] = {
-    b"VP8 ": lambda part: (get_bits(part, 48, 14), get_bits(part, 64, 14)),
-    b"VP8L": lambda part: (1 + get_bits(part, 8, 14), 1 + get_bits(part, 22, 14)),
-    b"VP8X": lambda part: (1 + get_bits(part, 32, 24), 1 + get_bits(part, 56, 24)),
-}
-# The longest first: UTF-32's begins with UTF-16's. These codecs take the mark away.
-MARKS = {
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
-EXIT_CODES = """exit codes:
-  0    every picture is saved
-  1    the server failed, or a picture could not be read or saved
-  2    the request is refused, or these options are wrong
-  3    no server, a busy one, or no picture in time: later it may work
-  130  interrupted; the server stops working on it too
-  With several prompts it is the highest of theirs."""
 EPILOG = """examples:
   query.py --prompt "a red fox" --steps 20 --seed 7 --filename fox.png
+  query.py --prompt "a red fox" --field clip_skip=1 --field "original_size=[512, 512]"
   query.py --like fox.png --guidance-scale 3
   query.py --prompts list.txt --concurrency 4
 
-"""
-# The fields of the request contract; docs/requests.md says what each takes.
-# <fields: python -m tools.write_generated>
+exit codes:
+  0    every image is saved
+  1    the server failed, or an image could not be read or saved
+  2    the server refuses the request, or an option is wrong
+  3    no server, a busy server, or no image in time: try later
+  130  interrupted; the server stops its work too
+  Several prompts end with their highest code."""
+
+
+def read_value(text: str) -> Any:
+    """Return a field's value: JSON, or else the text itself."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def read_field(text: str) -> tuple[str, Any]:
+    name, sign, value = text.partition("=")
+    if not (name and sign):
+        raise argparse.ArgumentTypeError(f"takes NAME=VALUE, such as clip_skip=1, not {text!r}")
+    return name, read_value(value)
+
+
+def encode_file(path: str) -> str:
+    try:
+        return base64.b64encode(Path(path).read_bytes()).decode()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot read {path}: {error.strerror}") from error
+
+
+# The common fields of a request, as options. --field sends the others.
 FIELDS: dict[str, dict[str, Any]] = {
-    "width": {"type": int, "metavar": "PIXELS", "help": "pixels; with an image, by its aspect unless given"},
-    "height": {"type": int, "metavar": "PIXELS", "help": "pixels; with an image, by its aspect unless given"},
-    "seed": {
-        "type": int,
-        "metavar": "N",
-        "help": "of the first picture, each further one has the next (after 4294967295 0); none or -1: random",
-    },
-    "prompt_2": {"help": "for the second text encoder; without it, prompt"},
-    "negative_prompt": {"help": "what the picture should not show; without effect at a guidance of 1 or below"},
-    "negative_prompt_2": {"help": "for the second text encoder; without it, negative_prompt"},
+    "negative_prompt": {"metavar": "TEXT", "help": "what the image must not show"},
+    "width": {"type": int, "metavar": "PIXELS", "help": "a multiple of 8"},
+    "height": {"type": int, "metavar": "PIXELS", "help": "a multiple of 8"},
+    "seed": {"type": int, "metavar": "N", "help": "the same seed repeats an image"},
     "num_inference_steps": {"type": int, "metavar": "N", "help": "denoising steps"},
-    "guidance_scale": {
-        "type": float,
-        "metavar": "X",
-        "help": "how strongly the prompt steers; at 1 or below not at all",
-    },
-    "guidance_rescale": {"type": float, "metavar": "X", "help": "against overexposed pictures under strong guidance"},
-    "unet_calls": {
-        "type": int,
-        "metavar": "N",
-        "help": "calls of the UNet to make, the others forecast (lossy); strength and denoising_end shorten it",
-    },
-    "guidance_interval": {
-        "type": float,
-        "nargs": 2,
-        "metavar": ("FROM", "TO"),
-        "help": "shares of the denoising between which the prompt steers; outside it a step costs half",
-    },
-    "num_images_per_prompt": {"type": int, "metavar": "N", "help": "pictures, made one by one"},
-    "scheduler": {
-        "metavar": "NAME",
-        "help": "the sampler: diffusers' name, another program's, or an object of a name and options",
-    },
-    "adapters": {
-        "metavar": "JSON",
-        "help": "adapters (LoRA) to draw with, each with its scale; they may bring other defaults",
-    },
-    "clip_skip": {"type": int, "metavar": "N", "help": "last layers of the text encoders to leave out"},
-    "denoising_end": {"type": float, "metavar": "SHARE", "help": "share of the denoising after which to stop"},
-    "timesteps": {
-        "type": int,
-        "nargs": "+",
-        "metavar": "T",
-        "help": "the timesteps themselves, for num_inference_steps; some schedulers take them",
-    },
-    "sigmas": {
-        "type": float,
-        "nargs": "+",
-        "metavar": "SIGMA",
-        "help": "the noise levels themselves, the last 0, for num_inference_steps; some schedulers take them",
-    },
-    "schedule": {
-        "choices": (
-            "StableDiffusionTimesteps",
-            "StableDiffusionXLTimesteps",
-            "StableDiffusionSigmas",
-            "StableDiffusionXLSigmas",
-        ),
-        "help": "one of diffusers' AysSchedules, for num_inference_steps; for models that predict the noise",
-    },
-    "original_size": {
-        "type": int,
-        "nargs": 2,
-        "metavar": ("HEIGHT", "WIDTH"),
-        "help": "height and width that the picture passes for; small ones look blurred",
-    },
-    "crops_coords_top_left": {
-        "type": int,
-        "nargs": 2,
-        "metavar": ("TOP", "LEFT"),
-        "help": "top and left of the crop that the picture passes for",
-    },
-    "target_size": {
-        "type": int,
-        "nargs": 2,
-        "metavar": ("HEIGHT", "WIDTH"),
-        "help": "height and width that the picture is made for",
-    },
-    "image": {
-        "type": Path,
-        "metavar": "FILE",
-        "help": "a picture to start from (image-to-image); what is transparent counts as white",
-    },
-    "mask_image": {
-        "type": Path,
-        "metavar": "FILE",
-        "help": "a mask: transparent, or without transparency white, where image is painted anew (inpainting)",
-    },
-    "resize_mode": {
-        "choices": ("crop", "pad"),
-        "help": "how image is brought to another aspect: cut at its edges, or with white bars; crop unless given",
-    },
-    "strength": {
-        "type": float,
-        "metavar": "X",
-        "help": "how far to go from image, and without effect where there is none; 0.8 unless given, with a mask 1",
-    },
-    "output_format": {"choices": ("jpeg", "png", "webp"), "help": "of the answer"},
-    "quality": {"type": int, "metavar": "N", "help": "of a JPEG or WebP"},
+    "guidance_scale": {"type": float, "metavar": "X", "help": "how strongly the prompt guides"},
+    "num_images_per_prompt": {"type": int, "metavar": "N", "help": "number of images"},
+    "scheduler": {"type": read_value, "metavar": "NAME", "help": "the sampler: a name, or JSON with options"},
+    "adapters": {"type": read_value, "metavar": "JSON", "help": """LoRAs, such as '[{"name": "ink", "scale": 0.8}]'"""},
+    "image": {"type": encode_file, "metavar": "FILE", "help": "an image to start from (image-to-image)"},
+    "mask_image": {"type": encode_file, "metavar": "FILE", "help": "white or transparent: paint here (inpainting)"},
+    "strength": {"type": float, "metavar": "X", "help": "how much to change --image, from 0 to 1"},
+    "output_format": {"choices": ("jpeg", "png", "webp"), "help": "default: by the suffix of --filename, or jpeg"},
 }
-# </fields>
 SHORT_NAMES = {"num_inference_steps": "--steps", "num_images_per_prompt": "-n"}
 
 
-def get_bits(data: bytes, start: int, count: int) -> int:
-    """Return a number in little-endian bits."""
-    return int.from_bytes(data, "little") >> start & (1 << count) - 1
-
-
 class QueryError(Exception):
-    """A failure whose message is the line to show.
+    """A failure that the program shows in one line; any function here may raise it.
 
     Attributes:
         code: the program's exit code.
+        retry_after: seconds that the server asks to wait, or None.
     """
 
-    def __init__(self, message: str, *, code: int = FAILED) -> None:
+    def __init__(self, message: str, *, code: int = FAILED, retry_after: float | None = None) -> None:
         super().__init__(message)
-        self.code = code
+        self.code, self.retry_after = code, retry_after
 
 
 class RefusedTokenError(QueryError):
-    """The server lets nobody in with this token."""
+    """The server refuses this token."""
 
 
 class NotRunError(QueryError):
-    """The server has not begun this request, so it may be sent again.
-
-    Attributes:
-        retry_after: seconds that the server asks to be left alone, None where it does not say.
-    """
-
-    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
-        super().__init__(message, code=TRY_LATER)
-        self.retry_after = retry_after
+    """The server has not begun this request, so it may be sent again."""
 
 
 @dataclass(eq=False)
 class Job:
-    """One request, and what has come of it.
+    """One request and its progress.
+
+    The job's thread writes `token`, `step`, `total`, `place` and `awaited`.
 
     Attributes:
-        label: what its messages begin with, such as the line of the prompts' file.
-        paths: where each of its pictures goes.
-        done, total: denoising steps.
-        step: the last that has arrived; its thread's own, like `received` and `place`.
-        received: the pictures, by their index, and the previews, by that and their number.
-        is_over: set where nobody waits for more; its thread then leaves the server.
+        label: the start of its messages, such as the line in the file of prompts.
+        paths: the file of each image.
+        step, total: denoising steps.
+        place: in the queue.
+        awaited: each image by index, and each preview by index and number.
+        is_over: makes the thread leave the server.
     """
 
     label: str
     fields: dict[str, Any]
     paths: list[Path]
     deadline: float = 0.0
-    done: int = 0
+    token: str | None = None
+    step: int = 0
     total: int = 0
     saved: int = 0
-    step: int = 0
     place: int | None = None
-    received: set[tuple[int, int | None]] = field(default_factory=set)
+    awaited: set[tuple[int, int | None]] = field(init=False)
     is_over: threading.Event = field(default_factory=threading.Event)
 
-
-Arrived = queue.SimpleQueue[tuple[Job, Any]]
-
-
-def parse_positive(text: str) -> float:
-    number = float(text)
-    if not number > 0:
-        raise argparse.ArgumentTypeError(f"must be more than 0, not {text}")
-    return number
+    def __post_init__(self) -> None:
+        numbers = (None, *range(read_count(self.fields.get("partial_images"), 0, most=3)))
+        self.awaited = {(index, number) for index in range(len(self.paths)) for number in numbers}
 
 
-def parse_seconds(text: str) -> float:
-    number = float(text)
-    if not number >= 0:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
-    return number
+def read_count(value: Any, default: int, *, most: int) -> int:
+    """Return a number of images, or the default for a value that the server will refuse."""
+    return value if type(value) is int and 0 < value <= most else default
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="query.py",
-        usage="%(prog)s (--prompt TEXT | --prompts FILE | --like PICTURE | --job ID) [options]",
-        description=(__doc__ or "").partition("\n")[0],
-        epilog=EPILOG + EXIT_CODES,
+        usage="%(prog)s (--prompt TEXT | --prompts FILE | --like IMAGE | --job ID) [options]",
+        description="Ask the server for images and save them.",
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    source = parser.add_argument_group("what to draw")
-    source.add_argument("--prompt", metavar="TEXT", help="what the picture shows")
-    source.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="a prompt, or a JSON object of fields, on each line"
-    )
-    source.add_argument(
-        "--like", type=Path, metavar="PICTURE", help="repeat a picture, but for what is given beside it"
-    )
-    picture = parser.add_argument_group("the picture (without these, as the server is set)")
+    add = parser.add_argument_group("what to draw").add_argument
+    add("--prompt", metavar="TEXT", help="what the image shows")
+    add("--prompts", type=Path, metavar="FILE", help="each line is a prompt, or a JSON object of fields")
+    add("--like", type=Path, metavar="IMAGE", help="repeat an image of this server, except for the given options")
+    add = parser.add_argument_group("the image (the server has a default for each)").add_argument
     for name, keywords in FIELDS.items():
-        picture.add_argument(*filter(None, ["--" + name.replace("_", "-"), SHORT_NAMES.get(name)]), **keywords)
-    add = parser.add_argument_group("the answer").add_argument
-    add(
-        "--filename",
-        type=Path,
-        help="where to save the picture (default: output-<date>-<time>.jpg); several get -1, -2 …",
-    )
+        add(*filter(None, ["--" + name.replace("_", "-"), SHORT_NAMES.get(name)]), **keywords)
+    add("--field", type=read_field, action="append", metavar="NAME=VALUE", help="any other field, as JSON or text")
+    add = parser.add_argument_group("the files").add_argument
+    add("--filename", type=Path, help="default: output-<date>-<time>.jpg; several images get -1, -2, …")
     add("--overwrite", action="store_true", help="replace a file of that name")
     add(
-        "--preview",
-        type=int,
-        nargs="?",
-        const=3,
-        default=0,
-        choices=range(4),
-        metavar="N",
-        help="also save how it looks after each of N parts of the way, at most 3 (without N: 3)",
+        "--preview", type=int, nargs="?", const=3, metavar="N", help="also save N previews of each image (without N: 3)"
     )
     add = parser.add_argument_group("the server").add_argument
-    add("--url", default="http://localhost:8080/predictions/diffusion_fast", help="where to ask (default: %(default)s)")
+    add("--url", default="http://localhost:8080/predictions/diffusion_fast", help="default: %(default)s")
     add("--token", help=f"the server's inference key (default: {TOKEN_VARIABLE}, then the key file)")
     add("--key-file", type=Path, default="key_file.json", help="the server's key file (default: %(default)s)")
-    add("--concurrency", type=int, default=4, metavar="N", help="prompts in flight at a time (default: %(default)s)")
-    add(
-        "--timeout",
-        type=parse_positive,
-        metavar="SECONDS",
-        default=3600,
-        help="how long to wait for a prompt's pictures (default: %(default)s)",
-    )
-    add(
-        "--retry",
-        type=parse_seconds,
-        metavar="SECONDS",
-        default=60,
-        help="how long to go on asking a server that is busy or not there (default: %(default)s; 0: not at all)",
-    )
+    add("--concurrency", type=int, default=4, metavar="N", help="prompts sent at a time (default: %(default)s)")
+    seconds: dict[str, Any] = {"type": float, "metavar": "SECONDS"}
+    add("--timeout", default=3600, **seconds, help="longest wait for a prompt (default: %(default)s)")
+    add("--retry", default=60, **seconds, help="longest wait for a busy server (default: %(default)s; 0: no retry)")
     add = parser.add_argument_group("jobs (docs/scaling.md)").add_argument
-    add(
-        "--job",
-        metavar="ID",
-        help="order a job under an id of your choice, 8 to 64 letters, digits, - or _, and wait for it; the same order "
-        "again, or the id alone, comes back for it",
-    )
+    add("--job", metavar="ID", help="order a job under this id and wait for it; the id alone returns to it")
     add("--leave", action="store_true", help="do not wait for the job")
     options = parser.parse_args(argv)
-    if options.job is not None and not JOB_ID.fullmatch(options.job):
-        parser.error(f"--job takes 8 to 64 letters, digits, - or _, not {options.job[:100]!r}")
-    if options.leave and not options.job or options.job and options.prompts:
-        parser.error("--leave goes with --job, and --prompts does not")
+    check_options(parser, options)
     options.overwrite &= options.filename is not None  # a name with the time in it replaces nothing
-    if options.prompt is not None and options.prompts:
-        parser.error("--prompt and --prompts do not go together")
-    if options.prompt is None and not (options.prompts or options.like or options.job):
-        parser.error("one of --prompt, --prompts, --like and --job is needed")
-    if options.concurrency < 1:
-        parser.error(f"--concurrency must be 1 or more, not {options.concurrency}")
     return options
 
 
-def plan_jobs(options: argparse.Namespace) -> list[Job]:
-    """Return the requests to make, with a place for each picture.
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Exit with the first mistake in the options."""
+    has_prompt = options.prompt is not None
+    has_source = has_prompt or options.prompts or options.like or options.job
+    mistakes = {
+        "one of --prompt, --prompts, --like and --job is needed": not has_source,
+        "--prompts goes without --prompt and without --job": options.prompts and (has_prompt or options.job),
+        "--job takes 8 to 64 letters, digits, - or _": options.job is not None and not JOB_ID.fullmatch(options.job),
+        "--leave needs --job": options.leave and not options.job,
+        "--concurrency must be 1 or more": options.concurrency < 1,
+        "--timeout must be more than 0": not options.timeout > 0,  # NaN too
+        "--retry must be 0 or more": not options.retry >= 0,
+    }
+    for mistake, is_made in mistakes.items():
+        if is_made:
+            parser.error(mistake)
 
-    Raises:
-        QueryError: a file cannot be used.
-    """
-    fields = read_parameters(options.like) if options.like else {}
-    suffix = options.filename and options.filename.suffix.lower()
-    if suffix in SUFFIXES:
-        fields["output_format"] = SUFFIXES[suffix]
-    given = {name: value for name, value in vars(options).items() if name in FIELDS or name == "prompt"}
-    fields |= {name: encode_file(value) for name, value in given.items() if value is not None}
-    if options.preview:
-        fields["partial_images"] = options.preview
-    jobs = [Job("", fields, [])]
+
+def plan_jobs(options: argparse.Namespace) -> list[Job]:
+    """Return the requests to send, with a file for each image."""
+    common = read_fields(options)
+    orders = [("", common)]
     if options.prompts:
-        lines = read_prompts(options.prompts)
-        jobs = [Job(f"line {number}: ", fields | line, []) for number, line in lines.items()]
+        orders = [(f"line {number}: ", common | line) for number, line in load_prompts(options.prompts).items()]
     start = Path(time.strftime("output-%Y%m%d-%H%M%S"))
-    endings = {name: ending for ending, name in reversed(SUFFIXES.items())}
-    for i, job in enumerate(jobs, 1):
-        count = job.fields.get("num_images_per_prompt", 1)
-        count = count if isinstance(count, int) and 0 < count < 100 else 1
-        path = options.filename or start.with_suffix(endings.get(str(job.fields.get("output_format")), ".jpg"))
-        stem = f"{path.stem}-{i:0{len(str(len(jobs)))}}" if options.prompts else path.stem
-        job.paths = [path.with_stem(f"{stem}-{k}" if count > 1 else stem) for k in range(1, count + 1)]
-        for path in job.paths:
+    jobs = []
+    for i, (label, fields) in enumerate(orders, 1):
+        suffix = {"png": ".png", "webp": ".webp"}.get(str(fields.get("output_format")), ".jpg")
+        path = options.filename or start.with_suffix(suffix)
+        stem = f"{path.stem}-{i:0{len(str(len(orders)))}}" if options.prompts else path.stem
+        count = read_count(fields.get("num_images_per_prompt"), 1, most=99)
+        paths = [path.with_stem(f"{stem}-{k}" if count > 1 else stem) for k in range(1, count + 1)]
+        for path in paths:
             check_target(path, is_chosen=options.filename is not None, overwrite=options.overwrite)
+        jobs.append(Job(label, fields, paths))
     return jobs
 
 
-def encode_file(value: object) -> object:
-    return base64.b64encode(value.read_bytes()).decode() if isinstance(value, Path) else value
+def read_fields(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields that the options ask for."""
+    fields = load_parameters(options.like) if options.like else {}
+    suffix = options.filename and options.filename.suffix.lower()
+    if suffix in SUFFIXES:
+        fields["output_format"] = SUFFIXES[suffix]
+    fields |= dict(options.field or ())
+    named = {name: getattr(options, name) for name in ("prompt", *FIELDS)}
+    fields |= {name: value for name, value in named.items() if value is not None}
+    if options.preview:
+        fields["partial_images"] = options.preview
+    return fields
 
 
-def read_prompts(path: Path) -> dict[int, dict[str, Any]]:
-    """Return the fields on each line that is not empty, by the line's number; a line starting with a brace is JSON.
-
-    Raises:
-        QueryError: there is no prompt, a line starts with a brace and is no JSON object, or it is not text.
-    """
+def load_prompts(path: Path) -> dict[int, dict[str, Any]]:
+    """Return the fields on each line that is not empty, by the line's number."""
     prompts = {}
     for number, line in enumerate(decode_text(path.read_bytes(), path).splitlines(), 1):
         if line.strip():
-            prompts[number] = load_object(line) if line.lstrip().startswith("{") else {"prompt": line.strip()}
+            prompts[number] = read_object(line) if line.lstrip().startswith("{") else {"prompt": line.strip()}
             if not prompts[number]:
                 raise QueryError(f"line {number} of {path} is not a JSON object with fields", code=REFUSED)
     if not prompts:
@@ -384,24 +260,17 @@ def read_prompts(path: Path) -> dict[int, dict[str, Any]]:
 
 
 def decode_text(raw: bytes, path: Path) -> str:
-    """Return a text without its byte order mark: UTF-8, or UTF-16 and UTF-32 as editors and PowerShell mark them.
-
-    Raises:
-        QueryError: it is none of these.
-    """
-    codec = next((codec for mark, codec in MARKS.items() if raw.startswith(mark)), "utf-8")
+    """Return a text in UTF-8, UTF-16 or UTF-32."""
+    codec = json.detect_encoding(raw)
     try:
-        text = raw.decode(codec)
+        return raw.decode(codec)
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise QueryError(f"line {line} of {path} is not {codec.upper()}: save it as UTF-8", code=REFUSED) from error
-    if "\0" in text:
-        raise QueryError(f"{path} holds NUL characters, as UTF-16 without a mark does: save it as UTF-8", code=REFUSED)
-    return text
 
 
-def load_object(text: str | bytes | bytearray) -> dict[str, Any]:
-    """Return a JSON object, empty where the text is something else."""
+def read_object(text: str | bytes | bytearray) -> dict[str, Any]:
+    """Return a JSON object, or an empty one for any other text."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -409,37 +278,31 @@ def load_object(text: str | bytes | bytearray) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def read_parameters(path: Path) -> dict[str, Any]:
-    """Return the request that a picture of this server carries.
-
-    Raises:
-        QueryError: it carries none, or there is no Pillow.
-    """
+def load_parameters(path: Path) -> dict[str, Any]:
+    """Return the request that an image of this server carries."""
     try:
         from PIL import ExifTags, Image
     except ImportError as error:
-        raise QueryError("--like reads pictures with Pillow: pip install pillow", code=REFUSED) from error
+        raise QueryError("--like reads images with Pillow: pip install pillow", code=REFUSED) from error
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:
-            check_pixels(*picture.size)  # a PNG is decoded for its texts
-            comment = picture.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
-            text = picture.info.get("parameters") or comment.removeprefix(b"UNICODE\0").decode("utf-16-be")
+        warnings.simplefilter("ignore")
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:  # Pillow decodes a PNG to read its texts
+                raise ValueError(f"it has {image.width} x {image.height} pixels, and at most {MAX_PIXELS} are read")
+            comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+            text = image.info.get("parameters") or comment.removeprefix(b"UNICODE\0").decode("utf-16-be")
     except FileNotFoundError as error:
         raise QueryError(f"there is no file {path}", code=REFUSED) from error
     except Exception as error:  # Pillow's decoders raise many kinds
-        raise QueryError(f"{path} cannot be read as a picture: {error}", code=REFUSED) from error
-    request = load_object(text).get("request")
+        raise QueryError(f"{path} cannot be read as an image: {error}", code=REFUSED) from error
+    request = read_object(text).get("request")
     if not isinstance(request, dict):
-        raise QueryError(f"{path} does not tell how it was made", code=REFUSED)
-    return {name: value for name, value in request.items() if name in FIELDS or name == "prompt"}
+        raise QueryError(f"{path} holds no request of this server; use an image that the server made", code=REFUSED)
+    return request
 
 
 def check_target(path: Path, *, is_chosen: bool, overwrite: bool) -> None:
-    """Refuse a place that a picture could not be saved in, before the server works for it.
-
-    Raises:
-        QueryError: a file of a chosen name exists, or its folder cannot be written.
-    """
+    """Refuse a file that could not be saved, before the server works for it."""
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise QueryError(f"cannot write into the folder {path.parent}")
     if is_chosen and os.path.lexists(path):
@@ -449,8 +312,8 @@ def check_target(path: Path, *, is_chosen: bool, overwrite: bool) -> None:
             raise QueryError(f"{path} exists and is not a file")
 
 
-def read_key(key_file: Path) -> str | None:
-    """Return the inference key of TorchServe's key file, None where there is no file."""
+def load_key(key_file: Path) -> str | None:
+    """Return the inference key of TorchServe's key file, or None without a file."""
     try:
         key = json.loads(key_file.read_bytes())["inference"]["key"]
     except FileNotFoundError:
@@ -461,23 +324,22 @@ def read_key(key_file: Path) -> str | None:
 
 
 def request_events(job: Job, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Send a request and yield the events of its answer; again while it has not run, or where there is a new token.
+    """Send a request and yield the events of its answer.
 
-    Raises:
-        QueryError: no answer, or a refusal.
+    It is sent again while it has not run, and once with a new token.
     """
     given = options.token or os.environ.get(TOKEN_VARIABLE)
-    token, has_new_token = given or read_key(options.key_file), False
+    job.token, has_new_token = given or load_key(options.key_file), False
     start, tries = time.monotonic(), 0
     while True:
         try:
-            yield from (follow_order if options.job else post_request)(job, options, token=token)
+            yield from (follow_order if options.job else follow_stream)(job, options)
             return
         except RefusedTokenError:
-            new_token = None if given else read_key(options.key_file)  # a server that was restarted has made new keys
-            if has_new_token or not new_token or new_token == token:
+            new_token = None if given else load_key(options.key_file)  # a restarted server writes new keys
+            if has_new_token or not new_token or new_token == job.token:
                 raise
-            token, has_new_token = new_token, True
+            job.token, has_new_token = new_token, True
         except NotRunError as error:
             if not options.retry:
                 raise
@@ -493,12 +355,12 @@ def request_events(job: Job, options: argparse.Namespace) -> Iterator[dict[str, 
 
 
 def choose_wait(retry_after: float | None, *, tries: int, left: float) -> float | None:
-    """Return after how many seconds to send a request again that has not run, None to give up.
+    """Return the seconds before the next try, or None to give up.
 
     Args:
-        retry_after: what the server asks for; up to a second more keeps its clients from coming back all at once.
+        retry_after: seconds that the server asks for. Up to one more keeps its clients apart.
         tries: how often the request was sent.
-        left: seconds in which it may be sent again.
+        left: seconds during which it may be sent again.
     """
     earliest = retry_after or 0.0
     if left <= 0 or earliest > left:
@@ -507,246 +369,201 @@ def choose_wait(retry_after: float | None, *, tries: int, left: float) -> float 
     return min(earliest + random.uniform(0, spread), left)
 
 
-def post_request(job: Job, options: argparse.Namespace, *, token: str | None) -> Iterator[dict[str, Any]]:
-    """Send one request and yield the events of its answer.
+def follow_stream(job: Job, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Send one request and yield the events of its answer."""
+    fields = {**job.fields, "stream": True}
+    with open_answer(job, options, "POST", options.url, kind="text/event-stream", fields=fields) as response:
+        if warning := response.headers.get("X-Warning"):
+            yield {"type": "warning", "message": f"warning: {warning[:1000]}"}
+        yield from filter(lambda event: check_event(event, job), read_events(response, job))
 
-    Raises:
-        QueryError: as above.
+
+def follow_order(job: Job, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Order a job, or return to it, and yield its progress as events of a stream."""
+    url = urllib.parse.urljoin(options.url, f"/jobs/{options.job}")
+    report = load_report(job, options, "PUT" if job.fields.get("prompt") else "GET", url)
+    while (state := report.get("state")) in ("waiting", "running"):
+        if options.leave:
+            job.saved = len(job.paths)
+            yield {"type": "warning", "message": f"{url}: {state}; --job {options.job} returns to it"}
+            return
+        if state == "waiting" and report.get("place") != job.place:
+            job.place = report.get("place")
+            yield {"type": "queue", "place": job.place}
+        if report.get("step"):
+            job.step, job.total = report["step"], report["total"]
+            yield {"type": "progress"}
+        if job.is_over.wait(JOB_PAUSE_SECONDS):
+            return
+        report = load_report(job, options, "GET", url)
+    if state != "done":
+        raise QueryError(f"the job is {state}: {str(report.get('message'))[:1000]}")
+    first, addresses = job.paths[0], report["pictures"]
+    job.paths += [first.with_stem(f"{first.stem}-{k}") for k in range(len(job.paths), len(addresses))]
+    for index, address in enumerate(addresses):
+        with open_answer(job, options, "GET", urllib.parse.urljoin(url, address), kind="image/") as response:
+            image = read_start(response, MAX_EVENT_BYTES + 1)
+        if len(image) > MAX_EVENT_BYTES:
+            raise QueryError(f"the server sends an image of more than {MAX_EVENT_BYTES} bytes")
+        yield {"type": "job.completed", "index": index, "file": image}
+
+
+def load_report(job: Job, options: argparse.Namespace, method: str, url: str) -> dict[str, Any]:
+    """Return what the jobs API reports of a job; PUT orders it first."""
+    fields = job.fields if method == "PUT" else None
+    with open_answer(job, options, method, url, kind="application/json", fields=fields) as response:
+        return read_object(read_start(response))
+
+
+@contextlib.contextmanager
+def open_answer(
+    job: Job, options: argparse.Namespace, method: str, url: str, *, kind: str, fields: Mapping[str, Any] | None = None
+) -> Iterator[Any]:
+    """Send one request and check the head of its answer.
+
+    Args:
+        kind: the start of the content type to expect.
     """
     import requests
     from urllib3.exceptions import HTTPError
 
-    if token and not (token.isascii() and token.isprintable()):
+    if job.token and not (job.token.isascii() and job.token.isprintable()):
         raise QueryError("the token holds a character that cannot be sent", code=REFUSED)
-    place = ""
+    headers = {"Authorization": f"Bearer {job.token}"} if job.token else {}
+    has_answer = False
     try:
         with requests.Session() as session:
-            session.trust_env = False  # no proxy between, and no ~/.netrc in the token's place
+            session.trust_env = False  # no proxy, and no ~/.netrc instead of the token
             session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
-            with session.post(
-                options.url,
-                json={**job.fields, "stream": True},
-                headers={"Authorization": f"Bearer {token}"} if token else {},
+            with session.request(
+                method,
+                url,
+                data=None if fields is None else json.dumps(fields),
+                headers={**headers, "Content-Type": "application/json"},
                 timeout=(CONNECT_SECONDS, options.timeout),
                 allow_redirects=False,  # the token is for this address only
                 stream=True,
             ) as response:
-                check_status(response, options)
-                place = "before the first step"
-                if warning := response.headers.get("X-Warning"):
-                    yield {"type": "warning", "message": f"warning: {warning[:1000]}"}
-                for event in read_events(response, job):
-                    if is_wanted(event, job):
-                        if event["type"] == "progress":
-                            place = f"after step {event['step']} of {event['total']}"
-                        yield event
+                check_status(response, kind, options)
+                has_answer = True
+                yield response
     except (requests.RequestException, HTTPError) as error:
-        if place:
+        if has_answer:
+            place = f"after step {job.step} of {job.total}" if job.step else "before the first step"
             raise QueryError(f"the connection broke {place}; the server's log says why", code=TRY_LATER) from error
-        raise explain_silence(error, options.url) from error
-
-
-def follow_order(job: Job, options: argparse.Namespace, *, token: str | None) -> Iterator[dict[str, Any]]:
-    """Order a job, or come back for it, and yield what happens to it as events of a stream.
-
-    Raises:
-        QueryError: it has failed, or was cancelled; or as above.
-    """
-    import requests
-    from urllib3.exceptions import HTTPError
-
-    address = urllib.parse.urljoin(options.url, f"/jobs/{options.job}")
-    try:
-        with requests.Session() as session:
-            session.trust_env = False
-            session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
-            session.headers.update({"Authorization": f"Bearer {token}"} if token else {})
-            told = read_answer(session, options, "PUT" if job.fields.get("prompt") else "GET", address, job.fields)
-            while (state := told.get("state")) in ("waiting", "running"):
-                if options.leave:
-                    job.saved = len(job.paths)
-                    yield {"type": "warning", "message": f"{address}: {state}; --job {options.job} comes back for it"}
-                    return
-                if state == "waiting" and told.get("place") != job.place:
-                    job.place = told.get("place")
-                    yield {"type": "queue", "place": job.place}
-                if told.get("step"):
-                    yield {"type": "progress", "step": told["step"], "total": told["total"]}
-                if job.is_over.wait(JOB_PAUSE_SECONDS):
-                    return
-                told = read_answer(session, options, "GET", address)
-            if state != "done":
-                raise QueryError(f"the job is {state}: {str(told.get('message'))[:1000]}")
-            first = job.paths[0]
-            job.paths += [first.with_stem(f"{first.stem}-{k}") for k in range(len(job.paths), len(told["pictures"]))]
-            for index, path in enumerate(told["pictures"]):
-                with session.get(urllib.parse.urljoin(address, path), timeout=CONNECT_SECONDS, stream=True) as response:
-                    content = response.raw.read(MAX_EVENT_BYTES)
-                yield {"type": "job.completed", "index": index, "b64_json": base64.b64encode(content).decode()}
-    except (requests.RequestException, HTTPError) as error:
-        raise explain_silence(error, address) from error
-
-
-def read_answer(
-    session: Any, options: argparse.Namespace, method: str, address: str, fields: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Return what the jobs' API tells of a job.
-
-    Raises:
-        QueryError: it refuses.
-    """
-    body = fields if method == "PUT" else None
-    timeout = (CONNECT_SECONDS, options.timeout)
-    with session.request(method, address, json=body, timeout=timeout, allow_redirects=False, stream=True) as response:
-        if response.status_code not in (200, 202):
-            check_status(response, options)
-        return load_object(read_start(response))
+        raise explain_silence(error, url) from error
 
 
 def explain_silence(error: Exception, url: str) -> QueryError:
-    """Return the failure to show where no answer began, of the kind that allows another try where nothing was sent."""
+    """Return the failure of a request without an answer; NotRunError if nothing was sent."""
     from urllib3.exceptions import ConnectTimeoutError
 
     cause: BaseException = error
     while cause.__context__:  # the first failure is the plain one: "Connection refused"
         cause = cause.__context__
     message = f"no answer from {url}: {getattr(cause, 'strerror', None) or cause}"
-    # urllib3's failures to connect are all of this class, a refusal and an unknown name too
+    # urllib3 uses this class for every failure to connect, also for an unknown host name
     was_sent = not isinstance(getattr(next(iter(error.args), None), "reason", None), ConnectTimeoutError)
-    return QueryError(message, code=TRY_LATER) if was_sent else NotRunError(message)
+    return QueryError(message, code=TRY_LATER) if was_sent else NotRunError(message, code=TRY_LATER)
 
 
-def check_status(response: Any, options: argparse.Namespace) -> None:
-    """Refuse every answer that is no stream of events.
-
-    Raises:
-        QueryError: with what the server said.
-    """
-    status, kind = response.status_code, response.headers.get("Content-Type") or "no content type"
-    if status == 200 and kind.startswith("text/event-stream"):
+def check_status(response: Any, kind: str, options: argparse.Namespace) -> None:
+    """Refuse an answer of another status or content type."""
+    status, content_type = response.status_code, response.headers.get("Content-Type") or "no content type"
+    if status in (200, 202) and content_type.startswith(kind):
         return
     start = read_start(response)
-    content = load_object(start)
+    content = read_object(start)
     if status == 400 and content.get("type") == "InvalidKeyException":
         order = f"--token, then {TOKEN_VARIABLE}, then the inference key in {options.key_file} (--key-file)"
-        raise RefusedTokenError(
-            f"the server refuses the token, or there is none; it is taken from {order}", code=REFUSED
-        )
+        raise RefusedTokenError(f"the server refuses the token, or there is none; it comes from {order}", code=REFUSED)
     shown = start[:800].decode(errors="replace")[:200]
     if status == 200:
-        raise QueryError(f"the answer is not a stream of events ({kind}): {shown}")
+        raise QueryError(f"the server answered with {content_type[:100]} instead of {kind}: {shown}")
     error = content.get("error")
     message = error.get("message") if isinstance(error, dict) else content.get("message")
-    what = " (redirects are not followed)" if 300 <= status < 400 else ""
-    line = f"the server answered {status}{what}: {str(message or shown)[:1000]}"
-    reason, retry_after = content.get("type"), response.headers.get("Retry-After")
-    # TorchServe's other failures may come from a worker, whatever header a proxy adds; a proxy's own have no type here
-    if status in (429, 503) and (reason == BUSY_TYPE or (retry_after is not None and not reason)):
+    redirect = " (redirects are not followed)" if 300 <= status < 400 else ""
+    line = f"the server answered {status}{redirect}: {str(message or shown)[:1000]}"
+    reason, wait = content.get("type"), response.headers.get("Retry-After")
+    # A worker may cause TorchServe's other failures, even with a proxy's header. A proxy's own answer has no type.
+    if status in (429, 503) and (reason == BUSY_TYPE or (wait is not None and not reason)):
         line = "the server is busy, or its model is still loading" if reason else line
-        raise NotRunError(line, retry_after=parse_retry_after(retry_after))
+        is_number = wait is not None and wait.isascii() and wait.isdigit()
+        raise NotRunError(line, code=TRY_LATER, retry_after=float(wait) if is_number else None)
     raise QueryError(line, code=choose_code(status))
 
 
-def read_start(response: Any) -> bytes:
-    """Return the beginning of an answer; iter_content would take a chunk's head of any length."""
-    start = b""
-    while len(start) < MAX_ERROR_BYTES and (part := response.raw.read1(MAX_ERROR_BYTES, decode_content=True)):
+def choose_code(status: object) -> int:
+    """Return the exit code for an HTTP status."""
+    if status in (429, 503, 504):
+        return TRY_LATER
+    return REFUSED if isinstance(status, int) and 400 <= status < 500 else FAILED
+
+
+def read_start(response: Any, size: int = MAX_ERROR_BYTES) -> bytes:
+    """Return at most `size` bytes of an answer; iter_content would take a chunk's head of any length."""
+    start = bytearray()
+    while len(start) < size and (part := response.raw.read1(size, decode_content=True)):
         start += part
-    return start[:MAX_ERROR_BYTES]
-
-
-def parse_retry_after(value: str | None) -> float | None:
-    """Return the seconds that a Retry-After header names as such or as a date, None where it names neither."""
-    if not value or (value.isascii() and value.isdigit()):
-        return float(value) if value else None
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, OverflowError, OSError):
-        return None
+    return bytes(start[:size])
 
 
 def read_events(response: Any, job: Job) -> Iterator[dict[str, Any]]:
-    """Yield the JSON in the data of each server-sent event, until the end or until nobody waits for it.
-
-    Raises:
-        QueryError: an event is larger than any that was asked for, or all of them are.
-    """
-    buffer, left = bytearray(), MAX_EVENT_BYTES * (1 + len(job.paths) * (1 + count_previews(job)))
-    while part := response.raw.read1(2**16):  # iter_content would wait for a whole chunk, or for the end
+    """Yield the JSON of each server-sent event, until the end or until the job is over."""
+    buffer = bytearray()
+    while part := response.raw.read1(2**16):  # iter_content would wait for a whole chunk
         buffer += part
-        left -= len(part)
         if len(buffer) > MAX_EVENT_BYTES:
-            raise QueryError(f"the answer holds an event of more than {MAX_EVENT_BYTES} bytes")
-        if left < 0:
-            raise QueryError("the answer is longer than all pictures that were asked for")
+            raise QueryError(f"the server sends an event of more than {MAX_EVENT_BYTES} bytes")
         if job.is_over.is_set():
             return
-        if buffer.find(b"\n\n", -len(part) - 1) < 0:  # what came before has been searched
+        if buffer.find(b"\n\n", -len(part) - 1) < 0:  # the bytes before have been searched
             continue
         *events, buffer = buffer.split(b"\n\n")
         for event in events:
             for line in event.splitlines():
                 if line.startswith(b"data:"):
                     if sum(map(line.count, (b"{", b"[", b","))) > MAX_EVENT_PARTS:  # each takes 20 times its length
-                        raise QueryError(f"the answer holds an event of more than {MAX_EVENT_PARTS} parts")
-                    yield load_object(line.removeprefix(b"data:"))
+                        raise QueryError(f"the server sends an event of more than {MAX_EVENT_PARTS} parts")
+                    yield read_object(line.removeprefix(b"data:"))
 
 
-def count_previews(job: Job) -> int:
-    """Return how many previews of each picture a request asks for."""
-    count = job.fields.get("partial_images", 0)
-    return count if type(count) is int and 0 <= count <= 3 else 0
-
-
-def is_wanted(event: Mapping[str, Any], job: Job) -> bool:
-    """Say whether an event is one to look at; note what it brings.
-
-    Raises:
-        QueryError: nobody has asked for that, or it has come already.
-    """
+def check_event(event: dict[str, Any], job: Job) -> bool:
+    """Note what an event brings, and decode its image; return False for an event without a use here."""
     kind = str(event.get("type"))
     if kind == "progress":
         step, total = event["step"], event["total"]
         known = type(step) is int and type(total) is int and step <= total <= MAX_STEPS * len(job.paths)
         if not known or step <= job.step:
             raise QueryError(f"the server sends step {step!r:.50} of {total!r:.50} after step {job.step}")
-        job.step = step
+        job.step, job.total = step, total
     elif kind == "queue":
         place = event["place"]
         if type(place) is not int or place < 0 or job.place is not None and place >= job.place:
             raise QueryError(f"the server sends place {place!r:.50} in its queue after place {job.place}")
         job.place = place
     elif kind.endswith((".partial_image", ".completed")):
+        index = event["index"]
         number = event["partial_image_index"] if kind.endswith(".partial_image") else None
-        note_picture(event["index"], number, job)
+        if type(index) is not int or (index, number) not in job.awaited:
+            name = f"image {index!r:.50}" if number is None else f"preview {number!r:.50} of image {index!r:.50}"
+            raise QueryError(f"the server sends {name}, which was not asked for or came before")
+        # No preview follows its image
+        job.awaited -= {(index, number)} if number is not None else {key for key in job.awaited if key[0] == index}
+        event["file"] = base64.b64decode(event["b64_json"], validate=True)
     else:
         return kind == "error"
     return True
 
 
-def note_picture(index: Any, number: Any, job: Job) -> None:
-    """Note that a picture, or its preview of a number, has come.
+def draw_images(jobs: Sequence[Job], options: argparse.Namespace) -> int:
+    """Save the images of all jobs, several jobs at a time; return the exit code.
 
-    Raises:
-        QueryError: nobody has asked for that, or it has come already.
-    """
-    name = f"picture {index!r:.50}" if number is None else f"preview {number!r:.50} of picture {index!r:.50}"
-    is_asked = type(index) is int and 0 <= index < len(job.paths)
-    if not is_asked or (number is not None and not (type(number) is int and 0 <= number < count_previews(job))):
-        raise QueryError(f"the server sends {name}, counted from 0, for which nobody has asked")
-    if not job.received.isdisjoint({(index, number), (index, None)}):
-        raise QueryError(f"the server sends {name}, counted from 0, again")
-    job.received.add((index, number))
-
-
-def make_pictures(jobs: Sequence[Job], options: argparse.Namespace) -> int:
-    """Make every job's pictures, several jobs at a time; return the exit code.
-
-    Each job's thread only passes on what arrives. It is left behind when its time is up, since a timeout of the request
-    itself would start again with every byte.
+    A job's thread only passes on what arrives. It is abandoned after --timeout: the timeout of requests would begin
+    again with every byte.
     """
     waiting, running, code = list(reversed(jobs)), set[Job](), 0
-    arrived: Arrived = queue.SimpleQueue()
+    arrived: queue.SimpleQueue[tuple[Job, Any]] = queue.SimpleQueue()
     try:
         with open_bar() as bar:
             while waiting or running:
@@ -773,22 +590,24 @@ def make_pictures(jobs: Sequence[Job], options: argparse.Namespace) -> int:
     return code
 
 
-def follow(job: Job, options: argparse.Namespace, arrived: Arrived) -> None:
-    """Pass on each event of a job's answer, and last the failure that ends it."""
+def follow(job: Job, options: argparse.Namespace, arrived: queue.SimpleQueue[tuple[Job, Any]]) -> None:
+    """Pass on each event of a job's answer, and then the failure that ends it."""
     try:
         for event in request_events(job, options):
             arrived.put((job, event))
-        arrived.put((job, QueryError("the answer ended before the last picture")))
+        arrived.put((job, QueryError("the answer ended before the last image")))
     except BaseException as error:
         arrived.put((job, error))
 
 
-def wait_for_event(running: Set[Job], arrived: Arrived, options: argparse.Namespace) -> tuple[Job, Any]:
-    """Return what arrives next and whose it is: an event, a failure, or None after a second without either."""
+def wait_for_event(
+    running: Set[Job], arrived: queue.SimpleQueue[tuple[Job, Any]], options: argparse.Namespace
+) -> tuple[Job, Any]:
+    """Return a job and its next event or failure, or None after a second without either."""
     first = min(running, key=lambda job: job.deadline)
     left = first.deadline - time.monotonic()
     if left <= 0:
-        late = f"no picture from {options.url} within {options.timeout:g} s (--timeout)"
+        late = f"no image from {options.url} within {options.timeout:g} s (--timeout)"
         return first, QueryError(late, code=TRY_LATER)
     try:
         return arrived.get(timeout=min(1.0, left))
@@ -797,11 +616,11 @@ def wait_for_event(running: Set[Job], arrived: Arrived, options: argparse.Namesp
 
 
 def handle_event(job: Job, event: Any, *, overwrite: bool) -> None:
-    """Note a step, show a warning, save a picture.
+    """Show a warning or a place in the queue, or save an image.
 
     Raises:
-        QueryError: what the event tells of, or a picture that is not whole.
-        OSError: a picture cannot be saved.
+        QueryError: the event is an error, or holds no image.
+        OSError: the image cannot be saved.
     """
     if isinstance(event, BaseException):
         raise event
@@ -813,33 +632,22 @@ def handle_event(job: Job, event: Any, *, overwrite: bool) -> None:
     if kind == "warning":
         show_line(f"query.py: {job.label}{event['message']}", file=sys.stderr)
     elif kind == "queue":
-        show_line(f"query.py: {job.label}waiting; before it in the queue: {event['place']}", file=sys.stderr)
-    elif kind == "progress":
-        job.done, job.total = event["step"], event["total"]
-    elif kind.endswith((".partial_image", ".completed")):
-        picture = check_picture(event)
+        show_line(f"query.py: {job.label}waiting; requests before it: {event['place']}", file=sys.stderr)
+    elif kind.endswith(".partial_image"):
         path = job.paths[event["index"]]
-        number = event["partial_image_index"] if kind.endswith(".partial_image") else None
-        if number is not None:
-            path = path.with_stem(f"{path.stem}-preview-{number + 1}")
-        path = save_picture(picture, path, overwrite=overwrite)
-        show_line(str(path), file=sys.stdout if number is None else sys.stderr)
-        if number is None:
-            if "seed" in event:
-                show_line(f"{path}: seed {event['seed']!s:.100}", file=sys.stderr)
-            job.saved += 1
-            job.done = job.total if job.saved == len(job.paths) else job.done
-
-
-def choose_code(status: object) -> int:
-    """Return the exit code for an HTTP status."""
-    if status in (429, 503, 504):
-        return TRY_LATER
-    return REFUSED if isinstance(status, int) and 400 <= status < 500 else FAILED
+        path = path.with_stem(f"{path.stem}-preview-{event['partial_image_index'] + 1}")
+        show_line(str(save_image(event["file"], path, overwrite=overwrite)), file=sys.stderr)
+    elif kind.endswith(".completed"):
+        path = save_image(event["file"], job.paths[event["index"]], overwrite=overwrite)
+        show_line(str(path), file=sys.stdout)
+        if "seed" in event:
+            show_line(f"{path}: seed {event['seed']!s:.100}", file=sys.stderr)
+        job.saved += 1
+        job.step = job.total if job.saved == len(job.paths) else job.step
 
 
 def find_tqdm() -> Any:
-    """Return tqdm's class, None where it is not installed."""
+    """Return tqdm's class, or None if it is not installed."""
     try:
         from tqdm import tqdm
     except ImportError:
@@ -848,17 +656,17 @@ def find_tqdm() -> Any:
 
 
 def open_bar() -> contextlib.AbstractContextManager[Any]:
-    """Return a context with a bar of steps, with None where there is no tqdm."""
+    """Return a context with a progress bar, or with None without tqdm."""
     tqdm = find_tqdm()
     bar: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     return tqdm(unit="step", disable=None, leave=False, dynamic_ncols=True) if tqdm else bar
 
 
 def show_steps(bar: Any, jobs: Sequence[Job]) -> None:
-    """Show the steps of all jobs together; one that has not begun counts as many as the last that has."""
+    """Show the steps of all jobs; a job that has not begun counts as many as the last that has."""
     typical = next((job.total for job in reversed(jobs) if job.total), 0)
-    bar.total = sum(job.done if job.is_over.is_set() else job.total or typical for job in jobs) or None
-    bar.n = sum(job.done for job in jobs)
+    bar.total = sum(job.step if job.is_over.is_set() else job.total or typical for job in jobs) or None
+    bar.n = sum(job.step for job in jobs)
     if len(jobs) > 1:
         bar.set_postfix_str(f"{sum(job.is_over.is_set() for job in jobs)} of {len(jobs)} prompts", refresh=False)
     bar.refresh()
@@ -866,122 +674,34 @@ def show_steps(bar: Any, jobs: Sequence[Job]) -> None:
 
 def show_error(error: Exception, *, label: str = "") -> int:
     """Show a failure in one line; return its exit code."""
-    shown = f"the answer holds a damaged event: {error!r}" if isinstance(error, (LookupError, TypeError)) else error
+    shown = f"the server sends a damaged event: {error!r}" if isinstance(error, DAMAGED) else error
     show_line(f"query.py: {label}{shown}", file=sys.stderr)
     return error.code if isinstance(error, QueryError) else FAILED
 
 
 def show_line(text: str, *, file: Any) -> None:
-    """Print a line above the bar, without what could move a terminal's cursor; a server chose some of it."""
+    """Print a line above the bar; escape the server's control characters, which could move the cursor."""
     escaped = (char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
     tqdm = find_tqdm()
     with tqdm.external_write_mode(file=file) if tqdm else contextlib.nullcontext():
         print("".join(escaped), file=file)
 
 
-def check_picture(event: Mapping[str, Any]) -> bytes:
-    """Return the picture of an event.
-
-    Raises:
-        QueryError: it is not a whole JPEG, PNG or WebP.
-    """
-    try:
-        data = base64.b64decode(event["b64_json"], validate=True)
-        check_frame(data)
-    except struct.error as error:
-        raise QueryError("the picture is damaged: it is cut short") from error
-    except (ValueError, LookupError, TypeError) as error:
-        raise QueryError(f"the picture is damaged: {error}") from error
-    return data
-
-
-def check_frame(data: bytes) -> None:
-    """Follow a picture's parts from its start to its end.
-
-    In a PNG each part tells whether it is as it was written. In a JPEG or WebP it does not: a picture that is cut short
-    or put together wrongly is found, bytes that are others than they were are not.
-
-    Raises:
-        ValueError: it is not a whole JPEG, PNG or WebP.
-        struct.error: it is cut short.
-    """
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        check_png(data)
-    elif data.startswith(b"\xff\xd8\xff"):
-        check_jpeg(data)
-    elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        check_webp(data)
-    else:
-        raise ValueError("it is no JPEG, PNG or WebP")
-
-
-def check_pixels(width: int, height: int) -> None:
-    """Refuse a picture that whoever opens it would take gigabytes for.
-
-    Raises:
-        QueryError: it is larger than any that this server makes.
-    """
-    if width * height > MAX_PIXELS:
-        raise QueryError(f"the picture has {width} x {height} pixels; the most that is taken is {MAX_PIXELS}")
-
-
-def check_png(data: bytes) -> None:
-    place, kinds = 8, [b""]
-    while kinds[-1] != b"IEND":
-        length, kind = struct.unpack_from(">I4s", data, place)
-        (checksum,) = struct.unpack_from(">I", data, place + 8 + length)
-        if checksum != zlib.crc32(memoryview(data)[place + 4 : place + 8 + length]):
-            raise ValueError(f"the checksum of its part {kind!r} is wrong")
-        place += 12 + length
-        kinds.append(kind)
-    if kinds[1] != b"IHDR" or b"IDAT" not in kinds:
-        raise ValueError("it is a PNG without a picture")
-    check_pixels(*struct.unpack_from(">II", data, 16))
-
-
-def check_jpeg(data: bytes) -> None:
-    place, has_scan = 2, False
-    while (marker := JPEG_MARKER.match(data, place)) and marker[1] != b"\xd9":
-        (length,) = struct.unpack_from(">H", data, marker.end())
-        place = marker.end() + length
-        if marker[1] in JPEG_FRAMES:
-            height, width = struct.unpack_from(">HH", data, marker.end() + 3)
-            check_pixels(width, height)
-        if marker[1] == b"\xda":
-            has_scan = True
-            end = JPEG_SCAN_END.search(data, place)
-            place = end.start() if end else len(data)
-    if not marker:
-        raise ValueError("it is cut short" if place >= len(data) else "its parts do not follow one another")
-    if not has_scan:
-        raise ValueError("it is a JPEG without a picture")
-
-
-def check_webp(data: bytes) -> None:
-    (length,) = struct.unpack_from("<I", data, 4)
-    if len(data) < 8 + length:
-        raise ValueError("it is cut short")
-    place, kinds = 12, set()
-    while place < 8 + length:
-        kind, part = struct.unpack_from("<4sI", data, place)
-        if kind in WEBP_SIZES:
-            check_pixels(*WEBP_SIZES[kind](data[place + 8 : place + 18].ljust(10, b"\0")))
-        place += 8 + part + part % 2
-        kinds.add(kind)
-    if place != 8 + length or not kinds & {b"VP8 ", b"VP8L", b"ANMF"}:
-        raise ValueError("its parts are not those of a WebP")
-
-
-def save_picture(picture: bytes, path: Path, *, overwrite: bool) -> Path:
-    """Write the picture whole or not at all.
+def save_image(image: bytes, path: Path, *, overwrite: bool) -> Path:
+    """Write the whole image or nothing.
 
     Returns:
-        Where it is: a name that is taken gets -1, -2, … unless it may be overwritten.
+        The file. A name that is taken gets -1, -2, … unless it may be overwritten.
+
+    Raises:
+        QueryError: the bytes are no image.
+        OSError: the file cannot be written.
     """
+    if not image.startswith(IMAGE_STARTS):
+        raise QueryError("the server sends a file that is no JPEG, PNG or WebP")
     temporary = path.with_name(f".query-{uuid.uuid4().hex}.part")
     try:
-        with temporary.open("xb") as file:
-            file.write(picture)
+        temporary.write_bytes(image)
         if not overwrite:
             path = take_free_name(path)
         return temporary.replace(path)
@@ -1004,7 +724,7 @@ def take_free_name(path: Path) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(argv)
     try:
-        return make_pictures(plan_jobs(options), options)
+        return draw_images(plan_jobs(options), options)
     except KeyboardInterrupt:
         return INTERRUPTED
     except (QueryError, OSError, ValueError) as error:

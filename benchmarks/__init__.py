@@ -1,1 +1,1 @@
-"""Speed, memory and error of one model under different engines, each measured in a process of its own."""
+"""Compare engines, checkouts and step plans on one model: python -m benchmarks."""

@@ -1,4 +1,4 @@
-"""OpenVINO without torch.compile, as its own documentation has it: convert once, keep the model, compile it."""
+"""OpenVINO without torch.compile, by its own documentation: convert once, save the model, compile it."""
 
 import dataclasses
 import gc
@@ -13,12 +13,11 @@ from torch.utils import _pytree as pytree
 from benchmarks.parts import Part, list_tensors
 from openvino_backend.running import TensorRequest
 
-_FILE = "model.xml"
-_TRACED_SIZE = 64  # pixels; torch.jit.trace holds all that it computes, which at the real size is more than the weights
+_TRACED_SIZE = 64  # pixels; torch.jit.trace keeps all results, at the real size more than the weights
 
 
 class _Flat(torch.nn.Module):
-    """A part that takes its tensors by position and returns a tuple, as torch.jit.trace wants it."""
+    """Take a part's tensors by position and return a tuple, as torch.jit.trace requires."""
 
     def __init__(self, part: Part, inputs: Mapping[str, Any]) -> None:
         super().__init__()
@@ -31,20 +30,16 @@ class _Flat(torch.nn.Module):
         return list_tensors(self._method(**pytree.tree_unflatten(leaves, self._structure)))
 
 
-def find_kept(folder: Path) -> bool:
-    """Say whether the folder holds a converted model."""
-    return (folder / _FILE).exists()
-
-
 def compile_part(
     part: Part, options: Mapping[str, Any], precision: str, folder: Path
 ) -> tuple[Callable[..., Any], Callable[[], dict[str, Any]]]:
-    """Return the part as OpenVINO compiles it, and what tells what runs; the converted model is kept in the folder."""
-    is_kept = find_kept(folder)
+    """Return the part compiled by OpenVINO, and a function that describes it. The folder keeps the converted model."""
+    path = folder / "model.xml"
+    is_kept = path.exists()
     if not is_kept:
-        _convert(part, options.get("weight_compression"), folder / _FILE)
+        _convert(part, options.get("weight_compression"), path)
     properties = {"INFERENCE_PRECISION_HINT": precision, **options.get("config", {})}
-    compiled = openvino.Core().compile_model(folder / _FILE, "CPU", properties)
+    compiled = openvino.Core().compile_model(path, "CPU", properties)
     ran = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     model = TensorRequest(compiled)
 
@@ -55,10 +50,10 @@ def compile_part(
 
 
 def _convert(part: Part, compression: str | None, path: Path) -> None:
-    """Write the part as an OpenVINO model, its weights in float16 or compressed, and let go of torch's module."""
-    small = dataclasses.replace(part, size=_TRACED_SIZE).inputs
+    """Save the part as an OpenVINO model, with weights in float16 or compressed. Free torch's module."""
+    small = dataclasses.replace(part, size=_TRACED_SIZE).inputs[0]
     model = openvino.convert_model(_Flat(part, small), example_input=list_tensors(small))
-    model.reshape({index: list(tensor.shape) for index, tensor in enumerate(list_tensors(part.inputs))})
+    model.reshape({index: list(tensor.shape) for index, tensor in enumerate(list_tensors(part.inputs[0]))})
     if compression:
         import nncf
 

@@ -1,4 +1,4 @@
-"""The parts of a pipeline, each with the inputs of some calls as the pipeline makes them."""
+"""Parts of a pipeline, each with the inputs that the pipeline gives it."""
 
 import functools
 import importlib
@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.configurations import PARTS
 
 _TOKENS = 77
-_TIMESTEPS = (981.0, 721.0, 401.0, 101.0)  # one for each call; at large ones the time embedding needs its precision
+_TIMESTEPS = (981.0, 721.0, 401.0, 101.0)  # one for each input; a large one needs a precise time embedding
+INPUTS = len(_TIMESTEPS)
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Part:
     """One part of the pipeline in a folder.
 
     Attributes:
-        weights: the name of their type; as in the server, the VAE takes float32 for float16, in which it overflows.
-        size: the picture's width and height in pixels.
+        weights: the name of their type. As in the server, the VAE overflows in float16 and takes float32.
+        size: the image's width and height in pixels.
     """
 
     model: Path
@@ -37,13 +37,10 @@ class Part:
     def dtype(self) -> torch.dtype:
         return getattr(torch, "float32" if (self.name, self.weights) == ("vae", "float16") else self.weights)
 
-    def find_class(self) -> Any:
-        library, class_name, _ = PARTS[self.name]
-        return getattr(importlib.import_module(library), class_name)
-
     @functools.cached_property
     def module(self) -> torch.nn.Module:
-        module = self.find_class().from_pretrained(
+        library, class_name, _ = PARTS[self.name]
+        module = getattr(importlib.import_module(library), class_name).from_pretrained(
             self.model / self.name, dtype=self.dtype, use_safetensors=True, local_files_only=True
         )
         if self.name.startswith("text_encoder"):
@@ -56,37 +53,29 @@ class Part:
         return getattr(self.module, PARTS[self.name][2])
 
     @functools.cached_property
-    def calls(self) -> list[dict[str, Any]]:
-        """The keyword arguments of calls with other noise, prompts and timesteps: the error of one is partly chance."""
+    def inputs(self) -> list[dict[str, Any]]:
+        """Keyword arguments with different noise, prompts and timesteps. The error of one call is partly chance."""
         config = SimpleNamespace(**json.loads((self.model / self.name / "config.json").read_text()))
-        calls = [_make_inputs(self.name, config, self.size, *each) for each in enumerate(_TIMESTEPS)]
-        return pytree.tree_map_only(torch.Tensor, lambda tensor: _convert(tensor, self.dtype), calls)
+        inputs = [_build_inputs(self.name, config, self.size, *each) for each in enumerate(_TIMESTEPS)]
 
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """The keyword arguments of the first call."""
-        return self.calls[0]
+        def convert(tensor: torch.Tensor) -> torch.Tensor:
+            # As in the server, the timestep stays in float32.
+            return tensor.to(self.dtype) if tensor.is_floating_point() and tensor.dim() else tensor
 
-    def count_flops(self) -> int:
-        """Return the floating-point operations of one call as torch counts them; the weights are gone after that."""
-        self.module.to("meta")
-        inputs = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), self.inputs)
-        with FlopCounterMode(display=False) as counter:
-            self.method(**inputs)
-        return counter.get_total_flops()
+        return pytree.tree_map_only(torch.Tensor, convert, inputs)
 
 
 def list_tensors(results: Any) -> tuple[torch.Tensor, ...]:
-    """Return the tensors in what a part or an engine returns."""
+    """Return all tensors of a nested structure."""
     return tuple(each for each in pytree.tree_leaves(results) if isinstance(each, torch.Tensor))
 
 
-def _make_inputs(name: str, config: Any, size: int, seed: int, timestep: float) -> dict[str, Any]:
-    """Return seeded inputs; the UNet's are those of guidance: with the prompt and without."""
+def _build_inputs(name: str, config: Any, size: int, seed: int, timestep: float) -> dict[str, Any]:
+    """Return seeded inputs. The UNet gets two rows, as with guidance: with the prompt and without."""
     generator, side = torch.Generator().manual_seed(seed), size // 8
 
     def draw(*shape: int) -> torch.Tensor:
-        # The values are exact in bfloat16 and float16 too, so that every configuration is given the same ones.
+        # The values are exact in bfloat16 and float16 too, so every configuration gets the same ones.
         return torch.randn(shape, generator=generator).to(torch.bfloat16).float()
 
     if name == "unet":
@@ -106,8 +95,3 @@ def _make_inputs(name: str, config: Any, size: int, seed: int, timestep: float) 
     letters = torch.randint(config.vocab_size - 2, (1, _TOKENS), generator=generator)
     letters[:, -1] = config.eos_token_id
     return {"input_ids": letters, "output_hidden_states": True}
-
-
-def _convert(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the tensor in the module's type; as in the server, the timestep stays in float32."""
-    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dim() else tensor

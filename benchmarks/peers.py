@@ -1,6 +1,6 @@
-"""What one would take instead of this project: optimum-intel, openvino-genai and stable-diffusion.cpp, as documented.
+"""Other libraries for the same images: optimum-intel, openvino-genai and stable-diffusion.cpp, by their documentation.
 
-They need an environment of their own, which `make peers` makes; the first two take what optimum-intel exports.
+They need an environment of their own; `make peers` makes it. The first two run the model that optimum-intel exports.
 """
 
 import os
@@ -11,49 +11,39 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Describe, Job
+from benchmarks.worker import Job
 from demo.measure import GUIDANCE, Prompt
 
 Draw = Callable[[Prompt], Any]
+Describe = Callable[[], dict[str, Any]]
 
 
-def load(job: Job) -> tuple[Draw, Describe]:
-    """Load the model for pictures of one size; see pictures.load."""
+def load_peer(job: Job) -> tuple[Draw, Describe]:
+    """Load the model for one size. Return a function that draws and one that describes what ran."""
     peer = job.configuration.peer or {}
     return _load_sdcpp(job, peer) if peer["library"] == "sdcpp" else _load_openvino(job, peer)
 
 
 def _load_openvino(job: Job, peer: Mapping[str, Any]) -> tuple[Draw, Describe]:
-    """Export the model unless that has been done, and load what it was exported to."""
+    """Load the exported model. Export it first if it is missing."""
     cache = Path(job.cache)
     folder, compiled = cache / "model", str(cache / "compiled")
     precision = job.configuration.arithmetic
     properties = {"INFERENCE_PRECISION_HINT": precision, "CACHE_DIR": compiled, **peer.get("config", {})}
     is_kept = folder.exists()
     if not is_kept:
-        export(Path(job.model), peer["weight_format"], folder)
+        _export(job.model, peer["weight_format"], folder)
     draw = {"optimum": _load_optimum, "genai": _load_genai}[peer["library"]](job, folder, properties)
-    return draw, lambda: {"ran": f"OpenVINO in {precision}, as asked for", "from_cache": is_kept}
+    return draw, lambda: {"ran": f"OpenVINO in {precision}, as requested", "from_cache": is_kept}
 
 
-def export(model: Path, weight_format: str, folder: Path) -> None:
-    """Write the model as optimum-intel does; the folder is there only when all of it is.
-
-    It runs in a process of its own, whose memory the record leaves out.
-    """
+def _export(model: str, weight_format: str, folder: Path) -> None:
+    """Export the model with optimum-intel, in a process whose memory is no part of the record."""
     partial = folder.with_suffix(".incomplete")
-    program = str(Path(sys.executable).with_name("optimum-cli"))
-    words = ["--task", "text-to-image", "--model", str(model), "--weight-format", weight_format, str(partial)]
-    # Its messages would stand where the record is expected.
-    done = subprocess.run(
-        [program, "export", "openvino", *words],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        stdout=sys.stderr,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"optimum-cli export ended with {done.returncode}")
-    partial.rename(folder)
+    program = [str(Path(sys.executable).with_name("optimum-cli")), "export", "openvino"]
+    words = ["--task", "text-to-image", "--model", model, "--weight-format", weight_format, str(partial)]
+    subprocess.run([*program, *words], env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=True)
+    partial.rename(folder)  # a folder of this name is complete
 
 
 def _load_optimum(job: Job, folder: Path, properties: dict[str, Any]) -> Draw:
@@ -66,14 +56,8 @@ def _load_optimum(job: Job, folder: Path, properties: dict[str, Any]) -> Draw:
     pipeline.set_progress_bar_config(disable=True)
 
     def draw(prompt: Prompt) -> Any:
-        return pipeline(
-            prompt.text,
-            num_inference_steps=job.num_inference_steps,
-            guidance_scale=GUIDANCE,
-            generator=torch.Generator().manual_seed(prompt.seed),
-            height=job.size,
-            width=job.size,
-        ).images[0]
+        generator = torch.Generator().manual_seed(prompt.seed)
+        return pipeline(prompt.text, generator=generator, **_list_arguments(job)).images[0]
 
     return draw
 
@@ -87,24 +71,22 @@ def _load_genai(job: Job, folder: Path, properties: dict[str, Any]) -> Draw:
     pipeline.compile("CPU", **properties)
 
     def draw(prompt: Prompt) -> Any:
-        tensor = pipeline.generate(
-            prompt.text,
-            num_inference_steps=job.num_inference_steps,
-            guidance_scale=GUIDANCE,
-            generator=openvino_genai.TorchGenerator(prompt.seed),
-            height=job.size,
-            width=job.size,
-        )
-        return Image.fromarray(tensor.data[0])
+        generator = openvino_genai.TorchGenerator(prompt.seed)
+        return Image.fromarray(pipeline.generate(prompt.text, generator=generator, **_list_arguments(job)).data[0])
 
     return draw
 
 
+def _list_arguments(job: Job) -> dict[str, Any]:
+    size = {"height": job.size, "width": job.size}
+    return {"num_inference_steps": job.steps, "guidance_scale": GUIDANCE, **size}
+
+
 def _load_sdcpp(job: Job, peer: Mapping[str, Any]) -> tuple[Draw, Describe]:
-    """Load the folder as it is: stable-diffusion.cpp converts the weights' names and types at each start."""
+    """Load the folder. stable-diffusion.cpp converts the names and types of weights at each start."""
     from stable_diffusion_cpp import StableDiffusion
 
-    # A folder with both text encoders it takes for Stable Diffusion 1 (0.4.7), so that one of them is named by itself.
+    # Version 0.4.7 mistakes a folder with both text encoders for Stable Diffusion 1, so one is named separately.
     model, folder, seconds = Path(job.model), Path(job.cache) / "model", list[float]()
     folder.mkdir(exist_ok=True)
     for part in ("unet", "vae", "text_encoder"):
@@ -116,27 +98,27 @@ def _load_sdcpp(job: Job, peer: Mapping[str, Any]) -> tuple[Draw, Describe]:
         wtype=peer["weight_format"],
         n_threads=len(os.sched_getaffinity(0)),
         vae_decode_only=True,
-        verbose=False,  # the record is expected on stdout
+        verbose=False,
         **peer.get("config", {}),
     )
 
     def draw(prompt: Prompt) -> Any:
-        (picture,) = pipeline.generate_image(
+        (image,) = pipeline.generate_image(
             prompt=prompt.text,
             width=job.size,
             height=job.size,
             cfg_scale=GUIDANCE,
             sample_method="euler",
             scheduler="discrete",
-            sample_steps=job.num_inference_steps,
+            sample_steps=job.steps,
             seed=prompt.seed,
             progress_callback=lambda step, _, passed: seconds.append(passed) if step else None,
         )
-        return picture.convert("RGB")  # from RGBA
+        return image.convert("RGB")  # from RGBA
 
-    def tell() -> dict[str, Any]:
-        told = f"{statistics.median(seconds):.2f} s a step by its own clock"
-        ran = f"stable-diffusion.cpp, weights in {peer['weight_format']}, {told}"
-        return {"ran": ran, "from_cache": False, "error": None}  # its noise is other than torch's
+    def describe() -> dict[str, Any]:
+        step = f"{statistics.median(seconds):.2f} s a step by its own clock"
+        ran = f"stable-diffusion.cpp, weights in {peer['weight_format']}, {step}"
+        return {"ran": ran, "error": None}  # its noise differs from torch's
 
-    return draw, tell
+    return draw, describe

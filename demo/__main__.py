@@ -1,6 +1,6 @@
-"""Serve the demonstration model on this machine, ask it for a picture, save the picture, stop the server.
+"""Serve the demonstration model on this machine, request an image, save it, stop the server.
 
-python -m demo --page     serve it and the page for people until Ctrl-C
+python -m demo --page     serve it and the web UI until Ctrl-C
 """
 
 import argparse
@@ -11,17 +11,16 @@ from pathlib import Path
 import yaml
 
 from demo.measure import GUIDANCE
-from sdxl_server.ready import read_token
+from tools.serve import serve_web_ui
 from tools.server import ROOT, LocalServer, ServerError, make_archive, read_shipped, run_command
-from web.__main__ import serve
-from web.server import PORT, PageServer
+from web.server import PORT
 
 PROMPT = "a large yellow star on a blue background, left"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo", description="Serve the demonstration model.")
-    parser.add_argument("--page", action="store_true", help="with the page for people, until Ctrl-C")
+    parser.add_argument("--page", action="store_true", help="with the web UI, until Ctrl-C")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -32,21 +31,15 @@ def main() -> int:
         print("Starting TorchServe; the model is compiled for OpenVINO", flush=True)
         try:
             with LocalServer(folder) as server:
-                (serve_page if options.page else save_picture)(server)
+                (serve_web_ui if options.page else save_demo_image)(server)
         except (ServerError, OSError) as error:
             print(error, file=sys.stderr)
             return 1
     return 0
 
 
-def serve_page(server: LocalServer) -> None:
-    """Serve the page for people until Ctrl-C."""
-    with PageServer(server.url) as page:
-        serve(page, read_token(server.key_file, "inference"))
-
-
-def save_picture(server: LocalServer) -> None:
-    """Ask for a picture and save it."""
+def save_demo_image(server: LocalServer) -> None:
+    """Request an image and save it."""
     print(f"Asking for {PROMPT!r}", flush=True)
     query = run_command(
         *(sys.executable, "query.py", "--url", server.url, "--prompt", PROMPT, "--key-file", server.key_file),
@@ -54,7 +47,7 @@ def save_picture(server: LocalServer) -> None:
         capture_output=True,
     )
     print(f"make page serves the model to a browser, at http://127.0.0.1:{PORT}/")
-    print(f"The picture is {ROOT / query.stdout.strip()}")
+    print(f"The image is {ROOT / query.stdout.strip()}")
 
 
 if __name__ == "__main__":

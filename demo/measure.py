@@ -27,7 +27,7 @@ from tqdm import tqdm
 from benchmarks.server import summarise
 from demo.oracle import Verdict, judge_picture
 from demo.shapes import (
-    PICTURE_SIZE,
+    IMAGE_SIZE,
     Scene,
     choose_scene,
     describe_scene,
@@ -37,17 +37,17 @@ from demo.shapes import (
 )
 from tools.server import LocalServer, make_archive, read_shipped
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 CAPTION_HEIGHT = 42
-GUIDANCE = 1.5  # SDXL's usual 5 overshoots in a model whose noise ends at none of the picture, and mixes colours
-FEATURES = tuple(field.name for field in fields(Verdict))
-Draw = Callable[[Sequence[str], Sequence[int]], Sequence[Image.Image]]  # prompts and seeds to pictures
+GUIDANCE = 1.5  # SDXL's usual 5 mixes colours: this model starts from pure noise, and 5 overshoots
+JUDGED = tuple(field.name for field in fields(Verdict))
+DrawPrompts = Callable[[Sequence[str], Sequence[int]], Sequence[Image.Image]]  # from prompts and seeds
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked for, in words and as a scene, and the seed to draw it with."""
+    """A request in words and as a scene, and the seed to draw it with."""
 
     text: str
     scene: Scene
@@ -61,10 +61,11 @@ def choose_prompts(count: int, *, seed: int = 0) -> list[Prompt]:
         count: 642 at most.
     """
     random = Random(f"prompts {seed}")
-    return [
-        Prompt(describe_scene(scene, random=random), scene, i)
-        for i, scene in enumerate(random.sample(list_held_out(), count))
-    ]
+    return word_scenes(random.sample(list_held_out(), count), random)
+
+
+def word_scenes(scenes: Sequence[Scene], random: Random) -> list[Prompt]:
+    return [Prompt(describe_scene(scene, random=random), scene, i) for i, scene in enumerate(scenes)]
 
 
 def list_held_out() -> list[Scene]:
@@ -74,34 +75,27 @@ def list_held_out() -> list[Scene]:
 def choose_pairs(count: int, *, seed: int = 0) -> list[Prompt]:
     """Return prompts of two things each; these pairs were not kept from training."""
     random = Random(f"pairs {seed}")
-    scenes = [choose_scene(random, share_of_two=1) for _ in range(count)]
-    return [Prompt(describe_scene(scene, random=random), scene, i) for i, scene in enumerate(scenes)]
+    return word_scenes([choose_scene(random, share_of_two=1) for _ in range(count)], random)
 
 
 def choose_vague(count: int, *, seed: int = 0) -> list[Prompt]:
-    """Return prompts of one thing that leave its position unsaid: a picture is one of five, and what lies between these
-    shows nothing.
-    """
+    """Return prompts of one thing that leave its position unsaid. An image between the five positions shows nothing."""
     random = Random(f"vague {seed}")
     scenes = [
         Scene(scene.background, (replace(scene.things[0], position=""),))
         for scene in random.sample(list_held_out(), count)
     ]
-    return [Prompt(describe_scene(scene, random=random), scene, i) for i, scene in enumerate(scenes)]
+    return word_scenes(scenes, random)
 
 
 def read_adapter_entry(text: str) -> dict[str, Any]:
-    """Return an entry of `adapters` in model-config.yaml.
-
-    Args:
-        text: a file, and after = its scale, else 1.
-    """
+    """Return an entry of `adapters` in model-config.yaml from FILE or FILE=SCALE."""
     name, _, scale = text.partition("=")
     path = Path(name).resolve()
     return {"name": path.stem, "path": str(path), "scale": float(scale or 1)}
 
 
-def load_pipeline(folder: Path, *, device: str = "cpu", adapters: Sequence[Mapping[str, Any]] = ()) -> Any:
+def load_eager_pipeline(folder: Path, *, device: str = "cpu", adapters: Sequence[Mapping[str, Any]] = ()) -> Any:
     """Return the saved pipeline in float32, without progress bars.
 
     Args:
@@ -110,20 +104,20 @@ def load_pipeline(folder: Path, *, device: str = "cpu", adapters: Sequence[Mappi
     import torch
     from diffusers import StableDiffusionXLPipeline
 
-    from sdxl_server.adapters.files import read_adapter
-    from sdxl_server.adapters.names import spell_layers
-    from sdxl_server.adapters.registry import fuse
+    from sdxl_server.model.adapters.layer_names import index_layers
+    from sdxl_server.model.adapters.lora_files import load_lora
+    from sdxl_server.model.adapters.registry import fuse_adapter
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
     for each in adapters:
-        _, changes = read_adapter(Path(each["path"]), spell_layers(pipeline, ("text_encoder", "text_encoder_2")))
-        fuse(pipeline, changes, scale=each["scale"])
+        _, changes = load_lora(Path(each["path"]), index_layers(pipeline, ("text_encoder", "text_encoder_2")))
+        fuse_adapter(pipeline, changes, scale=each["scale"])
     return pipeline
 
 
-def draw_with(pipeline: Any, **settings: Any) -> Draw:
-    """Return what draws prompts with a pipeline."""
+def draw_with(pipeline: Any, **settings: Any) -> DrawPrompts:
+    """Return a function that draws prompts with a pipeline."""
     import torch
 
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Sequence[Image.Image]:
@@ -136,8 +130,8 @@ def draw_with(pipeline: Any, **settings: Any) -> Draw:
 @contextmanager
 def draw_through_server(
     model: Path, pt2: Any, adapters: Sequence[Mapping[str, Any]] = ()
-) -> Iterator[Callable[..., Draw]]:
-    """Serve the model with TorchServe; yield what takes settings and returns what draws prompts, one by one.
+) -> Iterator[Callable[..., DrawPrompts]]:
+    """Serve the model with TorchServe; yield a function from settings to a function that draws prompts one by one.
 
     Args:
         pt2: as in model-config.yaml; None is eager PyTorch.
@@ -149,9 +143,9 @@ def draw_through_server(
     with tempfile.TemporaryDirectory() as name:
         make_archive(Path(name), model, yaml.safe_dump(config))
         with LocalServer(Path(name)) as server:
-            log.info("%s", summarise(server.read_document()))
+            logger.info("%s", summarise(server.read_document()))
 
-            def prepare(**settings: Any) -> Draw:
+            def prepare(**settings: Any) -> DrawPrompts:
                 def draw_one(prompt: str, seed: int) -> Image.Image:
                     fields = {"guidance_scale": GUIDANCE, **settings, "prompt": prompt, "seed": seed, "adapters": named}
                     answer = requests.post(
@@ -165,16 +159,16 @@ def draw_through_server(
             yield prepare
 
 
-def draw_prompts(prompts: Sequence[Prompt], draw: Draw, *, batch: int = 32) -> Iterator[Image.Image]:
+def draw_prompts(prompts: Sequence[Prompt], draw: DrawPrompts, *, batch: int = 32) -> Iterator[Image.Image]:
     for i in range(0, len(prompts), batch):
         part = prompts[i : i + batch]
         yield from draw([prompt.text for prompt in part], [prompt.seed for prompt in part])
 
 
-def score_pictures(prompts: Sequence[Prompt], pictures: Sequence[Image.Image]) -> dict[str, float]:
-    """Return the share of pictures that are right, for each feature and for all at once."""
-    verdicts = [judge_picture(picture, prompt.scene) for prompt, picture in zip(prompts, pictures, strict=True)]
-    shares = {name: sum(asdict(verdict)[name] for verdict in verdicts) / len(verdicts) for name in FEATURES}
+def score_pictures(prompts: Sequence[Prompt], images: Sequence[Image.Image]) -> dict[str, float]:
+    """Return the share of images that are right, for each feature and for all at once."""
+    verdicts = [judge_picture(image, prompt.scene) for prompt, image in zip(prompts, images, strict=True)]
+    shares = {name: sum(asdict(verdict)[name] for verdict in verdicts) / len(verdicts) for name in JUDGED}
     return {**shares, "all": sum(verdict.is_right for verdict in verdicts) / len(verdicts)}
 
 
@@ -188,22 +182,22 @@ def wrap_words(text: str, *, width: int) -> str:
     return "\n".join(lines)
 
 
-def save_sheet(path: Path, prompts: Sequence[Prompt], pictures: Sequence[Image.Image], *, columns: int = 4) -> None:
-    """Write pictures with their prompts below."""
-    width, height = PICTURE_SIZE + 52, PICTURE_SIZE + 8 + CAPTION_HEIGHT
-    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
+def save_sheet(path: Path, prompts: Sequence[Prompt], images: Sequence[Image.Image], *, columns: int = 4) -> None:
+    """Write images with their prompts below."""
+    width, height = IMAGE_SIZE + 52, IMAGE_SIZE + 8 + CAPTION_HEIGHT
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
+    for i, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
         x, y = i % columns * width, i // columns * height
-        sheet.paste(picture, (x + 26, y + 4))
-        draw.text((x + 4, y + PICTURE_SIZE + 6), wrap_words(prompt.text, width=32), fill="black", font_size=10)
+        sheet.paste(image, (x + 26, y + 4))
+        draw.text((x + 4, y + IMAGE_SIZE + 6), wrap_words(prompt.text, width=32), fill="black", font_size=10)
     sheet.save(path, quality=90)
 
 
-def print_shares(prepare: Callable[..., Draw], arguments: argparse.Namespace) -> None:
-    """Draw what the arguments name, and print the table as it goes."""
-    print(f"| prompts | steps | {' | '.join((*FEATURES, 'all', 'all, where small'))} | s a picture |")
-    print("|---" * (len(FEATURES) + 5) + "|")
+def print_shares(prepare: Callable[..., DrawPrompts], arguments: argparse.Namespace) -> None:
+    """Draw and judge the prompts that the arguments name; print each row when it is ready."""
+    print(f"| prompts | steps | {' | '.join((*JUDGED, 'all', 'all, where small'))} | s per image |")
+    print("|---" * (len(JUDGED) + 5) + "|")
     for name, prompts in (
         ("one thing", choose_prompts(arguments.prompts)),
         ("two things", choose_pairs(arguments.pairs)),
@@ -214,11 +208,11 @@ def print_shares(prepare: Callable[..., Draw], arguments: argparse.Namespace) ->
             draw = prepare(num_inference_steps=steps, guidance_scale=arguments.guidance_scale)
             start = time.perf_counter()
             drawn = draw_prompts(prompts, draw, batch=arguments.batch)
-            pictures = list(tqdm(drawn, total=len(prompts), desc=f"{steps} steps", leave=False))
+            images = list(tqdm(drawn, total=len(prompts), desc=f"{steps} steps", leave=False))
             seconds = (time.perf_counter() - start) / len(prompts)
-            shares = score_pictures(judged, pictures)
+            shares = score_pictures(judged, images)
             small = [i for i, each in enumerate(judged) if any(thing.size == "small" for thing in each.scene.things)]
-            shares["small"] = score_pictures([judged[i] for i in small], [pictures[i] for i in small])["all"]
+            shares["small"] = score_pictures([judged[i] for i in small], [images[i] for i in small])["all"]
             print(
                 f"| {name} | {steps} | {' | '.join(f'{share:.1%}' for share in shares.values())} | {seconds:.2f} |",
                 flush=True,
@@ -254,11 +248,11 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="write a sheet of the first 12 prompts and 4 pairs here")
     arguments = parser.parse_args()
     logging.basicConfig()
-    log.setLevel(logging.INFO)
-    prepare: Callable[..., Draw]
+    logger.setLevel(logging.INFO)
+    prepare: Callable[..., DrawPrompts]
     with ExitStack() as stack:
         if arguments.pt2 is False:
-            pipeline = load_pipeline(arguments.model, device=arguments.device, adapters=arguments.adapters)
+            pipeline = load_eager_pipeline(arguments.model, device=arguments.device, adapters=arguments.adapters)
             prepare = partial(draw_with, pipeline)
         else:
             prepare = stack.enter_context(draw_through_server(arguments.model, arguments.pt2, arguments.adapters))

@@ -1,4 +1,4 @@
-"""Say from a picture's pixels whether it shows the scene that was asked for: colours, shape, size and position."""
+"""Judge from an image's pixels whether it shows the requested scene: colours, shape, size and position."""
 
 from dataclasses import astuple, dataclass
 from functools import cache
@@ -10,9 +10,9 @@ from PIL import Image
 from demo.shapes import COLOURS, POSITIONS, SHAPES, Scene, Thing, draw_shape
 
 FARTHEST_COLOUR = 75.0  # distance in RGB beyond which a pixel has none of the colours
-LEAST_BACKGROUND = 0.5  # share of the picture
-LEAST_THING = 0.004  # share of the picture; less is a speck
-LARGEST_SECOND = 0.2  # of the thing's own area; more is another thing
+LEAST_BACKGROUND = 0.5  # share of the image
+LEAST_THING = 0.004  # share of the image; less is a speck
+LARGEST_SECOND = 0.2  # of the thing's own area; more is a second thing
 BOUNDS = {"small": (0.075, 0.157), "large": (0.157, 0.29)}  # half the extent, as a share of the shorter side
 FARTHEST_POSITION = 0.12  # share of width and height
 LEAST_OVERLAP = 0.65
@@ -24,7 +24,7 @@ Pixels = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which features of a picture are as asked."""
+    """Say for each feature of an image whether it is as requested."""
 
     background: bool
     colour: bool
@@ -92,7 +92,7 @@ def name_shape(mask: Pixels) -> str:
 
 
 def find_thing(colours: Pixels, background: int, *, columns: slice) -> Thing:
-    """Return what stands on the background in some columns of a picture; what cannot be told is empty."""
+    """Return the thing on the background in some columns of an image; a feature that cannot be told is empty."""
     height, width = colours.shape
     mask = np.zeros(colours.shape, dtype=bool)
     mask[:, columns] = colours[:, columns] != background
@@ -120,9 +120,9 @@ def find_thing(colours: Pixels, background: int, *, columns: slice) -> Thing:
 
 
 def judge_picture(image: Image.Image, scene: Scene) -> Verdict:
-    """Compare a picture with the scene that was asked for; a feature that the scene leaves empty may be any.
+    """Compare an image with the requested scene; an empty feature of the scene may be any.
 
-    Two things are looked for in the left and the right half.
+    A scene of two things has one in each half of the image.
     """
     colours = name_pixels(image)
     counts = np.bincount(colours[colours >= 0], minlength=len(COLOURS))

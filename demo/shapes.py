@@ -1,4 +1,4 @@
-"""The world of the demonstration model: coloured shapes on coloured backgrounds, drawn and put into words."""
+"""The demonstration model's world: coloured shapes on coloured backgrounds, drawn and put into words."""
 
 import hashlib
 import itertools
@@ -20,12 +20,12 @@ COLOURS = {
     "white": (245, 245, 245),
     "black": (20, 20, 20),
 }
-INVERTED = {  # the nearest of COLOURS to a colour's inverse; that of purple is a green of which there is none
+INVERTED = {  # the nearest of COLOURS to a colour's inverse; purple stays, for its inverse is no green of COLOURS
     **{"red": "cyan", "green": "pink", "blue": "yellow", "yellow": "blue", "purple": "purple", "pink": "green"},
     **{"cyan": "red", "white": "black", "black": "white"},
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-SIZES = {"small": 0.12, "large": 0.22}  # half the extent, as a share of the picture's shorter side
+SIZES = {"small": 0.12, "large": 0.22}  # half the extent, as a share of the image's shorter side
 POSITIONS = {  # the middle of the shape, as a share of width and height
     "left": (0.27, 0.5),
     "right": (0.73, 0.5),
@@ -35,7 +35,7 @@ POSITIONS = {  # the middle of the shape, as a share of width and height
 }
 LARGEST_SHIFT = 0.03  # of a drawn thing from its position, as a share of width and height
 LARGEST_GROWTH = 0.08  # of its size
-PICTURE_SIZE = 128
+IMAGE_SIZE = 128
 SUPERSAMPLING = 4
 RING_HOLE = 0.55
 HELD_OUT_SHARE = 0.15
@@ -62,7 +62,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: one thing, or two of which the first stands left and the second right."""
+    """The content of an image: one thing, or two with the first on the left and the second on the right."""
 
     background: str
     things: tuple[Thing, ...]
@@ -88,7 +88,7 @@ def iterate_scenes() -> Iterator[Scene]:
 
 
 def choose_scene(random: Random, *, share_of_two: float = 0.25) -> Scene:
-    """Return a random scene of which nothing is held out."""
+    """Return a random scene without held-out things."""
     positions = ("left", "right") if random.random() < share_of_two else (random.choice(list(POSITIONS)),)
     while True:
         background = random.choice(list(COLOURS))
@@ -149,8 +149,8 @@ def place_thing(thing: Thing, move: Move, *, width: int, height: int) -> tuple[t
 def draw_scene(
     scene: Scene,
     *,
-    width: int = PICTURE_SIZE,
-    height: int = PICTURE_SIZE,
+    width: int = IMAGE_SIZE,
+    height: int = IMAGE_SIZE,
     random: Random | None = None,
     moves: Sequence[Move] = (),
 ) -> Image.Image:
@@ -175,7 +175,7 @@ def name_thing(thing: Thing, *, random: Random, drop: float) -> str:
 
 
 def describe_scene(scene: Scene, *, random: Random, drop: float = 0.0) -> str:
-    """Put a scene into words; what it leaves empty goes unsaid.
+    """Put a scene into words; its empty features go unsaid.
 
     Args:
         random: chooses among the wordings.

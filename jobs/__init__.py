@@ -1,1 +1,1 @@
-"""Pictures that a client orders, leaves, and comes back for: Redis holds jobs, Celery wakes workers."""
+"""Jobs: a client orders images and fetches them later. Redis holds the jobs, and Celery wakes the workers."""

@@ -25,8 +25,8 @@ from jobs.sweeping import Sweeper
 from jobs.tasks import work
 from sdxl_server.schemas import describe_schema, is_valid, shorten
 
-FEW_TRIES = 3  # a client asks again, and the sweeper must know when Redis was away
-SCHEMA_SECONDS = 60  # that the server's fields are remembered
+FEW_TRIES = 3  # the client retries, and the sweeper must notice that Redis was away
+SCHEMA_SECONDS = 60  # for which the server's fields are cached
 NOT_OF_JOBS = ("stream", "response_format")
 MEDIA = {b"\x89P": "image/png", b"\xff\xd8": "image/jpeg", b"RI": "image/webp"}
 Id = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{8,64}$", description="chosen by the client, or by POST")]
@@ -51,7 +51,7 @@ class JobState(BaseModel):
 
 
 class ApiError(Exception):
-    """An answer that is none of a job."""
+    """An error of the API."""
 
     def __init__(self, status: HTTPStatus, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -59,7 +59,7 @@ class ApiError(Exception):
 
 
 class Jobs:
-    """What the API's process holds."""
+    """The state of the API's process."""
 
     def __init__(self) -> None:
         self.settings = Settings.read()
@@ -69,7 +69,7 @@ class Jobs:
         self._schema: tuple[float, dict[str, Any]] = (float("-inf"), {})
 
     def read_fields(self) -> dict[str, Any]:
-        """Return the schemas of the fields that the server takes; none while it is down, and then a worker tells."""
+        """Return the schemas of the server's fields; empty while it is down, and then the worker checks."""
         at, fields = self._schema
         if time.monotonic() - at > SCHEMA_SECONDS:
             with contextlib.suppress(requests.RequestException, LostError, ValueError, LookupError):
@@ -80,7 +80,7 @@ class Jobs:
         return fields
 
     def check(self, fields: Mapping[str, Any]) -> None:
-        """Refuse what TorchServe would refuse later, field by field.
+        """Refuse fields that TorchServe would refuse later.
 
         Raises:
             ApiError: names the field, what is accepted and what was given.
@@ -99,7 +99,7 @@ class Jobs:
             raise ApiError(HTTPStatus.BAD_REQUEST, "prompt is missing", "prompt")
 
     def submit(self, job: str, fields: dict[str, Any], response: Response) -> JobState:
-        """Take a job, or find the one that has this id.
+        """Accept a job, or return the one with this id.
 
         Raises:
             ApiError: it is wrong, another one has its id, or there is no room.
@@ -110,10 +110,10 @@ class Jobs:
         outcome = self.store.submit(job, digest, max_waiting=self.settings.max_waiting)
         if outcome == "full":
             self.results.remove(job)
-            message = f"{self.settings.max_waiting} jobs wait, and no more are taken; ask again later"
+            message = f"{self.settings.max_waiting} jobs wait, which is the limit; ask again later"
             raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, message)
         if outcome == "known" and self.store.read(job).get("digest") != digest:
-            raise ApiError(HTTPStatus.CONFLICT, f"there is a job {job} that asks for something else", "id")
+            raise ApiError(HTTPStatus.CONFLICT, f"job {job} exists and asks for something else", "id")
         if outcome == "new":
             work.delay()
         response.status_code = HTTPStatus.ACCEPTED
@@ -150,7 +150,7 @@ class Jobs:
 
 @contextlib.asynccontextmanager
 async def run_sweeper(app: FastAPI) -> AsyncIterator[None]:
-    """Look after what is lost while the API runs."""
+    """Run the sweeper while the API runs."""
     app.state.jobs = Jobs()
     app.state.jobs.sweeper.start()
     yield
@@ -163,7 +163,7 @@ app.router.redirect_slashes = False
 
 @app.exception_handler(ApiError)
 def tell_error(_: Request, error: ApiError) -> JSONResponse:
-    """Answer in the words of the model's own API."""
+    """Return an error in the form of the model's own API."""
     kind = "server_busy" if error.status >= 500 else "invalid_request_error"
     told = {"message": str(error), "type": kind, "param": error.param, "code": int(error.status)}
     return JSONResponse({"error": told}, status_code=error.status)
@@ -171,7 +171,7 @@ def tell_error(_: Request, error: ApiError) -> JSONResponse:
 
 @app.exception_handler(RequestValidationError)
 def tell_mistake(request: Request, error: RequestValidationError) -> JSONResponse:
-    """Answer to a path or a body that is none."""
+    """Answer a wrong path or body."""
     first = error.errors()[0]
     name = str(first["loc"][-1])
     message = f"{name}: {first['msg']}, not {shorten(first.get('input'))}"
@@ -180,34 +180,34 @@ def tell_mistake(request: Request, error: RequestValidationError) -> JSONRespons
 
 @app.exception_handler(redis.RedisError)
 def tell_redis(request: Request, _: redis.RedisError) -> JSONResponse:
-    """Answer while Redis is away."""
+    """Answer without Redis."""
     return tell_error(request, ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "Redis is away; ask again later"))
 
 
 @app.post("/jobs", status_code=HTTPStatus.ACCEPTED)
 def post_job(request: Request, response: Response, fields: Fields) -> JobState:
-    """Order pictures."""
+    """Order images."""
     jobs: Jobs = request.app.state.jobs
     return jobs.submit(uuid.uuid4().hex, fields, response)
 
 
 @app.put("/jobs/{job}", status_code=HTTPStatus.ACCEPTED)
 def put_job(request: Request, response: Response, job: Id, fields: Fields) -> JobState:
-    """Order pictures under an id; the same order again is the same job."""
+    """Order images under an id. The same order again is the same job."""
     jobs: Jobs = request.app.state.jobs
     return jobs.submit(job, fields, response)
 
 
 @app.get("/jobs/{job}")
 def get_job(request: Request, job: Id) -> JobState:
-    """Say where a job stands."""
+    """Return a job's state."""
     jobs: Jobs = request.app.state.jobs
     return jobs.describe(job)
 
 
 @app.delete("/jobs/{job}")
 def delete_job(request: Request, job: Id) -> JobState:
-    """Cancel a job: one that waits at once, one under way within a step; one that has ended stays."""
+    """Cancel a job: a waiting one at once, a running one within a step. A finished job stays."""
     jobs: Jobs = request.app.state.jobs
     jobs.describe(job)
     jobs.store.cancel(job)
@@ -216,14 +216,14 @@ def delete_job(request: Request, job: Id) -> JobState:
 
 @app.get("/jobs/{job}/preview", response_class=FileResponse)
 def get_preview(request: Request, job: Id) -> FileResponse:
-    """Return what the picture looks like so far, where the order has partial_images."""
+    """Return the newest preview, if the order has partial_images."""
     jobs: Jobs = request.app.state.jobs
     return send(jobs.results.find_preview(job) if jobs.describe(job).state == "running" else None)
 
 
 @app.get("/jobs/{job}/pictures/{index}", response_class=FileResponse)
 def get_picture(request: Request, job: Id, index: int) -> FileResponse:
-    """Return a picture of a job that is done."""
+    """Return an image of a finished job."""
     jobs: Jobs = request.app.state.jobs
     state = jobs.describe(job)
     found = jobs.results.list_pictures(job, state.attempt) if state.state == "done" else []
@@ -231,13 +231,13 @@ def get_picture(request: Request, job: Id, index: int) -> FileResponse:
 
 
 def send(path: File | None) -> FileResponse:
-    """Return a picture's file.
+    """Return an image's file.
 
     Raises:
         ApiError: there is none.
     """
     if path is None:
-        raise ApiError(HTTPStatus.NOT_FOUND, "there is no such picture, or not yet")
+        raise ApiError(HTTPStatus.NOT_FOUND, "there is no such image, or not yet")
     with path.open("rb") as file:
         kind = MEDIA[file.read(2)]
     return FileResponse(path, media_type=kind)

@@ -1,4 +1,4 @@
-"""One attempt at a job: TorchServe is asked for the pictures as a stream, which shows steps and previews."""
+"""Make one attempt at a job: request the images as a stream, with steps and previews."""
 
 import base64
 import json
@@ -15,13 +15,13 @@ import requests
 from jobs.results import Results
 from jobs.settings import Settings
 from jobs.store import Claim, Store
-from sdxl_server.ready import NotReadyError, read_token
+from sdxl_server.serving.readiness import NotReadyError, read_token
 
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 5.0
 PAUSE_SECONDS = 1.0
-# Between two bytes of a stream; TorchServe gives up on its worker before, after responseTimeout.
+# Between two bytes of a stream. TorchServe ends its worker earlier, after responseTimeout.
 SILENT_SECONDS = 3600
 
 
@@ -30,15 +30,15 @@ class JobError(RuntimeError):
 
 
 class LostError(RuntimeError):
-    """TorchServe has not finished what it had begun; another attempt may succeed."""
+    """TorchServe did not finish the request. Another attempt may succeed."""
 
 
 class StoppedError(RuntimeError):
-    """The job is cancelled, or another worker's by now."""
+    """The job was cancelled or has passed to another worker."""
 
 
 class Pulse:
-    """Shows signs of life of a job while its work goes on, also between steps that take minutes."""
+    """Sends a job's heartbeat during its work, also in steps that take minutes."""
 
     def __init__(self, store: Store, claim: Claim) -> None:
         self._store, self._claim, self._is_over = store, claim, threading.Event()
@@ -56,7 +56,7 @@ class Pulse:
 
 
 def make_headers(settings: Settings) -> dict[str, str]:
-    """Return the header with TorchServe's token, which is another one after each of its starts.
+    """Return the header with TorchServe's token, which changes at each start.
 
     Raises:
         LostError: there is none.
@@ -70,7 +70,7 @@ def make_headers(settings: Settings) -> dict[str, str]:
 
 
 def is_free(settings: Settings) -> bool:
-    """Say whether TorchServe answers; its worker may have jobs of others."""
+    """Say whether TorchServe answers. Its worker may be busy with other requests."""
     try:
         answer = requests.get(f"{settings.predictions}/1.0/v1/models", headers=make_headers(settings), timeout=30)
     except (requests.RequestException, LostError):
@@ -79,7 +79,7 @@ def is_free(settings: Settings) -> bool:
 
 
 def work_on(claim: Claim, store: Store, results: Results, settings: Settings) -> None:
-    """Make one attempt at a job, and write how it ended."""
+    """Make one attempt at a job and store its outcome."""
     with Pulse(store, claim):
         try:
             pictures = draw(claim, store, results, settings)
@@ -92,13 +92,13 @@ def work_on(claim: Claim, store: Store, results: Results, settings: Settings) ->
             store.end(claim, "again", f"TorchServe was lost, twice: {error}")
         except StoppedError:
             store.end(claim, "cancelled")
-        except Exception as error:  # a job must end, and its worker go on
+        except Exception as error:  # the job must end, and its worker continue
             logger.exception("Job %s failed", claim.job)
             store.end(claim, "failed", f"{type(error).__name__} in the worker, whose log says more")
 
 
 def draw(claim: Claim, store: Store, results: Results, settings: Settings) -> list[bytes]:
-    """Return the pictures of a job.
+    """Return the images of a job.
 
     Raises:
         JobError, LostError, StoppedError, requests.RequestException: there are none.
@@ -119,7 +119,7 @@ def draw(claim: Claim, store: Store, results: Results, settings: Settings) -> li
 
 
 def follow(answer: requests.Response, claim: Claim, store: Store, results: Results) -> list[bytes]:
-    """Read a stream to its end; return the pictures.
+    """Read a stream to its end; return the images.
 
     Raises:
         JobError, LostError, StoppedError, requests.RequestException: there are none.
@@ -137,19 +137,19 @@ def follow(answer: requests.Response, claim: Claim, store: Store, results: Resul
         if not store.beat(claim, figures):
             raise StoppedError
     if not pictures:
-        raise LostError("the stream ended before the picture")
+        raise LostError("the stream ended before the image")
     return [pictures[index] for index in sorted(pictures)]
 
 
 def read_events(answer: requests.Response) -> Iterator[Mapping[str, Any]]:
-    """Yield the events of a stream, each of which has one line of data here."""
+    """Yield a stream's events. Each has one line of data."""
     for line in answer.iter_lines(chunk_size=2**20):
         if line.startswith(b"data: "):
             yield json.loads(line.removeprefix(b"data: "))
 
 
 def refuse(answer: requests.Response) -> None:
-    """Raise what an answer without a stream means.
+    """Raise the error of a response without a stream.
 
     Raises:
         JobError: the job is wrong, or took too long.

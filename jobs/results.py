@@ -1,4 +1,4 @@
-"""The folder of jobs: what each asks for, its preview and its pictures; bounded by bytes and age."""
+"""The folder of jobs: their requests, previews and images, limited by bytes and age."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ PREVIEW = "preview"
 
 
 class Results:
-    """Folders by the id of the job. What is written appears whole or not at all.
+    """Folders by job id. A file appears complete or not at all.
 
     Args:
         folder: that holds them.
@@ -24,26 +24,26 @@ class Results:
         self.folder = folder
 
     def write_request(self, job: str, digest: str, fields: Mapping[str, Any]) -> None:
-        """Keep what a job asks for, under its digest, since another order may come under the same id."""
+        """Store a job's request under its digest: another order may use the same id."""
         (self.folder / job).mkdir(parents=True, exist_ok=True, mode=0o700)
         self._write(job, f"{digest}.json", json.dumps(fields).encode())
 
     def read_request(self, job: str, digest: str) -> dict[str, Any]:
-        """Return what a job asks for."""
+        """Return a job's request."""
         fields: dict[str, Any] = json.loads((self.folder / job / f"{digest}.json").read_bytes())
         return fields
 
     def write_preview(self, job: str, picture: bytes) -> None:
-        """Keep what a picture looks like so far."""
+        """Store a preview."""
         self._write(job, PREVIEW, picture)
 
     def write_pictures(self, job: str, attempt: int, pictures: Sequence[bytes]) -> None:
-        """Keep a job's pictures, of one attempt at it."""
+        """Store the images of one attempt."""
         for index, picture in enumerate(pictures):
             self._write(job, f"{attempt}-{index}", picture)
 
     def list_pictures(self, job: str, attempt: int) -> list[Path]:
-        """Return the files of the pictures of one attempt, in their order."""
+        """Return the image files of one attempt, in order."""
         found = (self.folder / job).glob(f"{attempt}-*[0-9]")
         return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
@@ -53,11 +53,11 @@ class Results:
         return path if path.exists() else None
 
     def remove(self, job: str) -> None:
-        """Remove all of a job."""
+        """Remove a job's files."""
         shutil.rmtree(self.folder / job, ignore_errors=True)
 
     def measure(self, job: str) -> int:
-        """Return the bytes of a job."""
+        """Return a job's size in bytes."""
         return sum(path.stat().st_size for path in (self.folder / job).glob("*"))
 
     def _write(self, job: str, name: str, content: bytes) -> None:
@@ -67,7 +67,7 @@ class Results:
 
 
 def remove_old(store: Store, results: Results, settings: Settings) -> list[str]:
-    """Remove the jobs that ended too long ago, and those that ended first while all take too many bytes."""
+    """Remove jobs that ended too long ago. Then remove the oldest while all take too many bytes."""
     removed = store.list_ended(before=time.time() - settings.keep_seconds)
     kept = [job for job in store.list_ended() if job not in removed]
     sizes = {job: results.measure(job) for job in kept}

@@ -1,4 +1,4 @@
-"""What the jobs' programs read from the environment; each variable is declared once here."""
+"""The environment variables of the jobs' programs, each declared once."""
 
 import dataclasses
 import os
@@ -8,7 +8,7 @@ from typing import Any, Self
 
 
 class SettingError(ValueError):
-    """A variable is wrong; the message names it, what it takes and what was given."""
+    """A variable is wrong. The message names it, what it accepts and what was given."""
 
 
 def _variable(value: Any, words: str) -> Any:
@@ -17,7 +17,7 @@ def _variable(value: Any, words: str) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """Variables of the environment by these names in capitals, after JOBS_."""
+    """Environment variables: JOBS_ and these names in capitals."""
 
     redis: str = _variable("redis://127.0.0.1:6379/0", "Redis' address")
     predictions: str = _variable(
@@ -32,7 +32,7 @@ class Settings:
 
     @classmethod
     def read(cls) -> Self:
-        """Return what the environment says.
+        """Return the settings from the environment.
 
         Raises:
             SettingError: a number is none, or below 1.
@@ -50,5 +50,5 @@ class Settings:
 
     @property
     def folder(self) -> Path:
-        """The folder of requests and pictures."""
+        """The folder of requests and images."""
         return Path(self.results)

@@ -1,8 +1,8 @@
-"""What Redis holds of jobs: their order, their state, and who works on them.
+"""The jobs in Redis: their order, their state and their workers.
 
-Celery's messages only say that there is something to do. Which job comes next is decided here, in scripts that Redis
-runs whole: so a message that comes twice, or never, makes no job twice and loses none. A worker shows signs of life of
-each job, by its attempt; who has lost a job to another attempt can neither go on with it nor end it.
+Celery's messages only say that there is something to do. Scripts that Redis runs as a whole choose the
+next job. So a repeated or lost message neither repeats nor loses a job. A worker sends heartbeats for each attempt at
+a job. After it has lost the job to another attempt, it can neither continue nor end it.
 """
 
 import time
@@ -17,7 +17,7 @@ from redis.retry import Retry
 WAITING, AGAIN, RUNNING, ENDED, COUNTER = "jobs:waiting", "jobs:again", "jobs:running", "jobs:ended", "jobs:counter"
 MAX_ATTEMPTS = 2
 LOST = "its worker was lost, twice"
-TRIES = 60  # of a worker's command while Redis is away: about a minute
+TRIES = 60  # of a worker's command without Redis: about a minute
 
 _SUBMIT = """
 if redis.call('EXISTS', KEYS[1]) == 1 then return 'known' end
@@ -26,7 +26,7 @@ redis.call('HSET', KEYS[1], 'state', 'waiting', 'digest', ARGV[3], 'created', AR
 redis.call('ZADD', 'jobs:waiting', redis.call('INCR', 'jobs:counter'), ARGV[1])
 return 'new'
 """
-# What is taken up again comes first, and is not among those that wait: nobody's place grows by it.
+# A retried job comes first and is not among the waiting ones, so that no place grows.
 _CLAIM = """
 local id = redis.call('LPOP', 'jobs:again') or redis.call('ZPOPMIN', 'jobs:waiting')[1]
 if not id then return nil end
@@ -70,7 +70,7 @@ return state
 
 @dataclass(frozen=True)
 class Claim:
-    """A job that a worker has taken, and the how-many-th attempt at it this is."""
+    """A job that a worker has taken, with the number of the attempt."""
 
     job: str
     attempt: int
@@ -96,16 +96,16 @@ class Store:
         self._scripts = {name: self.redis.register_script(text) for name, text in scripts.items()}
 
     def submit(self, job: str, digest: str, *, max_waiting: int) -> str:
-        """Put a job last; return new, known (there is one of this id) or full."""
+        """Put a job at the end. Return new, known (the id exists) or full."""
         return str(self._run("submit", job, job, max_waiting, digest, time.time()))
 
     def claim(self) -> Claim | None:
-        """Take the job that comes next, if there is one."""
+        """Take the next job, if there is one."""
         taken = self._scripts["claim"]()
         return Claim(taken[0], int(taken[1])) if taken else None
 
     def beat(self, claim: Claim, figures: Mapping[str, Any] | None = None) -> bool:
-        """Show a sign of life, with figures; say whether to go on: not with a job that is cancelled, or lost."""
+        """Send a heartbeat with figures. Return False if the job was cancelled or lost."""
         pairs = [each for pair in (figures or {}).items() for each in pair]
         return bool(self._run("beat", claim.job, claim.attempt, *pairs))
 
@@ -117,36 +117,36 @@ class Store:
         return bool(self._run("end", claim.job, claim.attempt, claim.job, state, message, time.time(), MAX_ATTEMPTS))
 
     def cancel(self, job: str) -> None:
-        """Take a job out of the queue, or have its worker stop within a step; one that has ended stays as it is."""
+        """Remove a job from the queue, or stop its worker within a step. A finished job stays."""
         self._run("cancel", job, job, time.time())
 
     def read(self, job: str) -> dict[str, str]:
-        """Return what is known of a job, nothing where there is none."""
+        """Return a job's fields; empty if there is no such job."""
         read: dict[str, str] = self.redis.hgetall(f"jobs:job:{job}")
         return read
 
     def find_place(self, job: str) -> int:
-        """Return how many jobs are before one that waits; none where it comes next."""
+        """Return how many jobs are before a waiting one; None if it is next."""
         place = self.redis.zrank(WAITING, job)
         return 0 if place is None else int(place)
 
     def list_running(self) -> list[Claim]:
-        """Return the jobs that are worked on, or were by workers that are lost."""
+        """Return the jobs in work, including those of lost workers."""
         jobs: set[str] = self.redis.smembers(RUNNING)
         attempts = {job: self.redis.hget(f"jobs:job:{job}", "attempt") for job in jobs}
         return [Claim(job, int(attempt)) for job, attempt in attempts.items() if attempt]
 
     def count_waiting(self) -> int:
-        """Return the jobs that nobody works on."""
+        """Return the jobs without a worker."""
         return int(self.redis.zcard(WAITING)) + int(self.redis.llen(AGAIN))
 
     def list_ended(self, before: float = float("inf")) -> list[str]:
-        """Return the jobs that ended before a time, in their order."""
+        """Return the jobs that ended before a time, in order."""
         jobs: list[str] = self.redis.zrangebyscore(ENDED, "-inf", before)
         return jobs
 
     def forget(self, job: str) -> None:
-        """Remove a job that has ended."""
+        """Remove a finished job."""
         self.redis.pipeline().zrem(ENDED, job).delete(f"jobs:job:{job}").execute()
 
     def _run(self, script: str, job: str, *arguments: Any) -> Any:

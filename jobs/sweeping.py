@@ -1,4 +1,4 @@
-"""What the API's process looks after: jobs whose worker was lost, messages that were, and the bounds of the folder."""
+"""Sweep in the API's process: restore lost jobs and messages, and keep the folder in its limits."""
 
 import logging
 import threading
@@ -18,7 +18,7 @@ OLD_SECONDS = 30.0
 
 
 class Sweeper:
-    """Looks every other second; several of it do no harm."""
+    """Sweeps every other second. Several sweepers do no harm."""
 
     def __init__(self, store: Store, results: Results, settings: Settings) -> None:
         self._store, self._results, self._settings = store, results, settings
@@ -40,11 +40,11 @@ class Sweeper:
             try:
                 self.sweep()
             except (redis.RedisError, OSError) as error:
-                self._seen.clear()  # while Redis was away nobody could show a sign of life
+                self._seen.clear()  # without Redis there were no heartbeats
                 logger.warning("The sweep failed: %s", error)
 
     def sweep(self) -> None:
-        """Look once."""
+        """Sweep once."""
         now = time.monotonic()
         running = self._store.list_running()
         seen = {claim: self._store.read(claim.job).get("beat", "") for claim in running}

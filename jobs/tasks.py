@@ -1,7 +1,7 @@
 """The Celery worker: `celery --app jobs.tasks worker`, one for each TorchServe: a job is pulled when it is free.
 
-Redis redelivers a message whose worker is lost only after one visibility timeout for all, which a long job would pass
-and then run twice. So a message is taken as it comes, and says only that there is something to do; see jobs.store.
+Redis redelivers a lost worker's message only after a visibility timeout. A long job would exceed it and run twice. So
+a message is acknowledged at once and says only that there is work; see jobs.store.
 """
 
 import time
@@ -29,7 +29,7 @@ app.conf.update(
 
 @app.task(name="jobs.work")
 def work() -> None:
-    """Take the job that comes next, if there is one, and make it."""
+    """Take the next job, if there is one, and work on it."""
     settings = Settings.read()
     store, results = Store(settings.redis), Results(settings.folder)
     while store.count_waiting():

@@ -1,7 +1,7 @@
 """Put a server under load, faults and hostile input, and print a scorecard; exit with 1 when a line falls short.
 
-It serves the demonstration model with the shipped settings, but for those that a line names. Each line starts a server
-of its own. `--quick` makes the same in minutes, with lower counts.
+It serves the demonstration model with the default settings, except those that a line changes. Each line starts its own
+server. `--quick` does the same in minutes, with lower counts.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             except (ServerError, requests.RequestException, OSError) as error:
                 lines = [Line(name, False, f"{type(error).__name__}: {error}"[-2000:])]
             for line in lines:
-                print(f"{'pass' if line.passed else 'FAIL'}  {line.name}: {line.told}", flush=True)
+                print(f"{'pass' if line.passed else 'FAIL'}  {line.name}: {line.detail}", flush=True)
                 all_passed &= line.passed
     return 0 if all_passed else 1
 

@@ -1,4 +1,4 @@
-"""Clients that ask a server for pictures, what becomes of their requests, and what the server holds meanwhile."""
+"""Clients that request images, the outcomes of their requests, and the resources that the server holds meanwhile."""
 
 import asyncio
 import base64
@@ -24,47 +24,47 @@ from tools.proxy import LocalProxy
 from tools.server import LocalServer
 
 PATIENCE = 90  # seconds after which a request counts as hung
-SIZES = ((128, 128), (96, 128))
-FORMATS = ("jpeg", "png", "webp")
+IMAGE_SIZES = ((128, 128), (96, 128))
+IMAGE_FORMATS = ("jpeg", "png", "webp")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a request.
+    """The outcome of a request.
 
     Attributes:
-        kind: picture; busy; refused (4xx); failed (5xx in JSON); cut, when the answer broke off; hung; wrong, when the
-            answer is none of these or another picture than was asked for.
+        kind: image; busy; refused (4xx); failed (5xx in JSON); cut, when the answer broke off; hung; wrong, when the
+            answer is none of these or not the requested image.
     """
 
     kind: str
     seconds: float
-    told: str = ""
+    detail: str = ""
 
 
-def ask(server: LocalServer, *, proxy: LocalProxy | None = None, **fields: Any) -> Outcome:
-    """Ask for a picture, through a proxy where there is one, and judge the answer."""
+def request_image(server: LocalServer, *, proxy: LocalProxy | None = None, **fields: Any) -> Outcome:
+    """Request an image, through a proxy if there is one, and judge the answer."""
     fields = {"prompt": "a red circle on a blue background", "width": 128, "height": 128, **fields}
     start = time.monotonic()
-    kind, told = "cut", ""
+    kind, detail = "cut", ""
     place, verify = proxy or server, str(proxy.certificate) if proxy else True
     try:
         with requests.post(
             place.url, json=fields, headers=place.get_headers(), timeout=PATIENCE, verify=verify, stream=True
         ) as answer:
-            kind, told = judge(answer, read_body(answer, start + PATIENCE), fields)
+            kind, detail = judge_answer(answer, read_body(answer, start + PATIENCE), fields)
     except requests.Timeout:
         kind = "hung"
     except requests.ConnectionError as error:
-        kind, told = ("hung" if "timed out" in str(error) else "cut"), str(error)[:200]
+        kind, detail = ("hung" if "timed out" in str(error) else "cut"), str(error)[:200]
     except requests.RequestException as error:
-        told = str(error)[:200]
+        detail = str(error)[:200]
     seconds = time.monotonic() - start
-    return Outcome("hung" if seconds > PATIENCE else kind, seconds, told)
+    return Outcome("hung" if seconds > PATIENCE else kind, seconds, detail)
 
 
 def read_body(answer: requests.Response, deadline: float) -> bytes:
-    """Return the body of an answer; requests itself only bounds the time between two pieces.
+    """Return the body of an answer; requests itself only bounds the time between two chunks.
 
     Args:
         deadline: by time.monotonic().
@@ -73,36 +73,36 @@ def read_body(answer: requests.Response, deadline: float) -> bytes:
         requests.Timeout: it is not complete by then.
     """
     body = b""
-    for piece in answer.iter_content(65536):
-        body += piece
+    for chunk in answer.iter_content(65536):
+        body += chunk
         if time.monotonic() > deadline:
             raise requests.Timeout(f"{len(body)} bytes so far, and no end")
     return body
 
 
-def judge(answer: requests.Response, body: bytes, fields: Mapping[str, Any]) -> tuple[str, str]:
-    """Return an outcome's kind, and what is to be told of it."""
+def judge_answer(answer: requests.Response, body: bytes, fields: Mapping[str, Any]) -> tuple[str, str]:
+    """Return an outcome's kind and detail."""
     if answer.status_code == 200:
         try:
-            with Image.open(io.BytesIO(body)) as picture:
-                picture.load()
+            with Image.open(io.BytesIO(body)) as image:
+                image.load()
                 wanted = (fields["width"], fields["height"])
-                return ("picture", "") if picture.size == wanted else ("wrong", f"{picture.size}, not {wanted}")
+                return ("image", "") if image.size == wanted else ("wrong", f"{image.size}, not {wanted}")
         except OSError as error:
             return "wrong", str(error)
     try:
-        told = str(json.loads(body))[:200]
+        detail = str(json.loads(body))[:200]
     except ValueError:
         return "wrong", f"{answer.status_code} without JSON: {body[:200]!r}"
-    if answer.status_code == 503 and any(kind in told for kind in ("ServiceUnavailable", "server_busy")):
-        return "busy", told
-    return ("refused" if answer.status_code < 500 else "failed"), f"{answer.status_code} {told}"
+    if answer.status_code == 503 and any(kind in detail for kind in ("ServiceUnavailable", "server_busy")):
+        return "busy", detail
+    return ("refused" if answer.status_code < 500 else "failed"), f"{answer.status_code} {detail}"
 
 
 def make_fields(number: int) -> dict[str, Any]:
-    """Return the fields of a request by its number: each size and each format, in turns."""
-    width, height = SIZES[number % len(SIZES)]
-    return {"width": width, "height": height, "seed": number, "output_format": FORMATS[number % len(FORMATS)]}
+    """Return the fields of a request by its number; sizes and formats alternate."""
+    (width, height), kind = IMAGE_SIZES[number % len(IMAGE_SIZES)], IMAGE_FORMATS[number % len(IMAGE_FORMATS)]
+    return {"width": width, "height": height, "seed": number, "output_format": kind}
 
 
 def make_any_fields(number: int) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def make_any_fields(number: int) -> dict[str, Any]:
     random = Random(number)
     width, height, *image = (8 * random.randint(8, 64) for _ in range(4))
     fields = {
-        **{"width": width, "height": height, "seed": number, "output_format": random.choice(FORMATS)},
+        **{"width": width, "height": height, "seed": number, "output_format": random.choice(IMAGE_FORMATS)},
         **{"num_inference_steps": random.randint(1, 4), "guidance_scale": random.choice((1.0, 5.0))},
     }
     if random.random() < 0.3:
@@ -120,17 +120,17 @@ def make_any_fields(number: int) -> dict[str, Any]:
     return fields
 
 
-def keep_asking(
+def keep_requesting(
     server: LocalServer,
     until: Callable[[int], bool],
     *,
     clients: int,
     make: Callable[[int], Mapping[str, Any]] = make_fields,
 ) -> tuple[list[Outcome], float]:
-    """Let several clients ask for pictures, one after another each, until the time is up.
+    """Let several clients request images until it is enough. Each client sends one request at a time.
 
     Args:
-        until: is given the number of answers so far and says whether that is enough.
+        until: says from the number of answers so far whether it is enough.
         make: returns the fields of a request by its number.
 
     Returns:
@@ -142,10 +142,10 @@ def keep_asking(
 
     def work() -> None:
         while not until(len(outcomes)):
-            outcome = ask(server, **make(next(numbers)))
+            outcome = request_image(server, **make(next(numbers)))
             outcomes.append(outcome)
-            if outcome.kind not in ("picture", "refused"):
-                time.sleep(0.2)  # as a client does that has been sent away
+            if outcome.kind not in ("image", "refused"):
+                time.sleep(0.2)  # as a refused client does
 
     with ThreadPoolExecutor(clients) as pool:
         for each in [pool.submit(work) for _ in range(clients)]:
@@ -153,39 +153,48 @@ def keep_asking(
     return outcomes, time.monotonic() - start
 
 
-def count(outcomes: Sequence[Outcome]) -> str:
-    """Return how many there were of each kind, with an example of each that is no picture."""
+def count_outcomes(outcomes: Sequence[Outcome]) -> str:
+    """Return the number of outcomes of each kind, with an example of each kind that is no image."""
     counts = Counter(outcome.kind for outcome in outcomes)
-    examples = {outcome.kind: outcome.told for outcome in outcomes if outcome.told}
+    examples = {outcome.kind: outcome.detail for outcome in outcomes if outcome.detail}
     return ", ".join(
         f"{number} {kind}" + (f" ({examples[kind]})" if kind in examples else "") for kind, number in counts.items()
     )
 
 
-def measure(server: LocalServer) -> dict[str, float]:
-    """Return what the server and its workers hold: resident megabytes, file handles, threads, entries in /tmp."""
+def measure_server(server: LocalServer) -> dict[str, float]:
+    """Return the resources of the server and its workers: memory in MB, file handles, threads, temporary files."""
     held = {"MB resident": 0.0, "file handles": 0.0, "threads": 0.0, "temporary files": 0.0}
     for process in server.find_processes():
         with contextlib.suppress(psutil.Error):
             held["MB resident"] += process.memory_info().rss / 1e6
             held["file handles"] += process.num_fds()
             held["threads"] += process.num_threads()
-    with contextlib.suppress(FileNotFoundError):  # the server is tidying up
+    with contextlib.suppress(FileNotFoundError):  # the server removes them
         held["temporary files"] += sum(1 for _ in server.temporary.rglob("*"))
     return held
 
 
-class Watch(threading.Thread):
-    """Measure the server each second; the samples are kept in their order."""
+def measure_memory(processes: Mapping[str, psutil.Process]) -> dict[str, float]:
+    """Return the resident memory of processes in MB by their names; that of a dead one is 0."""
+    memory = dict.fromkeys(processes, 0.0)
+    for name, process in processes.items():
+        with contextlib.suppress(psutil.Error):
+            memory[name] = process.memory_info().rss / 1e6
+    return memory
 
-    def __init__(self, server: LocalServer) -> None:
+
+class Watch(threading.Thread):
+    """Measure at an interval and keep the samples in their order."""
+
+    def __init__(self, measure: Callable[[], dict[str, float]], *, seconds: float = 1) -> None:
         super().__init__(daemon=True)
         self.samples: list[dict[str, float]] = []
-        self._server, self._stopped = server, threading.Event()
+        self._measure, self._seconds, self._stopped = measure, seconds, threading.Event()
 
     def run(self) -> None:
-        while not self._stopped.wait(1):
-            self.samples.append(measure(self._server))
+        while not self._stopped.wait(self._seconds):
+            self.samples.append(self._measure())
 
     def __enter__(self) -> "Watch":
         self.start()
@@ -197,25 +206,25 @@ class Watch(threading.Thread):
 
 
 def judge_growth(samples: Sequence[Mapping[str, float]]) -> tuple[bool, str]:
-    """Compare the second tenth of the samples, past the first pictures, with the last tenth."""
+    """Compare the second tenth of the samples, after the first images, with the last tenth."""
     tenth = max(len(samples) // 10, 1)
-    passed, told = True, []
+    passed, details = True, []
     for name in samples[0]:
         first, last = (
             statistics.median(sample[name] for sample in part)
             for part in (samples[tenth : 2 * tenth] or samples[:1], samples[-tenth:])
         )
-        # A thread pool that had not yet all its threads, or a connection more, is no leak.
+        # A thread pool that still grows, or one more connection, is no leak.
         slack = 0.05 * first if name == "MB resident" else max(0.05 * first, 4)
         passed &= last <= first + slack
-        told.append(f"{first:.0f} to {last:.0f} {name}")
-    return passed, ", ".join(told)
+        details.append(f"{first:.0f} to {last:.0f} {name}")
+    return passed, ", ".join(details)
 
 
-async def ask_at_once(server: LocalServer, clients: int) -> list[tuple[int, float]]:
-    """Ask for a picture from many clients; return the status of each, and the seconds until it came.
+async def request_at_once(server: LocalServer, clients: int) -> list[tuple[int, float]]:
+    """Request an image from many clients at once; return the status for each and the seconds until it came.
 
-    Each keeps its connection until all have an answer.
+    Each client keeps its connection until all have an answer.
     """
     body = b'{"prompt": "a red circle", "num_inference_steps": 25}'
     head = (
@@ -224,7 +233,7 @@ async def ask_at_once(server: LocalServer, clients: int) -> list[tuple[int, floa
     )
     writers = []
 
-    async def ask_once() -> tuple[int, float]:
+    async def request_once() -> tuple[int, float]:
         start = time.monotonic()
         try:
             reader, writer = await asyncio.open_connection("127.0.0.1", server.ports["inference_address"])
@@ -235,7 +244,7 @@ async def ask_at_once(server: LocalServer, clients: int) -> list[tuple[int, floa
         except (TimeoutError, OSError, IndexError):
             return 0, time.monotonic() - start
 
-    answers = await asyncio.gather(*(ask_once() for _ in range(clients)))
+    answers = await asyncio.gather(*(request_once() for _ in range(clients)))
     for writer in writers:
         writer.close()
     return answers

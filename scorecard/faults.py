@@ -1,4 +1,4 @@
-"""The lines of what breaks under a server: workers, starts and stops, files and ports."""
+"""The lines of faults below a server: workers, starts and stops, files and ports."""
 
 import contextlib
 import socket
@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from scorecard.clients import Outcome, ask, count, keep_asking
+from scorecard.clients import Outcome, count_outcomes, keep_requesting, request_image
 from scorecard.site import Line, Scale, Site, find_workers, is_open, wait_for_another
 from tools.proxy import LocalProxy, find_nginx
 from tools.server import ROOT, LocalServer, ServerError, make_environment, read_shipped
@@ -25,7 +25,7 @@ def measure_recovery(server: LocalServer) -> float:
 
 
 def kill_workers(server: LocalServer, *, seconds: float, interval: float) -> tuple[int, list[float]]:
-    """Kill what holds the model at each interval; return how often, and each time until it was ready again."""
+    """Kill the workers at each interval; return how often, and each time until one was ready again."""
     start, kills, recoveries = time.monotonic(), 0, []
     while time.monotonic() - start < seconds:
         began = time.monotonic()
@@ -40,10 +40,11 @@ def kill_workers(server: LocalServer, *, seconds: float, interval: float) -> tup
 
 
 def check_kills(site: Site, scale: Scale) -> list[Line]:
-    """A worker that is killed again and again, whatever it does.
+    """A worker that is killed again and again, also during its work.
 
-    It loses the requests that it holds, those that wait too: their answers have begun, or TorchServe would not tell it
-    who has left. What waits in TorchServe's own queue is not lost. As many ask as it holds.
+    It loses the requests that it holds, the waiting ones too. Their answers have begun, because TorchServe reports a
+    client that has left only then. Requests in TorchServe's own queue are not lost. There are as many clients as it
+    holds requests.
     """
     shipped = read_shipped()["handler"]
     held = shipped["max_running"] + shipped["max_waiting"]
@@ -51,25 +52,26 @@ def check_kills(site: Site, scale: Scale) -> list[Line]:
         loads = [measure_recovery(server) for _ in range(scale.loads)]  # nobody asks meanwhile
         with ThreadPoolExecutor(1) as pool:
             killer = pool.submit(kill_workers, server, seconds=scale.kill_time, interval=scale.kill_interval)
-            outcomes, _ = keep_asking(server, lambda _: killer.done(), clients=held)
+            outcomes, _ = keep_requesting(server, lambda _: killer.done(), clients=held)
         kills, recoveries = killer.result()
         wait_for_another(server, [], seconds=600)
-        after = [ask(server) for _ in range(scale.requests_after)]
-    lost = [outcome for outcome in outcomes if outcome.kind != "picture"]
+        after = [request_image(server) for _ in range(scale.requests_after)]
+    lost = [outcome for outcome in outcomes if outcome.kind != "image"]
     slowest = max(recoveries, default=float("inf"))
     passed = (
         {outcome.kind for outcome in lost} <= {"failed", "cut"}
         and len(lost) <= held * kills
         and len(recoveries) >= kills
         and slowest <= max(loads) + 3  # of each the slowest, for the same load takes a third longer at times
-        and {outcome.kind for outcome in after} == {"picture"}
+        and {outcome.kind for outcome in after} == {"image"}
     )
-    told = (
-        f"{kills} kills; {count(outcomes)}; ready after {statistics.median(recoveries or [slowest]):.1f} s, at most "
+    detail = (
+        f"{kills} kills; {count_outcomes(outcomes)}; "
+        f"ready after {statistics.median(recoveries or [slowest]):.1f} s, at most "
         f"{slowest:.1f} s; without load {statistics.median(loads):.1f} s, at most {max(loads):.1f} s; "
-        f"then {count(after)}"
+        f"then {count_outcomes(after)}"
     )
-    return [Line("kills", passed, told)]
+    return [Line("kills", passed, detail)]
 
 
 def check_stopped_worker(site: Site, _scale: Scale) -> list[Line]:
@@ -78,16 +80,16 @@ def check_stopped_worker(site: Site, _scale: Scale) -> list[Line]:
     with site.serve(responseTimeout=limit) as server:
         workers = find_workers(server)
         workers[0].suspend()
-        outcome = ask(server)
+        outcome = request_image(server)
         recovery = wait_for_another(server, workers, seconds=120)
-        after = ask(server)
-    passed = outcome.kind == "failed" and outcome.seconds < limit + 3 and after.kind == "picture"
-    told = f"responseTimeout {limit} s: {outcome.kind} after {outcome.seconds:.1f} s ({outcome.told}); "
-    return [Line("stopped worker", passed, told + f"ready {recovery:.1f} s later, then {after.kind}")]
+        after = request_image(server)
+    passed = outcome.kind == "failed" and outcome.seconds < limit + 3 and after.kind == "image"
+    detail = f"responseTimeout {limit} s: {outcome.kind} after {outcome.seconds:.1f} s ({outcome.detail}); "
+    return [Line("stopped worker", passed, detail + f"ready {recovery:.1f} s later, then {after.kind}")]
 
 
 def drain_once(site: Site) -> tuple[list[Outcome], int, list[str]]:
-    """Start a server behind nginx, ask for pictures until nginx takes no more requests, stop.
+    """Start a server behind nginx, request images until nginx takes no more requests, stop.
 
     Returns:
         The outcomes, how many requests nginx accepted, and what is left of the server.
@@ -96,7 +98,7 @@ def drain_once(site: Site) -> tuple[list[Outcome], int, list[str]]:
 
     def keep_on(proxy: LocalProxy) -> None:
         while True:
-            outcome = ask(server, proxy=proxy, num_inference_steps=20)
+            outcome = request_image(server, proxy=proxy, num_inference_steps=20)
             if outcome.kind == "cut" and outcome.seconds < 0.2:
                 return  # nginx takes no more
             outcomes.append(outcome)
@@ -126,16 +128,15 @@ def check_cycles(site: Site, scale: Scale) -> list[Line]:
         outcomes += cycle[0]
         accepted += cycle[1]
         left += cycle[2]
-    pictures = sum(outcome.kind == "picture" for outcome in outcomes)
-    passed = 0 < accepted == pictures == len(outcomes) and not left
-    told = (
-        f"{scale.cycles} cycles: {accepted} requests accepted, {count(outcomes)}; left: {', '.join(left) or 'nothing'}"
-    )
-    return [Line("cycles", passed, told)]
+    images = sum(outcome.kind == "image" for outcome in outcomes)
+    passed = 0 < accepted == images == len(outcomes) and not left
+    detail = f"{scale.cycles} cycles: {accepted} requests accepted, {count_outcomes(outcomes)}"
+    detail += f"; left: {', '.join(left) or 'nothing'}"
+    return [Line("cycles", passed, detail)]
 
 
 def check_disk(site: Site, _scale: Scale) -> list[Line]:
-    """What goes wrong with files and ports: each with a message that says what it is."""
+    """Faults of files and ports: each has a message that names it."""
     wrong = []
 
     def fail_to_start(changed: Site, message: str) -> None:
@@ -164,15 +165,15 @@ def check_disk(site: Site, _scale: Scale) -> list[Line]:
                 wrong.append(f"files of at most {limit} bytes: {done.stderr[-300:]}")
     with replace(site, cache=site.cache / "gone").serve() as server:
         subprocess.run(["rm", "-rf", site.cache / "gone"], check=True)
-        outcome = ask(server, width=96, height=96)
-        if outcome.kind != "picture":
-            wrong.append(f"cache folder gone: {outcome.told}")
-    told = (
+        outcome = request_image(server, width=96, height=96)
+        if outcome.kind != "image":
+            wrong.append(f"cache folder gone: {outcome.detail}")
+    detail = (
         "; ".join(wrong)
         or "a message each for: a model cut short, a port taken; a full disk is a warning, and nothing is cached; "
         "a cache that is gone is made anew"
     )
-    return [Line("disk and ports", not wrong, told)]
+    return [Line("disk and ports", not wrong, detail)]
 
 
 def fill_cache(site: Site, cache: Path, limit: int | None) -> "subprocess.CompletedProcess[str]":

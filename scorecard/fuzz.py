@@ -1,4 +1,7 @@
-"""Hostile requests, made from a seed: each a method, a path, headers and a body, or the bytes of a whole connection."""
+"""Hostile requests as data: each a method, a path, headers and a body, or the bytes of a whole connection.
+
+generated.py adds the requests that follow or break the server's OpenAPI document.
+"""
 
 import base64
 import functools
@@ -11,70 +14,70 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from sdxl_server.fields import DECLARATIONS
+from PIL import Image
 
 MODEL = "/predictions/diffusion_fast"
 PATHS = (
-    *(MODEL, MODEL, MODEL, MODEL, f"{MODEL}/1.0", f"{MODEL}/1.0/describe", f"{MODEL}/1.0/openapi.json"),
-    *(f"{MODEL}/1.0/v1/models", f"{MODEL}/1.0/v1/images/generations", f"{MODEL}/1.0/v1/images/edits"),
-    *(f"{MODEL}/1.0/v1/images/variations", f"{MODEL}/1.0/%2e%2e/%00", f"{MODEL}/9.9", f"{MODEL}/1.0/" + "a" * 3000),
-    *(f"{MODEL}?prompt=a+fox&steps=1", f"{MODEL}?seed=%ff&seed=%00", f"{MODEL}//1.0//describe"),
+    *(MODEL, f"{MODEL}/1.0", f"{MODEL}/1.0/describe", f"{MODEL}/1.0/openapi.json", f"{MODEL}/1.0/v1/models"),
+    *(f"{MODEL}/1.0/v1/images/{end}" for end in ("generations", "edits", "variations")),
+    *(f"{MODEL}/1.0/%2e%2e/%00", f"{MODEL}/9.9", f"{MODEL}/1.0/{'a' * 3000}", f"{MODEL}//1.0//describe"),
+    *(f"{MODEL}?prompt=a+fox&steps=1", f"{MODEL}?seed=%ff&seed=%00", "/predictions/none", "/predictions"),
     *("/ping", "/explanations/diffusion_fast", "/v1/models/diffusion_fast:predict", "/invocations", "/wf-predict/x"),
-    *(
-        "/predictions/none",
-        "/predictions",
-        "/models",
-        "/workflows",
-        "/metrics",
-        "/v2/health/ready",
-        "/../../etc/passwd",
-    ),
+    *("/models", "/workflows", "/metrics", "/v2/health/ready", "/../../etc/passwd"),
 )
-FIELDS = (
-    *DECLARATIONS,
-    "prompt",  # twice as often
-    "n",
-    "size",
-    "model",
-    "response_format",
-    "user",
-    "rng_seed",
-    "promt",
-    "__class__",
-)
+METHODS = ("GET", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS", "FOX")
 TEXTS = (
     *("", " ", "a fox", "a fox\0", "\ud800", "\udfff\ud800", "é\u0301" * 50, "\u202e\u2066fox", "🦊" * 300, "ﷺ" * 800),
     *("a" * 1999, "a" * 5000, "fox " * 400, "\r\nX-Injected: 1\r\n\r\n", "\x1b[2J\x07", "${jndi:ldap://127.0.0.1:9/x}"),
-    *(
-        "[METRICS]forged.Count:1|#Level:Model|#type:COUNTER",
-        "x\n[PID]1\nTorch worker started.",
-        "%n%s%x",
-        "{0}{a.__class__}",
-    ),
-    *("<script>alert(1)</script>", "' OR 1=1 --", "../../etc/passwd", "\ufeff\ufffe\uffff", "1" * 400, "null", "NaN"),
+    *("[METRICS]forged.Count:1|#Level:Model|#type:COUNTER", "x\n[PID]1\nTorch worker started.", "%n%s%x"),
+    *("{0}{a.__class__}", "<script>alert(1)</script>", "' OR 1=1 --", "../../etc/passwd", "\ufeff\ufffe\uffff"),
+    *("1" * 400, "null", "NaN"),
 )
-NUMBERS = (*(0, 1, -1, 2, 8, 64, 63, 128, 127, 4, 1.5, -0.0, 1e-320, 2**31, 2**32, 2**63, -(2**63), 10**30, 1e308, 77),)
-VALUES: tuple[Any, ...] = (
-    *(None, True, False, [], {}, [[]], [1], [64, 64], [1e9, -1], ["a"] * 500, {"a": {"b": []}}, "64", "true"),
+NOISE = Random(0).randbytes(3000)
+JSON = b'{"prompt": "a fox", "width": 64, "height": 64, "seed": 1}'
+BODIES: tuple[tuple[str, bytes], ...] = (  # by content type
+    *(("application/json", json.dumps({"prompt": text}).encode()) for text in TEXTS),
+    *(("application/json", json.dumps({text[:200]: 1}).encode()) for text in TEXTS),
+    *(("application/json", JSON.replace(b"1", number)) for number in (b"NaN", b"1e999", b"-Infinity", b"0x1", b"01")),
+    *(("application/json", JSON.replace(b"1", number)) for number in (b"1" * 5000, b"1e-320", b"-0.0", b"[[]]")),
+    *(("application/json", body) for body in (b"", JSON[:20], JSON[:20] + NOISE[:3] + JSON[20:], JSON + JSON)),
+    *(("application/json", body) for body in (JSON.decode().encode("utf-16"), b"\xef\xbb\xbf" + JSON, NOISE)),
+    *(("application/json", b"[" * count) for count in (10, 1000, 100_000)),
+    ("application/json", b'{"a":' * 50_000),
+    ("application/json", b'{"prompt": "a", ' + b",".join(b'"a%d": 1' % i for i in range(20_000)) + b"}"),
+    ("application/json", b'{"prompt": "\\ud800\\udc00\\ud800"}'),
+    ("application/json", b'{"prompt": "a", "prompt": "b"}'),
+    *(("text/plain", text.encode("utf-8", "surrogatepass")) for text in TEXTS),
+    ("text/plain", NOISE[:200]),
+    *(("application/x-www-form-urlencoded", body) for body in (b"prompt=a+fox&num_inference_steps=1", b"&&&===")),
+    *(("application/x-www-form-urlencoded", body) for body in (b"prompt=%", b"a=b&" * 5000, b"prompt=%ff%00")),
 )
-HEADERS = (
+CONTENT_TYPES = (  # of a body that is JSON
+    *("", "text/plain", "application/json; charset=utf-16", "application/json\t;;;=", "text/plain; charset=utf-7"),
+    *("application/x-www-form-urlencoded", "multipart/form-data", "multipart/form-data; boundary=", "image/png"),
+    *("multipart/mixed; boundary=b", "application/octet-stream", "a" * 500),
+)
+HOSTILE_HEADERS = (
     *(("describe", "True"), ("explain", "True"), ("ts_stream_next", "true"), ("ts_request_sequence_id", "1")),
     *(("requestId", "0"), ("url_path", "describe"), ("Accept", "application/json"), ("Accept", "\xff" * 50)),
     *(("Content-Encoding", "gzip"), ("Expect", "100-continue"), ("Range", "bytes=5-"), ("X-Large", "a" * 6000)),
     *(("Upgrade", "h2c"), ("Connection", "upgrade"), ("Host", "[::1"), ("X-Forwarded-For", "${jndi:ldap://127.0.0.1}")),
     *(("Cookie", "a=" + "b" * 2000), ("Origin", "null"), ("TE", "trailers"), ("X-Bytes", "\xe9\xa0\xff")),
 )
-TYPES = (
-    *("application/json", "application/json", "application/json", "text/plain", "application/json; charset=utf-16"),
+PART_HEADS = (  # of a multipart form
+    *(f'Content-Disposition: form-data; name="{name}"' for name in ("prompt", 'a"; filename="b', "a" * 3000)),
     *(
-        "application/x-www-form-urlencoded",
-        "multipart/form-data",
-        "multipart/form-data; boundary=",
-        "text/plain; charset=utf-7",
+        f'Content-Disposition: form-data; name="image"; {file}'
+        for file in ('filename="../../x"', "filename*=utf-8''%ff")
     ),
-    *("application/octet-stream", "image/png", "", "a" * 500, "application/json\t;;;=", "multipart/mixed; boundary=b"),
+    *(f"Content-Disposition: {kind}" for kind in ("form-data", "attachment", "")),
+    *(
+        f'Content-Disposition: form-data; name="image"; filename="x.png"\r\nContent-{line}'
+        for line in ("Type: \xff", "Transfer-Encoding: base64")
+    ),
 )
-METHODS = (*("POST",) * 12, "GET", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS", "FOX")
+FORM_ENDS = (b"--b--\r\n", b"", b"--b", b"--c--\r\n")
+IMAGE_KINDS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 
 
 @dataclass(frozen=True)
@@ -91,140 +94,85 @@ class Hostile:
         return any(kind in self.headers.get("Content-Type", "") for kind in ("multipart", "urlencoded"))
 
 
-def make_request(random: Random) -> Hostile:
-    """Return a request that a server must answer with 2xx or 4xx."""
-    make, kind = random.choice(_BODIES)
-    body = make(random)
-    kind = kind if random.random() < 0.8 else random.choice(TYPES)
-    headers = {"Content-Type": kind.encode().decode("latin-1")} if kind else {}
-    headers |= dict(random.sample(HEADERS, random.choice((0, 0, 0, 1, 2, 4))))
-    return Hostile(random.choice(METHODS), random.choice(PATHS), body, headers)
+def list_requests() -> list[Hostile]:
+    """Return requests that a server must answer with 2xx or 4xx."""
+    forms = [f"--b\r\n{head}\r\n\r\n".encode("latin-1") + b"a fox\r\n" for head in PART_HEADS]
+    forms += [_make_part(b"prompt", b"a fox"), _make_part(b"image", NOISE), _make_part(b"x", b"") * 300, b""]
+    files = list_bad_images()
+    return [
+        *(_post(body, kind) for kind, body in BODIES),
+        *(_post(JSON, kind) for kind in CONTENT_TYPES),
+        *(
+            Hostile("POST", MODEL, JSON, {"Content-Type": "application/json", name: value})
+            for name, value in HOSTILE_HEADERS
+        ),
+        *(_post(JSON, path=path) for path in PATHS),
+        *(Hostile("GET", path, b"") for path in PATHS),
+        *(Hostile(method, MODEL, JSON, {"Content-Type": "application/json"}) for method in METHODS),
+        *(_post(form + end, _FORM) for form in forms for end in FORM_ENDS),
+        *(make_upload(name, file) for name in ("image", "mask_image") for file in files),
+        *(_post(_make_part(b"prompt", b"a") + _make_part(b"image", file) + FORM_ENDS[0], _FORM) for file in files),
+    ]
 
 
-def make_bytes(random: Random, token: str) -> bytes:
-    """Return what a client that does not keep to HTTP sends; a server may answer 4xx, or close the connection."""
-    head = f"POST {MODEL} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {token}\r\n"
-    return random.choice(
-        (
-            random.randbytes(random.randrange(1, 3000)),
-            b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + random.randbytes(200),  # TLS
-            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + random.randbytes(50),
-            b"GET / HTTP/9.9\r\n\r\n",
-            b"\r\n" * 500,
-            f"{head}Content-Length: -1\r\n\r\n".encode(),
-            f"{head}Content-Length: 99999999999999999999\r\n\r\n".encode(),
-            f"{head}Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello!".encode(),
-            f"{head}Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET / HTTP/1.1\r\n\r\n".encode(),
-            f"{head}Transfer-Encoding: chunked\r\n\r\nfffffffff\r\nx".encode(),
-            f"{head}Transfer-Encoding: chunked\r\n\r\n-5\r\nhello\r\n0\r\n\r\n".encode(),
-            f"{head}X: {'a' * 20000}\r\n\r\n".encode(),
-            head.encode() + b"Y:\0\x80\r\n\r\n",
-            f"{head}Content-Type: text/plain\r\nContent-Length: 50\r\n\r\nonly a part of it".encode(),
-            f"POST {'/' * 9000} HTTP/1.1\r\n\r\n".encode(),
-        )
-    )
-
-
-def _make_value(random: Random, name: str) -> Any:
-    if name in ("image", "mask_image"):
-        return random.choice((base64.b64encode(make_image(random)).decode(), *TEXTS[:6]))
-    pool = random.choice((TEXTS, NUMBERS, VALUES))
-    return random.choice(pool)
-
-
-def _make_json(random: Random) -> bytes:
-    fields = {name: _make_value(random, name) for name in random.sample(FIELDS, random.randrange(4))}
-    if random.random() < 0.7:
-        fields["prompt"] = random.choice(("a fox", *TEXTS))
-    text = json.dumps(fields)
-    if random.random() < 0.2:
-        text = text.replace("1", random.choice(("NaN", "1e999", "-Infinity", "0x1", "01", "1" * 5000)), 1)
-    return text.encode()
-
-
-def _make_broken_json(random: Random) -> bytes:
-    valid = _make_json(random)
-    cut = random.randrange(len(valid) + 1)
-    return random.choice(
-        (
-            valid[:cut],
-            valid[:cut] + random.randbytes(3) + valid[cut:],
-            valid + valid,
-            valid.decode().encode("utf-16"),
-            b"[" * random.choice((10, 1000, 100_000)),
-            b'{"a":' * 50_000,
-            b'{"prompt": "a", ' + b",".join(b'"a%d": 1' % i for i in range(20_000)) + b"}",
-            b'{"prompt": "\\ud800\\udc00\\ud800"}',
-            b'{"prompt": "a", "prompt": "b"}',
-            b"\xef\xbb\xbf" + valid,
-        )
-    )
-
-
-def _make_text(random: Random) -> bytes:
-    return random.choice((random.randbytes(200), *(text.encode("utf-8", "surrogatepass") for text in TEXTS)))
-
-
-def _make_form(random: Random) -> bytes:
-    """Return a multipart body with the boundary `b`, mostly a broken one."""
-    parts = []
-    for _ in range(random.choice((0, 1, 2, 5, 300))):
-        name = random.choice((*FIELDS, 'a"; filename="b', "é", "a" * 3000))
-        content = make_image(random) if random.random() < 0.3 else _make_text(random)
-        extra = random.choice(("", '; filename="x.png"', "; filename*=utf-8''%ff", '; filename="../../x"'))
-        kind = random.choice(
-            ("", "Content-Type: image/png\r\n", "Content-Type: \xff\r\n", "Content-Transfer-Encoding: base64\r\n")
-        )
-        disposition = random.choice((f'form-data; name="{name}"{extra}', "form-data", "attachment", ""))
-        head = f"--b\r\nContent-Disposition: {disposition}\r\n{kind}\r\n".encode("utf-8", "replace")
-        parts.append(head + content + b"\r\n")
-    return b"".join(parts) + random.choice((b"--b--\r\n", b"", b"--b", b"--c--\r\n"))
-
-
-def _make_pairs(random: Random) -> bytes:
-    return random.choice(
-        (b"prompt=a+fox&num_inference_steps=1", b"&&&===", b"prompt=%", b"a=b&" * 5000, b"prompt=%ff%00")
-    )
-
-
-def make_image(random: Random) -> bytes:
-    """Return a picture, mostly a broken or a hostile one."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    kind = random.choice(("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF"))
-    Image.new("RGB", (random.choice((1, 8, 64, 65)), 64), "red").save(buffer, kind)
-    valid = buffer.getvalue()
-    cut = random.randrange(len(valid))
-    broken = valid[:cut] + random.randbytes(4) + valid[cut + 4 :]
-    return random.choice((valid, valid[:cut], broken, b"", *_make_bombs()))
-
-
-@functools.cache
-def _make_bombs() -> tuple[bytes, ...]:
+def list_connections(token: str) -> tuple[bytes, ...]:
+    """Return what clients send that do not keep to HTTP; a server may answer 4xx, or close the connection."""
+    head = f"POST {MODEL} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {token}\r\n".encode()
     return (
+        NOISE,
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + NOISE[:200],  # TLS
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + NOISE[:50],
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"\r\n" * 500,
+        head + b"Content-Length: -1\r\n\r\n",
+        head + b"Content-Length: 99999999999999999999\r\n\r\n",
+        head + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello!",
+        head + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET / HTTP/1.1\r\n\r\n",
+        head + b"Transfer-Encoding: chunked\r\n\r\nfffffffff\r\nx",
+        head + b"Transfer-Encoding: chunked\r\n\r\n-5\r\nhello\r\n0\r\n\r\n",
+        head + b"X: " + b"a" * 20_000 + b"\r\n\r\n",
+        head + b"Y:\0\x80\r\n\r\n",
+        head + b"Content-Type: text/plain\r\nContent-Length: 50\r\n\r\nonly a part of it",
+        b"POST " + b"/" * 9000 + b" HTTP/1.1\r\n\r\n",
+    )
+
+
+def list_bad_images() -> list[bytes]:
+    """Return files that are no whole image, or far larger than their bytes."""
+    files = [save_image(Image.new("RGB", (65, 64), "red"), kind) for kind in IMAGE_KINDS]
+    return [
+        *(file[: len(file) // 2] for file in files),
+        *(file[: len(file) // 2] + NOISE[:4] + file[len(file) // 2 + 4 :] for file in files),
+        b"",
         b"<svg xmlns='http://www.w3.org/2000/svg'/>",
         make_png(60_000, 60_000, b"\0" * 100_000),
         make_png(8, 8, b"\0" * 50_000_000),
         make_png(0, 0, b""),
         make_png(64, 64, b"\0" * 64 * 193, text=b"\0" * 20_000_000),
-    )
+    ]
+
+
+def save_image(image: Image.Image, kind: str, **options: Any) -> bytes:
+    """Return an image as the bytes of a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def make_png(width: int, height: int, pixels: bytes, *, text: bytes = b"") -> bytes:
-    """Return a PNG that claims a size, with these bytes as its pixels; both may be far too large."""
+    """Return a PNG of the stated size with these bytes as its pixels; both may be far too large."""
     header = _make_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     comment = _make_chunk(b"zTXt", b"a\0\0" + zlib.compress(text, 1)) if text else b""
     content = _make_chunk(b"IDAT", zlib.compress(pixels, 1))
     return b"\x89PNG\r\n\x1a\n" + header + comment + content + _make_chunk(b"IEND", b"")
 
 
-PAIRS = "pairs of a form"  # nginx bounds them; TorchServe reads them all before its worker sees a request
+FORM_PAIRS = "pairs of a form"  # nginx bounds them; TorchServe reads them all before its worker sees a request
 
 
 def make_attacks() -> dict[str, Callable[[], Hostile]]:
-    """Return by their names requests whose cost would be out of all proportion to their bytes, were it not bounded."""
-    picture = functools.partial(make_upload, "image")
+    """Return by name the requests that would cost far more than their bytes if nothing bounded the cost."""
+    upload = functools.partial(make_upload, "image")
     return {
         "emoji in a name": lambda: _post(b'{"' + "🦊".encode() * 8_388_600 + b'": 1}'),
         "control characters in a form's name": lambda: _post(b"\1" * 16_800_000 + b"=1", _PAIRS),
@@ -239,28 +187,28 @@ def make_attacks() -> dict[str, Callable[[], Hostile]]:
         "names": lambda: _post(b"{" + b",".join(b'"%x":1' % i for i in range(2_500_000)) + b"}"),
         "nesting": lambda: _post(b'{"prompt": ' + b'{"a":[' * 5_000_000),
         "long numbers": lambda: _post(b"[" + (b"9" * 4300 + b",") * 7_800 + b"1]"),
-        PAIRS: lambda: _post(b"&".join(b"%x" % i for i in range(1_000_000)), _PAIRS),
+        FORM_PAIRS: lambda: _post(b"&".join(b"%x" % i for i in range(1_000_000)), _PAIRS),
         "parts of a form": lambda: _post(b"".join(_make_part(b"%x" % i, b"") for i in range(200_000)), _FORM),
         "parts of one name": lambda: _post(_make_part(b"prompt", b"") * 100_000, _FORM),
         "a field called url_path": lambda: _post(b"", path="/invocations?url_path=x&prompt=a"),
         "a part called content-type": lambda: _post(_make_part(b"content-type", b"x"), _FORM),
-        "scans of a JPEG": lambda: picture(make_progressive(2048, 8_000)),
-        "segments of a JPEG": lambda: picture(_insert(make_jpeg(), b"\xff\xfe\0\2" * 6_000_000)),
-        "bytes between a JPEG's segments": lambda: picture(_insert(make_jpeg(), b"\0" * 24_000_000)),
-        "chunks of a PNG": lambda: picture(_repeat_chunk(b"IDAT", b"", 2_000_000)),
-        "tags of a PNG": lambda: picture(_repeat_chunk(b"eXIf", _make_exif(65_535), 1)),
-        "frames of a WebP": lambda: picture(make_animation(200_000)),
-        "tags of a TIFF": lambda: picture(b"II*\0\x08\0\0\0" + _DIRECTORY * 1_000_000),
-        "numbers of a TIFF": lambda: picture(b"II*\0\x08\0\0\0\1\0" + _STRIPS + bytes(24_000_000)),
-        "blocks of a GIF": lambda: picture(b"GIF89a\x40\0\x40\0\0\0\0!\xfe" + b"\1a" * 12_000_000),
-        "bytes before a GIF's picture": lambda: picture(b"GIF89a\x40\0\x40\0\0\0\0" + b"a" * 24_000_000),
-        "runs of a BMP": lambda: picture(_make_runs(7_000, 12_000_000)),
-        "frames of an AVIF": lambda: picture(make_film(300)),
+        "scans of a JPEG": lambda: upload(make_progressive(2048, 8_000)),
+        "segments of a JPEG": lambda: upload(_insert(make_jpeg(), b"\xff\xfe\0\2" * 6_000_000)),
+        "bytes between a JPEG's segments": lambda: upload(_insert(make_jpeg(), b"\0" * 24_000_000)),
+        "chunks of a PNG": lambda: upload(_repeat_chunk(b"IDAT", b"", 2_000_000)),
+        "tags of a PNG": lambda: upload(_repeat_chunk(b"eXIf", _make_exif(65_535), 1)),
+        "frames of a WebP": lambda: upload(make_animation(200_000)),
+        "tags of a TIFF": lambda: upload(b"II*\0\x08\0\0\0" + _DIRECTORY * 1_000_000),
+        "numbers of a TIFF": lambda: upload(b"II*\0\x08\0\0\0\1\0" + _STRIPS + bytes(24_000_000)),
+        "blocks of a GIF": lambda: upload(b"GIF89a\x40\0\x40\0\0\0\0!\xfe" + b"\1a" * 12_000_000),
+        "bytes before a GIF's image": lambda: upload(b"GIF89a\x40\0\x40\0\0\0\0" + b"a" * 24_000_000),
+        "runs of a BMP": lambda: upload(_make_runs(7_000, 12_000_000)),
+        "frames of an AVIF": lambda: upload(make_film(300)),
         "a mask of 64 megapixels": lambda: _post(
             json.dumps({"prompt": "a", "image": _encode(make_jpeg()), "mask": _encode(make_mask(8_000))}).encode(),
             path=f"{MODEL}/1.0/v1/images/edits",
         ),
-        "base64 of no picture": lambda: _post(b'{"prompt": "a", "image": "' + b"/" * 33_000_000 + b'"}'),
+        "base64 of no image": lambda: _post(b'{"prompt": "a", "image": "' + b"/" * 33_000_000 + b'"}'),
         "a prompt of white space": lambda: _post(json.dumps({"prompt": " " * 1_999 + "\0"}).encode()),
         "a prompt of one word": lambda: _post(json.dumps(dict.fromkeys(_PROMPTS, "\U000103c0" * 2_000)).encode()),
     }
@@ -281,7 +229,7 @@ def _encode(file: bytes) -> str:
 
 
 def make_upload(name: str, file: bytes) -> Hostile:
-    """Return a request for one small step from a picture."""
+    """Return a request for one small step from an image."""
     small = {"width": 64, "height": 64, "num_inference_steps": 1, "strength": 1}
     return _post(json.dumps({"prompt": "a", **small, name: _encode(file)}).encode())
 
@@ -292,15 +240,11 @@ def _make_part(name: bytes, content: bytes) -> bytes:
 
 def make_jpeg(**options: Any) -> bytes:
     """Return a JPEG of one colour."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.new("RGB", options.pop("size", (64, 64)), "red").save(buffer, "JPEG", **options)
-    return buffer.getvalue()
+    return save_image(Image.new("RGB", options.pop("size", (64, 64)), "red"), "JPEG", **options)
 
 
 def make_progressive(side: int, scans: int) -> bytes:
-    """Return a progressive JPEG whose last scan comes so many times."""
+    """Return a progressive JPEG that repeats its last scan."""
     whole = make_jpeg(size=(side, side), progressive=True)
     last = whole[whole.rindex(b"\xff\xda") : -2]
     return whole[:-2] + last * scans + whole[-2:]
@@ -315,7 +259,7 @@ def _make_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _repeat_chunk(kind: bytes, data: bytes, count: int) -> bytes:
-    """Return a PNG with so many of a chunk before its pixels."""
+    """Return a PNG that repeats a chunk before its pixels."""
     valid = make_png(64, 64, b"\0" * 64 * 193)
     return valid[:33] + _make_chunk(kind, data) * count + valid[33:]
 
@@ -328,12 +272,9 @@ def _make_exif(tags: int) -> bytes:
 
 
 def make_animation(frames: int) -> bytes:
-    """Return a WebP of so many frames."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.new("RGB", (64, 64), "red").save(buffer, "WEBP")
-    frame = bytes(6) + b"\x3f\0\0\x3f\0\0" + bytes(4) + buffer.getvalue()[12:]
+    """Return a WebP of many frames."""
+    still = save_image(Image.new("RGB", (64, 64), "red"), "WEBP")
+    frame = bytes(6) + b"\x3f\0\0\x3f\0\0" + bytes(4) + still[12:]
     chunk = b"ANMF" + struct.pack("<I", len(frame)) + frame + b"\0" * (len(frame) % 2)
     head = b"VP8X" + struct.pack("<I", 10) + b"\2\0\0\0\x3f\0\0\x3f\0\0" + b"ANIM" + struct.pack("<I", 6) + bytes(6)
     content = b"WEBP" + head + chunk * frames
@@ -341,35 +282,17 @@ def make_animation(frames: int) -> bytes:
 
 
 def make_film(frames: int) -> bytes:
-    """Return an AVIF of so many frames."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
+    """Return an AVIF of many frames."""
     frame = Image.new("RGB", (64, 64), "red")
-    frame.save(buffer, "AVIF", save_all=True, append_images=[frame] * (frames - 1), speed=10)
-    return buffer.getvalue()
+    return save_image(frame, "AVIF", save_all=True, append_images=[frame] * (frames - 1), speed=10)
 
 
 def _make_runs(side: int, runs: int) -> bytes:
-    """Return a BMP in run lengths, each of which is of one pixel."""
+    """Return a BMP in run lengths of one pixel each."""
     header = struct.pack("<IiiHHIIiiII", 40, side, side, 1, 8, 1, 2 * runs, 0, 0, 256, 0)
     return b"BM" + struct.pack("<III", 54 + 1024 + 2 * runs, 0, 54 + 1024) + header + bytes(1024) + b"\1\1" * runs
 
 
 def make_mask(side: int) -> bytes:
     """Return a transparent PNG."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.new("RGBA", (side, side)).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
-
-
-_BODIES: tuple[tuple[Callable[[Random], bytes], str], ...] = (
-    (_make_json, "application/json"),
-    (_make_json, "application/json"),
-    (_make_broken_json, "application/json"),
-    (_make_text, "text/plain"),
-    (_make_form, "multipart/form-data; boundary=b"),
-    (_make_pairs, "application/x-www-form-urlencoded"),
-)
+    return save_image(Image.new("RGBA", (side, side)), "PNG", compress_level=1)

@@ -1,21 +1,28 @@
-"""The lines of those who mean ill: what they send, how much of it, and without a token."""
+"""The lines of hostile clients: broken requests, costly requests, unfinished requests, requests without a token."""
 
 import contextlib
 import itertools
 import socket
-import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from random import Random
+from functools import partial
 
-import psutil
 import requests
 
-from scorecard.clients import PATIENCE, ask, count, read_body
-from scorecard.fuzz import PAIRS, Hostile, make_attacks, make_bytes, make_jpeg, make_request, make_upload
+from scorecard.clients import PATIENCE, Watch, count_outcomes, measure_memory, read_body, request_image
+from scorecard.fuzz import (
+    FORM_PAIRS,
+    Hostile,
+    list_connections,
+    list_requests,
+    make_attacks,
+    make_jpeg,
+    make_upload,
+)
+from scorecard.generated import run_schemathesis
 from scorecard.site import Line, Scale, Site, connect, find_workers, is_open
 from tools.proxy import LocalProxy, find_nginx
 from tools.server import LocalServer
@@ -26,7 +33,9 @@ FORM_ERROR = "500 of TorchServe's to forms that cannot be read"
 FORM_EXCEPTIONS = ("ErrorDataDecoderException", "StringIndexOutOfBoundsException")
 
 
-def send(server: LocalServer, hostile: Hostile, *, proxy: LocalProxy | None = None) -> tuple[requests.Response, str]:
+def send_as_is(
+    server: LocalServer, hostile: Hostile, *, proxy: LocalProxy | None = None
+) -> tuple[requests.Response, str]:
     """Send a request as it is; return the answer and its body.
 
     Raises:
@@ -44,135 +53,113 @@ def send(server: LocalServer, hostile: Hostile, *, proxy: LocalProxy | None = No
         return answer, read_body(answer, start + PATIENCE).decode(errors="replace")
 
 
-def send_hostile(server: LocalServer, random: Random) -> str:
-    """Send one hostile request; return the first digit of the status, or `closed`."""
-    if random.random() < 0.05:
-        token = server.get_headers()["Authorization"].removeprefix("Bearer ")
-        try:
-            with connect(server, timeout=3) as connection:
-                connection.sendall(make_bytes(random, token))
-                connection.shutdown(socket.SHUT_WR)
-                return connection.recv(20).decode("latin-1").partition(" ")[2][:1] or "closed"
-        except OSError:
-            return "closed"
-    hostile = make_request(random)
+def send_connection(server: LocalServer, content: bytes) -> str:
+    """Send the bytes of a whole connection; return the first digit of the status, or `closed`."""
     try:
-        answer, text = send(server, hostile)
-    except requests.Timeout:
-        return f"hung: {hostile.method} {hostile.path[:60]} {hostile.headers} {hostile.body[:200]!r}"
-    except requests.ConnectionError:
+        with connect(server, timeout=3) as connection:
+            connection.sendall(content)
+            connection.shutdown(socket.SHUT_WR)
+            return connection.recv(20).decode("latin-1").partition(" ")[2][:1] or "closed"
+    except OSError:
         return "closed"
+
+
+def send_hostile(server: LocalServer, hostile: Hostile) -> str:
+    """Send a hostile request; return the first digit of the status, or a description of a wrong answer."""
+    shown = f"{hostile.method} {hostile.path[:60]} {hostile.headers} {hostile.body[:200]!r}"
+    try:
+        answer, text = send_as_is(server, hostile)
+    except requests.RequestException as error:
+        return f"{type(error).__name__} to {shown}"
     if answer.status_code < 500:
         return str(answer.status_code)[0]
     if hostile.is_form and (hostile.method == "HEAD" or any(name in text for name in FORM_EXCEPTIONS)):
-        return FORM_ERROR  # the answer to HEAD has no body that would tell
-    shown = f"{hostile.method} {hostile.path[:60]} {hostile.headers} {hostile.body[:300]!r}"
+        return FORM_ERROR  # the answer to HEAD has no body
     return f"{answer.status_code} {text[:200]!r} to {shown}"
 
 
 def check_fuzz(site: Site, scale: Scale) -> list[Line]:
-    """Hostile requests, and hundreds of connections that send nothing."""
+    """Hostile and generated requests, next to hundreds of connections that send nothing."""
     small = replace(site, settings={"num_inference_steps": 1, "max_steps": 3, "max_side": 128, **site.settings})
-    with small.serve() as server:
+    with small.serve() as server, contextlib.ExitStack() as silent:
         before = [process.pid for process in find_workers(server)]
-        silent = [connect(server) for _ in range(500)]
+        for _ in range(500):
+            silent.enter_context(connect(server))
+        connections = list_connections(server.get_headers()["Authorization"].removeprefix("Bearer "))
         with ThreadPoolExecutor(4) as pool:
-            kinds = Counter(pool.map(lambda seed: send_hostile(server, Random(seed)), range(scale.fuzzed)))
-        after = ask(server)
-        for connection in silent:
-            connection.close()
+            kinds = Counter(pool.map(partial(send_hostile, server), list_requests()))
+            kinds += Counter(pool.map(partial(send_connection, server), connections))
+        generated = run_schemathesis(server, examples=scale.fuzzed, most_steps=3, patience=PATIENCE)
+        after = request_image(server)
+        silent.close()
         survived = before == [process.pid for process in find_workers(server)]
         forged = "result=[METRICS]forged" in server.log
     bad = [kind for kind in kinds if kind not in ("2", "4", "closed", FORM_ERROR)]
-    passed = not bad and kinds["closed"] <= 0.06 * scale.fuzzed and survived and not forged and after.kind == "picture"
-    told = f"{scale.fuzzed} requests: {kinds['2']} 2xx, {kinds['4']} 4xx, {kinds['closed']} closed without an answer"
-    told += f", {kinds[FORM_ERROR]} {FORM_ERROR}"
-    told += f", {len(bad)} others, such as {bad[0]}" if bad else ""
-    return [Line("fuzz", passed, f"{told}; worker {'the same' if survived else 'another'}; then {after.kind}")]
+    passed = not bad and generated.passed and survived and not forged and after.kind == "image"
+    detail = f"{kinds.total()} hostile requests: {kinds['2']} 2xx, {kinds['4']} 4xx, "
+    detail += f"{kinds['closed']} closed without an answer, {kinds[FORM_ERROR]} {FORM_ERROR}"
+    detail += f", {len(bad)} others, such as {bad[0]}" if bad else ""
+    detail += f"; {generated.count} generated requests"
+    detail += "" if generated.passed else f" with failures: {generated.output[-1500:]}"
+    return [Line("fuzz", passed, f"{detail}; worker {'the same' if survived else 'another'}; then {after.kind}")]
 
 
 @dataclass(frozen=True)
 class Blow:
-    """What one attack did.
+    """The effect of one attack.
 
     Attributes:
-        told: the status of the answer, or why there is none.
+        status: the status of the answer, or the name of the error.
         size: of the answer, in characters.
         seconds: until the answer.
-        peak, growth: of the worker's and of Java's resident memory in MB, meanwhile and afterwards.
+        peak, growth: of the resident memory of the worker and of Java in MB, meanwhile and afterwards.
         survived: the worker is the same.
     """
 
     name: str
-    told: str
+    status: str
     size: int
     seconds: float
-    peak: tuple[float, float]
-    growth: tuple[float, float]
+    peak: Mapping[str, float]
+    growth: Mapping[str, float]
     survived: bool
 
     @property
     def is_bad(self) -> bool:
-        is_refused = self.told[0] in "24" or self.told == FORM_ERROR
-        return not (
-            self.survived
-            and is_refused
-            and (self.told[0] == "2" or self.size < MOST_CHARACTERS)
-            and self.seconds < MOST_SECONDS
-        )
+        is_answered = self.status[0] in "24" or self.status == FORM_ERROR
+        is_short = self.status[0] == "2" or self.size < MOST_CHARACTERS
+        return not (self.survived and is_answered and is_short and self.seconds < MOST_SECONDS)
 
     def __str__(self) -> str:
-        memory = ", ".join(
-            f"{name} {peak:+.0f} MB, then {growth:+.0f}"
-            for name, peak, growth in zip(("worker", "Java"), self.peak, self.growth, strict=True)
-        )
+        memory = ", ".join(f"{name} {peak:+.0f} MB, then {self.growth[name]:+.0f}" for name, peak in self.peak.items())
         worker = "" if self.survived else "; another worker"
-        return f"{self.name}: {self.told} of {self.size} characters after {self.seconds:.1f} s; {memory}{worker}"
-
-
-class MemoryWatch(threading.Thread):
-    """Keep the highest resident memory of some processes, in MB."""
-
-    def __init__(self, processes: Sequence[psutil.Process]) -> None:
-        super().__init__(daemon=True)
-        self.processes, self.ended = processes, threading.Event()
-        self.peaks = self.first = self.measure()
-
-    def measure(self) -> tuple[float, ...]:
-        return tuple(each.memory_info().rss / 1e6 if each.is_running() else 0.0 for each in self.processes)
-
-    def run(self) -> None:
-        while not self.ended.wait(0.02):
-            with contextlib.suppress(psutil.Error):
-                self.peaks = tuple(map(max, self.peaks, self.measure()))
+        return f"{self.name}: {self.status} of {self.size} characters after {self.seconds:.1f} s; {memory}{worker}"
 
 
 def strike(server: LocalServer, name: str, hostile: Hostile, *, proxy: LocalProxy | None = None) -> Blow:
-    """Send an attack, and wait until the server answers again; return what it did."""
-    workers, java = find_workers(server), server.find_processes()[:1]
-    watch = MemoryWatch([*workers, *java])
-    watch.start()
-    start = time.monotonic()
-    try:
-        answer, text = send(server, hostile, proxy=proxy)
-        is_form_error = answer.status_code == 500 and any(each in text for each in FORM_EXCEPTIONS)
-        told, size = FORM_ERROR if is_form_error else str(answer.status_code), len(text)
-    except requests.RequestException as error:
-        told, size = f"{type(error).__name__}", 0
-    seconds = time.monotonic() - start
-    while ask(server, num_inference_steps=1).kind != "picture" and time.monotonic() - start < 2 * PATIENCE:
-        time.sleep(0.2)
-    watch.ended.set()
+    """Send an attack and wait until the server answers again; return the effect."""
+    workers = find_workers(server)
+    processes = {"worker": workers[0], "Java": server.find_processes()[0]}
+    before, start = measure_memory(processes), time.monotonic()
+    with Watch(lambda: measure_memory(processes), seconds=0.02) as watch:
+        try:
+            answer, text = send_as_is(server, hostile, proxy=proxy)
+            is_form_error = answer.status_code == 500 and any(each in text for each in FORM_EXCEPTIONS)
+            status, size = FORM_ERROR if is_form_error else str(answer.status_code), len(text)
+        except requests.RequestException as error:
+            status, size = type(error).__name__, 0
+        seconds = time.monotonic() - start
+        while request_image(server, num_inference_steps=1).kind != "image" and time.monotonic() - start < 2 * PATIENCE:
+            time.sleep(0.2)
     survived = [each.pid for each in workers] == [each.pid for each in find_workers(server)]
-    peak, growth = (
-        tuple(now - first for now, first in zip(each, watch.first, strict=True))
-        for each in (watch.peaks, watch.measure())
-    )
-    return Blow(name, told, size, seconds, (peak[0], peak[-1]), (growth[0], growth[-1]), survived)
+    after = measure_memory(processes)
+    peak = {name: max(sample[name] for sample in [before, *watch.samples]) - before[name] for name in before}
+    growth = {name: after[name] - before[name] for name in before}
+    return Blow(name, status, size, seconds, peak, growth, survived)
 
 
 def check_attacks(site: Site, _scale: Scale) -> list[Line]:
-    """Requests that cost far more than their bytes, if they may; then the same through nginx."""
+    """Requests that would cost far more than their bytes; then the same through nginx."""
     lines = []
     with site.serve() as server, contextlib.ExitStack() as stack:
         ways: dict[str, LocalProxy | None] = {"attacks": None}
@@ -181,24 +168,24 @@ def check_attacks(site: Site, _scale: Scale) -> list[Line]:
                 LocalProxy(server.ports["inference_address"], key_file=server.key_file)
             )
         for way, proxy in ways.items():
-            send(server, make_upload("image", make_jpeg()))  # compiles the VAE's encoder
+            send_as_is(server, make_upload("image", make_jpeg()))  # compiles the VAE's encoder
             blows = []
             for name, make in make_attacks().items():
-                if name == PAIRS and proxy is None:
+                if name == FORM_PAIRS and proxy is None:
                     continue
                 blows.append(strike(server, name, make(), proxy=proxy))
                 print(f"      {blows[-1]}", flush=True)
             bad = [str(blow) for blow in blows if blow.is_bad]
             slowest = max(blows, key=lambda blow: blow.seconds)
-            most = max(blow.peak[0] for blow in blows)
-            told = f"{len(blows)} kinds: all answered by the same worker within {slowest.seconds:.1f} s, which took "
-            told += f"{most:.0f} MB more"
-            lines.append(Line(way, not bad, "; ".join(bad) or told))
+            most = max(blow.peak["worker"] for blow in blows)
+            detail = f"{len(blows)} kinds: all answered by the same worker within {slowest.seconds:.1f} s, which took "
+            detail += f"{most:.0f} MB more"
+            lines.append(Line(way, not bad, "; ".join(bad) or detail))
     return lines
 
 
 def check_bodies(site: Site, scale: Scale) -> list[Line]:
-    """Bodies that are never finished, for which nobody needs a token: what Java takes for them."""
+    """Bodies that are never finished, which need no token; Java must bound the memory that they take."""
     size, limit = 31 * 2**20, 2300
     head = f"POST /predictions/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size + 1}\r\n\r\n".encode()
     with site.serve() as server, contextlib.ExitStack() as held:
@@ -211,13 +198,14 @@ def check_bodies(site: Site, scale: Scale) -> list[Line]:
             except OSError:  # a time-out too: it is not read any further
                 closed += 1
             most = max(most, java.memory_info().rss / 1e6)
-        beside = ask(server)
+        meanwhile = request_image(server)
         held.close()
-        after = ask(server)
-    # While they are held Java may have no room for another; what matters is that it ends with them.
-    passed = most < limit and beside.kind != "hung" and after.kind == "picture"
-    told = f"{scale.bodies} unfinished bodies of 31 MiB: {before:.0f} MB before, {most:.0f} MB at most"
-    return [Line("bodies", passed, f"{told}; {closed} cut off; meanwhile {count([beside])}, then {after.kind}")]
+        after = request_image(server)
+    # While they are held, Java may refuse other requests; afterwards it must answer again.
+    passed = most < limit and meanwhile.kind != "hung" and after.kind == "image"
+    detail = f"{scale.bodies} unfinished bodies of 31 MiB: {before:.0f} MB before, {most:.0f} MB at most; "
+    detail += f"{closed} cut off; meanwhile {count_outcomes([meanwhile])}, then {after.kind}"
+    return [Line("bodies", passed, detail)]
 
 
 CLOSED = (
@@ -251,6 +239,6 @@ def check_tokens(site: Site, _scale: Scale) -> list[Line]:
             for method, path in OPEN
         ]
         metrics_closed = not is_open(server.ports["metrics_address"])
-    told = f"{len(CLOSED)} paths, without a token and with a wrong one: {', '.join(answered) or 'all refused'}"
-    told += f"; the {len(OPEN)} that docs/operations.md lists answer {sorted(set(opened))}"
-    return [Line("tokens", not answered and metrics_closed, told)]
+    detail = f"{len(CLOSED)} paths, without a token and with a wrong one: {', '.join(answered) or 'all refused'}"
+    detail += f"; the {len(OPEN)} that docs/security.md lists answer {sorted(set(opened))}"
+    return [Line("tokens", not answered and metrics_closed, detail)]

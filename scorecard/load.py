@@ -1,4 +1,4 @@
-"""The lines of clients who ask for what they may ask for: for long, many at once, and those who leave."""
+"""The lines of ordinary clients: for a long time, of all kinds, many at once, and those that leave."""
 
 import asyncio
 import http.client
@@ -6,20 +6,22 @@ import json
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import requests
 
 from scorecard.clients import (
+    IMAGE_SIZES,
     PATIENCE,
-    SIZES,
     Watch,
-    ask,
-    ask_at_once,
-    count,
+    count_outcomes,
     judge_growth,
-    keep_asking,
+    keep_requesting,
     make_any_fields,
+    measure_server,
+    request_at_once,
+    request_image,
 )
 from scorecard.site import Line, Scale, Site, find_workers
 from tools.server import read_shipped
@@ -28,37 +30,37 @@ FEWEST_FOR_GROWTH = 500  # requests: fewer do not show whether memory grows
 
 
 def check_soak(site: Site, scale: Scale) -> list[Line]:
-    """Pictures for a long time, from as many clients as query.py has at a time."""
+    """Images for a long time, from as many clients as query.py runs at once."""
     with site.serve() as server:
-        for width, height in SIZES:  # compile what will be asked for
-            ask(server, width=width, height=height)
+        for width, height in IMAGE_SIZES:  # compile what will be asked for
+            request_image(server, width=width, height=height)
         start = time.monotonic()
 
         def is_enough(done: int) -> bool:
             passed = time.monotonic() - start
             return passed > scale.soak_time and (done >= scale.soak_requests or passed > 2 * scale.soak_time)
 
-        with Watch(server) as watch:
-            outcomes, seconds = keep_asking(server, is_enough, clients=4)
+        with Watch(partial(measure_server, server)) as watch:
+            outcomes, seconds = keep_requesting(server, is_enough, clients=4)
     times = sorted(outcome.seconds for outcome in outcomes)
     p50, p99 = (times[min(int(len(times) * share), len(times) - 1)] for share in (0.5, 0.99))
-    passed = len(outcomes) >= scale.soak_requests and {outcome.kind for outcome in outcomes} == {"picture"}
-    told = f"{len(outcomes)} requests in {seconds:.0f} s: {count(outcomes)}; "
-    told += f"p50 {p50:.2f} s, p99 {p99:.2f} s, p99/p50 {p99 / p50:.1f}"
+    passed = len(outcomes) >= scale.soak_requests and {outcome.kind for outcome in outcomes} == {"image"}
+    detail = f"{len(outcomes)} requests in {seconds:.0f} s: {count_outcomes(outcomes)}; "
+    detail += f"p50 {p50:.2f} s, p99 {p99:.2f} s, p99/p50 {p99 / p50:.1f}"
     is_flat, growth = judge_growth(watch.samples)
-    return [Line("soak", passed, told), Line("memory", is_flat, growth)]
+    return [Line("soak", passed, detail), Line("memory", is_flat, growth)]
 
 
 def check_kinds(site: Site, scale: Scale) -> list[Line]:
-    """Requests of random kinds, as many at once as the queue takes: no size takes another's place, or more memory."""
+    """Requests of random kinds, as many at once as the queue takes; memory must not grow."""
     handler = read_shipped()["handler"]
     with site.serve() as server:
         before = [process.pid for process in find_workers(server)]
         clients = handler["max_running"] + handler["max_waiting"]
-        # OpenVINO keeps the kernels of sizes that it had, up to a bound, to which these fill it.
-        first, _ = keep_asking(server, lambda done: done >= scale.kinds // 5, clients=clients, make=make_any_fields)
-        with Watch(server) as watch:
-            outcomes, seconds = keep_asking(
+        # OpenVINO keeps the kernels of earlier sizes up to a bound; the first requests reach the bound.
+        first, _ = keep_requesting(server, lambda done: done >= scale.kinds // 5, clients=clients, make=make_any_fields)
+        with Watch(partial(measure_server, server)) as watch:
+            outcomes, seconds = keep_requesting(
                 server,
                 lambda done: done >= scale.kinds,
                 clients=clients,
@@ -66,16 +68,17 @@ def check_kinds(site: Site, scale: Scale) -> list[Line]:
             )
         survived = before == [process.pid for process in find_workers(server)]
     is_flat, growth = judge_growth(watch.samples)
-    passed = survived and {outcome.kind for outcome in [*first, *outcomes]} == {"picture"}
-    told = f"{len(first)} and {len(outcomes)} requests of any kind in {seconds:.0f} s: {count(outcomes)}; {growth}"
-    return [Line("kinds", passed and (is_flat or scale.kinds < FEWEST_FOR_GROWTH), told)]
+    passed = survived and {outcome.kind for outcome in [*first, *outcomes]} == {"image"}
+    detail = f"{len(first)} and {len(outcomes)} requests of any kind in {seconds:.0f} s: "
+    detail += f"{count_outcomes(outcomes)}; {growth}"
+    return [Line("kinds", passed and (is_flat or scale.kinds < FEWEST_FOR_GROWTH), detail)]
 
 
 def check_crowd(site: Site, scale: Scale) -> list[Line]:
     """More clients at once than the queue has room for."""
     with site.serve() as server:
-        answers = asyncio.run(ask_at_once(server, scale.crowd))
-        after = ask(server)
+        answers = asyncio.run(request_at_once(server, scale.crowd))
+        after = request_image(server)
     accepted = [seconds for status, seconds in answers if status == 200]
     refused = [seconds for status, seconds in answers if status == 503]
     shipped = read_shipped()
@@ -85,15 +88,15 @@ def check_crowd(site: Site, scale: Scale) -> list[Line]:
         len(accepted) + len(refused) == scale.crowd
         and 0 < len(accepted) <= room
         and max(refused, default=float("inf")) < 1
-        and after.kind == "picture"
+        and after.kind == "image"
     )
-    told = f"{scale.crowd} clients: {len(accepted)} accepted, {len(refused)} refused"
-    told += f" within {max(refused):.2f} s" if refused else ""
-    return [Line("crowd", passed, f"{told}; then {after.kind}")]
+    detail = f"{scale.crowd} clients: {len(accepted)} accepted, {len(refused)} refused"
+    detail += f" within {max(refused):.2f} s" if refused else ""
+    return [Line("crowd", passed, f"{detail}; then {after.kind}")]
 
 
 def check_leavers(site: Site, scale: Scale) -> list[Line]:
-    """Clients that leave in mid-picture."""
+    """Clients that leave during an image."""
     steps = 150
     with site.serve() as server:
 
@@ -104,22 +107,22 @@ def check_leavers(site: Site, scale: Scale) -> list[Line]:
             ) as answer:
                 answer.raise_for_status()  # the headers come with the first step, or with a place in the queue
 
-        alone = ask(server, num_inference_steps=steps)
+        alone = request_image(server, num_inference_steps=steps)
         start = time.monotonic()
         with ThreadPoolExecutor(5) as pool:
             list(pool.map(leave, range(scale.leavers)))
-        after = ask(server)
+        after = request_image(server)
         seconds = time.monotonic() - start
         ended = server.log.count("The client has left")  # while it was drawn, or while it waited
-    passed = ended >= scale.leavers and after.kind == "picture" and seconds < scale.leavers * alone.seconds / 4
-    told = (
-        f"{scale.leavers} clients left pictures of {alone.seconds:.1f} s: {ended} ended early, {seconds:.1f} s in all"
+    passed = ended >= scale.leavers and after.kind == "image" and seconds < scale.leavers * alone.seconds / 4
+    detail = (
+        f"{scale.leavers} clients left images of {alone.seconds:.1f} s: {ended} ended early, {seconds:.1f} s in all"
     )
-    return [Line("leavers", passed, f"{told}; then {after.kind}")]
+    return [Line("leavers", passed, f"{detail}; then {after.kind}")]
 
 
 def check_queue(site: Site, scale: Scale) -> list[Line]:
-    """Requests that are given up while a picture is under way, and one of another address."""
+    """Requests that are given up while an image is under way, and one from another address."""
     fields = {"prompt": "a red circle", "num_inference_steps": 150}
     with site.serve() as server:
         place = ("127.0.0.1", server.ports["inference_address"])
@@ -131,7 +134,7 @@ def check_queue(site: Site, scale: Scale) -> list[Line]:
             return connection
 
         with ThreadPoolExecutor(1) as pool:
-            under_way = pool.submit(ask, server, num_inference_steps=150, num_images_per_prompt=2)
+            under_way = pool.submit(request_image, server, num_inference_steps=150, num_images_per_prompt=2)
             time.sleep(0.5)
             for _ in range(9):
                 left = send("127.0.0.2", fields)
@@ -144,5 +147,5 @@ def check_queue(site: Site, scale: Scale) -> list[Line]:
                 answer.read()
             seconds, has_waited = time.monotonic() - start, under_way.done()
     passed = status == 200 and not has_waited
-    told = f"9 requests of one address were given up; another's was answered with {status} after {seconds:.2f} s"
-    return [Line("queue", passed, f"{told}, {'after' if has_waited else 'before'} the end of the picture under way")]
+    detail = f"9 requests of one address were given up; another's was answered with {status} after {seconds:.2f} s"
+    return [Line("queue", passed, f"{detail}, {'after' if has_waited else 'before'} the end of the image under way")]

@@ -1,4 +1,4 @@
-"""What the scorecard serves, how much it asks of it, and how it finds a worker and waits for another."""
+"""The server under test, the number of requests of each line, and the search for workers."""
 
 import contextlib
 import socket
@@ -20,7 +20,7 @@ STEPS = 5
 
 @dataclass(frozen=True)
 class Scale:
-    """How much each line asks for; times in seconds."""
+    """The size of each line; times in seconds."""
 
     soak_time: float = 30 * 60
     soak_requests: int = 3000
@@ -30,7 +30,7 @@ class Scale:
     requests_after: int = 100
     crowd: int = 200
     kinds: int = 1000
-    fuzzed: int = 10_000
+    fuzzed: int = 1000  # examples of schemathesis
     leavers: int = 50
     bodies: int = 90
     cycles: int = 20
@@ -44,7 +44,7 @@ QUICK = Scale(
     requests_after=20,
     crowd=200,
     kinds=100,
-    fuzzed=600,
+    fuzzed=60,
     leavers=10,
     bodies=60,
     cycles=2,
@@ -57,17 +57,17 @@ class Line:
 
     name: str
     passed: bool
-    told: str
+    detail: str
 
 
 @dataclass(frozen=True)
 class Site:
-    """What is served; the tests plant their faults here.
+    """The server's model and settings; the tests plant their faults here.
 
     Attributes:
-        keys: TorchServe's keys of model-config.yaml that differ from the shipped ones.
-        settings: those of its handler section.
-        properties: those of config.properties.
+        keys: TorchServe's keys of model-config.yaml that differ from the default ones.
+        settings: the settings of its handler section that differ.
+        properties: the settings of config.properties that differ.
         cache: the folder of the compiled models.
     """
 
@@ -93,7 +93,7 @@ class Site:
 
 
 def find_workers(server: LocalServer) -> list[psutil.Process]:
-    """Return the processes that hold the model, ready or not."""
+    """Return the worker processes, ready or not."""
     found = []
     for process in server.find_processes():
         with contextlib.suppress(psutil.Error):
@@ -122,6 +122,6 @@ def connect(server: LocalServer, *, timeout: float | None = None) -> socket.sock
 
 
 def is_open(port: int) -> bool:
-    """Say whether somebody listens on a port of this machine."""
+    """Say whether a server listens on a port of this machine."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -1,36 +1,36 @@
-"""What may go wrong, and whose fault it is.
+"""The errors of this package, by who can correct them.
 
 ValueError
-├── ConfigError       the operator's: a setting, or what it points to, cannot be served; the worker does not start
+├── ConfigError       the operator: a setting, or its file, cannot be used; the worker does not start
 │   └── VersionError  the archive was made for another version of this package
-└── RequestError      the client's: a request that cannot be answered with a picture
-TimeoutError          nobody's: the time of a request is up
+└── RequestError      the client: no image can be made for this request
+TimeoutError          nobody: the timeout of a request has passed
 ArithmeticError
-└── NotFiniteError    the model's: what it computed is no picture
+└── NotFiniteError    the model: its output is not an image
 """
 
 import traceback
 
-MAX_MESSAGE = 2000  # characters of what a client or the log is told of an error
-MAX_PARAM = 100  # of a field's name
+MAX_MESSAGE = 2000  # characters of an error message, for a client or the log
+MAX_PARAM = 100  # characters of a field's name
 
 
 class ConfigError(ValueError):
-    """A setting of model-config.yaml, or what it points to, that cannot be served."""
+    """A setting of model-config.yaml, or its file, cannot be used."""
 
 
 class VersionError(ConfigError):
-    """An archive that was made for another version of this package."""
+    """The archive was made for another version of this package."""
 
 
 class RequestError(ValueError):
-    """A request that cannot be answered with a picture; the client's fault.
+    """No image can be made for this request.
 
-    Whatever text of the request is given, no more of it is kept than an answer may echo.
+    The message and the field's name are cut to a length that a response may repeat.
 
     Attributes:
-        param: the field at fault, or None for the body as a whole.
-        status: of HTTP.
+        param: the wrong field. None: the whole body.
+        status: the HTTP status.
     """
 
     def __init__(self, message: str, *, param: str | None = None, status: int = 400) -> None:
@@ -40,16 +40,16 @@ class RequestError(ValueError):
 
 
 class NotFiniteError(ArithmeticError):
-    """Numbers of a picture that are NaN or infinite; drawn, they would be black."""
+    """An image has NaN or infinite numbers; it would be black."""
 
 
 def cut(text: str, length: int) -> str:
-    """Return a text of at most so many characters."""
+    """Return a text cut to at most `length` characters."""
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def format_error(error: BaseException) -> str:
-    """Return a traceback whose messages are bounded and have no line breaks, since they may hold text of a request."""
+    """Return a traceback with short messages without line breaks: they may contain text of a request."""
     parts: list[str] = []
     cause: BaseException | None = error
     while cause is not None and len(parts) < 5:

@@ -1,30 +1,86 @@
-"""Reading a pipeline from its folder, in the type that the device computes in."""
+"""Load a pipeline: check the folder, read it, build the contract, compile, warm up."""
 
 import contextlib
-import dataclasses
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from sdxl_server.autoencoders import check_vae, read_vae
+from sdxl_server.config.settings import CompileConfig, HandlerConfig
+from sdxl_server.diffusion.warm_up import warm_up
 from sdxl_server.errors import ConfigError
-from sdxl_server.families import Family
-from sdxl_server.folders import find_variant
+from sdxl_server.model.adapters.registry import compute_ranks, load_adapters
+from sdxl_server.model.compiling import choose_graphs, compile_components, list_components_to_compile
+from sdxl_server.model.contract_builder import build_contract
+from sdxl_server.model.diffusers_pipeline import load_diffusers_pipeline
+from sdxl_server.model.dtypes import check_device, choose_dtype
+from sdxl_server.model.families import find_family
+from sdxl_server.model.folders import (
+    check_complete,
+    check_file_types,
+    check_tokenizers,
+    write_copy_command,
+    write_redownload_command,
+)
+from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.schemas import shorten
-from sdxl_server.settings import CompileConfig, HandlerConfig
 
-# An index of shards may name files of any suffix, and what is no safetensors is read as a pickle.
-SUFFIXES = frozenset((".jpeg", ".jpg", ".json", ".md", ".model", ".png", ".safetensors", ".txt", ".webp"))
-NAMES = frozenset((".gitattributes", ".gitignore", "LICENSE", "NOTICE"))
+
+def load_pipeline(
+    config: HandlerConfig, compilation: CompileConfig, *, model_dir: Path, device: str = "cpu"
+) -> LoadedPipeline:
+    """Load the model, compile its components and warm them up, so that no client waits for compilation.
+
+    Args:
+        model_dir: the archive's folder; a relative model_path is looked up there.
+        device: torch's device.
+
+    Raises:
+        ConfigError: the configuration does not fit the model or the machine.
+    """
+    folder = model_dir / config.model_path
+    family = find_family(folder, is_xl=config.is_xl)
+    check_file_types(folder, remedy=write_copy_command(folder))
+    check_complete(folder)
+    vae = None if config.vae_path is None else model_dir / config.vae_path
+    if vae is not None:
+        check_file_types(vae, remedy=write_copy_command(vae, option="--vae"))
+    check_device(compilation, device=device)
+    graphs = choose_graphs(config, compilation)
+    dtype, compilation = choose_dtype(config, compilation, device=device)
+    remedy = write_redownload_command(folder)
+    with reraise_as_config_error(f"cannot read the pipeline in {folder} (download it again: {remedy})"):
+        pipeline = load_diffusers_pipeline(folder, dtype, family, vae=vae)
+        check_tokenizers(pipeline, family.text_encoders, folder)
+        if device != "cpu":
+            pipeline.to(device)
+        compiled = list_components_to_compile(family, config) if compilation.backend == "openvino" else []
+        adapters = load_adapters(pipeline, family, config, model_dir=model_dir, compiled=compiled)
+        contract = build_contract(pipeline, family, config, graphs=graphs, adapters=adapters)
+    with reraise_as_config_error(f"pt2.backend: {compilation.backend} cannot run this model"):
+        functions, parts = compile_components(
+            pipeline, family, config, compilation, contract=contract, ranks=compute_ranks(adapters, config)
+        )
+        loaded = LoadedPipeline(
+            pipeline, config, compilation, dtype, graphs, family, functions, parts, contract, adapters
+        )
+        if config.warm_up:
+            warm_up(loaded)
+    if config.weights_sha256 is not None and config.weights_sha256 != loaded.weights_sha256:
+        raise ConfigError(
+            f"handler.weights_sha256 takes the digest of the weights in {folder} as {dtype}, "
+            f"{loaded.weights_sha256}, not {config.weights_sha256!r}. The weights or the dtype are unexpected"
+        )
+    return loaded
 
 
 @contextlib.contextmanager
-def blame(what: str) -> Iterator[None]:
-    """Turn what goes wrong in a block into a ConfigError that begins with these words: each library has its own kinds.
+def reraise_as_config_error(start: str) -> Iterator[None]:
+    """Turn any error of a block into a ConfigError. Each library raises classes of its own.
+
+    Args:
+        start: how the message begins.
 
     Raises:
-        ConfigError: one that the block raises passes as it is.
+        ConfigError: also the block's own ConfigError, unchanged.
     """
     try:
         yield
@@ -32,122 +88,4 @@ def blame(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = shorten(" ".join(str(error).split()), length=600)
-        raise ConfigError(f"{what}: {type(error).__name__}: {reason}") from error
-
-
-def check_files(folder: Path, *, remedy: str) -> None:
-    """Refuse a folder with files of other kinds than a pipeline has, since they could run code when they are loaded.
-
-    Subfolders that are links are looked into as well.
-
-    Args:
-        remedy: the command that copies what is needed of it.
-
-    Raises:
-        ConfigError: names the file.
-    """
-
-    def fail(error: OSError) -> None:
-        raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from error
-
-    seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True, onerror=fail):
-        seen.add(os.path.realpath(place))
-        folders[:] = sorted(each for each in folders if os.path.realpath(os.path.join(place, each)) not in seen)
-        for name in sorted(names):
-            if os.path.splitext(name)[1] not in SUFFIXES and name not in NAMES:
-                raise ConfigError(
-                    f"{os.path.join(place, name)} could run code when it is loaded; the folder of a model takes "
-                    f"weights in .safetensors, and {', '.join(sorted(SUFFIXES - {'.safetensors'}))}; what is needed of "
-                    f"it is copied by: {remedy}"
-                )
-
-
-def check_device(compilation: CompileConfig, *, device: str) -> None:
-    """Refuse OpenVINO beside a pipeline on CUDA.
-
-    Raises:
-        ConfigError: says what to set.
-    """
-    if device != "cpu" and compilation.backend == "openvino":
-        raise ConfigError(
-            f"deviceType: gpu puts PyTorch's tensors on {device}, and pt2.backend: openvino takes those of the CPU; "
-            "use deviceType: cpu (an Intel GPU is chosen by pt2: {options: {device: GPU}}), or another backend"
-        )
-
-
-def choose_dtype(config: HandlerConfig, compilation: CompileConfig, *, device: str) -> tuple[str, CompileConfig]:
-    """Return the type of the weights and, where OpenVINO is to compute in another, the options that say so.
-
-    `auto` is the shorter type that the device computes in, or else float32. For OpenVINO's arithmetic on a CPU in
-    bfloat16 or 8 bits the weights stay in float16, the type they are published in: they are mapped from the file
-    instead of converted.
-    """
-    if config.dtype != "auto":
-        return config.dtype, compilation
-    options = dict(compilation.options or {}) if compilation.backend == "openvino" else {}
-    if options.get("precision") is not None:
-        return "float32" if options["precision"] == "f32" else "float16", compilation
-    import openvino
-
-    import openvino_backend
-
-    if device != "cpu":
-        return "float16", compilation
-    core, (_, targets) = openvino.Core(), openvino_backend.split_device(options.get("device", "CPU"))
-    abilities = set.intersection(*(set(core.get_property(name, "OPTIMIZATION_CAPABILITIES")) for name in targets))
-    if "FP16" in abilities and "CPU" not in targets:
-        return "float16", compilation
-    if "BF16" not in abilities:
-        return "float32", compilation
-    if compilation.backend != "openvino":
-        return "bfloat16", compilation
-    options["config"] = {"INFERENCE_PRECISION_HINT": "bf16", **options.get("config", {})}
-    return "float16", dataclasses.replace(compilation, options=options)
-
-
-def read_pipeline(folder: Path, dtype: str, family: Family, *, vae: Path | None = None) -> Any:
-    """Read the pipeline from its safetensors; nothing is downloaded and no code of the folder runs.
-
-    Each library raises errors of its own where a part is missing or broken.
-
-    Args:
-        vae: the folder of a VAE in the place of the pipeline's own.
-
-    Raises:
-        ConfigError: the VAE is another model's.
-    """
-    import diffusers
-    import torch
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    # Pipelines warn with the end of a prompt that is too long; the client is told, and the log holds it once already.
-    diffusers.utils.logging.get_logger("diffusers.pipelines").setLevel("ERROR")
-    transformers.utils.logging.disable_progress_bar()
-    # In float16 SDXL's VAE overflows. diffusers would convert it there and back for each picture, compiled or not.
-    dtypes = {"default": torch.float16, "vae": torch.float32} if dtype == "float16" else getattr(torch, dtype)
-    _settle_order()
-    pipeline_class = getattr(diffusers, family.text_to_image)
-    others = {} if vae is None else {"vae": read_vae(vae, dtypes["vae"] if isinstance(dtypes, dict) else dtypes)}
-    pipeline = pipeline_class.from_pretrained(
-        folder, dtype=dtypes, variant=find_variant(folder), use_safetensors=True, local_files_only=True, **others
-    )
-    check_vae(pipeline.vae, channels=pipeline.unet.config.out_channels, own=folder / "vae")
-    pipeline.set_progress_bar_config(disable=True)
-    # The VAE has the type that it is to run in; with this set, diffusers would convert it for each image it encodes.
-    pipeline.vae.register_to_config(force_upcast=False)
-    return pipeline
-
-
-def _settle_order() -> None:
-    """Make text encoders known to transformers in one order, before diffusers makes them in another in each process.
-
-    transformers keeps the classes of what it has made, and torch's checks of a kept trace see their order.
-    """
-    import torch
-    import transformers
-
-    with torch.device("meta"):
-        for kind in (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection):
-            kind(transformers.CLIPTextConfig(num_hidden_layers=1))
+        raise ConfigError(f"{start}: {type(error).__name__}: {reason}") from error

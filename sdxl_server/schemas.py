@@ -1,4 +1,4 @@
-"""JSON Schemas (draft 2020-12) that settings and fields are declared with, and what their mistakes are told."""
+"""JSON Schemas (draft 2020-12) of settings and request fields: build them, check values, describe what they accept."""
 
 import itertools
 import json
@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdxl_server.errors import cut
-from sdxl_server.limits import MAX_VALUES
 
 Schema = dict[str, Any]
-DEAR = ("items", "pattern")  # keywords that look at all of a value: checked when the others have passed
+MAX_VALUES = 50_000  # commas and brackets in a JSON text; those in prompts count too
+SLOW_KEYWORDS = ("items", "pattern")  # they read all of a value, so they are checked last
 
 
 def whole(minimum: int, maximum: int, *, multiple_of: int = 1) -> Schema:
@@ -25,7 +25,7 @@ def real(minimum: float, maximum: float) -> Schema:
 
 
 def switch() -> Schema:
-    """Return the schema of true and false."""
+    """Return the schema of true or false."""
     return {"type": "boolean"}
 
 
@@ -34,8 +34,13 @@ def choice(*names: str) -> Schema:
     return {"type": "string", "enum": list(names)}
 
 
+def any_text(accepted: str) -> Schema:
+    """Return the schema of any text but an empty one."""
+    return {"type": "string", "minLength": 1, "x-accepted": accepted}
+
+
 def text(maximum: int, *, is_needed: bool = False) -> Schema:
-    """Return the schema of a text without NUL; one that is needed must hold more than white space."""
+    """Return the schema of a text without NUL. A needed text has more than white space."""
     pattern = "^[^\\u0000]*[^\\u0000\\s][^\\u0000]*$" if is_needed else "^[^\\u0000]*$"
     least = {"minLength": 1} if is_needed else {}
     return {"type": "string", **least, "maxLength": maximum, "pattern": pattern}
@@ -48,17 +53,17 @@ def pair(minimum: int, maximum: int) -> Schema:
 
 
 def shares() -> Schema:
-    """Return the schema of two shares of a whole."""
+    """Return the schema of two numbers from 0 to 1."""
     return {"type": "array", "items": real(0, 1), "minItems": 2, "maxItems": 2, "x-accepted": "two numbers from 0 to 1"}
 
 
 def falling(items: Schema, most: int, accepted: str) -> Schema:
-    """Return the schema of a list of numbers, of which another check sees that they fall."""
+    """Return the schema of a list of numbers; another check makes sure that they fall."""
     return {"type": "array", "items": items, "minItems": 1, "maxItems": most, "x-accepted": accepted}
 
 
 def nullable(schema: Schema) -> Schema:
-    """Return a schema that takes null too."""
+    """Return a schema that also accepts null."""
     kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
     both: Schema = {**schema, "type": [*kinds, "null"]}
     both |= {"anyOf": [*schema["anyOf"], {"type": "null"}]} if "anyOf" in schema else {}
@@ -66,20 +71,38 @@ def nullable(schema: Schema) -> Schema:
 
 
 def is_valid(value: Any, schema: Schema) -> bool:
-    """Say whether a value is what a schema accepts."""
+    """Say whether a schema accepts a value."""
     from jsonschema import Draft202012Validator
 
-    ordered = sorted(schema.items(), key=lambda each: each[0] in DEAR)  # jsonschema keeps the order
+    ordered = sorted(schema.items(), key=lambda each: each[0] in SLOW_KEYWORDS)  # jsonschema keeps the order
     validator = Draft202012Validator({name: each for name, each in ordered if name != "description"})
-    is_number = not isinstance(value, float) or math.isfinite(value)  # JSON has no others, and a schema lets NaN pass
+    is_number = not isinstance(value, float) or math.isfinite(value)  # JSON has no others; a schema accepts NaN
     try:
         return is_number and bool(validator.is_valid(value))
-    except ValueError:  # jsonschema writes the value into a message, and Python does not write thousands of digits
+    except ValueError:  # from jsonschema's message: Python writes no integer of thousands of digits
         return False
 
 
+def read_value(value: Any, schema: Schema) -> Any:
+    """Return a value that a schema accepts, whole numbers as int.
+
+    Raises:
+        ValueError: what is accepted and what was given. The message continues a key's name.
+    """
+    if not is_valid(value, schema):
+        raise ValueError(f"takes {describe_schema(schema)}, not {shorten(value)}")
+    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("takes Unicode text, not a lone surrogate such as \\ud800")
+    return int(value) if "integer" in schema["type"] and value is not None else value
+
+
 def describe_schema(schema: Mapping[str, Any]) -> str:
-    """Say in words what a schema accepts, null aside; those that it has itself, as `x-accepted`, come first."""
+    """Return in words what a schema accepts; its own words, `x-accepted`, come first.
+
+    Null is mentioned only where it has a meaning of its own, `x-null`.
+    """
+    if schema.get("x-null"):
+        return f"{describe_schema({**schema, 'x-null': None})}, or null for {schema['x-null']}"
     if "x-accepted" in schema:
         return str(schema["x-accepted"])
     if "enum" in schema:
@@ -90,7 +113,7 @@ def describe_schema(schema: Mapping[str, Any]) -> str:
     if kind == "array":
         return f"two whole numbers from {schema['items']['minimum']} to {schema['items']['maximum']}"
     if kind == "string":
-        least = "that says something, " if schema.get("minLength") else ""
+        least = "with more than spaces, " if schema.get("minLength") else ""
         return f"a text {least}of at most {schema['maxLength']} characters, without NUL"
     low = f"above {schema['exclusiveMinimum']}" if "exclusiveMinimum" in schema else f"from {schema['minimum']}"
     multiple = f" that is a multiple of {schema['multipleOf']}" if "multipleOf" in schema else ""
@@ -98,18 +121,18 @@ def describe_schema(schema: Mapping[str, Any]) -> str:
 
 
 def shorten(value: Any, *, length: int = 60) -> str:
-    """Return the value in plain ASCII and at most so many characters, fit for a message or a log line.
+    """Return a value in plain ASCII for a message or a log line, with at most `length` characters.
 
-    Of a large value no more is looked at than can be shown.
+    Only the part of a large value that can be shown is read.
     """
     return cut(ascii(_clip(value, length, depth=3)), length)
 
 
 def _clip(value: Any, length: int, *, depth: int) -> Any:
-    """Return a value without what cannot be shown of it in so many characters, nor what is nested more deeply."""
+    """Return the part of a value that `length` characters and `depth` levels can show."""
     if isinstance(value, (str, bytes, bytearray)):
         return value[:length]
-    if isinstance(value, int) and value.bit_length() > 4 * length:  # Python refuses to write thousands of digits
+    if isinstance(value, int) and value.bit_length() > 4 * length:  # Python writes no integer of thousands of digits
         return f"a number of {value.bit_length()} bits"
     if isinstance(value, (list, tuple)):
         return [_clip(each, length, depth=depth - 1) for each in value[:length]] if depth else "..."
@@ -127,7 +150,7 @@ def load_json(source: str) -> Any:
     """Return the JSON value of a text.
 
     Raises:
-        ValueError: it is none; NaN and Infinity are none, and one of more values than a request has is not read.
+        ValueError: it is not JSON, or has more values than a request needs. JSON has no NaN and no Infinity.
     """
     if sum(map(source.count, ",[{")) > MAX_VALUES:
         raise ValueError(f"it has more than {MAX_VALUES} commas and brackets")

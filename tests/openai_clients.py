@@ -97,7 +97,7 @@ RECORDED = {
         EDITS,
         {"model": "gpt-image-1", "prompt": "a red fox", "n": 1, "size": "64x64", "background": "transparent"},
         files=("image",),
-        warned=("the picture is opaque",),
+        warned=("the image is opaque",),
     ),
     "LibreChat": Recorded(
         "danny-avila/LibreChat: api/app/clients/tools/structured/OpenAIImageTools.js",

@@ -1,4 +1,4 @@
-"""Run several TorchServes behind the shipped haproxy.cfg on this machine, for the tests."""
+"""Run several TorchServes behind deploy/haproxy.cfg on this machine, for the tests."""
 
 import os
 import re
@@ -15,7 +15,7 @@ import requests
 
 from tools.server import ROOT, LocalServer, find_free_ports
 
-CONFIGURATION = ROOT / "deploy" / "haproxy.cfg"
+HAPROXY_CONFIGURATION = ROOT / "deploy" / "haproxy.cfg"
 NAMES = ("one", "two", "three")
 
 
@@ -25,7 +25,7 @@ def find_haproxy() -> str | None:
 
 
 class Instance(LocalServer):
-    """A server of several: it asks for no token, since HAProxy could show each its own only by a detour.
+    """A server of several. It asks for no token: HAProxy would need a workaround to send each its own.
 
     Args:
         folder: see LocalServer.
@@ -45,20 +45,20 @@ class Instance(LocalServer):
 
 
 class LocalBalancer:
-    """HAProxy with the shipped configuration before these instances, started on entry and stopped on exit.
+    """HAProxy with deploy/haproxy.cfg before these instances, started on entry and stopped on exit.
 
-    Only ports, the socket's place and where the log goes are changed.
+    Only the ports, the socket's path and the log's target differ.
 
     Attributes:
-        port: where it is asked.
-        socket: where it takes orders.
+        port: of its front end.
+        socket: of its admin commands.
     """
 
     def __init__(self, instances: Sequence[Instance]) -> None:
         self.port, self.metrics_port = find_free_ports(2)
         self.folder = Path(tempfile.mkdtemp(prefix="haproxy-"))
         self.socket = self.folder / "admin.sock"
-        text = CONFIGURATION.read_text().replace("127.0.0.1:8079", f"127.0.0.1:{self.port}")
+        text = HAPROXY_CONFIGURATION.read_text().replace("127.0.0.1:8079", f"127.0.0.1:{self.port}")
         text = text.replace("127.0.0.1:8405", f"127.0.0.1:{self.metrics_port}")
         text = text.replace("/run/haproxy/admin.sock", str(self.socket)).replace(
             "log /dev/log local0", "log stdout format raw local0"
@@ -78,7 +78,7 @@ class LocalBalancer:
 
     @property
     def log(self) -> str:
-        """A line for each request that is over."""
+        """The access log: one line for each finished request."""
         return (self.folder / "log").read_text()
 
     def __enter__(self) -> Self:

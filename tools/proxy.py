@@ -1,4 +1,4 @@
-"""Run the shipped nginx.conf on a free port of this machine, for the tests and the scorecard."""
+"""Run deploy/nginx.conf on a free port of this machine, for the tests and the scorecard."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ import psutil
 from tools.server import ROOT, find_free_ports
 from web.server import PAGE
 
-CONFIGURATION = ROOT / "deploy" / "nginx.conf"
+NGINX_CONFIGURATION = ROOT / "deploy" / "nginx.conf"
 PASS_KEY = ROOT / "deploy" / "pass-key"
 
 
@@ -27,19 +27,19 @@ def find_nginx() -> str | None:
 
 
 class LocalProxy:
-    """nginx with the shipped configuration, started on entry and stopped on exit.
+    """nginx with deploy/nginx.conf, started on entry and stopped on exit.
 
-    Only the ports, the certificate's paths and the folders that it writes into are changed.
+    Only the ports, the certificate's paths and the folders that nginx writes into differ.
 
     Args:
         upstream: the port of TorchServe's inference API.
-        jobs: the port of the jobs' API; without it nobody listens there.
-        key_file: that TorchServe's keys; without it, it is one that asks for none.
+        jobs: the port of the jobs' API; the default is a port without a listener.
+        key_file: TorchServe's key file; without it, TorchServe asks for no key.
 
     Attributes:
-        token: the one that it takes from clients; see `write_tokens`.
-        certificate: the file of its certificate, which is its own authority.
-        tls: what trusts that certificate.
+        token: the token that it accepts from clients; see `write_tokens`.
+        certificate: the file of its self-signed certificate.
+        tls: a context that trusts that certificate.
     """
 
     def __init__(self, upstream: int, *, key_file: Path | None = None, jobs: int | None = None) -> None:
@@ -58,7 +58,7 @@ class LocalProxy:
         return f"https://127.0.0.1:{self.port}/predictions/diffusion_fast"
 
     def get_headers(self) -> dict[str, str]:
-        """Return the header with a token that it takes."""
+        """Return the header with a token that it accepts."""
         return {"Authorization": f"Bearer {self.token}"}
 
     def write_tokens(self, holders: Mapping[str, str]) -> None:
@@ -67,7 +67,7 @@ class LocalProxy:
         (self.folder / "tokens").write_text(lines)
 
     def pass_key(self) -> None:
-        """Take over the key of the TorchServe behind; the next start or reload reads it."""
+        """Copy TorchServe's key; the next start or reload reads it."""
         target = self.folder / "torchserve_key"
         if self.key_file is None:
             target.write_text('default "";\n')
@@ -105,12 +105,12 @@ class LocalProxy:
         shutil.rmtree(self.folder)
 
     def make_configuration(self) -> str:
-        """Return the shipped configuration with its places changed.
+        """Return the configuration with ports and paths replaced.
 
         Raises:
-            ValueError: a place does not stand in it exactly once.
+            ValueError: a port or path is not in it exactly once.
         """
-        text = CONFIGURATION.read_text()
+        text = NGINX_CONFIGURATION.read_text()
         temporary = "".join(
             f"{kind}_temp_path {kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         )
@@ -128,12 +128,12 @@ class LocalProxy:
             "\nhttp {\n": f"\nhttp {{\n{temporary}",
         }.items():
             if text.count(shipped) != 1:
-                raise ValueError(f"{shipped!r} stands {text.count(shipped)} times in {CONFIGURATION}")
+                raise ValueError(f"{shipped!r} is {text.count(shipped)} times in {NGINX_CONFIGURATION}")
             text = text.replace(shipped, changed)
         return text
 
     def command(self, *arguments: str) -> None:
-        """Run nginx, which starts it, or gives the running one an order."""
+        """Start nginx, or send a signal to the running one."""
         places = ("-p", self.folder, "-c", "nginx.conf", "-e", "error.log", "-g", f"pid {self.folder}/nginx.pid;")
         subprocess.run([find_nginx() or "nginx", *places, *arguments], check=True, timeout=30)
 

@@ -1,10 +1,10 @@
 """Write a Stable Diffusion pipeline with seeded random weights to a folder, in diffusers' format.
 
-No model hub is needed: the configurations stand here. `tiny` is for tests and the demonstration, `base` is SDXL base
-1.0 at its real size (2.57 B parameters in the UNet, 7 GB on disk), for measuring speed. The pictures show noise.
+No model hub is needed: the configurations are in this file. `tiny` is for tests. `base` is SDXL base 1.0 at its real
+size (2.57 B parameters in the UNet, 7 GB on disk), for measuring speed. The images show noise.
 
-The layers of `base` keep the variance of what goes through them, about as a trained model's do: torch's own initial
-weights let it shrink to a third at each layer, so that what a block adds, and the errors in it, nearly vanish.
+The layers of `base` keep the variance of their input, about as a trained model's do. With torch's own initial weights
+the variance shrinks to a third at each layer. Then the output of a block and its errors nearly vanish.
 """
 
 import argparse
@@ -95,11 +95,11 @@ SCHEDULER = {
 
 
 def make_tokenizer(vocab_size: int) -> Any:
-    """Return a CLIP tokenizer: of so many words CLIP's own, and of 514 the bytes alone, so that any text tokenises."""
+    """Return CLIP's own tokenizer, or one of bytes alone for a vocabulary of 514; both read any text."""
     from transformers import CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    from sdxl_server.checkpoints.conversion import write_vocabulary
+    from sdxl_server.convert.conversion import write_vocabulary
 
     letters = list(bytes_to_unicode().values())
     tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
@@ -167,10 +167,10 @@ def keep_variance(*models: Any) -> None:
 
 def save_pipeline(pipeline: Any, folder: Path) -> None:
     """Write a pipeline in safetensors, its weights named as in published checkpoints."""
-    from sdxl_server.checkpoints.conversion import name_as_published
+    from sdxl_server.convert.conversion import prefix_text_encoder_names
 
     pipeline.save_pretrained(folder, safe_serialization=True)
-    name_as_published(folder / "text_encoder/model.safetensors")
+    prefix_text_encoder_names(folder / "text_encoder/model.safetensors")
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Run TorchServe on free ports of this machine, for the demonstration, the tests and the benchmarks."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -17,11 +18,11 @@ import psutil
 import requests
 import yaml
 
-from sdxl_server.ready import NotReadyError, check_workers, read_token
+from sdxl_server.serving.readiness import NotReadyError, check_workers, read_token
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = Path(sys.executable).parent
-ADDRESSES = ("inference_address", "management_address", "metrics_address")
+ADDRESS_KEYS = ("inference_address", "management_address", "metrics_address")
 RESERVED: list[socket.socket] = []
 
 
@@ -46,14 +47,14 @@ def make_environment() -> dict[str, str]:
     return environment
 
 
-def read_shipped() -> dict[str, Any]:
-    """Return the settings of the shipped model-config.yaml."""
-    settings: dict[str, Any] = yaml.safe_load((ROOT / "model-config.yaml").read_text())
+def read_shipped(root: Path = ROOT) -> dict[str, Any]:
+    """Return the settings of the default model-config.yaml."""
+    settings: dict[str, Any] = yaml.safe_load((root / "model-config.yaml").read_text())
     return settings
 
 
 def find_free_ports(count: int) -> list[int]:
-    """Return ports that nobody listens on; while this process runs, no other call returns them, here or elsewhere."""
+    """Return free ports; while this process runs, no other call returns them, here or in another process."""
     ports: list[int] = []
     while len(ports) < count:
         with socket.socket() as holder:
@@ -65,9 +66,9 @@ def find_free_ports(count: int) -> list[int]:
 
 
 def reserve_port(port: int) -> bool:
-    """Take a TCP port until this process ends, and say whether nobody had: UDP's of that number stands for it.
+    """Reserve a TCP port until this process ends, and say whether it was free. A UDP port of that number marks it.
 
-    Otherwise two that look for ports could be given the same one before either's server listens on it.
+    Without the mark, two processes could get the same port before a server listens on it.
     """
     mark = socket.socket(type=socket.SOCK_DGRAM)
     try:
@@ -80,8 +81,8 @@ def reserve_port(port: int) -> bool:
 
 
 def write_properties(source: Path, target: Path, **others: str) -> dict[str, int]:
-    """Copy a config.properties with free ports in the place of its own, and others; return the ports by their key."""
-    ports = dict(zip(ADDRESSES, find_free_ports(len(ADDRESSES)), strict=True))
+    """Copy a config.properties with free ports and other values; return the ports by their key."""
+    ports = dict(zip(ADDRESS_KEYS, find_free_ports(len(ADDRESS_KEYS)), strict=True))
     moved = {key: f"http://127.0.0.1:{port}" for key, port in ports.items()} | others
     kept = [line for line in source.read_text().splitlines() if line.split("=")[0] not in moved]
     target.write_text("\n".join([*kept, *(f"{key}={value}" for key, value in moved.items()), ""]))
@@ -95,21 +96,31 @@ class LocalServer:
         folder: the server's working directory; its `model_store` holds the archive, and its log and keys go there.
         archive: the archive's name in the model store: a folder, a .mar or a .tar.gz.
         timeout: seconds until the model must be ready.
-        properties: settings of config.properties that differ from the shipped ones.
+        properties: settings of config.properties that differ from the default ones.
+        root: the checkout with config.properties and log4j2.xml.
+        environment: more variables for the server's processes.
     """
 
     model = "diffusion_fast"
 
     def __init__(
-        self, folder: Path, *, archive: str = model, timeout: float = 600, properties: Mapping[str, str] | None = None
+        self,
+        folder: Path,
+        *,
+        archive: str = model,
+        timeout: float = 600,
+        properties: Mapping[str, str] | None = None,
+        root: Path = ROOT,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
         self.archive = archive
         self.timeout = timeout
-        self.ports = write_properties(ROOT / "config.properties", folder / "config.properties", **(properties or {}))
-        shutil.copy(ROOT / "log4j2.xml", folder)
-        # TorchServe unpacks archives here, and keeps its process id and its workers' sockets, so that it must not be
-        # shared with other accounts; a socket's path has 108 characters at most.
+        self.environment = dict(environment or {})
+        self.ports = write_properties(root / "config.properties", folder / "config.properties", **(properties or {}))
+        shutil.copy(root / "log4j2.xml", folder)
+        # TorchServe unpacks archives here and keeps its process id and its workers' sockets, so no other account may
+        # share it. A socket's path has at most 108 characters.
         self.temporary = Path(tempfile.mkdtemp(prefix="ts-"))
 
     @property
@@ -119,12 +130,12 @@ class LocalServer:
 
     @property
     def key_file(self) -> Path:
-        """The file of its keys, which are others after each start."""
+        """The file of its keys, which are new after each start."""
         return self.folder / "key_file.json"
 
     @property
     def log(self) -> str:
-        """What the server and its workers have logged so far."""
+        """The log of the server and its workers so far."""
         path = self.folder / "server.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
@@ -172,7 +183,7 @@ class LocalServer:
         return True
 
     def __enter__(self) -> Self:
-        self.temporary.mkdir(mode=0o700, exist_ok=True)  # one that was stopped may be started again
+        self.temporary.mkdir(mode=0o700, exist_ok=True)  # a stopped server may be started again
         try:
             path = self.folder / "server.log"
             path.touch(mode=0o600)  # prompts are in it
@@ -195,7 +206,8 @@ class LocalServer:
         self._stop()
 
     def _torchserve(self, *arguments: str, **options: Any) -> None:
-        environment = {**make_environment(), "TMPDIR": str(self.temporary), "TEMP": str(self.temporary)}
+        environment = {**make_environment(), **self.environment}
+        environment |= {"TMPDIR": str(self.temporary), "TEMP": str(self.temporary)}
         subprocess.run(["torchserve", *arguments], cwd=self.folder, env=environment, check=True, umask=0o077, **options)
 
     def _wait(self) -> None:
@@ -203,7 +215,7 @@ class LocalServer:
         while not self.is_ready():
             failed = "Backend worker process died" in self.log or "Backend worker monitoring thread interr" in self.log
             if failed or time.monotonic() > deadline or not self.find_processes():
-                time.sleep(1)  # what the worker said last may come after the news of its death
+                time.sleep(1)  # the worker's last lines may follow the report of its death
                 reason = "the model did not load" if failed else "the server is not ready"
                 raise ServerError(f"{reason}; the end of its log:\n{self.log[-6000:]}")
             time.sleep(0.2)
@@ -211,7 +223,9 @@ class LocalServer:
     def _stop(self) -> None:
         processes = self.find_processes()
         if processes:
-            self._torchserve("--stop", stdout=subprocess.DEVNULL)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                processes[0].terminate()  # as `torchserve --stop` does
+            self.key_file.unlink(missing_ok=True)
         _, alive = psutil.wait_procs(processes, timeout=30)
         for process in alive:
             process.send_signal(signal.SIGKILL)
@@ -219,10 +233,15 @@ class LocalServer:
 
 
 def make_archive(
-    folder: Path, model: Path, settings: str, *, handler: Path = ROOT / "stable_diffusion_handler.py"
+    folder: Path, model: Path | None, settings: str, *, handler: Path | None = None, root: Path = ROOT
 ) -> None:
-    """Make `model_store/diffusion_fast` in a folder as the guide does, with these settings and a copy of the model."""
-    extra = {ROOT / "pipeline_utils.py", ROOT / "stable_diffusion_handler.py"} - {handler}
+    """Make `model_store/diffusion_fast` in a folder as the guide does, with these settings and a copy of the model.
+
+    Args:
+        model: None where the settings name a folder outside the archive.
+    """
+    handler = handler or root / "stable_diffusion_handler.py"
+    extra = {root / "pipeline_utils.py", root / "stable_diffusion_handler.py"} - {handler}
     (folder / "model-config.yaml").write_text(settings)
     run_command(
         *("torch-model-archiver", "--model-name", "diffusion_fast", "--version", "1.0"),
@@ -232,4 +251,5 @@ def make_archive(
     )
     (folder / "model_store").mkdir()
     shutil.move(folder / "diffusion_fast", folder / "model_store")
-    shutil.copytree(model, folder / "model_store/diffusion_fast/Base_Diffusion_model")
+    if model is not None:
+        shutil.copytree(model, folder / "model_store/diffusion_fast/Base_Diffusion_model")

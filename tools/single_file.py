@@ -1,6 +1,6 @@
 """Write a pipeline as one .safetensors in the original layout (LDM's, SGM's), as models are published.
 
-The inverse of what diffusers does to read such files.
+It inverts the conversion that diffusers makes when it reads such files.
 """
 
 import argparse
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sdxl_server.checkpoints.names import name_originals, replace_all
+from sdxl_server.convert.ldm_names import list_ldm_names, replace_all
 
 VAE_NAMES = {
     r"\.conv_norm_out\.": ".norm_out.",
@@ -38,7 +38,7 @@ Weights = Mapping[str, Any]
 
 def convert_unet(unet: Any) -> dict[str, Any]:
     weights = unet.state_dict()
-    return {name: weights[own] for own, name in name_originals(weights, unet.config.layers_per_block).items()}
+    return {name: weights[own] for own, name in list_ldm_names(weights, unet.config.layers_per_block).items()}
 
 
 def convert_vae(vae: Any) -> dict[str, Any]:

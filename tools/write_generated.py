@@ -1,39 +1,34 @@
 """Write what follows from the declarations of fields, settings and options: python -m tools.write_generated
 
 - docs/openapi.json and the tables in docs/requests.md, for SDXL base under the shipped model-config.yaml;
-- docs/settings.md, around which tools/settings.md stands;
-- the options in query.py, which runs without this project.
+- docs/settings.md, around which tools/settings.md stands.
 """
 
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdxl_server.adapters.entries import AdapterConfig
-from sdxl_server.contract import build_contract
-from sdxl_server.families import FAMILIES
-from sdxl_server.fields import DECLARATIONS
-from sdxl_server.openapi import build_openapi
-from sdxl_server.request import Contract
-from sdxl_server.samplers import ALIASES, split_sampler
-from sdxl_server.schemas import describe_schema
-from sdxl_server.sections import NEEDED, describe_setting
-from sdxl_server.settings import (
+from sdxl_server.api.openapi import build_openapi
+from sdxl_server.config.adapter_settings import AdapterConfig
+from sdxl_server.config.declaration import NEEDED, list_declarations
+from sdxl_server.config.settings import (
     PUBLISHED_KEYS_WITHOUT_EFFECT,
     CompileConfig,
     HandlerConfig,
 )
+from sdxl_server.model.contract_builder import build_contract
+from sdxl_server.model.families import FAMILIES
+from sdxl_server.request.contract import Contract
+from sdxl_server.request.samplers import ALIASES, split_sampler
+from sdxl_server.schemas import describe_schema
 from tools.random_model import make_pipeline
 from tools.server import ROOT
 
 FIELD_MARKS = ("<!-- fields: python -m tools.write_generated -->\n", "<!-- end of fields -->")
 ALIAS_MARKS = ("<!-- schedulers: python -m tools.write_generated -->\n", "<!-- end of schedulers -->")
-OPTION_MARKS = ("# <fields: python -m tools.write_generated>\n", "# </fields>")
 
 
 def build_shipped_contract() -> Contract:
@@ -72,14 +67,15 @@ def make_alias_table() -> str:
 
 def make_settings_table(section: Any) -> str:
     """Return the settings of a section of model-config.yaml as a table."""
+    defaults = {each.name: each.default for each in dataclasses.fields(section)}
     rows = [
         [
-            f"`{each.name}`",
-            each.metadata["words"],
-            describe_setting(each.metadata),
-            "none: it is needed" if each.default is NEEDED else f"`{json.dumps(each.default)}`",
+            f"`{name}`",
+            declaration.words,
+            describe_schema(declaration.build_schema()),
+            "none: it is needed" if defaults[name] is NEEDED else f"`{json.dumps(defaults[name])}`",
         ]
-        for each in dataclasses.fields(section)
+        for name, declaration in list_declarations(section).items()
     ]
     return make_table(["key", "meaning", "takes", "default"], rows)
 
@@ -111,25 +107,6 @@ def make_settings_page() -> str:
     return page
 
 
-def make_query_options() -> str:
-    """Return query.py's options as the source of a dictionary of argparse's keywords."""
-    lines = ["FIELDS: dict[str, dict[str, Any]] = {"]
-    for name, declaration in DECLARATIONS.items():
-        if declaration.option is not None:
-            keywords = {**declaration.option, "help": declaration.words.replace("`", "")}
-            shown = ", ".join(f"{json.dumps(key)}: {_show_keyword(value)}" for key, value in keywords.items())
-            lines.append(f"    {json.dumps(name)}: {{{shown}}},")
-    return "\n".join([*lines, "}\n"])
-
-
-def _show_keyword(value: Any) -> str:
-    if isinstance(value, tuple):
-        return f"({', '.join(map(_show_keyword, value))})"
-    if isinstance(value, type):
-        return value.__name__
-    return value if value == "Path" else json.dumps(value)
-
-
 def _show_default(value: Any) -> str:
     return "" if value is None else f"`{json.dumps(value) if not isinstance(value, str) else value}`"
 
@@ -141,23 +118,16 @@ def fill(text: str, marks: tuple[str, str], content: str) -> str:
     return re.sub(pattern, lambda _: start + content + end, text, flags=re.DOTALL)
 
 
-def format_source(source: str) -> str:
-    """Return a Python source as ruff formats it."""
-    command = [sys.executable, "-m", "ruff", "format", "--config", str(ROOT / "pyproject.toml"), "-"]
-    return subprocess.run(command, input=source, capture_output=True, text=True, check=True).stdout
-
-
 def make_all() -> dict[Path, str]:
     """Return each file with what is generated in it."""
     contract = build_shipped_contract()
-    requests, query = ROOT / "docs/requests.md", ROOT / "query.py"
+    requests = ROOT / "docs/requests.md"
     return {
         ROOT / "docs/openapi.json": json.dumps(build_openapi(contract), indent=2) + "\n",
         requests: fill(
             fill(requests.read_text(), FIELD_MARKS, make_field_table(contract)), ALIAS_MARKS, make_alias_table()
         ),
         ROOT / "docs/settings.md": make_settings_page(),
-        query: format_source(fill(query.read_text(), OPTION_MARKS, make_query_options())),
     }
 
 

@@ -1,1 +1,1 @@
-"""The page for people, and what serves it on one machine."""
+"""The web UI, and a program that serves it on one machine."""

@@ -1,4 +1,4 @@
-"""Serve the page for people beside a TorchServe of this machine; see docs/page.md.
+"""Serve the web UI next to a TorchServe on this machine; see docs/web-ui.md.
 
 python -m web --url http://127.0.0.1:8080 --key-file key_file.json
 """
@@ -7,19 +7,19 @@ import argparse
 import sys
 from pathlib import Path
 
-from sdxl_server.ready import NotReadyError, read_token
+from sdxl_server.serving.readiness import NotReadyError, read_token
 from web.server import PORT, PageServer
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m web", description=(__doc__ or "").partition(";")[0])
     parser.add_argument("--url", default="http://127.0.0.1:8080", help="TorchServe's inference address (%(default)s)")
-    parser.add_argument("--port", type=int, default=PORT, help="to listen on, on loopback (%(default)s)")
+    parser.add_argument("--port", type=int, default=PORT, help="loopback port to listen on (%(default)s)")
     parser.add_argument(
         "--key-file",
         type=Path,
         default=Path("key_file.json"),
-        help="with TorchServe's token, which the printed address hands over (%(default)s)",
+        help="TorchServe's key file; its token goes into the printed address (%(default)s)",
     )
     options = parser.parse_args()
     try:
@@ -34,8 +34,8 @@ def main() -> int:
 
 
 def serve(server: PageServer, token: str) -> None:
-    """Print the page's address, and serve it until Ctrl-C."""
-    print(f"The page is at {server.make_url(token)}\nCtrl-C ends it", flush=True)
+    """Print the web UI's address and serve until Ctrl-C."""
+    print(f"The web UI is at {server.make_url(token)}\nCtrl-C ends it", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:

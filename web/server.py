@@ -1,6 +1,6 @@
-"""Serve the page on loopback, and pass what it asks on to a TorchServe, so that both are of one origin.
+"""Serve the web UI on loopback and pass its requests to a TorchServe, so that both have one origin.
 
-deploy/nginx.conf does the same for users. This program adds nothing to a request: who has no token draws nothing.
+deploy/nginx.conf does the same for many users. This program adds nothing to a request: drawing needs a token.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ PREDICTIONS = "/predictions/diffusion_fast"
 PASSED = (("POST", PREDICTIONS), ("GET", f"{PREDICTIONS}/1.0/openapi.json"))
 MAX_REQUEST = 33_554_432  # bytes; max_request_size of config.properties
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-# As in deploy/nginx.conf. Trusted types: no text can become HTML or a script in the page.
+# As in deploy/nginx.conf. With trusted types no text can become HTML or a script.
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -32,11 +32,11 @@ HEADERS = {
 
 
 class PageServer(ThreadingHTTPServer):
-    """The page's server on 127.0.0.1.
+    """The web UI's server on 127.0.0.1.
 
     Args:
         upstream: the address of TorchServe's inference API, such as http://127.0.0.1:8080.
-        port: to listen on; 0 is any that is free.
+        port: to listen on; 0 is any free one.
     """
 
     daemon_threads = True
@@ -48,51 +48,53 @@ class PageServer(ThreadingHTTPServer):
         self.hosts = tuple(f"{name}:{self.server_address[1]}" for name in ("127.0.0.1", "localhost"))
 
     def make_url(self, token: str) -> str:
-        """Return the page's address with the token in its fragment, which browsers keep to themselves."""
+        """Return the web UI's address. The token is in its fragment, which browsers do not send."""
         return f"http://{self.hosts[0]}/#token={token}"
 
 
 class PageHandler(BaseHTTPRequestHandler):
-    """One connection, which ends with its answer: HTTP/1.0."""
+    """One connection, which ends with its response: HTTP/1.0."""
 
     server: PageServer
-    timeout = 60  # seconds between two pieces of a request
+    timeout = 60  # seconds between two chunks of a request
 
     def do_GET(self) -> None:
-        """Send a file of the page, or what TorchServe answers."""
+        """Send a file of the web UI, or TorchServe's response."""
         path = PAGE / (self.path[1:] or "index.html")
-        if not self._is_ours():
+        if not self._is_own_host():
             return
         if ("GET", self.path) in PASSED:
-            self._pass_on(None)
+            self._forward(None)
         elif path in PAGE.iterdir():
             self._send(HTTPStatus.OK, path.read_bytes(), f"{TYPES[path.suffix]}; charset=utf-8", HEADERS)
         else:
-            self._refuse(HTTPStatus.NOT_FOUND, f"there is nothing here; the page is at http://{self.server.hosts[0]}/")
+            self._refuse(
+                HTTPStatus.NOT_FOUND, f"there is nothing at this path; the web UI is at http://{self.server.hosts[0]}/"
+            )
 
     def do_POST(self) -> None:
-        """Send what TorchServe answers."""
+        """Send TorchServe's response."""
         length = self.headers.get("Content-Length", "")
-        if not self._is_ours():
+        if not self._is_own_host():
             return
         if ("POST", self.path) not in PASSED:
             self._refuse(HTTPStatus.NOT_FOUND, f"only {PREDICTIONS} takes requests")
         elif not length.isdecimal() or int(length) > MAX_REQUEST:
-            told = f"a request takes a Content-Length of at most {MAX_REQUEST} bytes"
-            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, told)
+            message = f"a request takes a Content-Length of at most {MAX_REQUEST} bytes"
+            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
         else:
-            self._pass_on(self.rfile.read(int(length)))
+            self._forward(self.rfile.read(int(length)))
 
-    def _is_ours(self) -> bool:
-        """Refuse what comes by another name, as another site's page asks whose name was made to mean this machine."""
+    def _is_own_host(self) -> bool:
+        """Say whether a request names this host; refuse others, such as those of a DNS rebinding attack."""
         hosts = self.server.hosts
         origin = self.headers.get("Origin", f"http://{hosts[0]}")
         if self.headers.get("Host") in hosts and origin in [f"http://{host}" for host in hosts]:
             return True
-        self._refuse(HTTPStatus.FORBIDDEN, f"this page answers to {' and '.join(hosts)} only, and to no other site's")
+        self._refuse(HTTPStatus.FORBIDDEN, f"this web UI answers to {' and '.join(hosts)} only, not to other sites")
         return False
 
-    def _pass_on(self, body: bytes | None) -> None:
+    def _forward(self, body: bytes | None) -> None:
         upstream = http.client.HTTPConnection(*self.server.upstream)
         kept = {name: self.headers[name] for name in ("Authorization", "Content-Type", "Accept") if self.headers[name]}
         self.connection.settimeout(None)  # a step may take minutes
@@ -107,8 +109,8 @@ class PageHandler(BaseHTTPRequestHandler):
                 if value := answer.headers[name]:
                     self.send_header(name, value)
             self.end_headers()
-            while piece := answer.read1(65536):
-                self.wfile.write(piece)
+            while chunk := answer.read1(65536):
+                self.wfile.write(chunk)
         except (OSError, http.client.HTTPException):
             if not is_begun:
                 self._refuse(
@@ -131,13 +133,13 @@ class PageHandler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def log_message(self, *_: Any) -> None:
-        """Log nothing: TorchServe logs what it is asked."""
+        """Log nothing: TorchServe logs its requests."""
 
 
 def _hang_up(client: socket.socket, upstream: socket.socket) -> None:
-    """Wait until a client has left, then end the connection that works for it, so that TorchServe ends the work."""
+    """End the connection to TorchServe when the client has left, so that TorchServe ends the work."""
     with contextlib.suppress(OSError):
-        while client.recv(4096):  # more than was asked for, such as a GET's body, is no news of its leaving
+        while client.recv(4096):  # ignore extra bytes, such as a GET's body
             pass
     with contextlib.suppress(OSError):
         upstream.shutdown(socket.SHUT_RDWR)

@@ -29,13 +29,13 @@ class PlantedHandler(StableDiffusionHandler):
             if "starts without a model" not in self.planted:
                 raise
 
-    def begin(self, index: int, row: dict[str, Any]) -> Any:
-        answer = super().begin(index, row)
-        answer.steps = self.spoil(answer.steps)
-        return answer
+    def read_request(self, index: int, body: dict[str, Any]) -> Any:
+        response = super().read_request(index, body)
+        response.steps = self.spoil(response.steps)
+        return response
 
-    def report(self, error: Exception, index: int) -> bytes:
-        told = super().report(error, index)
+    def write_error(self, error: Exception, index: int) -> bytes:
+        told = super().write_error(error, index)
         return told.replace(b'"param": "', b'"param": "' + b"x" * 20_000) if "long echo" in self.planted else told
 
     def spoil(self, steps: Generator[bytes, None, bytes]) -> Generator[bytes, None, bytes]:

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,21 +19,10 @@ import requests
 import yaml
 from PIL import Image
 
+from scorecard.generated import run_schemathesis
+from tests.server.eager import LIMITS, LONG, EagerServer, wait_for
 from tests.server.test_backends import ask_for_picture, make_settings
-from tools.server import ROOT, SCRIPTS, LocalServer, make_archive, make_environment
-
-LIMITS = {"num_inference_steps": 3, "max_steps": 150, "max_side": 128, "max_images": 2}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[LocalServer]:
-    folder = tmp_path_factory.mktemp("server")
-    make_archive(folder, tiny_model, make_settings(None, **LIMITS))
-    with LocalServer(folder) as running:
-        worker = running.find_worker()
-        yield running
-        ask_for_picture(running)
-        assert running.find_worker() == worker  # it outlived every request
+from tools.server import ROOT, LocalServer, make_archive, make_environment
 
 
 def ask(server: LocalServer, *, accept: str = "*/*", **fields: Any) -> requests.Response:
@@ -42,37 +30,17 @@ def ask(server: LocalServer, *, accept: str = "*/*", **fields: Any) -> requests.
     return requests.post(server.url, json={"prompt": "a red fox", **fields}, headers=headers, timeout=120)
 
 
-def test_document_holds_for_generated_requests(server: LocalServer, tmp_path: Path) -> None:
+def test_document_holds_for_generated_requests(server: LocalServer) -> None:
     """Schemathesis makes requests that follow the document and requests that break it."""
     document = server.read_document("openapi.json")
     committed = json.loads((ROOT / "docs/openapi.json").read_text())
     assert list(document["components"]["schemas"]["GenerationRequest"]["properties"]) == list(
         committed["components"]["schemas"]["GenerationRequest"]["properties"]
     )
-    steps = document["components"]["schemas"]["GenerationRequest"]["properties"]["num_inference_steps"]
-    assert steps["maximum"] == 150
-    steps["maximum"] = 4  # for the time it takes
-    (tmp_path / "openapi.json").write_text(json.dumps(document))
-    left_out = (
-        "positive_data_acceptance",  # a document cannot say that an image's base64 must be a picture's
-        "missing_required_header",  # TorchServe answers 400, not 401, to a missing token
-        "ignored_auth",  # likewise
-        "unsupported_method",  # TorchServe takes every method for a prediction
-    )
-    run = subprocess.run(
-        [
-            *(SCRIPTS / "schemathesis", "run", "openapi.json", "--url", server.url.rpartition("/predictions")[0]),
-            *("--header", f"Authorization: {server.get_headers()['Authorization']}", "--mode", "all"),
-            *("--max-examples", "40", "--seed", "1", "--exclude-checks", ",".join(left_out), "--no-color"),
-            *("--phases", "coverage,fuzzing", "--continue-on-failure"),
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout
-    (generated,) = re.findall(r"(\d+) generated", run.stdout)
-    assert int(generated) >= 500
+    assert document["components"]["schemas"]["GenerationRequest"]["properties"]["num_inference_steps"]["maximum"] == 150
+    run = run_schemathesis(server, examples=40, most_steps=4)
+    assert run.passed, run.output
+    assert run.count >= 500
 
 
 def test_pictures_as_json(server: LocalServer) -> None:
@@ -158,7 +126,7 @@ def test_long_prompt_is_told(server: LocalServer) -> None:
 
 def test_prompts_in_other_programs_words_are_told_everywhere(server: LocalServer) -> None:
     fields: dict[str, Any] = {"prompt": "a (red:1.3) fox BREAK <lora:x:1>", "output_format": "png", "seed": 1}
-    told = "prompt: '(red:1.3)', 'BREAK', '<lora:x:1>' mean nothing here and are read as plain words"
+    told = "prompt: '(red:1.3)', 'BREAK', '<lora:x:1>' have no special meaning here and are read as plain words"
     plain = ask(server, **fields)
     assert plain.headers["X-Warning"] == told
     assert json.loads(Image.open(io.BytesIO(plain.content)).info["parameters"])["warnings"] == [told]
@@ -207,7 +175,7 @@ def test_work_ends_when_the_client_leaves(server: LocalServer) -> None:
     assert int(done) <= 3
 
 
-def test_who_has_left_leaves_the_queue(server: LocalServer) -> None:
+def test_who_has_left_leaves_the_queue(server: EagerServer) -> None:
     """Nine requests of one address are given up while a picture is under way; another address gets its own before."""
     place = ("127.0.0.1", server.ports["inference_address"])
     headers = {**server.get_headers(), "Content-Type": "application/json"}
@@ -219,12 +187,13 @@ def test_who_has_left_leaves_the_queue(server: LocalServer) -> None:
         )
         return connection
 
-    long = {"num_inference_steps": 150, "num_images_per_prompt": 2, "width": 128, "height": 128}
-    under_way = send("127.0.0.1", **long, stream=True).getresponse()
+    server.wait_until_idle()
+    under_way = send("127.0.0.1", **LONG, stream=True).getresponse()
     for _ in range(9):
-        connection = send("127.0.0.2", **long)
-        time.sleep(0.05)  # TorchServe has read it
+        connection = send("127.0.0.2", **LONG)
+        wait_for(lambda: server.read_metrics()["sdxl_requests_in_flight"] > 1)
         connection.close()
+        wait_for(lambda: server.read_metrics()["sdxl_requests_in_flight"] == 1)
     answer = send("127.0.0.3", num_inference_steps=1).getresponse()
     assert (answer.status, len(answer.read()) > 100) == (200, True)
     told = under_way.read1()

@@ -3,7 +3,9 @@
 import contextlib
 import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -14,12 +16,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import requests
 from PIL import Image
 
 import Download_model
 from sdxl_server import __version__
 from tests.hub import Hub
-from tools.server import ROOT, make_environment, write_properties
+from tools.server import ROOT, find_free_ports, make_environment, write_properties
 
 SHIPPED = (
     *("stable_diffusion_handler.py", "pipeline_utils.py", "Download_model.py", "query.py"),
@@ -201,3 +204,38 @@ def test_demo_on_a_machine_without_java(tmp_path: Path) -> None:
     check_picture(path)
     path.unlink()
     assert find_started(tmp_path) == []
+
+
+def test_make_sdxl_serves_a_model_of_the_hub(tmp_path: Path, tiny_model: Path) -> None:
+    """`make sdxl`'s program: its example request and its web UI work, and Ctrl-C ends it."""
+    files = {path.relative_to(tiny_model).as_posix(): path.read_bytes() for path in tiny_model.glob("**/*.*")}
+    model = f"somebody/{tmp_path.name}"
+    with Hub(model, "main", files) as hub:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tools.serve", "--model", model, "--port", str(find_free_ports(1)[0])],
+            cwd=ROOT,
+            env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"},
+            text=True,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        try:
+            assert process.stdout is not None
+            printed = ""
+            while "Ctrl-C ends it" not in printed:
+                line = process.stdout.readline()
+                assert line, printed
+                printed += line
+            example = next(line for line in printed.splitlines() if line.startswith("python query.py"))
+            arguments = shlex.split(f"{example} --filename {tmp_path / 'image.jpg'}")[1:]
+            subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, timeout=120)
+            check_picture(tmp_path / "image.jpg")
+            page = re.search(r"http://127.0.0.1:\d+/(?=#token)", printed)
+            assert page is not None
+            assert requests.get(page[0], timeout=10).ok
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            shutil.rmtree(ROOT / "build/models" / model.replace("/", "--"), ignore_errors=True)

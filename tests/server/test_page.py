@@ -1,4 +1,4 @@
-"""The page for people in a real browser, behind the shipped nginx, with the demonstration model."""
+"""The web UI in a real browser, behind the nginx of deploy/, with the demonstration model."""
 
 import base64
 import contextlib
@@ -19,8 +19,8 @@ from playwright.sync_api import Browser, BrowserContext, Page, Route, expect, sy
 from demo.measure import GUIDANCE
 from demo.oracle import judge_picture
 from demo.shapes import Scene, Thing
+from tests.server.eager import wait_for
 from tests.server.test_backends import make_settings
-from tests.server.test_deploy import wait_for
 from tools.proxy import LocalProxy, find_nginx
 from tools.server import ROOT, LocalServer, make_archive
 
@@ -103,7 +103,7 @@ def draw(page: Page, prompt: str = PROMPT, **fields: Any) -> None:
 
 def wait_for_picture(page: Page, count: int = 1) -> None:
     """Wait until the gallery holds so many pictures and nothing is in work."""
-    expect(page.locator("#pictures li")).to_have_count(count, timeout=30_000)
+    expect(page.locator("#images li")).to_have_count(count, timeout=30_000)
     expect(page.locator("#work li")).to_have_count(0)
 
 
@@ -143,7 +143,7 @@ def test_new_user_draws_in_two_actions(context: BrowserContext, nginx: LocalProx
     expect(page.get_by_label("Prompt", exact=True)).to_be_focused()
     page.keyboard.type(PROMPT)
     page.keyboard.press("Control+Enter")
-    expect(page.get_by_role("img", name=f"On the way: {PROMPT}")).to_be_visible()
+    expect(page.get_by_role("img", name=f"In work: {PROMPT}")).to_be_visible()
     expect(page.locator("#work .said")).to_have_text(re.compile(r"Step \d+ of 30, \d+ s left"))
     wait_for_picture(page)
     expect(page.locator("#shown > img")).to_have_attribute("alt", PROMPT)
@@ -254,8 +254,8 @@ def test_gallery_survives_a_reload_and_gives_all_back(page: Page) -> None:
     wait_for_picture(page, 2)
     expect(made).not_to_contain_text("Seed 5,")
     page.reload()
-    expect(page.locator("#pictures li")).to_have_count(2)
-    page.locator("#pictures button").nth(1).click()
+    expect(page.locator("#images li")).to_have_count(2)
+    page.locator("#images button").nth(1).click()
     page.get_by_role("button", name="Use settings").click()
     assert read_form(page)["seed"] == "5"
     page.get_by_role("button", name="Draw", exact=True).click()
@@ -264,7 +264,7 @@ def test_gallery_survives_a_reload_and_gives_all_back(page: Page) -> None:
     assert count_action_rows(page, 375, 812) == 2
     assert count_action_rows(page, 1280, 600) == 1
     page.get_by_role("button", name="Delete").click()
-    expect(page.locator("#pictures li")).to_have_count(2)
+    expect(page.locator("#images li")).to_have_count(2)
 
 
 def count_action_rows(page: Page, width: int, height: int) -> int:
@@ -275,26 +275,26 @@ def count_action_rows(page: Page, width: int, height: int) -> int:
 
 def test_full_gallery_says_so(page: Page) -> None:
     script = """async () => {
-        const { openGallery, MAX_PICTURES } = await import("/gallery.js");
+        const { openGallery, MAX_IMAGES } = await import("/gallery.js");
         const gallery = await openGallery();
-        for (let seed = 0; seed < MAX_PICTURES; seed += 1) {
+        for (let seed = 0; seed < MAX_IMAGES; seed += 1) {
             await gallery.add({ file: new Blob(["a"], { type: "image/png" }), parameters: { prompt: "a", seed } });
         }
     }"""
     page.evaluate(script)
     page.reload()
-    expect(page.locator("#pictures li")).to_have_count(200)
+    expect(page.locator("#images li")).to_have_count(200)
     draw(page, num_inference_steps=2)
-    expect(page.locator("#gallery-news")).to_contain_text("The gallery holds 200 pictures: the oldest has left it")
+    expect(page.locator("#gallery-news")).to_contain_text("The gallery holds 200 images: the oldest was removed")
     page.reload()
-    expect(page.locator("#pictures li")).to_have_count(200)
+    expect(page.locator("#images li")).to_have_count(200)
 
 
 def test_any_other_picture_is_where_to_start_from_and_a_mask_is_painted(page: Page) -> None:
     """What the mask protects comes back bit by bit."""
     photo = make_file()
     drop(page, "photo.png", photo)
-    expect(page.get_by_alt_text("The picture to start from")).to_be_visible()
+    expect(page.get_by_alt_text("The image to start from")).to_be_visible()
     page.get_by_role("button", name="Paint a mask").click()
     box = page.locator("#mask-canvas").bounding_box()
     assert box is not None
@@ -376,9 +376,7 @@ def test_reload_says_what_became_of_the_work(page: Page) -> None:
     draw(page, num_inference_steps=LONG)
     expect(page.locator("#work .said")).to_contain_text("Step")
     page.reload()
-    told = re.compile(
-        r"The page was left while this was on its way \(Step \d+ of 149, .+ left\)\. .* there is no picture"
-    )
+    told = re.compile(r"The page was left during this request \(Step \d+ of 149, .+ left\)\. .* there is no image")
     expect(page.locator("#work .lost .said")).to_have_text(told)
     page.get_by_role("button", name="Dismiss").click()
     page.reload()
@@ -430,7 +428,7 @@ def test_keyboard_reaches_everything(page: Page) -> None:
         if names[-1] == "Draw":
             break
     assert [name for name in names if name is None] == []
-    assert {"Negative prompt", "Width", "Steps", "Scheduler", "Seed", "Choose a picture", "More settings"} <= set(names)
+    assert {"Negative prompt", "Width", "Steps", "Scheduler", "Seed", "Choose an image", "More settings"} <= set(names)
     assert names[-1] == "Draw"
     page.keyboard.press("Enter")
     expect(page.locator("#field-prompt-error")).to_contain_text("prompt")
@@ -449,7 +447,7 @@ def test_addresses_of_the_page_are_open_without_a_token(nginx: LocalProxy) -> No
 
 
 def test_worker_that_dies_in_mid_picture_is_told_and_asked_again(page: Page, server: LocalServer) -> None:
-    """The last test here, since TorchServe needs some seconds to start another."""
+    """It ends when another worker is ready."""
     draw(page, num_inference_steps=LONG)
     expect(page.locator("#work .said")).to_contain_text("Step")
     psutil.Process(server.find_worker()).kill()
@@ -457,7 +455,7 @@ def test_worker_that_dies_in_mid_picture_is_told_and_asked_again(page: Page, ser
     expect(lost).to_be_visible()
     page.locator("#field-num_inference_steps").fill("2")
     page.get_by_role("button", name="Draw", exact=True).click()  # it waits for the next worker by itself
-    expect(page.locator("#pictures li")).to_have_count(1, timeout=60_000)
+    expect(page.locator("#images li")).to_have_count(1, timeout=60_000)
     expect(lost.locator(".said")).to_contain_text(re.compile("The connection to the server broke|worker"))
     expect(page.locator("#server")).to_have_text("Ready")
     page.get_by_role("button", name="Draw again").click()

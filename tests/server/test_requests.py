@@ -2,33 +2,16 @@
 
 import json
 import socket
-from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 import pytest
 import requests
 
 from scorecard.fuzz import make_jpeg
-from sdxl_server.bodies import SEND_JSON
-from tests.server.test_backends import ask_for_picture, make_settings
-from tools.server import LocalServer, make_archive
-
-PASSED_ON, KEPT = ("OMP_NUM_THREADS", "LC_TIME"), ("MYSQL_PWD", "GH_PAT", "DATABASE_URL", "HF_TOKEN")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[LocalServer]:
-    folder = tmp_path_factory.mktemp("server")
-    make_archive(folder, tiny_model, make_settings(None))
-    with pytest.MonkeyPatch.context() as patch:
-        for name in (*PASSED_ON, *KEPT):
-            patch.setenv(name, "1")
-        with LocalServer(folder) as running:
-            worker = running.find_worker()
-            yield running
-            ask_for_picture(running)
-            assert running.find_worker() == worker  # it outlived every request
+from sdxl_server.api.bodies import SEND_JSON
+from tests.server.eager import KEPT, PASSED_ON
+from tests.server.test_backends import ask_for_picture, check_report, check_seeds
+from tools.server import LocalServer
 
 
 def post(server: LocalServer, body: bytes, content_type: str | None) -> requests.Response:
@@ -69,13 +52,13 @@ def test_header_names_may_be_in_lower_case(server: LocalServer) -> None:
 @pytest.mark.parametrize(
     ("body", "content_type", "message", "param"),
     [
-        (b"", "text/plain", "prompt takes a text that says something", "prompt"),
+        (b"", "text/plain", "prompt takes a text with more than spaces", "prompt"),
         (b"", "application/json", "not JSON", None),
         (b"{", "application/json", "not JSON", None),
         (b"[" * 100_000, "application/json", "not JSON", None),
         (b"\xff", "text/plain", "not UTF-8", None),
         (b'{"prompt": "\xff"}', "application/json", "not UTF-8", None),
-        (b'{"prompt": ""}', "application/json", "prompt takes a text that says something", "prompt"),
+        (b'{"prompt": ""}', "application/json", "prompt takes a text with more than spaces", "prompt"),
         (b'{"prompt": 3}', "application/json", "prompt takes a text", "prompt"),
         (b'{"prompt": "\\ud800"}', "application/json", "lone surrogate", "prompt"),
         (b'{"promt": "a red fox"}', "application/json", "'promt' is not a field", "promt"),
@@ -222,3 +205,9 @@ def test_only_loopback_is_listened_on(server: LocalServer) -> None:
 def test_client_that_sends_nothing_does_not_block_others(server: LocalServer) -> None:
     with socket.create_connection(("127.0.0.1", server.ports["inference_address"])):
         ask_for_picture(server)
+
+
+def test_eager_makes_pictures(server: LocalServer) -> None:
+    assert ask_for_picture(server).tobytes() != ask_for_picture(server).tobytes()
+    check_seeds(server, images=2)
+    check_report(server.read_document(), "eager", [])

@@ -25,7 +25,7 @@ SMALL = Scale(
     requests_after=5,
     crowd=40,
     kinds=24,
-    fuzzed=150,
+    fuzzed=15,
     leavers=5,
     bodies=90,
     cycles=1,
@@ -64,7 +64,10 @@ def check(name: str, site: Site, scale: Scale = SMALL) -> dict[str, bool]:
     return {line.name: line.passed for line in lines}
 
 
-@pytest.mark.parametrize("name", ["soak", "kinds", "crowd", "fuzz", "leavers", "queue", "tokens"])
+SLOW = [pytest.param(name, marks=pytest.mark.soak) for name in ("kinds", "fuzz")]
+
+
+@pytest.mark.parametrize("name", ["soak", "crowd", "leavers", "queue", "tokens", *SLOW])
 def test_lines_of_one_server(running: Site, name: str) -> None:
     results = check(name, running)
     results.pop("memory", None)  # a few seconds tell nothing of it; the control below shows that it can fail

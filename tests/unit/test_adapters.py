@@ -1,4 +1,4 @@
-"""Adapters (LoRA) in each naming, fused into the weights; the reference is diffusers with PEFT, in eager PyTorch."""
+"""Adapters (LoRA) in each naming, compared with diffusers and PEFT in eager PyTorch."""
 
 import hashlib
 import json
@@ -12,14 +12,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdxl_server.adapters.files import DIFFUSERS, PEFT
-from sdxl_server.adapters.names import PROCESSORS, Layer, list_layers
-from sdxl_server.checkpoints.names import name_originals
-from sdxl_server.drawing import finish, generate
+from sdxl_server.api.image_metadata import describe_image
+from sdxl_server.config.settings import HandlerConfig
+from sdxl_server.convert.ldm_names import list_ldm_names
+from sdxl_server.diffusion.generation import generate, run_to_end
 from sdxl_server.errors import ConfigError, RequestError
-from sdxl_server.pipeline import LoadedPipeline, describe_picture
-from sdxl_server.settings import HandlerConfig
-from tests.unit.test_pipeline import load, make_picture
+from sdxl_server.model.adapters.layer_names import ATTENTION_PROCESSORS, Layer, list_layers
+from sdxl_server.model.adapters.lora_files import DIFFUSERS_KEY, PEFT_FILE
+from sdxl_server.model.describe import describe_pipeline
+from sdxl_server.model.loaded_pipeline import LoadedPipeline
+from tests.unit.pipelines import load, make_picture
 from tools.random_model import make_pipeline
 
 RANK, ALPHA = 4, 2.0
@@ -43,19 +45,19 @@ def matrices() -> Matrices:
 
 
 def get_name(layer: Layer) -> str:
-    """Return a layer's name as files have it, whatever today's transformers calls it."""
+    """Return a layer's name in files, independent of transformers' version."""
     name = layer.name.removeprefix("text_model.")
-    return name if layer.part == "unet" or name == "text_projection" else f"text_model.{name}"
+    return name if layer.component == "unet" or name == "text_projection" else f"text_model.{name}"
 
 
 def write_kohya(matrices: Matrices, *, is_original: bool) -> dict[str, torch.Tensor]:
-    originals = name_originals([each.weight for each in matrices if each.part == "unet"], 1)
+    originals = list_ldm_names([each.weight for each in matrices if each.component == "unet"], 1)
     tensors: dict[str, torch.Tensor] = {}
     for layer, (down, up) in matrices.items():
         name = get_name(layer)
-        if is_original and layer.part == "unet":
+        if is_original and layer.component == "unet":
             name = originals[layer.weight].removesuffix(".weight")
-        flat = PARTS[layer.part] + name.replace(".", "_")
+        flat = PARTS[layer.component] + name.replace(".", "_")
         tensors |= {
             f"{flat}.lora_down.weight": down,
             f"{flat}.lora_up.weight": up,
@@ -67,7 +69,7 @@ def write_kohya(matrices: Matrices, *, is_original: bool) -> dict[str, torch.Ten
 def write_diffusers(matrices: Matrices) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for layer, (down, up) in matrices.items():
-        name = f"{layer.part}.{get_name(layer)}"
+        name = f"{layer.component}.{get_name(layer)}"
         tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
     return tensors
 
@@ -76,20 +78,20 @@ def write_processors(matrices: Matrices) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for layer, (down, up) in matrices.items():
         if "attn" in layer.name.rpartition(".to_")[0] or "self_attn" in layer.name:
-            name = f"{layer.part}.{get_name(layer)}"
-            for new, old in PROCESSORS.items():
+            name = f"{layer.component}.{get_name(layer)}"
+            for new, old in ATTENTION_PROCESSORS.items():
                 name = name.replace(new, old)
             tensors |= {f"{name}_lora.down.weight": down, f"{name}_lora.up.weight": up}
     return tensors
 
 
 def write_settings(matrices: Matrices) -> dict[str, str]:
-    """Return the metadata in which diffusers keeps PEFT's settings."""
+    """Return PEFT's settings as diffusers writes them into the metadata."""
     settings: dict[str, Any] = {}
     for part in PARTS:
-        names = [layer.name for layer in matrices if layer.part == part]
+        names = [layer.name for layer in matrices if layer.component == part]
         settings |= {f"{part}.r": RANK, f"{part}.lora_alpha": ALPHA, f"{part}.target_modules": names}
-    return {DIFFUSERS: json.dumps(settings)}
+    return {DIFFUSERS_KEY: json.dumps(settings)}
 
 
 def save(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> Path:
@@ -104,10 +106,10 @@ def files(matrices: Matrices, tmp_path_factory: pytest.TempPathFactory) -> dict[
     peft = {
         f"base_model.model.{get_name(layer)}.lora_{kind}.weight": matrix
         for layer, pair in matrices.items()
-        if layer.part == "unet"
+        if layer.component == "unet"
         for kind, matrix in zip("AB", pair, strict=True)
     }
-    (folder / PEFT).write_text(json.dumps({"r": RANK, "lora_alpha": ALPHA, "peft_type": "LORA"}))
+    (folder / PEFT_FILE).write_text(json.dumps({"r": RANK, "lora_alpha": ALPHA, "peft_type": "LORA"}))
     return {
         "kohya": save(write_kohya(matrices, is_original=False), folder / "kohya.safetensors"),
         "kohya, original": save(write_kohya(matrices, is_original=True), folder / "original.safetensors"),
@@ -123,10 +125,10 @@ def adapt(tiny_model: Path, path: Path, pt2: Any = None, *, scale: float = 1.0, 
 
 
 def draw_reference(tiny_model: Path, matrices: Matrices, *, scale: float) -> np.ndarray[Any, Any]:
-    """Return the picture of eager PyTorch with the formula written out: W + scale · up · down."""
+    """Return eager PyTorch's image with the formula written out: W + scale · up · down."""
     loaded = load(tiny_model)
     for layer, (down, up) in matrices.items():
-        weight = getattr(loaded.pipeline, layer.part).get_submodule(layer.name).weight
+        weight = getattr(loaded.pipeline, layer.component).get_submodule(layer.name).weight
         weight.data += scale * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
     return make_picture(loaded)
 
@@ -135,7 +137,7 @@ def choose(matrices: Matrices, naming: str) -> Matrices:
     """Return the matrices that the file of a naming holds."""
     if naming == "processors":
         return {layer: each for layer, each in matrices.items() if "attn" in layer.name}
-    return {layer: each for layer, each in matrices.items() if naming != "PEFT" or layer.part == "unet"}
+    return {layer: each for layer, each in matrices.items() if naming != "PEFT" or layer.component == "unet"}
 
 
 NAMINGS = ("kohya", "kohya, original", "diffusers", "processors", "PEFT")
@@ -153,13 +155,13 @@ def test_each_naming_is_read_whole(
     assert np.abs(make_picture(load(tiny_model)) - reference).mean() > 1  # and it does change the picture
     digest = hashlib.sha256(files[naming].read_bytes()).hexdigest()
     told = {"name": "outline", "sha256": digest, "scale": 0.8, "fused": True, "rank": RANK, "layers": len(held)}
-    assert loaded.describe()["adapters"] == [told]
+    assert describe_pipeline(loaded)["adapters"] == [told]
     request = loaded.contract.check({"prompt": "a fox"})
-    assert describe_picture(loaded, request, 0, unet_calls=1)["made_with"]["adapters"] == [told]
+    assert describe_image(loaded, request, 0, unet_calls=1)["made_with"]["adapters"] == [told]
 
 
 @pytest.mark.parametrize("scale", [-1.0, 0.0, 0.5])
-def test_the_picture_is_that_of_diffusers_with_peft(tiny_model: Path, files: Mapping[str, Path], scale: float) -> None:
+def test_the_image_equals_diffusers_with_peft(tiny_model: Path, files: Mapping[str, Path], scale: float) -> None:
     own = load(tiny_model)
     own.pipeline.load_lora_weights(files["diffusers"], adapter_name="outline")
     own.pipeline.set_adapters(["outline"], [scale])
@@ -168,7 +170,7 @@ def test_the_picture_is_that_of_diffusers_with_peft(tiny_model: Path, files: Map
     assert (loaded.weights_sha256 == load(tiny_model).weights_sha256) == (scale == 0)
 
 
-def test_openvino_draws_eagers_picture(tiny_model: Path, files: Mapping[str, Path]) -> None:
+def test_openvino_draws_the_image_of_eager_pytorch(tiny_model: Path, files: Mapping[str, Path]) -> None:
     reference = make_picture(adapt(tiny_model, files["kohya"]))
     loaded = adapt(tiny_model, files["kohya"], "openvino", warm_up=True)
     assert np.abs(make_picture(loaded) - reference).max() <= 1
@@ -195,14 +197,14 @@ def test_two_are_added_in_turn(tiny_model: Path, matrices: Matrices, files: Mapp
     loaded = load(tiny_model, adapters=HandlerConfig.parse({"adapters": entries}).adapters)
     reference = draw_reference(tiny_model, matrices, scale=0.5 * ALPHA / RANK)
     assert np.abs(make_picture(loaded) - reference).max() <= 1
-    assert [each["name"] for each in loaded.describe()["adapters"]] == ["kohya", "diffusers"]
+    assert [each["name"] for each in describe_pipeline(loaded)["adapters"]] == ["kohya", "diffusers"]
 
 
 def test_distilled_schedulers_are_offered_with_adapters(tiny_model: Path, files: Mapping[str, Path]) -> None:
     loaded = adapt(tiny_model, files["kohya"], scheduler="LCM", guidance_scale=0.0)
-    assert loaded.describe()["scheduler"] == "LCMScheduler"
+    assert describe_pipeline(loaded)["scheduler"] == "LCMScheduler"
     assert make_picture(loaded).shape == (128, 128, 3)
-    assert "TCDScheduler" in loaded.contract.bounds.schedulers
+    assert "TCDScheduler" in loaded.contract.limits.samplers
 
 
 LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -234,7 +236,7 @@ GOOD = {DOWN: (4, 64), UP: (64, 4)}
         ),
     ],
 )
-def test_a_file_that_does_not_fit_is_told_in_a_line(
+def test_a_file_that_does_not_fit_is_reported_in_a_line(
     tiny_model: Path, tmp_path: Path, shapes: Mapping[str, tuple[int, ...]], told: str
 ) -> None:
     path = save({name: torch.ones(shape) for name, shape in shapes.items()}, tmp_path / "wrong.safetensors")
@@ -253,7 +255,7 @@ def test_a_file_that_does_not_fit_is_told_in_a_line(
         (lambda path: save({DOWN: torch.ones(4, 64), UP: torch.full((64, 4), 1e38)}, path), "is too large for torch"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_told_in_a_line(
+def test_an_unusable_file_is_reported_in_a_line(
     tiny_model: Path, tmp_path: Path, spoil: Callable[[Path], Any], told: str
 ) -> None:
     path = save({name: torch.ones(shape) for name, shape in GOOD.items()}, tmp_path / "wrong.safetensors")
@@ -265,9 +267,9 @@ def test_a_file_that_cannot_be_used_is_told_in_a_line(
 def test_a_file_of_peft_needs_its_settings(tiny_model: Path, files: Mapping[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(files["PEFT"].read_bytes())
-    with pytest.raises(ConfigError, match="adapter_config.json beside it, and there is none"):
+    with pytest.raises(ConfigError, match="needs PEFT's settings: put its adapter_config.json next to it"):
         adapt(tiny_model, path)
-    (tmp_path / PEFT).write_text(json.dumps({"r": RANK, "lora_alpha": 8, "use_dora": True}))
+    (tmp_path / PEFT_FILE).write_text(json.dumps({"r": RANK, "lora_alpha": 8, "use_dora": True}))
     with pytest.raises(ConfigError, match="holds DoRA"):
         adapt(tiny_model, path)
 
@@ -283,14 +285,16 @@ def test_a_file_of_peft_needs_its_settings(tiny_model: Path, files: Mapping[str,
         (3, r"adapters\[0\] takes keys and values, not 3"),
     ],
 )
-def test_a_wrong_entry_is_told_in_a_line(entry: Any, told: str) -> None:
+def test_a_wrong_entry_is_reported_in_a_line(entry: Any, told: str) -> None:
     with pytest.raises(ConfigError, match=rf"^handler\.{told}"):
         HandlerConfig.parse({"adapters": [entry]})
 
 
 def test_names_are_given_once() -> None:
     entry = {"name": "a", "path": "a", "fuse": True}
-    with pytest.raises(ConfigError, match=r"^handler\.adapters\[1\]\.name takes a name that no other has, not 'a'"):
+    with pytest.raises(
+        ConfigError, match=r"^handler\.adapters\[1\]\.name takes a name that no other adapter has, not 'a'"
+    ):
         HandlerConfig.parse({"adapters": [entry, entry]})
 
 
@@ -299,7 +303,7 @@ def test_names_are_given_once() -> None:
 
 @pytest.fixture(scope="module")
 def chosen(tiny_model: Path, files: Mapping[str, Path], matrices: Matrices, tmp_path_factory: Any) -> LoadedPipeline:
-    """The small pipeline with two adapters of all layers on offer, and one of few that brings defaults."""
+    """The small pipeline with two adapters for all layers, and one for few layers with defaults."""
     other = save(
         {DOWN: torch.ones(4, 64) * 0.1, UP: torch.ones(64, 4)}, tmp_path_factory.mktemp("other") / "few.safetensors"
     )
@@ -321,11 +325,11 @@ def test_a_request_draws_with_its_adapters(
     tiny_model: Path, matrices: Matrices, chosen: LoadedPipeline, scales: dict[str, float]
 ) -> None:
     reference = draw_reference(tiny_model, matrices, scale=sum(scales.values()) * ALPHA / RANK)
-    report = chosen.describe()
+    report = describe_pipeline(chosen)
     assert np.abs(make_picture(chosen, adapters=name_adapters(**scales)) - reference).max() <= 1
-    assert chosen.describe() == report  # nothing was compiled for it
+    assert describe_pipeline(chosen) == report  # nothing was compiled for it
     request = chosen.contract.check({"prompt": "a fox", "adapters": name_adapters(**scales)})
-    told = describe_picture(chosen, request, 0, unet_calls=1)
+    told = describe_image(chosen, request, 0, unet_calls=1)
     applied = told["made_with"].get("adapters", [])
     assert {each["name"]: each["scale"] for each in applied} == scales
     assert all(len(each["sha256"]) == 64 for each in applied)
@@ -341,7 +345,7 @@ def test_requests_in_flight_do_not_see_each_others(chosen: LoadedPipeline) -> No
     for steps in running * 2:  # of the shortest there is but one more
         next(steps, None)
     for steps, request, picture in zip(running[:4], requests, expected, strict=False):
-        assert np.array_equal(np.asarray(finish(steps)[0].image).astype(int), picture), request.adapters
+        assert np.array_equal(np.asarray(run_to_end(steps)[0].image).astype(int), picture), request.adapters
 
 
 @pytest.mark.soak
@@ -362,7 +366,7 @@ def test_two_hundred_mixed_requests(chosen: LoadedPipeline) -> None:
             running.append((kind, steps))
             continue
         if steps.gi_frame is not None:
-            picture = np.asarray(finish(steps)[0].image).astype(int)
+            picture = np.asarray(run_to_end(steps)[0].image).astype(int)
             assert np.array_equal(picture, expected[kind]), kinds[kind]
 
 
@@ -390,11 +394,11 @@ def test_an_adapter_brings_defaults(chosen: LoadedPipeline) -> None:
         ([{"name": "a", "scale": 101}], "not .*101"),
         ([{"name": "a", "path": "/etc/passwd"}], "not .*passwd"),
         ([{"name": "a"}, {"name": "a"}], "takes each adapter once, not a, a"),
-        ([{"name": "a"}, {"name": "b"}, {"name": "few"}], "whose ranks are 11 together at most, not 12: a, b, few"),
+        ([{"name": "a"}, {"name": "b"}, {"name": "few"}], "with a sum of ranks of at most 11, not 12: a, b, few"),
         ([7], "not 7"),
     ],
 )
-def test_wrong_adapters_of_a_request_are_told_in_a_line(chosen: LoadedPipeline, given: Any, told: str) -> None:
+def test_wrong_adapters_of_a_request_are_reported_in_a_line(chosen: LoadedPipeline, given: Any, told: str) -> None:
     with pytest.raises(RequestError, match=f"^adapters .*{told}") as error:
         chosen.contract.check({"prompt": "a fox", "adapters": given})
     assert error.value.param == "adapters"

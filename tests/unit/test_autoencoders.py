@@ -1,4 +1,4 @@
-"""Other VAEs than a model's own: each with its own scaling, the tiny one told as lossy."""
+"""VAEs from their own folder: each has its own scaling, and the tiny one is reported as lossy."""
 
 import json
 import shutil
@@ -10,11 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_server.drawing import draw_preview, generate
+from sdxl_server.api.image_metadata import describe_image
+from sdxl_server.diffusion.generation import generate
+from sdxl_server.diffusion.previews import draw_preview
 from sdxl_server.errors import ConfigError
-from sdxl_server.masks import cover_cells
-from sdxl_server.pipeline import LoadedPipeline, describe_picture
-from tests.unit.test_pipeline import encode, load, make_picture
+from sdxl_server.model.describe import describe_pipeline
+from sdxl_server.model.loaded_pipeline import LoadedPipeline
+from sdxl_server.request.masks import cover_cells
+from tests.unit.pipelines import encode, load, make_picture
 
 SIDE = 128
 PHOTO = Image.effect_noise((SIDE, SIDE), 90).convert("RGB")
@@ -28,7 +31,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny VAE of random weights; its scaling is not the 1 of published ones, so that one that is left out shows."""
+    """A tiny VAE with random weights. Its scaling differs from 1, so that a missing scaling shows."""
     from diffusers import AutoencoderTiny
 
     torch.manual_seed(0)
@@ -51,7 +54,7 @@ def compiled(tiny_model: Path, folder: Path) -> LoadedPipeline:
 
 
 def draw_by_diffusers(model: Path, vae: Path, fields: dict[str, Any]) -> np.ndarray[Any, Any]:
-    """Return the picture of diffusers' own pipeline with a tiny VAE."""
+    """Return the image of diffusers' own pipeline with a tiny VAE."""
     import diffusers
 
     kind = "Inpaint" if "mask_image" in fields else "Img2Img" if fields else ""
@@ -76,7 +79,7 @@ def test_tiny_vae_draws_what_diffusers_draws(
     assert expected.std() > 1
     assert np.array_equal(make_picture(eager, **fields), expected)
     assert np.abs(make_picture(compiled, **fields) - expected).max() <= 1  # the last bit is rounded
-    assert len(compiled.describe()["openvino"]["vae"]) == 1
+    assert len(describe_pipeline(compiled)["openvino"]["vae"]) == 1
 
 
 def test_exact_preview_has_the_tiny_vaes_scaling(tiny_model: Path, folder: Path) -> None:
@@ -89,18 +92,18 @@ def test_exact_preview_has_the_tiny_vaes_scaling(tiny_model: Path, folder: Path)
     assert np.array_equal(np.asarray(draw_preview(eager, progress)), np.asarray(expected))
 
 
-def test_lossy_vae_is_told(tiny_model: Path, folder: Path, eager: LoadedPipeline, tmp_path: Path) -> None:
+def test_lossy_vae_is_reported(tiny_model: Path, folder: Path, eager: LoadedPipeline, tmp_path: Path) -> None:
     told = {"class": "AutoencoderTiny", "path": str(folder), "lossy": True, "tile_side": None}
-    assert eager.describe()["vae"] == told
+    assert describe_pipeline(eager)["vae"] == told
     request = eager.contract.check({"prompt": "x"})
-    assert describe_picture(eager, request, 0, unet_calls=4)["made_with"]["vae"] == told
+    assert describe_image(eager, request, 0, unet_calls=4)["made_with"]["vae"] == told
     own = shutil.copytree(tiny_model, tmp_path / "model")
     shutil.rmtree(own / "vae")
     shutil.copytree(folder, own / "vae")
     index = json.loads((own / "model_index.json").read_text())
     (own / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", "AutoencoderTiny"]}))
     loaded = load(own)
-    assert loaded.describe()["vae"] == {**told, "path": None}
+    assert describe_pipeline(loaded)["vae"] == {**told, "path": None}
     assert np.array_equal(make_picture(loaded), make_picture(eager))
     assert loaded.weights_sha256 == eager.weights_sha256
 
@@ -114,10 +117,10 @@ def test_full_vae_takes_the_place_of_the_models_own(tiny_model: Path, tmp_path: 
     vae.save_pretrained(tmp_path / "other", variant="fp16")
     plain, loaded = load(tiny_model), load(tiny_model, vae_path=str(tmp_path / "other"))
     told = {"class": "AutoencoderKL", "lossy": False, "tile_side": None}
-    assert loaded.describe()["vae"] == {**told, "path": str(tmp_path / "other")}
-    assert plain.describe()["vae"] == {**told, "path": None}
+    assert describe_pipeline(loaded)["vae"] == {**told, "path": str(tmp_path / "other")}
+    assert describe_pipeline(plain)["vae"] == {**told, "path": None}
     request = plain.contract.check({"prompt": "x"})
-    assert "vae" not in describe_picture(plain, request, 0, unet_calls=4)["made_with"]
+    assert "vae" not in describe_image(plain, request, 0, unet_calls=4)["made_with"]
     assert (make_picture(loaded) - make_picture(plain)).mean() > 50
     assert loaded.weights_sha256 != plain.weights_sha256
 
@@ -125,13 +128,13 @@ def test_full_vae_takes_the_place_of_the_models_own(tiny_model: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"scaling_factor": 0.18215}, r"of scaling factor 0.13025 \(.*\), not 0.18215"),
+        ({"scaling_factor": 0.18215}, r"with scaling factor 0.13025 \(.*\), not 0.18215"),
         ({"latent_channels": 16}, "4 latent channels for this model, not 16"),
         (
             {"_class_name": "AutoencoderKLWan"},
             "the folder of an AutoencoderKL or AutoencoderTiny, but .* 'AutoencoderKLW",
         ),
-        (None, "has no readable config.json; python Download_model.py --vae makes one"),
+        (None, "has no readable config.json; python Download_model.py --vae downloads one"),
     ],
 )
 def test_vae_of_another_model_is_refused(tiny_model: Path, tmp_path: Path, settings: Any, told: str) -> None:

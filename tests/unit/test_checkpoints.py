@@ -1,4 +1,4 @@
-"""Models in one file: told apart, refused by name, and made into folders that draw the same picture."""
+"""Single-file checkpoints: recognised, refused by name, and converted into folders that draw the same image."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import Download_model
-from sdxl_server.checkpoints import conversion, recognition
+from sdxl_server.convert import conversion, recognition
 from tests.hub import Hub
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "
 
 
 def make_pipeline(layout: str, channels: int = 4) -> Any:
-    """Return a tiny pipeline that takes CLIP's whole vocabulary; no two of its text encoders have the same width."""
+    """Return a tiny pipeline with CLIP's whole vocabulary. Its text encoders differ in width."""
     from tools import random_model
 
     original = random_model.CONFIGURATIONS
@@ -49,8 +49,8 @@ def make_pipeline(layout: str, channels: int = 4) -> Any:
 
 
 def write_tiny_settings(pipeline: Any, layout: str, folder: Path) -> None:
-    """Write what this package ships for a layout, for a pipeline of these sizes."""
-    settings = json.loads((recognition.PLACE / f"{layout}.json").read_text())
+    """Write this package's settings of a layout, changed to a pipeline's sizes."""
+    settings = json.loads((recognition.SETTINGS_FOLDER / f"{layout}.json").read_text())
     for part in settings.keys() & {"unet", "vae", "text_encoder", "text_encoder_2"}:
         model = getattr(pipeline, part)
         settings[part] = json.loads((model.config if part.startswith("text") else model).to_json_string())
@@ -60,7 +60,7 @@ def write_tiny_settings(pipeline: Any, layout: str, folder: Path) -> None:
 
 @pytest.fixture
 def make_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Return what makes a tiny model in one file, `tiny.safetensors`, and sees that it is read as such."""
+    """Return a function that writes a tiny model into one file, `tiny.safetensors`, and has it recognised."""
 
     def make(layout: str, *, keys: tuple[str, ...] = (), channels: int = 4, name: str = "tiny.safetensors") -> Any:
         from tools.single_file import convert_pipeline, save_single_file
@@ -68,7 +68,7 @@ def make_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         pipeline = make_pipeline(layout, channels)
         write_tiny_settings(pipeline, layout, tmp_path / "settings")
         save_single_file(convert_pipeline(pipeline, keys=keys), tmp_path / name)
-        monkeypatch.setattr(recognition, "PLACE", tmp_path / "settings")
+        monkeypatch.setattr(recognition, "SETTINGS_FOLDER", tmp_path / "settings")
         return pipeline
 
     monkeypatch.chdir(tmp_path)
@@ -131,7 +131,7 @@ def test_inpainting_model_has_nine_channels(make_file: Callable[..., Any], tmp_p
     assert type(loaded).__name__.endswith("InpaintPipeline")
 
 
-def test_user_says_what_is_predicted(make_file: Callable[..., Any], tmp_path: Path) -> None:
+def test_user_names_the_prediction_type(make_file: Callable[..., Any], tmp_path: Path) -> None:
     make_file("sd2")
     arguments = ["--model", "tiny.safetensors", "--output-dir", "model", "--prediction-type", "v_prediction"]
     assert Download_model.main(arguments) == 0
@@ -140,7 +140,7 @@ def test_user_says_what_is_predicted(make_file: Callable[..., Any], tmp_path: Pa
     assert json.loads((tmp_path / "model/unet/config.json").read_text())["sample_size"] == 96
 
 
-def test_source_is_told_and_a_second_run_does_nothing(
+def test_source_is_recorded_and_a_second_run_does_nothing(
     make_file: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import safetensors.torch
@@ -168,7 +168,7 @@ def test_interrupted_conversion_continues(
     make_file: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline = make_file("sdxl")
-    save = conversion.save_part
+    save = conversion.save_component
 
     def stop(module: Any, folder: Path) -> None:
         if folder.name == "vae":
@@ -177,11 +177,11 @@ def test_interrupted_conversion_continues(
         save(module, folder)
 
     arguments = ["--model", "tiny.safetensors", "--output-dir", "model", "--dtype", "fp32"]
-    monkeypatch.setattr(conversion, "save_part", stop)
+    monkeypatch.setattr(conversion, "save_component", stop)
     assert Download_model.main(arguments) == 130
     assert not (tmp_path / "model/model_index.json").exists()
     made = (tmp_path / "model/unet/config.json").stat().st_mtime_ns
-    monkeypatch.setattr(conversion, "save_part", save)
+    monkeypatch.setattr(conversion, "save_component", save)
     assert Download_model.main(arguments) == 0
     assert (tmp_path / "model/unet/config.json").stat().st_mtime_ns == made
     check_same_weights(tmp_path / "model", pipeline)
@@ -204,8 +204,8 @@ def test_file_on_the_hub(make_file: Callable[..., Any], tmp_path: Path, page: bo
     content = (tmp_path / "tiny.safetensors").read_bytes()
     name, revision = "sub/tiny.safetensors", "a" * 40
     program = (
-        "import pathlib, sys; from sdxl_server.checkpoints import conversion, recognition; import Download_model; "
-        "recognition.PLACE = pathlib.Path('settings'); sys.exit(Download_model.main(sys.argv[1:]))"
+        "import pathlib, sys; from sdxl_server.convert import conversion, recognition; import Download_model; "
+        "recognition.SETTINGS_FOLDER = pathlib.Path('settings'); sys.exit(Download_model.main(sys.argv[1:]))"
     )
     model = f"https://huggingface.co/somebody/model/blob/{revision}/{name}" if page else f"somebody/model/{name}"
     with Hub("somebody/model", revision, {name: content, "README.md": b""}) as hub:
@@ -289,7 +289,7 @@ REFUSED: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_whole_model_is_named(
+def test_other_contents_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
     import torch
@@ -326,7 +326,7 @@ def check_refused(capsys: pytest.CaptureFixture[str], words: str, model: str = "
         ),
     ],
 )
-def test_what_is_no_safetensors_is_named(
+def test_other_formats_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: bytes, words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -366,15 +366,15 @@ def test_file_that_lacks_tensors_is_refused(
     ],
 )
 def test_shipped_settings_are_those_of_the_published_models(layout: str, counts: dict[str, int]) -> None:
-    settings = json.loads((recognition.PLACE / f"{layout}.json").read_text())
-    assert {part: conversion.count_numbers(part, settings[part]) for part in counts} == counts
+    settings = json.loads((recognition.SETTINGS_FOLDER / f"{layout}.json").read_text())
+    assert {part: conversion.count_weights(part, settings[part]) for part in counts} == counts
 
 
 def test_tokenizer_is_clips(tmp_path: Path) -> None:
     from transformers import CLIPTokenizer
 
-    settings = json.loads((recognition.PLACE / "sdxl.json").read_text())
-    with conversion.write_settings(settings) as folder:
+    settings = json.loads((recognition.SETTINGS_FOLDER / "sdxl.json").read_text())
+    with conversion.write_temporary_settings(settings) as folder:
         first, second = (CLIPTokenizer.from_pretrained(folder / name) for name in ("tokenizer", "tokenizer_2"))
     assert len(first) == 49408
     assert first("A photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]

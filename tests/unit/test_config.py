@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from sdxl_server.config.settings import PUBLISHED_KEYS_WITHOUT_EFFECT, CompileConfig, HandlerConfig, check_server_keys
 from sdxl_server.errors import ConfigError
-from sdxl_server.settings import PUBLISHED_KEYS_WITHOUT_EFFECT, CompileConfig, HandlerConfig, check_server_keys
 from tools.server import ROOT
 
 SHIPPED = (ROOT / "model-config.yaml").read_text()

@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from demo.low_rank import add_low_rank, load_low_rank, save_low_rank
-from demo.measure import GUIDANCE, Prompt, choose_prompts, load_pipeline, score_pictures
+from demo.measure import GUIDANCE, Prompt, choose_prompts, load_eager_pipeline, score_pictures
 from demo.shapes import COLOURS, INVERTED, POSITIONS, Scene, Thing, describe_scene, invert_scene, iterate_scenes
-from demo.train import list_features
-from demo.train_adapter import Pool, list_asked
-from sdxl_server.pipeline import LoadedPipeline
-from sdxl_server.settings import HandlerConfig
-from tests.unit.test_pipeline import UNET_ONLY, load, make_picture
+from demo.training.adapters import Pool, list_asked
+from demo.training.data import number_features
+from demo.training.low_rank import add_low_rank, load_low_rank, save_low_rank
+from sdxl_server.config.settings import HandlerConfig
+from sdxl_server.model.loaded_pipeline import LoadedPipeline
+from tests.unit.pipelines import UNET_ONLY, load, make_picture
 
 ROOT = Path(__file__).parents[2]
 ADAPTERS = ROOT / "demo/adapters"
@@ -90,7 +90,7 @@ def test_openvino_draws_eagers_picture(served: LoadedPipeline) -> None:
 
 def test_what_is_trained_is_what_is_served(tiny_model: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    unet = load_pipeline(tiny_model).unet
+    unet = load_eager_pipeline(tiny_model).unet
     inputs = (torch.randn(2, 4, 8, 8), 500, torch.randn(2, 7, 64))
     added = {"text_embeds": torch.randn(2, 32), "time_ids": torch.randn(2, 6)}
     path = tmp_path / "some.safetensors"
@@ -103,7 +103,7 @@ def test_what_is_trained_is_what_is_served(tiny_model: Path, tmp_path: Path) -> 
         save_low_rank(changes, path)
         load_low_rank(changes, path)  # rounded to float16
         trained = unet(*inputs, added_cond_kwargs=added).sample
-        served = load_pipeline(tiny_model, adapters=[{"path": str(path), "scale": 1.0}]).unet
+        served = load_eager_pipeline(tiny_model, adapters=[{"path": str(path), "scale": 1.0}]).unet
         assert (trained - before).abs().max() > 0.1
         torch.testing.assert_close(served(*inputs, added_cond_kwargs=added).sample, trained, atol=1e-4, rtol=1e-4)
 
@@ -116,9 +116,9 @@ def test_inverting_twice_changes_nothing() -> None:
 def test_noise_finds_the_nearest_drawing_of_what_is_asked() -> None:
     scenes = [Scene(ground, (Thing("red", "star", "small", at),)) for ground in ("blue", "white") for at in POSITIONS]
     latents = torch.randn(len(scenes), 4, 2, 2, generator=torch.Generator().manual_seed(0))
-    pool = Pool(latents, scenes, torch.tensor([list_features(scene) for scene in scenes]))
+    pool = Pool(latents, scenes, torch.tensor([number_features(scene) for scene in scenes]))
     asked = Scene("white", (Thing("red", "star", "small", ""),))
-    assert list_asked(scenes[1]).tolist() == list_features(scenes[1])
+    assert list_asked(scenes[1]).tolist() == number_features(scenes[1])
     for i in range(len(scenes)):
         found = pool.find_nearest(asked, 3 * latents[i])
         assert torch.equal(found, latents[i]) == (i >= len(POSITIONS))

@@ -12,7 +12,7 @@ from demo.measure import (
     choose_prompts,
     draw_prompts,
     draw_with,
-    load_pipeline,
+    load_eager_pipeline,
     score_pictures,
 )
 from demo.oracle import name_pixels
@@ -28,7 +28,7 @@ Draw = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def pipeline() -> Any:
-    return load_pipeline(FOLDER)
+    return load_eager_pipeline(FOLDER)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,9 @@
-"""What is shipped for HAProxy, containers and Kubernetes, as far as it can be checked without a cluster."""
+"""The files for HAProxy, containers and Kubernetes, checked without a cluster."""
 
 import re
 import shutil
 import subprocess
+from math import factorial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from cloudcoil.models.keda.v1alpha1 import ScaledObject
 
 from tools.instances import find_haproxy
 from tools.server import ROOT, read_shipped
-from tools.simulate_queue import find_workers, simulate
 
 DEPLOY = ROOT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
@@ -48,7 +48,7 @@ def make_strict(schema: Any) -> Any:
 
 
 def test_keda_takes_what_scales() -> None:
-    """By the schema of KEDA 2.16, the newest that a package has."""
+    """By the schema of KEDA 2.16, the newest packaged one."""
     schema = jsonschema.Draft202012Validator(make_strict(ScaledObject.model_json_schema()))
     scaled = yaml.safe_load((KUBERNETES / "keda/scaledobject.yaml").read_text())
     schema.validate(scaled)
@@ -105,9 +105,19 @@ def test_the_image_is_made_of_what_there_is() -> None:
     assert compose["services"]["sdxl"]["read_only"]
 
 
-def test_waits_are_those_of_theory() -> None:
-    """One worker, all pictures of the same time: the mean wait is u / (2 (1 - u)) pictures."""
-    wait = simulate(1, 0.5, seconds=10, spread=0, requests=100_000)
-    assert wait.mean == pytest.approx(5, rel=0.05)
-    assert simulate(100, 0.9, seconds=10, spread=0, requests=50_000).mean < 0.2
-    assert find_workers(60, seconds=1, spread=0, requests=5_000) == 2
+def test_erlang_c_in_the_docs_is_right() -> None:
+    """One worker waits for its load, two at a load of 1 for a third; Erlang's sum gives the others."""
+    scaling = (ROOT / "docs/scaling.md").read_text()
+    (code,) = re.findall(r"```python\n(.+?)```", scaling, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)  # the formula as a reader runs it
+    share = names["compute_waiting_share"]
+    assert [share(1, 0.5), share(2, 1)] == pytest.approx([0.5, 1 / 3])
+    for line in re.findall(r"^\| (\d+) \| ([\d. |]+) \|$", scaling, re.M):
+        workers, cells = int(line[0]), list(map(float, line[1].split(" | ")))
+        for busy, shown in zip((0.5, 0.7, 0.8, 0.9, 0.95), cells, strict=True):
+            load = workers * busy
+            queued = load**workers / factorial(workers) / (1 - busy)
+            waiting = queued / (sum(load**n / factorial(n) for n in range(workers)) + queued)
+            assert share(workers, load) == pytest.approx(waiting)
+            assert shown == pytest.approx(waiting / (workers - load), abs=0.006)

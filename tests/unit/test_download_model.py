@@ -154,7 +154,7 @@ def test_killed_download_continues(hub: Hub, download: Download, environment: di
     assert result.returncode == 0, result.stderr
     assert (f"/storage/{UNET_FP16}", f"bytes={WRITTEN_AT_ONCE}-") in hub.requests
     assert "text_encoder/model.fp16.safetensors" not in hub.get_fetched()
-    assert "0.01 GB to fetch" in result.stdout
+    assert "0.01 GB to download" in result.stdout
     assert (folder / UNET).read_bytes() == hub.files[UNET_FP16]
     assert not list(folder.rglob("*.incomplete"))
 
@@ -186,7 +186,7 @@ def test_second_run_fetches_nothing(hub: Hub, download: Download) -> None:
     hub.requests.clear()
     result = download()
     assert result.returncode == 0, result.stderr
-    assert "nothing to fetch" in result.stdout
+    assert "nothing to download" in result.stdout
     assert hub.get_fetched() == ["model_index.json"]
 
 
@@ -196,7 +196,7 @@ def test_another_model_does_not_mix_in(hub: Hub, download: Download, tmp_path: P
     before = read_folder(tmp_path / "Base_Diffusion_model")
     if "another/model" in other:
         hub.model = "another/model"
-    check_refused(download(*other), "Base_Diffusion_model holds", Download_model.DEFAULT_REVISION, "remove it")
+    check_refused(download(*other), "Base_Diffusion_model holds", Download_model.DEFAULT_REVISION, "remove the folder")
     assert read_folder(tmp_path / "Base_Diffusion_model") == before
 
 
@@ -234,7 +234,7 @@ def test_not_a_pipeline(hub: Hub, download: Download) -> None:
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["--model", "nobody/nothing"], "no public model on the hub is nobody/nothing"),
+        (["--model", "nobody/nothing"], "nobody/nothing is no local file or folder and no public model on the hub"),
         (["--revision", "v0"], "has no revision v0"),
         (["--model", "./no/such/folder"], "./no/such/folder"),
         (["--model", ".", "--revision", "v0"], "local folder"),
@@ -301,7 +301,7 @@ def test_local_folder_is_copied(hub: Hub, download: Download, pipeline: Any, tmp
     assert hub.requests == []
     copied = tmp_path / "Base_Diffusion_model"
     assert not {"code.py", "unet/diffusion_pytorch_model.bin"} & read_folder(copied).keys()
-    assert "nothing to fetch" in download("--model", "local").stdout
+    assert "nothing to download" in download("--model", "local").stdout
     check_loads(copied, pipeline)
 
     (copied / UNET).rename(copied / f"{UNET}.incomplete")
@@ -350,7 +350,7 @@ def test_vae_alone(vae_hub: Hub, download: Download, tmp_path: Path) -> None:
     assert read_folder(tmp_path / "VAE") == VAE_FILES
     record = json.loads((tmp_path / "VAE/source.json").read_text())
     assert record == {"model": VAE_ID, "revision": "f" * 40, "dtype": "fp16"}
-    assert "nothing to fetch" in download("--vae", VAE_ID, HF_ENDPOINT=vae_hub.url).stdout
+    assert "nothing to download" in download("--vae", VAE_ID, HF_ENDPOINT=vae_hub.url).stdout
     assert download("--vae", "VAE", "--output-dir", "copy").returncode == 0
     assert read_folder(tmp_path / "copy") == VAE_FILES
 
@@ -364,5 +364,5 @@ def test_what_is_no_vae_is_refused(vae_hub: Hub, download: Download, tmp_path: P
         download("--vae", VAE_ID, HF_ENDPOINT=vae_hub.url), "is not the folder of a VAE: it has no config.json"
     )
     check_refused(download("--vae", "x.safetensors"), "--vae without --model takes a folder or a hub id")
-    check_refused(download("--model", VAE_ID, "--vae", "VAE"), "--vae without --model fetches a VAE alone")
+    check_refused(download("--model", VAE_ID, "--vae", "VAE"), "--vae without --model downloads a VAE alone")
     assert not (tmp_path / "VAE").exists()

@@ -11,10 +11,12 @@ import pytest
 import torch
 import yaml
 
-from sdxl_server.few_steps import find_hint, find_suited
-from sdxl_server.pipeline import LoadedPipeline, find_warnings
+from sdxl_server.api.warnings import list_warnings
+from sdxl_server.model.describe import describe_pipeline
+from sdxl_server.model.loaded_pipeline import LoadedPipeline
+from sdxl_server.sampling.few_steps import choose_suited_defaults, describe_few_step_name
 from tests.flat import ONE_LEVEL
-from tests.unit.test_pipeline import UNET_ONLY, load, make_picture
+from tests.unit.pipelines import UNET_ONLY, load, make_picture
 from tools.random_model import SCHEDULER, make_pipeline, save_pipeline
 from tools.server import ROOT
 
@@ -82,7 +84,7 @@ def list_defaults(loaded: LoadedPipeline) -> dict[str, Any]:
 def test_the_scheduler_tells_how_many_steps_suit(
     scheduler: str, settings: dict[str, Any], steps: int, guidance: float
 ) -> None:
-    suited = find_suited(getattr(diffusers, scheduler)(**settings), {}, scheduler)
+    suited = choose_suited_defaults(getattr(diffusers, scheduler)(**settings), {}, scheduler)
     assert (suited.num_inference_steps, suited.guidance_scale) == (steps, guidance)
     assert bool(suited.reason) is (steps < 30)
 
@@ -132,7 +134,7 @@ def test_a_guidance_that_is_an_input_of_the_unet_reaches_it(consistent: Path) ->
         assert loaded.contract.batch == 1
         for way, picture in zip(ways, expected, strict=True):
             assert np.abs(make_picture(loaded, **way) - picture).max() <= farthest
-        assert not graphs or len(loaded.describe()["openvino"]["unet"]) == 1  # for any guidance
+        assert not graphs or len(describe_pipeline(loaded)["openvino"]["unet"]) == 1  # for any guidance
 
 
 @pytest.mark.parametrize(("name", "steps"), [("LCM", 4), ({"name": "TCD", "original_inference_steps": 100}, 4)])
@@ -140,24 +142,22 @@ def test_weights_can_be_said_to_be_distilled(tiny_model: Path, name: Any, steps:
     loaded = load(tiny_model, scheduler=name, **NULL)
     defaults = list_defaults(loaded)
     assert (defaults["num_inference_steps"], defaults["guidance_scale"]) == (steps, 0)
-    assert "EulerDiscreteScheduler" in loaded.contract.bounds.schedulers
+    assert "EulerDiscreteScheduler" in loaded.contract.limits.samplers
     make_picture(loaded, num_inference_steps=None, guidance_scale=None)
 
 
 def test_a_scheduler_for_distilled_weights_is_not_on_offer_otherwise(tiny_model: Path) -> None:
-    assert "LCMScheduler" not in load(tiny_model, scheduler="DPM++ 2M").contract.bounds.schedulers
+    assert "LCMScheduler" not in load(tiny_model, scheduler="DPM++ 2M").contract.limits.samplers
 
 
 def test_what_a_negative_prompt_does_not_do_is_told(turbo: Path, consistent: Path) -> None:
     for folder, why in ((turbo, "guidance_scale is 0"), (consistent, "the guidance is an input")):
         loaded = load(folder, **NULL)
         request = loaded.contract.check({"prompt": "a fox", "negative_prompt": "blurry"})
-        assert any(
-            each.startswith(f"negative_prompt has no effect, since {why}") for each in find_warnings(loaded, request)
-        )
+        assert any(each.startswith(f"negative_prompt has no effect: {why}") for each in list_warnings(loaded, request))
     guided = load(turbo, num_inference_steps=4, guidance_scale=2.0)
     request = guided.contract.check({"prompt": "a fox", "negative_prompt": "blurry"})
-    assert not find_warnings(guided, request)
+    assert not list_warnings(guided, request)
 
 
 @pytest.mark.parametrize("line", LINES)
@@ -188,4 +188,4 @@ def test_all_kinds_are_in_docs() -> None:
     ],
 )
 def test_a_file_that_is_named_as_few_step_models_are_is_told(name: str, is_told: bool) -> None:
-    assert ("docs/models.md" in find_hint(name)) is is_told
+    assert ("docs/models.md" in describe_few_step_name(name)) is is_told

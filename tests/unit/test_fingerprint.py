@@ -184,8 +184,8 @@ import sys
 from pathlib import Path
 import torch
 from openvino_backend.fingerprint import compute_fingerprint
-from sdxl_server.families import FAMILIES
-from sdxl_server.loading import read_pipeline
+from sdxl_server.model.families import FAMILIES
+from sdxl_server.model.reading import read_pipeline
 
 pipeline = read_pipeline(Path(sys.argv[1]), "float32", FAMILIES["sdxl"])
 for name in sys.argv[2:]:

@@ -1,4 +1,4 @@
-"""Folders of models that are not whole: each loads rightly, or is refused with the command that mends it."""
+"""Incomplete model folders: each loads correctly, or is refused with the command that repairs it."""
 
 import json
 import re
@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from sdxl_server.errors import ConfigError
-from sdxl_server.families import FAMILIES, find_family
-from sdxl_server.folders import write_remedy
-from tests.unit.test_pipeline import load, make_picture
+from sdxl_server.model.families import FAMILIES, find_family
+from sdxl_server.model.folders import write_redownload_command
+from tests.unit.pipelines import load, make_picture
 from tools.server import ROOT
 
 
@@ -24,13 +24,13 @@ def folder(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 def edit(path: Path, **values: object) -> None:
-    """Change a JSON file; a value that is None is left out."""
+    """Change a JSON file. None removes a key."""
     content = json.loads(path.read_text()) | values
     path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
 
 
 def refuse(folder: Path) -> str:
-    """Return the line that the folder is refused with."""
+    """Return the message that refuses the folder."""
     with pytest.raises(ConfigError) as caught:
         load(folder)
     assert "\n" not in str(caught.value)
@@ -56,16 +56,16 @@ def test_tokenizer_of_another_model(folder: Path) -> None:
 def test_half_a_vocabulary(folder: Path) -> None:
     (folder / "tokenizer/tokenizer.json").unlink()
     (folder / "tokenizer/vocab.json").write_text("{}")
-    assert re.search(r"^cannot read the pipeline in .*\(it is made anew by: python Download_model.py ", refuse(folder))
+    assert re.search(r"^cannot read the pipeline in .*\(download it again: python Download_model.py ", refuse(folder))
 
 
-def test_remedy_tells_where_the_model_came_from(folder: Path) -> None:
+def test_remedy_names_the_source_of_the_model(folder: Path) -> None:
     (folder / "source.json").write_text(json.dumps({"model": "owner/name", "revision": "0" * 40, "dtype": "fp16"}))
     told = ["--model", "owner/name", "--revision", "0" * 40, "--output-dir", f"{folder}-whole"]
-    assert shlex.split(write_remedy(folder)) == ["python", "Download_model.py", *told]
+    assert shlex.split(write_redownload_command(folder)) == ["python", "Download_model.py", *told]
     for odd in ("$(x)/y", "a/b/c", 3, "x" * 99 + "/y"):
         (folder / "source.json").write_text(json.dumps({"model": odd, "revision": "a b"}))
-        assert "<its id on the hub>" in write_remedy(folder)
+        assert "<its id on the hub>" in write_redownload_command(folder)
 
 
 def test_length_that_is_not_said(folder: Path, tiny_model: Path) -> None:
@@ -86,7 +86,7 @@ def test_fp16_only(folder: Path, tiny_model: Path, parts: tuple[str, ...]) -> No
 
 
 def test_the_hubs_own_folder(folder: Path, tiny_model: Path) -> None:
-    """Beside the safetensors it has other programs' weights, which the command leaves out."""
+    """It also has other programs' weights, which the command leaves out."""
     weights = list(folder.glob("*/*.safetensors"))
     for path in weights:
         shutil.copy(path, path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
@@ -98,7 +98,7 @@ def test_the_hubs_own_folder(folder: Path, tiny_model: Path) -> None:
     (folder / "01.png").write_bytes(b"x")
     message = refuse(folder)
     assert "could run code when it is loaded" in message
-    command = message.partition("is copied by: ")[2]
+    command = message.partition("are copied by: ")[2]
     arguments = shlex.split(command)
     assert arguments[:2] == ["python", "Download_model.py"]
     subprocess.run([sys.executable, ROOT / arguments[1], *arguments[2:]], check=True, capture_output=True)
@@ -107,7 +107,7 @@ def test_the_hubs_own_folder(folder: Path, tiny_model: Path) -> None:
 
 
 def test_pointers_of_git_lfs(folder: Path) -> None:
-    """What a clone without LFS holds."""
+    """A clone without LFS holds them."""
     path = folder / "unet/diffusion_pytorch_model.safetensors"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5135149760\n")
     message = refuse(folder)
@@ -131,7 +131,7 @@ def test_shard_that_is_missing(folder: Path) -> None:
         ("StableDiffusionXLInstructPix2PixPipeline", "an instruct-pix2pix model"),
     ],
 )
-def test_a_pipeline_that_is_not_served_is_told_by_name(folder: Path, held: str, told: str) -> None:
+def test_a_pipeline_that_is_not_served_is_named(folder: Path, held: str, told: str) -> None:
     edit(folder / "model_index.json", _class_name=held)
     line = refuse(folder)
     assert told in line

@@ -12,8 +12,8 @@ import torch
 from diffusers.models.activations import GEGLU
 
 from openvino_backend import OpenVINOBackend
-from sdxl_server.families import FAMILIES
-from sdxl_server.loading import read_pipeline
+from sdxl_server.model.diffusers_pipeline import load_diffusers_pipeline
+from sdxl_server.model.families import FAMILIES
 from tests.unit.modules import measure_error, needs_bf16
 
 pytestmark = pytest.mark.usefixtures("inference")
@@ -22,7 +22,7 @@ SIZE, TOKENS = 16, 77
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_model: Path) -> Any:
-    return read_pipeline(tiny_model, "float32", FAMILIES["sdxl"])
+    return load_diffusers_pipeline(tiny_model, "float32", FAMILIES["sdxl"])
 
 
 class Call(torch.nn.Module):

@@ -16,21 +16,23 @@ import pytest
 import requests
 from ts.utils.util import PredictionException
 
-from sdxl_server import __version__, answers
-from sdxl_server.answers import NativeFace
-from sdxl_server.calls import Answer, Call, read_header
+from sdxl_server import __version__
+from sdxl_server.api import native
+from sdxl_server.api.http import HttpRequest, Response, find_header
+from sdxl_server.api.native import NativeApi
+from sdxl_server.diffusion.previews import choose_preview_steps
 from sdxl_server.errors import ConfigError, RequestError, VersionError
 from sdxl_server.metrics import serve_metrics
-from sdxl_server.service import choose_preview_steps, load_service
-from sdxl_server.waiting import Pace, Queue
+from sdxl_server.service import load_service
+from sdxl_server.serving.queue import CallTimer, Queue
 from stable_diffusion_handler import MADE_FOR, StableDiffusionHandler
-from tools.server import ROOT
+from tools.server import ROOT, read_shipped
 
-KINDS = {"json": answers.JSON, "events": answers.EVENTS}
+KINDS = {"json": native.JSON, "events": native.EVENTS}
 
 
 class Context:
-    """What TorchServe tells of the requests of one call, and is told."""
+    """The context that TorchServe passes for the requests of one call."""
 
     model_name = "diffusion_fast"
 
@@ -59,20 +61,20 @@ class Context:
 
 
 class Service:
-    """Answers a body of `n` with n steps, and what it is told to go wrong."""
+    """Answers the body `n` with n steps, and fails as the body asks."""
 
     def __init__(self) -> None:
         self.closed: list[str] = []
         self.pieces = [b"end"]
 
-    def answer(self, call: Call) -> Answer:
+    def answer(self, call: HttpRequest) -> Response:
         body = call.values["body"].decode()
         if body == "wrong":
             raise RequestError("width is wrong", param="width")
         kind, _, steps = body.rpartition(" in ")
         waits = steps != "document"
         made = self.make_steps(steps if waits else "1")
-        return Answer(KINDS.get(kind, "image/jpeg"), {"X-Seed": "7"}, NativeFace(), made, waits=waits)
+        return Response(KINDS.get(kind, "image/jpeg"), {"X-Seed": "7"}, NativeApi(), made, waits=waits)
 
     def make_steps(self, body: str) -> Generator[bytes, None, bytes]:
         try:
@@ -92,9 +94,9 @@ def make_handler(*, is_continuous: bool = True, max_running: int = 3) -> StableD
     handler = StableDiffusionHandler()
     handler.is_continuous = is_continuous
     handler.service = Service()  # type: ignore[assignment]
-    handler.answered, handler.questioned = set(), set()
-    handler.queue, handler.pace = Queue(max_running=max_running, max_waiting=5), Pace(900.0)
-    handler.add_times = lambda answer: None  # type: ignore[method-assign]
+    handler.finished, handler.described = set(), set()
+    handler.queue, handler.call_timer = Queue(max_running=max_running, max_waiting=5), CallTimer(900.0)
+    handler.log_times = lambda response: None  # type: ignore[method-assign]
     return handler
 
 
@@ -117,11 +119,11 @@ def test_a_request_goes_one_step_a_call() -> None:
     assert context.headers == {0: {"content-type": "image/jpeg", "X-Seed": "7"}}
     assert call(handler, a="3")[:2] == ([b"step 2 "], [False])
     assert call(handler, a="3")[:2] == ([b"end"], [True])
-    assert handler.queue.tickets == {}
+    assert handler.queue.requests == {}
 
 
-def test_headers_are_told_in_the_call_in_which_the_response_begins() -> None:
-    """TorchServe sends those of that call, and the context of another one is another object."""
+def test_headers_are_set_when_the_response_begins() -> None:
+    """TorchServe sends the headers of that call. Another call has another context."""
     handler, told = make_handler(), {"content-type": "image/jpeg", "X-Seed": "7"}
     assert call(handler, a="3", b="2", c="json in 9", d="9")[2].headers == {0: told, 1: {}, 2: {}, 3: told}
     assert call(handler, a="3", b="2", c="json in 9", d="9")[2].headers == {0: {}, 1: told, 2: {}, 3: {}}
@@ -138,8 +140,8 @@ def test_the_oldest_is_finished_first_and_a_new_one_makes_its_first_step() -> No
     assert call(handler, c="9")[:2] == ([b"step 2 "], [False])
 
 
-def test_who_has_left_leaves_the_queue() -> None:
-    """TorchServe looks after each reply whether a client is there, and leaves out of the next call who is not."""
+def test_a_client_that_leaves_gives_up_its_place() -> None:
+    """TorchServe checks the connections after each reply. The next call lacks clients that have left."""
     handler = make_handler()
     call(handler, a="99")
     replies = call(handler, a="99", **{f"left-{i}": "9" for i in range(7)})[0]
@@ -147,17 +149,20 @@ def test_who_has_left_leaves_the_queue() -> None:
     assert call(handler, a="99", **{"left-1": "9"}, other="2")[0] == [b"step 3 ", b"step 1 ", LEFT_OUT]
     assert call(handler, a="99", other="2")[0] == [b"step 4 ", b"step 1 "]
     assert handler.service.closed == ["9", "9"]  # type: ignore[attr-defined]  # the others had not begun
-    assert list(handler.queue.tickets) == ["a", "other"]
+    assert list(handler.queue.requests) == ["a", "other"]
 
 
-def test_the_queue_is_first_come_first_served_and_tells_places() -> None:
+def test_the_queue_is_first_come_first_served_and_reports_positions() -> None:
     handler = make_handler()
     bodies = {"a": "3", "b": "events in 2", "c": "2", "d": "json in 2", "e": "events in 2"}
-    assert call(handler, **bodies)[0] == [b"step 1 ", LEFT_OUT, LEFT_OUT, b" ", tell(4)]
+    assert call(handler, **bodies)[0] == [b"step 1 ", LEFT_OUT, LEFT_OUT, b" ", queue_event(4)]
     assert call(handler, **bodies)[0] == [b"step 2 ", b"step 1 ", LEFT_OUT, b"", b""]
-    assert call(handler, **bodies)[:2] == ([b"end", b"", b"step 1 ", b" ", tell(3)], [True, False, False, False, False])
+    assert call(handler, **bodies)[:2] == (
+        [b"end", b"", b"step 1 ", b" ", queue_event(3)],
+        [True, False, False, False, False],
+    )
     del bodies["a"]
-    assert call(handler, **bodies)[0] == [b"end", b"", b"step 1 ", tell(2)]
+    assert call(handler, **bodies)[0] == [b"end", b"", b"step 1 ", queue_event(2)]
     del bodies["b"]
     assert call(handler, **bodies)[0] == [b"end", b"", b"step 1 "]
     del bodies["c"]
@@ -165,33 +170,33 @@ def test_the_queue_is_first_come_first_served_and_tells_places() -> None:
     assert call(handler, e=bodies["e"])[:2] == ([b"end"], [True])
 
 
-def tell(place: int) -> bytes:
-    return answers.format_event("queue", {"place": place})
+def queue_event(place: int) -> bytes:
+    return native.format_event("queue", {"place": place})
 
 
-def test_past_the_bound_is_refused_at_once() -> None:
-    """What is in the queue then goes on; a document waits for nobody."""
+def test_a_full_queue_refuses_at_once() -> None:
+    """The queue goes on, and a document does not wait."""
     handler = make_handler()
     bodies = {f"id-{i}": "2" for i in range(8)}
     replies, states, context = call(handler, **bodies, late="2", wrong="wrong", document="document")
     assert states == [*[False] * 8, None, None, False]
     assert (context.statuses, context.headers[8]["Retry-After"]) == ({8: 503, 9: 400}, "5")
     assert json.loads(replies[8])["error"]["type"] == "server_busy"
-    assert (replies[10], list(handler.queue.tickets)) == (b"end", list(bodies))
+    assert (replies[10], list(handler.queue.requests)) == (b"end", list(bodies))
     assert call(handler, **bodies, document="document")[1][-1] is True
 
 
 def test_a_wait_is_never_silent_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """White space before JSON and comments in streams, while others are drawn and while it is drawn itself."""
+    """White space before JSON, and comments in streams, before and during a request's own steps."""
     handler = make_handler()
-    monkeypatch.setattr("sdxl_server.waiting.SILENT_SECONDS", 0.0)
+    monkeypatch.setattr("sdxl_server.serving.queue.KEEP_ALIVE_SECONDS", 0.0)
     handler.service.make_steps = make_silent_steps  # type: ignore[attr-defined]
     bodies = {"a": "json in 3", "b": "picture in 3", "c": "events in 3"}
     assert call(handler, **bodies)[0] == [b" ", LEFT_OUT, LEFT_OUT]
     assert call(handler, **bodies)[0] == [b" ", b"", LEFT_OUT]
     assert call(handler, **bodies)[0] == [b"end", b"", b":\n\n"]
     del bodies["a"]
-    assert call(handler, **bodies)[0] == [b"", tell(1)]
+    assert call(handler, **bodies)[0] == [b"", queue_event(1)]
     assert call(handler, **bodies)[0] == [b"end", b":\n\n"]
 
 
@@ -203,7 +208,7 @@ def make_silent_steps(body: str) -> Generator[bytes, None, bytes]:
 
 @pytest.mark.parametrize(("kind", "start"), [("json", b"{"), ("events", b"event: error\ndata: {"), ("picture", b"{")])
 def test_an_error_after_a_wait_stands_in_the_body(kind: str, start: bytes) -> None:
-    """Its status has been sent; the code is in the error."""
+    """The status was sent before, so the error holds the code."""
     handler = make_handler(max_running=1)
     call(handler, a="2", b=f"{kind} in fails at once")
     replies, states, context = call(handler, a="2", b=f"{kind} in fails at once")
@@ -215,10 +220,10 @@ def test_an_error_after_a_wait_stands_in_the_body(kind: str, start: bytes) -> No
 def test_a_piece_of_an_answer_is_not_followed_by_white_space(monkeypatch: pytest.MonkeyPatch) -> None:
     """A base64 that is cut by one is no base64."""
     handler = make_handler()
-    monkeypatch.setattr("sdxl_server.waiting.SILENT_SECONDS", 0.0)
+    monkeypatch.setattr("sdxl_server.serving.queue.KEEP_ALIVE_SECONDS", 0.0)
     call(handler, a="9", b="json in 2")
     call(handler, a="9", b="json in 2")
-    handler.queue.tickets["b"].answer.may_pause = False  # as the service has it where a piece is not the last
+    handler.queue.requests["b"].response.may_pause = False  # as the service has it where a piece is not the last
     assert call(handler, a="9", b="json in 2")[0] == [b"step 3 ", b""]
 
 
@@ -247,15 +252,15 @@ def test_an_end_in_the_first_call_is_sent_before_the_end_of_the_response() -> No
     assert call(handler, b="2")[:2] == ([b"step 1 "], [False])  # an id may come again
 
 
-def test_a_call_by_grpc_alone_gets_a_status() -> None:
+def test_a_grpc_call_alone_gets_a_status() -> None:
     with pytest.raises(PredictionException) as caught:
         call(make_handler(), grpc="a", a="3")
     assert (caught.value.error_code, "ask over HTTP" in caught.value.message) == (501, True)
 
 
 @pytest.mark.parametrize("is_continuous", [True, False])
-def test_a_call_by_grpc_beside_others_gets_an_error(is_continuous: bool) -> None:
-    """With the header for the last piece of a stream: TorchServe ends a worker that leaves it out."""
+def test_a_grpc_call_next_to_others_gets_an_error(is_continuous: bool) -> None:
+    """It has the header for the last piece of a stream. TorchServe ends a worker that omits it."""
     handler = make_handler(is_continuous=is_continuous)
     if is_continuous:
         call(handler, a="2")
@@ -302,44 +307,44 @@ def test_without_continuous_batching_an_answer_is_all_in_one_piece(
 
 
 def test_fields_that_are_called_as_headers_are_none() -> None:
-    """TorchServe puts the content type of each part of a form, and of each parameter of a query, among the headers."""
+    """TorchServe adds the content types of form parts and query parameters to the headers."""
     told = {"content-type": {"content-type": "text/plain"}, "url_path": {"content-type": ""}, "Content-Type": "x/y"}
-    assert [read_header(told, name) for name in ("content-type", "url_path", "accept")] == ["x/y", "", ""]
+    assert [find_header(told, name) for name in ("content-type", "url_path", "accept")] == ["x/y", "", ""]
 
 
 @pytest.mark.parametrize("given", ["", "a b", "a\r\nX-Seed: 7", "é", "a" * 65, "[METRICS]a.Count:1"])
 def test_an_id_that_could_do_harm_is_replaced(given: str) -> None:
-    assert Call.read({}, {"X-Request-ID": given}, model="m", own_id="own").request_id == "own"
+    assert HttpRequest.read({}, {"X-Request-ID": given}, model="m", own_id="own").request_id == "own"
 
 
 def test_an_id_that_came_with_the_request_is_kept() -> None:
-    read = Call.read({}, {"x-request-id": "job-7.a_B"}, model="m", own_id="own")
+    read = HttpRequest.read({}, {"x-request-id": "job-7.a_B"}, model="m", own_id="own")
     assert (read.request_id, read.is_id_given) == ("job-7.a_B", True)
 
 
-def test_steps_that_come_near_to_the_limit_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    pace, told = Pace(9.0), []
+def test_calls_near_the_limit_are_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+    timer, told = CallTimer(9.0), []
     with caplog.at_level(logging.WARNING):
         for seconds in (2.9, 4.0, 3.5, 5.0):
-            pace.note(seconds)
+            timer.add(seconds)
             told.append(len(caplog.records))
     assert told == [0, 1, 1, 2]
     assert "A call took 5 s. After 9 s TorchServe would have killed" in caplog.text
     assert "raise responseTimeout" in caplog.text
 
 
-def test_what_is_written_leaves_in_pieces_that_torchserve_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "MAX_PIECE", 4)
-    assert list(answers.split_pieces([b""])) == [b""]
-    assert list(answers.split_pieces([])) == [b""]
-    assert list(answers.split_pieces([b"ab", b"cd"])) == [b"abcd"]
-    assert list(answers.split_pieces([b"ab", b"cde", b"f"])) == [b"ab", b"cdef"]
-    assert list(answers.split_pieces([b"a", b"0123456789"])) == [b"a", b"0123", b"4567", b"89"]
-    assert list(answers.split_pieces([b"01234567"])) == [b"0123", b"4567"]
+def test_answers_are_split_into_pieces_that_torchserve_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "MAX_PIECE", 4)
+    assert list(native.split_chunks([b""])) == [b""]
+    assert list(native.split_chunks([])) == [b""]
+    assert list(native.split_chunks([b"ab", b"cd"])) == [b"abcd"]
+    assert list(native.split_chunks([b"ab", b"cde", b"f"])) == [b"ab", b"cdef"]
+    assert list(native.split_chunks([b"a", b"0123456789"])) == [b"a", b"0123", b"4567", b"89"]
+    assert list(native.split_chunks([b"01234567"])) == [b"0123", b"4567"]
 
 
 def test_a_long_answer_goes_one_piece_a_call() -> None:
-    """And in its turn: what waits behind it has its first step meanwhile."""
+    """The next request makes its first step meanwhile."""
     handler = make_handler()
     handler.service.pieces = [b"one", b"two", b"three"]  # type: ignore[attr-defined]
     assert call(handler, a="1", b="2")[:2] == ([b"one", LEFT_OUT], [False, False])
@@ -353,7 +358,7 @@ def test_a_long_answer_goes_one_piece_a_call() -> None:
     assert call(whole, a="2", b="1")[0] == [b"step 1 onetwothree", b"onetwothree"]
 
 
-def test_handler_is_made_for_the_package_beside_it() -> None:
+def test_handler_has_the_version_of_its_package() -> None:
     assert __version__ == MADE_FOR
 
 
@@ -374,8 +379,8 @@ def test_previews_are_as_many_as_asked_for(count: int, steps: int, due: list[int
         ("# Größe".encode("latin-1"), False),
     ],
 )
-def test_configuration_that_torchserve_cannot_read_is_told(tmp_path: Path, text: bytes, is_read: bool) -> None:
-    """In one line; TorchServe makes the object before it reads the file, which stands beside the handler."""
+def test_an_unreadable_configuration_is_reported(tmp_path: Path, text: bytes, is_read: bool) -> None:
+    """In one line. TorchServe builds the object before it reads the file next to the handler."""
     shutil.copy(ROOT / "stable_diffusion_handler.py", tmp_path)
     (tmp_path / "model-config.yaml").write_bytes(text)
     handler = runpy.run_path(str(tmp_path / "stable_diffusion_handler.py"))["StableDiffusionHandler"]
@@ -386,7 +391,7 @@ def test_configuration_that_torchserve_cannot_read_is_told(tmp_path: Path, text:
             handler()
 
 
-def test_an_archive_of_another_version_is_told_in_one_line(tmp_path: Path) -> None:
+def test_an_archive_of_another_version_is_reported_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(VersionError) as caught:
         load_service({}, model_dir=tmp_path, gpu_id=None, archive="0.1.0")
     assert str(caught.value).startswith(
@@ -394,24 +399,44 @@ def test_an_archive_of_another_version_is_told_in_one_line(tmp_path: Path) -> No
     )
 
 
-def test_a_package_that_cannot_be_imported_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TorchServe calls an import that fails in the handler's file a missing handler, so it must not fail there."""
+def test_a_missing_package_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TorchServe reports an import error of the handler's file as a missing handler."""
     monkeypatch.setitem(sys.modules, "sdxl_server.service", None)
     monkeypatch.delitem(sys.modules, "pipeline_utils", raising=False)
     with pytest.raises(RuntimeError, match=f"made for sdxl_server {MADE_FOR}, which cannot be imported.*pip install"):
         StableDiffusionHandler().initialize(Context())
 
 
+@pytest.mark.parametrize(
+    ("pt2", "changed", "message"),
+    [
+        ("openvino", {"width": 100}, "handler.width takes a whole number from 64 to 4096"),
+        ({"backend": "openvino", "options": {"device": "GPU.7"}}, {}, "option 'device' takes CPU here"),
+        ("openvino", {"is_xl": False}, "handler.is_xl: false takes a StableDiffusionPipeline"),
+    ],
+    ids=["setting", "device", "model"],
+)
+def test_wrong_configuration_stops_the_load(tiny_model: Path, pt2: Any, changed: dict[str, Any], message: str) -> None:
+    """In a server, where this ends the start: test_backends."""
+    settings = read_shipped()
+    settings["handler"] |= {"model_path": tiny_model.name, **changed}
+    context = Context()
+    context.model_yaml_config = {**settings, "pt2": pt2}  # type: ignore[attr-defined]
+    context.system_properties = {"model_dir": str(tiny_model.parent), "gpu_id": None}  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=message):
+        StableDiffusionHandler().initialize(context)
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1"])
-def test_an_address_for_metrics_that_cannot_be_had_is_told(host: str) -> None:
-    """One that is taken, and one that is not this machine's."""
+def test_an_unusable_metrics_address_is_reported(host: str) -> None:
+    """A taken address, and one of another machine."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"{host}:{taken.getsockname()[1]}"
         with pytest.raises(ConfigError, match=f"metrics_address takes a free address .* not {address}"):
             serve_metrics(address, threading.Event())
 
 
-def test_readiness_is_told_beside_metrics() -> None:
+def test_readiness_is_served_next_to_metrics() -> None:
     is_ready = threading.Event()
     port = serve_metrics("127.0.0.1:0", is_ready)
     assert requests.get(f"http://127.0.0.1:{port}/ready", timeout=10).status_code == 503

@@ -9,13 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_server.compiling import VAE_ENCODER
-from sdxl_server.drawing import draw_preview, generate, keep_protected
+from sdxl_server.api.openai import OpenAIApi, OpenAIEditApi
+from sdxl_server.diffusion.generation import generate
+from sdxl_server.diffusion.previews import draw_preview
 from sdxl_server.errors import RequestError
-from sdxl_server.masks import cover_cells
-from sdxl_server.openai import OpenAIEditFace, OpenAIFace
-from sdxl_server.pipeline import LoadedPipeline
-from tests.unit.test_pipeline import encode, load, make_picture
+from sdxl_server.model.compiling import VAE_ENCODER
+from sdxl_server.model.describe import describe_pipeline
+from sdxl_server.model.loaded_pipeline import LoadedPipeline
+from sdxl_server.request.masks import cover_cells, keep_protected
+from tests.unit.pipelines import encode, load, make_picture
 from tools.random_model import make_pipeline, save_pipeline
 
 SIDE = 128
@@ -73,12 +75,12 @@ def compiled(folder: Path) -> LoadedPipeline:
 def test_draws_what_diffusers_draws(
     folder: Path, eager: LoadedPipeline, compiled: LoadedPipeline, fields: dict[str, Any]
 ) -> None:
-    before = compiled.describe()
+    before = describe_pipeline(compiled)
     assert len(before["openvino"][VAE_ENCODER]) == 1  # no request does without it
     expected = draw_by_diffusers(folder, **fields)[INSIDE]
     assert np.array_equal(make_picture(eager, **FIELDS, **fields)[INSIDE], expected)
     assert np.abs(make_picture(compiled, **FIELDS, **fields)[INSIDE] - expected).max() <= 1  # the last bit is rounded
-    assert compiled.describe() == before
+    assert describe_pipeline(compiled) == before
 
 
 def test_stable_diffusion_1_too(tmp_path: Path) -> None:
@@ -102,10 +104,7 @@ def test_a_request_for_anything_else_is_refused(eager: LoadedPipeline, given: tu
         eager.contract.check({"prompt": "a fox", **{name: FIELDS[name] for name in given}})
     missing = "mask_image" if "image" in given else "image"
     assert caught.value.param == missing
-    assert str(caught.value) == (
-        f"{missing} is missing: this model is for inpainting, which paints an image anew where a mask says so, and "
-        "takes image and mask_image"
-    )
+    assert str(caught.value) == f"{missing} is missing: this is an inpainting model; send image and mask_image"
     assert eager.contract.build_schema()["required"] == ["prompt", "image", "mask_image"]
 
 
@@ -113,10 +112,10 @@ def test_openais_edits_take_the_images_own_transparency(eager: LoadedPipeline) -
     image = PHOTO.copy()
     image.putalpha(Image.eval(MASK, lambda value: 255 - value))
 
-    def read(face: OpenAIFace, **fields: Any) -> Any:
+    def read(api: OpenAIApi, **fields: Any) -> Any:
         call = {"body": json.dumps({"prompt": "a red fox", **fields}).encode()}
-        return face.read(call, content_type="application/json", contract=eager.contract)[0]
+        return api.read(call, content_type="application/json", contract=eager.contract)[0]
 
-    assert read(OpenAIEditFace(), image=encode(image)).mask_image.tobytes() == MASK.tobytes()
-    with pytest.raises(RequestError, match="image is missing: this model is for inpainting"):
-        read(OpenAIFace())
+    assert read(OpenAIEditApi(), image=encode(image)).mask_image.tobytes() == MASK.tobytes()
+    with pytest.raises(RequestError, match="image is missing: this is an inpainting model"):
+        read(OpenAIApi())

@@ -8,22 +8,22 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from sdxl_server.api.openai import OpenAIApi, OpenAIEditApi
 from sdxl_server.errors import RequestError
-from sdxl_server.openai import OpenAIEditFace, OpenAIFace
 from tests.openai_clients import RECORDED
 from tests.unit.test_request import CONTRACT, RED, encode
 
-GENERATIONS, EDITS = OpenAIFace(), OpenAIEditFace()
+GENERATIONS, EDITS = OpenAIApi(), OpenAIEditApi()
 
 
-def parse(face: OpenAIFace = GENERATIONS, **fields: Any) -> Any:
+def parse(api: OpenAIApi = GENERATIONS, **fields: Any) -> Any:
     body = {"body": json.dumps({"prompt": "a red fox", **fields}).encode()}
-    return face.read(body, content_type="application/json", contract=CONTRACT)[0]
+    return api.read(body, content_type="application/json", contract=CONTRACT)[0]
 
 
-def find_warnings(face: OpenAIFace = GENERATIONS, **fields: Any) -> list[str]:
+def find_warnings(api: OpenAIApi = GENERATIONS, **fields: Any) -> list[str]:
     body = {"body": json.dumps({"prompt": "a red fox", **fields}).encode()}
-    return face.read(body, content_type="application/json", contract=CONTRACT)[1]
+    return api.read(body, content_type="application/json", contract=CONTRACT)[1]
 
 
 def test_fields_have_their_meaning() -> None:
@@ -72,7 +72,7 @@ def test_own_transparency_is_the_mask_of_an_edit_without_one() -> None:
         ({"foo": 1, "\r\nX-Injected: 1": 2}, [r"ignored, since there is no such field: 'foo', '\r\nX-Injected: 1'"]),
         (
             {"background": "transparent"},
-            ["background has no effect here with 'transparent', but with auto, opaque; the picture is opaque"],
+            ["background has no effect here with 'transparent', but with auto, opaque; the image is opaque"],
         ),
         ({"style": ["x"] * 99, "quality": 80}, ["style has no effect here with ['x', 'x', "]),
         ({"quality": "80"}, ["quality has no effect here with '80', but with auto, low, medium, high, standard, hd"]),
@@ -109,10 +109,10 @@ def test_pictures_come_as_the_clients_of_a_model_expect_them(model: Any, kind: s
 @pytest.mark.parametrize("client", RECORDED)
 def test_recorded_request_is_read(client: str) -> None:
     recorded = RECORDED[client]
-    face = EDITS if recorded.files else GENERATIONS
+    api = EDITS if recorded.files else GENERATIONS
     values = recorded.make_form(base64.b64decode(RED)) if recorded.files else {"body": recorded.make_body()}
     kind = "multipart/form-data; boundary=x" if recorded.files else "application/json"
-    request, warnings = face.read(values, content_type=kind, contract=CONTRACT)
+    request, warnings = api.read(values, content_type=kind, contract=CONTRACT)
     assert recorded.fields["prompt"].startswith(request.prompt)
     assert request.response_format == recorded.reads
     for part in recorded.warned:
@@ -154,10 +154,10 @@ def test_mistake_is_told_in_openais_names(fields: dict[str, Any], param: str, me
         (
             {"image": RED, "mask": encode(Image.new("L", (80, 40)))},
             "mask",
-            "mask takes a picture of the image's",
+            "mask takes the aspect of the image",
         ),
         ({"image": RED, "mask": "AAAA"}, "mask", "cannot be read"),
-        ({"image": RED, "mask": 3}, "mask", "mask takes a picture in base64"),
+        ({"image": RED, "mask": 3}, "mask", "mask takes an image in base64"),
     ],
 )
 def test_edit_without_what_it_needs(fields: dict[str, Any], param: str, message: str) -> None:

@@ -20,7 +20,7 @@ from demo.shapes import (
     draw_scene,
     iterate_scenes,
 )
-from demo.train import find_moves
+from demo.training.decoder import find_moves
 
 ASKED = Scene("blue", (Thing("red", "circle", "large", "left"),))
 

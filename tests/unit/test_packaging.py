@@ -119,8 +119,3 @@ def test_distribution_is_the_two_packages() -> None:
     assert [(point.group, point.name) for point in installed.entry_points] == [
         ("torch_dynamo_backends", "openvino_backend")
     ]
-
-
-def test_old_distribution_is_gone() -> None:
-    assert "openvino-backend" not in INSTALLED
-    assert not (ROOT / "openvino_backend.egg-info").exists()

@@ -11,14 +11,15 @@ import torch
 from PIL import Image
 
 from demo.measure import choose_prompts
-from sdxl_server import pipeline
-from sdxl_server.drawing import Progress, draw_preview, generate
+from sdxl_server.diffusion import previews
+from sdxl_server.diffusion.generation import Progress, generate
+from sdxl_server.diffusion.previews import build_mosaics, draw_preview, fit_colour_map, fit_preview
 from sdxl_server.errors import ConfigError
-from sdxl_server.pipeline import LoadedPipeline
-from sdxl_server.previews import fit_colours, lay_out
+from sdxl_server.model.describe import describe_pipeline
+from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from tests.spoiled import spoil_model
+from tests.unit.pipelines import load, make_picture
 from tests.unit.test_autoencoders import folder
-from tests.unit.test_pipeline import load, make_picture
 from tools.server import ROOT
 
 __all__ = ["folder"]  # a tiny VAE
@@ -55,11 +56,15 @@ def test_fast_previews_are_near_the_exact_ones(demo: LoadedPipeline) -> None:
 
 def test_a_preview_takes_ten_milliseconds_at_512(demo: LoadedPipeline) -> None:
     progress = next(generate(demo, demo.contract.check({"prompt": "x", "width": 512, "height": 512})))
-    seconds = [1.0]
-    while min(seconds) >= 0.010 and len(seconds) < 400:  # other work may be beside for a while
-        start = time.perf_counter()
-        assert draw_preview(demo, progress).size == (512, 512)
-        seconds.append(time.perf_counter() - start)
+    threads, seconds = torch.get_num_threads(), [1.0]
+    torch.set_num_threads(1)  # the time of this thread is all there is then, whatever else runs here
+    try:
+        for _ in range(20):
+            start = time.thread_time()
+            assert draw_preview(demo, progress).size == (512, 512)
+            seconds.append(time.thread_time() - start)
+    finally:
+        torch.set_num_threads(threads)
     assert min(seconds) < 0.010, seconds
 
 
@@ -79,29 +84,31 @@ def test_the_warm_up_fits_a_tiny_vae_without_another_graph(
 ) -> None:
     others = {"compile_unet": False, "compile_text_encoders": False, "warm_up": True}
     loaded = load(tiny_model, pt2, vae_path=str(folder), graphs=graphs, **others)
-    assert "colours" in vars(loaded)
-    assert loaded.describe()["preview"] == {"kind": "fast", "lossy": True}
+    fits = fit_preview.cache_info().misses
+    fit_preview(loaded)
+    assert fit_preview.cache_info().misses == fits  # the warm-up has fitted it
+    assert describe_pipeline(loaded)["preview"] == {"kind": "fast", "lossy": True}
     sheet = loaded.pipeline.image_processor.preprocess(Image.open(ROOT / "demo/model/sheet.jpg"), 256, 256)
     with torch.no_grad():  # of a picture: what a UNet of random weights makes is far from all that this VAE ever sees
         latents = loaded.pipeline.vae.encoder(sheet)
         decoded = loaded.pipeline.vae.decoder(latents)
-    apart = (loaded.colours.draw(latents) - decoded.clamp(-1, 1)).abs().mean()
+    apart = (fit_preview(loaded).draw(latents) - decoded.clamp(-1, 1)).abs().mean()
     assert apart < decoded.std() / 5
     if pt2 is not None:
-        assert [len(loaded.describe()["openvino"][name]) for name in ("vae", "vae_encoder")] == [1, 0]
+        assert [len(describe_pipeline(loaded)["openvino"][name]) for name in ("vae", "vae_encoder")] == [1, 0]
 
 
 def test_a_warm_start_takes_what_was_fitted(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fits: list[Any] = []
 
     def fit(*args: Any, **kwargs: Any) -> Any:
-        fits.append(fit_colours(*args, **kwargs))
+        fits.append(fit_colour_map(*args, **kwargs))
         return fits[-1]
 
-    monkeypatch.setattr(pipeline, "fit_colours", fit)
+    monkeypatch.setattr(previews, "fit_colours", fit)
     pt2 = {"backend": "openvino", "options": {"model_caching": True, "cache_dir": str(tmp_path)}}
     others = {"compile_unet": False, "compile_text_encoders": False, "warm_up": True}
-    cold, warm = load(tiny_model, pt2, **others).colours, load(tiny_model, pt2, **others).colours
+    cold, warm = fit_preview(load(tiny_model, pt2, **others)), fit_preview(load(tiny_model, pt2, **others))
     assert len(fits) == 1
     assert torch.equal(cold.weights, fits[0].weights)
     for name, value in vars(cold).items():
@@ -121,7 +128,7 @@ def test_stable_diffusion_1_and_any_size(tiny_sd_model: Path) -> None:
 def test_the_scaling_of_the_latents_is_taken_back(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load(tiny_model)
     progress = next(generate(loaded, loaded.contract.check({"prompt": "x"})))
-    plain = loaded.colours.draw(progress.denoiser.predict() / 0.13025 * 2 + 0.5)
+    plain = fit_preview(loaded).draw(progress.denoiser.predict() / 0.13025 * 2 + 0.5)
     config = loaded.pipeline.vae.config
     monkeypatch.setattr(loaded.pipeline.vae, "_internal_dict", type(config)({**config, **MOVED}))
     expected = loaded.pipeline.image_processor.postprocess(plain)[0]
@@ -133,13 +140,13 @@ MOVED = {"latents_mean": [0.5] * 4, "latents_std": [2.0] * 4}
 
 def test_mosaics_hold_every_tile() -> None:
     tiles = torch.arange(5).view(5, 1, 1, 1).expand(5, 1, 2, 2)
-    wide = lay_out(tiles, height=2, width=5)
+    wide = build_mosaics(tiles, height=2, width=5)
     assert wide[:, 0, 0].tolist() == [[0, 0, 1, 1, 2], [3, 3, 4, 4, 0]]
-    assert lay_out(tiles, height=1, width=1).flatten().tolist() == [0, 1, 2, 3, 4]
+    assert build_mosaics(tiles, height=1, width=1).flatten().tolist() == [0, 1, 2, 3, 4]
 
 
 def test_an_encoder_that_is_damaged_is_told_at_the_warm_up(tiny_model: Path, tmp_path: Path) -> None:
     folder = spoil_model(tiny_model, tmp_path / "model", "encoder")
-    with pytest.raises(ConfigError, match="^handler.dtype: float32: at the warm-up what the VAE made of the image"):
+    with pytest.raises(ConfigError, match="^handler.dtype: float32: at the warm-up the VAE's encoding of the image"):
         load(folder, warm_up=True)
     load(folder, warm_up=True, preview="exact")

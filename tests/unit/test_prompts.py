@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from sdxl_server.prompts import find_syntax
+from sdxl_server.api.warnings import warn_of_syntax
 
 
 @pytest.mark.parametrize(
@@ -22,13 +22,16 @@ from sdxl_server.prompts import find_syntax
         ("a [fox:cat:0.5]", ["'[fox:cat:0.5]'"]),
         ("a [fox|cat]", ["'[fox|cat]'"]),
         ("ugly, embedding:EasyNegative", ["'embedding:EasyNegative'"]),
-        ("<lora:x:1> a (red:1.3) fox BREAK snow", ["'<lora:x:1>', '(red:1.3)', 'BREAK' mean nothing here and are"]),
-        (f"a ({'x' * 150}:1.3) fox", ["...", "means nothing here and is read as plain words"]),
+        (
+            "<lora:x:1> a (red:1.3) fox BREAK snow",
+            ["'<lora:x:1>', '(red:1.3)', 'BREAK' have no special meaning here and are"],
+        ),
+        (f"a ({'x' * 150}:1.3) fox", ["...", "has no special meaning here and is read as plain words"]),
         ("a (f\u00fcchs\n:1.3)", ["\\xfc", "\\n"]),
     ],
 )
 def test_other_programs_syntax_is_told(prompt: str, shown: list[str]) -> None:
-    (warning,) = find_syntax("negative_prompt", prompt)
+    (warning,) = warn_of_syntax("negative_prompt", prompt)
     assert warning.startswith("negative_prompt: ")
     assert all(each in warning for each in shown)
     assert warning.isascii()
@@ -57,11 +60,11 @@ def test_other_programs_syntax_is_told(prompt: str, shown: list[str]) -> None:
     ],
 )
 def test_plain_words_are_not(prompt: str) -> None:
-    assert find_syntax("prompt", prompt) == []
+    assert warn_of_syntax("prompt", prompt) == []
 
 
 @pytest.mark.parametrize("piece", ["(", "[", "(:", "[:", "[|", "(a", "<lora:", "[::", "((", "1", "embedding:", " AND"])
 def test_no_prompt_takes_long(piece: str) -> None:
-    start = time.perf_counter()
-    find_syntax("prompt", piece * (3000 // len(piece)))
-    assert time.perf_counter() - start < 0.5
+    start = time.process_time()
+    warn_of_syntax("prompt", piece * (3000 // len(piece)))
+    assert time.process_time() - start < 0.5

@@ -3,6 +3,7 @@
 import argparse
 import base64
 import codecs
+import contextlib
 import io
 import json
 import os
@@ -18,9 +19,7 @@ import sys
 import termios
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from email.message import Message
 from email.utils import formatdate
@@ -32,20 +31,21 @@ import pytest
 from PIL import Image
 
 import query
-from sdxl_server.fields import GenerationRequest
-from sdxl_server.files import encode_picture
+from sdxl_server.api.image_files import encode_image
+from sdxl_server.request.fields import GenerationRequest
 
 QUERY = Path(query.__file__)
+LIMIT = 60  # seconds, for a step that takes less than one
 TOKEN_ERROR = {"code": 400, "type": "InvalidKeyException", "message": "Token Authorization failed."}
 
 
-def make_picture(kind: str = "JPEG", **options: Any) -> bytes:
+def make_image(kind: str = "JPEG", **options: Any) -> bytes:
     file = io.BytesIO()
     Image.effect_noise((64, 64), 50).save(file, kind, **options)
     return file.getvalue()
 
 
-PICTURE = make_picture()
+IMAGE = make_image()
 
 
 @dataclass
@@ -59,11 +59,13 @@ class Handler(BaseHTTPRequestHandler):
     server: "Server"
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         self.server.requests.append(Request(self.path, self.headers, body))
         self.server.asked.set()
-        with suppress(OSError):  # the client may have left
+        with contextlib.suppress(OSError):  # the client may have left
             self.server.steps[len(self.server.requests) - 1](self)
+
+    do_GET = do_PUT = do_POST
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -101,12 +103,13 @@ def make_event(kind: str, **data: object) -> bytes:
     return f"event: {kind}\ndata: {json.dumps({'type': kind, **data})}\n\n".encode()
 
 
-def complete(picture: bytes = PICTURE, *, index: int = 0, **data: object) -> bytes:
-    """The event of a finished picture, or of a preview that has a number."""
+def complete(image: bytes = IMAGE, *, index: int = 0, **data: object) -> bytes:
+    """The event of a finished image, or of a preview that has a number."""
     kind = "image_generation.partial_image" if "partial_image_index" in data else "image_generation.completed"
-    return make_event(kind, b64_json=base64.b64encode(picture).decode(), seed=7 + index, index=index, **data)
+    return make_event(kind, b64_json=base64.b64encode(image).decode(), seed=7 + index, index=index, **data)
 
 
+UNASKED = ", which was not asked for or came before"
 DONE = complete()
 STREAM = "text/event-stream"
 
@@ -133,13 +136,17 @@ def after(action: Callable[[], object], step: Step) -> Step:
 
 
 def hang(handler: Handler) -> None:
-    handler.server.released.wait(10)
+    handler.server.released.wait(LIMIT)
 
 
 def drip(*, head: bytes, part: bytes) -> Step:
+    """Send a head, and then parts for longer than a client may wait."""
+
     def send(handler: Handler) -> None:
         handler.wfile.write(head)
-        while not handler.server.released.wait(0.02):
+        for _ in range(1000):
+            if handler.server.released.wait(0.02):
+                return
             handler.wfile.write(part)
 
     return send
@@ -222,12 +229,12 @@ def get_tokens(server: Server) -> list[str | None]:
 # What is sent
 
 
-def test_program_sends_prompt_and_saves_picture(server: Server) -> None:
+def test_program_sends_prompt_and_saves_image(server: Server) -> None:
     write_key("from-file")
-    out, err = start_query(server).communicate(timeout=10)
+    out, err = start_query(server).communicate(timeout=LIMIT)
     name = out.decode().removesuffix("\n")
     assert re.fullmatch(r"output-\d{8}-\d{6}\.jpg", name)
-    assert (Path(name).read_bytes(), err) == (PICTURE, f"{name}: seed 7\n".encode())
+    assert (Path(name).read_bytes(), err) == (IMAGE, f"{name}: seed 7\n".encode())
     (request,) = server.requests
     assert request.path == "/predictions/diffusion_fast"
     assert request.headers["Content-Type"] == "application/json"
@@ -235,21 +242,18 @@ def test_program_sends_prompt_and_saves_picture(server: Server) -> None:
 
 
 def test_token_order(client: Client, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    server.steps *= 4
-    client.save("--filename", "1.jpg")
+    server.steps *= 5
+    client.save("--filename", "0.jpg")
+    write_key("elsewhere")
+    Path("key_file.json").rename("other.json")
+    client.save("--filename", "1.jpg", "--key-file", "other.json")
     write_key("from-file")
     client.save("--filename", "2.jpg")
     monkeypatch.setenv("TORCHSERVE_TOKEN", "from-variable")
     client.save("--filename", "3.jpg")
     client.save("--filename", "4.jpg", "--token", "from-option")
-    assert get_tokens(server) == [None, "Bearer from-file", "Bearer from-variable", "Bearer from-option"]
-
-
-def test_key_file_option(client: Client, server: Server) -> None:
-    write_key("elsewhere")
-    Path("key_file.json").rename("other.json")
-    client.save("--key-file", "other.json")
-    assert get_tokens(server) == ["Bearer elsewhere"]
+    places = ("elsewhere", "from-file", "from-variable", "from-option")
+    assert get_tokens(server) == [None, *(f"Bearer {place}" for place in places)]
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"inference": "key"}', '{"inference": {}}'])
@@ -300,21 +304,19 @@ def test_other_400_is_not_sent_again(client: Client, server: Server) -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--token", "own"]])
-def test_netrc_does_not_replace_token(
+def test_no_netrc_and_no_proxy(
     client: Client, server: Server, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    netrc = tmp_path / "netrc"
-    netrc.write_text("machine 127.0.0.1 login somebody password else\n")
+    (netrc := tmp_path / "netrc").write_text("machine 127.0.0.1 login somebody password else\n")
     netrc.chmod(0o600)
-    monkeypatch.setenv("NETRC", str(netrc))
+    for name, value in {
+        "NETRC": str(netrc),
+        "HTTP_PROXY": "http://127.0.0.1:1",
+        "http_proxy": "http://127.0.0.1:1",
+    }.items():
+        monkeypatch.setenv(name, value)
     client.save(*options)
     assert get_tokens(server) == ["Bearer own" if options else None]
-
-
-def test_proxy_is_not_asked(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    client.save()
 
 
 def test_redirect_is_not_followed(client: Client, server: Server) -> None:
@@ -352,26 +354,23 @@ def test_error_answer_is_shown(client: Client, server: Server, status: int, body
 @pytest.mark.parametrize(
     ("body", "kind", "line"),
     [
-        (b"hello\n" * 100, "text/html", "the answer is not a stream of events (text/html): hello\\nhello"),
-        (PICTURE, "image/jpeg", "the answer is not a stream of events (image/jpeg): "),
-        (b"", STREAM, "the answer ended before the last picture"),
-        (make_event("progress", step=1, total=9), STREAM, "the answer ended before the last picture"),
-        (DONE[:-1], STREAM, "the answer ended before the last picture"),
-        (b"data: hello\n\n", STREAM, "the answer ended before the last picture"),
-        (make_event("progress", step=1), STREAM, "the answer holds a damaged event: KeyError('total')"),
-        (complete(index=3), STREAM, "the server sends picture 3, counted from 0, for which nobody has asked"),
-        (make_event("image_generation.completed", b64_json="?", index=0), STREAM, "the picture is damaged: "),
-        (make_event("image_generation.completed", index=0), STREAM, "the picture is damaged: 'b64_json'"),
-        (complete(b"hello"), STREAM, "the picture is damaged: it is no JPEG, PNG or WebP"),
-        (complete(b""), STREAM, "the picture is damaged: it is no JPEG, PNG or WebP"),
-        (complete(make_picture("GIF")), STREAM, "the picture is damaged: it is no JPEG, PNG or WebP"),
-        (complete(PICTURE[:-200]), STREAM, "the picture is damaged: it is cut short"),
-        (complete(make_picture("PNG")[:-200]), STREAM, "the picture is damaged: it is cut short"),
-        (complete(make_picture("WEBP")[:-200]), STREAM, "the picture is damaged: it is cut short"),
-        (complete(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), STREAM, "it is no JPEG, PNG or WebP"),
+        (b"hello\n" * 100, "text/html", "answered with text/html instead of text/event-stream: hello\\nhello"),
+        (IMAGE, "image/jpeg", "answered with image/jpeg instead of text/event-stream: "),
+        (b"", STREAM, "the answer ended before the last image"),
+        (make_event("progress", step=1, total=9), STREAM, "the answer ended before the last image"),
+        (DONE[:-1], STREAM, "the answer ended before the last image"),
+        (b"data: hello\n\n", STREAM, "the answer ended before the last image"),
+        (make_event("progress", step=1), STREAM, "the server sends a damaged event: KeyError('total')"),
+        (complete(index=3), STREAM, f"the server sends image 3{UNASKED}"),
+        (make_event("image_generation.completed", b64_json="?", index=0), STREAM, "sends a damaged event: Error("),
+        (make_event("image_generation.completed", index=0), STREAM, "sends a damaged event: KeyError('b64_json')"),
+        *[
+            (complete(file), STREAM, "the server sends a file that is no JPEG, PNG or WebP")
+            for file in (b"hello", b"", make_image("GIF"), b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+        ],
     ],
 )
-def test_answer_without_a_picture(client: Client, server: Server, body: bytes, kind: str, line: str) -> None:
+def test_answer_without_an_image(client: Client, server: Server, body: bytes, kind: str, line: str) -> None:
     server.steps = [answer(body, 200, kind)]
     assert line in (shown := client.fail())
     assert len(shown) < 1000
@@ -379,23 +378,20 @@ def test_answer_without_a_picture(client: Client, server: Server, body: bytes, k
 
 # A server that is hostile or broken
 
-AGAIN = ", counted from 0, again"
-UNASKED = ", counted from 0, for which nobody has asked"
-
 
 def preview(index: object = 0, number: object = 0) -> bytes:
     kind = "image_generation.partial_image"
-    return make_event(kind, b64_json=base64.b64encode(PICTURE).decode(), index=index, partial_image_index=number)
+    return make_event(kind, b64_json=base64.b64encode(IMAGE).decode(), index=index, partial_image_index=number)
 
 
 @pytest.mark.parametrize(
     ("events", "line"),
     [
-        ([preview()], f"preview 0 of picture 0{UNASKED}"),
-        ([complete(index=-1)], f"picture -1{UNASKED}"),
-        ([DONE.replace(b'"index": 0', b'"index": false')], f"picture False{UNASKED}"),
-        ([DONE.replace(b'"index": 0', b'"index": 0.0')], f"picture 0.0{UNASKED}"),
-        ([DONE.replace(b'"index": 0', b'"index": [' + b"0," * 999 + b"0]")], "picture [0, 0, 0"),
+        ([preview()], f"preview 0 of image 0{UNASKED}"),
+        ([complete(index=-1)], f"image -1{UNASKED}"),
+        ([DONE.replace(b'"index": 0', b'"index": false')], f"image False{UNASKED}"),
+        ([DONE.replace(b'"index": 0', b'"index": 0.0')], f"image 0.0{UNASKED}"),
+        ([DONE.replace(b'"index": 0', b'"index": [' + b"0," * 999 + b"0]")], "image [0, 0, 0"),
         ([DONE.replace(b"completed", b"partial_image")], "a damaged event: KeyError('partial_image_index')"),
         *[
             ([make_event("progress", step=5, total=9), make_event("progress", step=step, total=9)], "after step 5")
@@ -410,7 +406,7 @@ def preview(index: object = 0, number: object = 0) -> bytes:
         ([b'data: {"type": "progress", "step": 1e999, "total": 9}\n\n'], "the server sends step inf of 9"),
         ([make_event("progress", step=1, total=10**9)], "the server sends step 1 of 1000000000"),
         ([b'data: {"type": "x", "a": [' + b"{}," * 99_999 + b"{}]}\n\n"], "an event of more than 50000 parts"),
-        ([make_event("warning", message="x")] * 1000, "the answer ended before the last picture"),
+        ([make_event("warning", message="x")] * 1000, "the answer ended before the last image"),
         ([make_event("error", error={"message": "x" * 9999})], f"the server says: {'x' * 1000}\n"),
     ],
 )
@@ -422,13 +418,13 @@ def test_what_nobody_has_asked_for(client: Client, server: Server, events: list[
 @pytest.mark.parametrize(
     ("events", "line", "files"),
     [
-        ([complete(), complete()], f"picture 0{AGAIN}", 1),
-        ([complete(index=1), complete(index=1)], f"picture 1{AGAIN}", 1),
-        ([complete(index=1)], "the answer ended before the last picture", 1),
-        ([preview(), preview(number=1), preview()], f"preview 0 of picture 0{AGAIN}", 2),
-        ([complete(), preview()], f"preview 0 of picture 0{AGAIN}", 1),
-        ([preview(number=2)], f"preview 2 of picture 0{UNASKED}", 0),
-        ([preview(number=float("nan"))], f"preview nan of picture 0{UNASKED}", 0),
+        ([complete(), complete()], f"image 0{UNASKED}", 1),
+        ([complete(index=1), complete(index=1)], f"image 1{UNASKED}", 1),
+        ([complete(index=1)], "the answer ended before the last image", 1),
+        ([preview(), preview(number=1), preview()], f"preview 0 of image 0{UNASKED}", 2),
+        ([complete(), preview()], f"preview 0 of image 0{UNASKED}", 1),
+        ([preview(number=2)], f"preview 2 of image 0{UNASKED}", 0),
+        ([preview(number=float("nan"))], f"preview nan of image 0{UNASKED}", 0),
     ],
 )
 def test_more_than_was_asked_for(client: Client, server: Server, events: list[bytes], line: str, files: int) -> None:
@@ -440,86 +436,19 @@ def test_more_than_was_asked_for(client: Client, server: Server, events: list[by
 
 def test_endless_previews_fill_no_disk(client: Client, server: Server) -> None:
     server.steps = [drip(head=b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n", part=preview() * 9)]
-    assert f"preview 0 of picture 0{UNASKED}" in client.fail()
-
-
-def test_endless_events_end(client: Client, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(query, "MAX_EVENT_BYTES", 100_000)
-    server.steps = [drip(head=b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n", part=b": x\n\n" * 9999)]
-    assert "the answer is longer than all pictures that were asked for" in client.fail("--timeout", "5")
+    assert f"preview 0 of image 0{UNASKED}" in client.fail()
 
 
 def test_endless_chunk_heads_end(client: Client, server: Server) -> None:
     head = b"HTTP/1.1 500 X\r\nContent-Type: text/plain\r\nTransfer-Encoding: chunked\r\n\r\n"
     server.steps = [drip(head=head, part=b"0" * 50_000)]
-    assert "no answer from" in client.fail("--timeout", "5", code=3)
+    assert "no answer from" in client.fail(code=3)
 
 
-def widen(picture: bytes, width: int, height: int) -> bytes:
-    """Return a picture of 64 x 64 pixels whose head tells of others."""
-    if picture.startswith(b"RIFF"):
-        lossy, lossless = picture.find(b"VP8 "), picture.find(b"VP8L")
-        bits = (width - 1) | (height - 1) << 14
-        if lossless > 0:
-            return picture[: lossless + 9] + struct.pack("<I", bits) + picture[lossless + 13 :]
-        return picture[: lossy + 14] + struct.pack("<HH", width, height) + picture[lossy + 18 :]
-    if picture.startswith(b"\x89PNG"):
-        part = b"IHDR" + struct.pack(">II", width, height) + picture[24:29]
-        return picture[:12] + part + struct.pack(">I", zlib.crc32(part)) + picture[33:]
-    return picture.replace(struct.pack(">HH", 64, 64), struct.pack(">HH", height, width), 1)
-
-
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [("PNG", {}), ("JPEG", {}), ("JPEG", {"progressive": True}), ("WEBP", {}), ("WEBP", {"lossless": True})],
-)
-def test_picture_that_is_too_large(client: Client, server: Server, kind: str, options: dict[str, Any]) -> None:
-    """Nothing decodes it: it has no more bytes than a small one."""
-    server.steps = [answer(complete(widen(make_picture(kind, **options), 13_000, 13_000)))]
-    assert "the picture has 13000 x 13000 pixels; the most that is taken is 16777216" in client.fail()
-    query.check_frame(widen(make_picture(kind, **options), 4096, 4096))
-
-
-def test_like_does_not_decode_a_picture_that_is_too_large(client: Client, server: Server) -> None:
-    Path("large.png").write_bytes(widen(make_picture("PNG"), 13_000, 13_000))
+def test_like_does_not_decode_an_image_that_is_too_large(client: Client, server: Server) -> None:
+    Image.new("L", (5000, 5000)).save("large.png")
     client.options.clear()
-    assert "the picture has 13000 x 13000 pixels" in client.fail("--like", "large.png", code=2)
-
-
-def is_whole(picture: bytes) -> bool:
-    try:
-        query.check_frame(picture)
-    except (ValueError, struct.error):
-        return False
-    return True
-
-
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        *[("JPEG", {}), ("JPEG", {"progressive": True, "comment": b"a"}), ("JPEG", {"restart_marker_blocks": 1})],
-        *[("PNG", {}), ("WEBP", {}), ("WEBP", {"lossless": True}), ("WEBP", {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0"})],
-    ],
-)
-def test_picture_is_whole_at_its_last_byte_only(kind: str, options: dict[str, Any]) -> None:
-    picture = make_picture(kind, **options)
-    assert [end for end in range(len(picture) + 1) if is_whole(picture[:end])] == [len(picture)]
-
-
-def test_png_whose_bytes_changed() -> None:
-    picture = make_picture("PNG")
-    assert not any(is_whole(picture[:i] + bytes([picture[i] ^ 1]) + picture[i + 1 :]) for i in range(len(picture)))
-
-
-@pytest.mark.parametrize(
-    "picture",
-    [
-        *[b"\xff\xd8\xff\xd9", PICTURE[:100] + PICTURE[200:], b"RIFF\x04\0\0\0WEBP", b"RIFF\x0c\0\0\0WEBPEXIF\0\0\0\0"],
-        *[make_picture("PNG")[:8] + make_picture("PNG")[-12:], make_picture("PNG")[:33] + make_picture("PNG")[-12:]],
-    ],
-)
-def test_picture_that_lacks_parts(picture: bytes) -> None:
-    assert not is_whole(picture)
+    assert "it has 5000 x 5000 pixels, and at most 16777216 are read" in client.fail("--like", "large.png", code=2)
 
 
 @pytest.mark.parametrize(("status", "code"), [(504, 3), (400, 2), (500, 1), (None, 1)])
@@ -564,18 +493,18 @@ def test_events_are_whole_however_they_arrive(size: int) -> None:
 
 
 def test_large_event_is_searched_once() -> None:
-    picture = "A" * 2**24
-    body = f'data: {{"b64_json": "{picture}"}}\n\n'.encode()
-    start = time.monotonic()
+    image = "A" * 2**24
+    body = f'data: {{"b64_json": "{image}"}}\n\n'.encode()
+    start = time.thread_time()
     (event,) = query.read_events(Answer(body, size=2**13), make_job())
-    assert event["b64_json"] == picture
-    assert time.monotonic() - start < 2
+    assert event["b64_json"] == image
+    assert time.thread_time() - start < 2
 
 
 def test_answer_that_never_ends_is_refused(client: Client, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(query, "MAX_EVENT_BYTES", 100_000)
     server.steps = [drip(head=b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n", part=bytes(50_000))]
-    assert "an event of more than 100000 bytes" in client.fail("--timeout", "3")
+    assert "an event of more than 100000 bytes" in client.fail()
 
 
 def test_url_without_scheme(client: Client) -> None:
@@ -596,34 +525,29 @@ def test_url_without_scheme(client: Client) -> None:
 )
 def test_timeout_is_for_the_whole_request(client: Client, server: Server, step: Step) -> None:
     server.steps = [step]
-    start = time.monotonic()
-    late = f"query.py: no picture from {server.url} within 0.4 s (--timeout)\n"
+    late = f"query.py: no image from {server.url} within 0.4 s (--timeout)\n"
     assert client.fail("--timeout", "0.4", code=3) == late
-    assert 0.4 <= time.monotonic() - start < 5
-
-
-@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "soon"])
-def test_timeout_must_be_positive(client: Client, seconds: str) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        client.run("--timeout", seconds)
 
 
 def test_steps_are_shown_on_a_terminal(server: Server) -> None:
     steps = b"".join(make_event("progress", step=i, total=30) for i in range(1, 30))
-    server.steps = [after(lambda: time.sleep(1.3), answer(steps + DONE))]
+    time_is_shown = threading.Event()
+    server.steps = [after(lambda: time_is_shown.wait(LIMIT), answer(steps + DONE))]
     ours, its = pty.openpty()
     termios.tcsetwinsize(its, (24, 100))
     with start_query(server, "--filename", "cat.jpg", stderr=its) as process:
         os.close(its)
         shown = b""
-        with suppress(OSError):  # EIO: the program has ended
+        with contextlib.suppress(OSError):  # EIO: the program has ended
             while part := os.read(ours, 1000):
                 shown += part
+                if re.search(rb"0step \[00:0[1-9]", shown):  # the time is shown before the first step
+                    time_is_shown.set()
         assert process.stdout
         assert process.stdout.read() == b"cat.jpg\n"
     os.close(ours)
-    assert b"0step [00:01" in shown  # before the first step the time is shown
-    assert re.search(rb"29/30 \[00:0\d<00:0\d", shown)
+    assert time_is_shown.is_set()
+    assert re.search(rb"29/30 \[\d\d:\d\d<\d\d:\d\d", shown)
     assert b"cat.jpg: seed 7\r\n" in shown
 
 
@@ -631,9 +555,9 @@ def test_interrupt(server: Server) -> None:
     server.steps = [hang]
     # A shell's background job ignores the signal, and so would its children.
     with start_query(server, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
-        assert server.asked.wait(10)
+        assert server.asked.wait(LIMIT)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=5)
+        out, err = process.communicate(timeout=LIMIT)
     assert (process.returncode, out, err, read_folder()) == (130, b"", b"", {})
 
 
@@ -660,60 +584,70 @@ def reset(handler: Handler) -> None:
 
 
 @dataclass
-class Draws:
-    """In place of random.uniform: waits of 20 ms, what happens meanwhile, and the ranges asked for."""
+class Clock:
+    """Stands for random.uniform and the module time in query.py.
 
+    Each draw is a wait of 20 ms, during which the clock goes on by 30 s.
+    """
+
+    now: float = 1000.0
     ranges: list[tuple[float, float]] = field(default_factory=list)
     meanwhile: Callable[[], object] = lambda: None
+    strftime = staticmethod(time.strftime)
 
-    def __call__(self, low: float, high: float) -> float:
+    def monotonic(self) -> float:
+        return self.now
+
+    def draw(self, low: float, high: float) -> float:
         self.ranges.append((low, high))
+        self.now += 30
         self.meanwhile()
         return 0.02
 
 
 @pytest.fixture
-def draws(monkeypatch: pytest.MonkeyPatch) -> Draws:
-    draws = Draws()
-    monkeypatch.setattr(random, "uniform", draws)
-    return draws
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(random, "uniform", clock.draw)
+    monkeypatch.setattr(query, "time", clock)
+    return clock
 
 
-def test_busy_server_is_asked_again(client: Client, server: Server, draws: Draws) -> None:
+def test_busy_server_is_asked_again(client: Client, server: Server, clock: Clock) -> None:
     server.steps = [be_busy, be_busy, answer()]
     Path("list.txt").write_text("\na cat\n")
     client.options.clear()
     status, _, err = client.run("--prompts", "list.txt", "--filename", "cat.jpg")
-    assert (status, read_folder()["cat-1.jpg"]) == (0, PICTURE)
+    assert (status, read_folder()["cat-1.jpg"]) == (0, IMAGE)
     line = BUSY.replace("query.py: ", "query.py: line 2: ")
     assert err == f"{line}; asking again in 0 s\n" * 2 + "cat-1.jpg: seed 7\n"
-    assert draws.ranges == [(0, 1), (0, 2)]
+    assert clock.ranges == [(0, 1), (0, 2)]
     assert [request.body for request in server.requests] == [server.requests[0].body] * 3
 
 
 @pytest.mark.parametrize("step", [refuse(429, retry_after="1"), refuse(503, retry_after="1", body=BUSY_ANSWER)])
-def test_retry_after_is_waited_for(client: Client, server: Server, draws: Draws, step: Step) -> None:
-    server.steps = [step, answer()]
-    start = time.monotonic()
+def test_retry_after_is_waited_for(client: Client, server: Server, clock: Clock, step: Step) -> None:
+    times: list[float] = []
+    server.steps = [after(lambda: times.append(time.monotonic()), each) for each in (step, answer())]
     status, _, err = client.run()
     assert (status, len(server.requests)) == (0, 2)
     assert "; asking again in 1 s\n" in err
-    assert 1 <= time.monotonic() - start < 5
+    assert times[1] - times[0] >= 1
 
 
-@pytest.mark.parametrize("retry_after", [formatdate(0, usegmt=True), "0", "soon", ""])
+@pytest.mark.parametrize("retry_after", [formatdate(0, usegmt=True), "-5", "1.5", "²", "0", "soon", ""])
 def test_retry_after_of_any_kind_tells_that_nothing_ran(
-    client: Client, server: Server, draws: Draws, retry_after: str
+    client: Client, server: Server, clock: Clock, retry_after: str
 ) -> None:
     server.steps = [refuse(503, retry_after=retry_after), answer()]
     assert client.run()[0] == 0
-    assert draws.ranges == [(0, 1)]
+    assert clock.ranges == [(0, 1)]
 
 
 @pytest.mark.parametrize(
     ("options", "limit"), [("--retry 9", "--retry 9"), ("--timeout 9", "--timeout 9"), ("--timeout 99", "--retry 60")]
 )
-def test_retry_after_past_the_limit(client: Client, server: Server, options: str, limit: str) -> None:
+def test_retry_after_past_the_limit(client: Client, server: Server, clock: Clock, options: str, limit: str) -> None:
     wait = 30 if options == "--timeout 9" else 61
     server.steps = [refuse(429, retry_after=str(wait))]
     shown = client.fail(*options.split(), code=3)
@@ -721,17 +655,16 @@ def test_retry_after_past_the_limit(client: Client, server: Server, options: str
     assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize(("option", "limit"), [("--retry", 0.3), ("--timeout", 0.5)])
-def test_giving_up(client: Client, server: Server, draws: Draws, option: str, limit: float) -> None:
-    server.steps = [be_busy] * 200
-    start = time.monotonic()
-    status, out, err = client.run(option, f"{limit:g}")
-    assert limit - 0.1 <= time.monotonic() - start < limit + 2
+@pytest.mark.parametrize("options", [["--retry", "100"], ["--timeout", "100", "--retry", "1000"]])
+def test_giving_up(client: Client, server: Server, clock: Clock, options: list[str]) -> None:
+    server.steps = [be_busy] * 9
+    status, out, err = client.run(*options)
     assert (status, out) == (3, "")
-    assert f" s ({option}" in err.splitlines()[-1]
-    assert (count := len(server.requests)) > 1
-    time.sleep(0.1)
-    assert len(server.requests) <= count + 1  # one may have been under way
+    assert f" s ({options[0]}" in err.splitlines()[-1]
+    for thread in threading.enumerate():
+        if thread.name.endswith("(follow)"):
+            thread.join(LIMIT)
+    assert 4 <= len(server.requests) <= 5  # at 0, 30, 60 and 90 s; one may have been under way
 
 
 @pytest.mark.parametrize("step", [be_busy, refuse(503, retry_after="0")])
@@ -764,11 +697,11 @@ def describe(kind: str) -> dict[str, object]:
     ],
 )
 def test_what_may_have_run_is_not_sent_again(
-    client: Client, server: Server, draws: Draws, step: Step, code: int
+    client: Client, server: Server, clock: Clock, step: Step, code: int
 ) -> None:
     server.steps = [step] * 3
     client.fail(code=code)
-    assert (len(server.requests), draws.ranges) == (1, [])
+    assert (len(server.requests), clock.ranges) == (1, [])
 
 
 def make_options(server: Server, *, timeout: float = 9.0) -> argparse.Namespace:
@@ -776,29 +709,28 @@ def make_options(server: Server, *, timeout: float = 9.0) -> argparse.Namespace:
 
 
 def make_job() -> query.Job:
-    return query.Job("", {"prompt": "a cat"}, [Path("cat.jpg")], deadline=time.monotonic() + 9)
+    return query.Job("", {"prompt": "a cat"}, [Path("cat.jpg")], deadline=time.monotonic() + 99)
 
 
-def test_no_answer_in_time_is_not_sent_again(server: Server, draws: Draws) -> None:
+def test_no_answer_in_time_is_not_sent_again(server: Server, clock: Clock) -> None:
     server.steps = [hang] * 3
     with pytest.raises(query.QueryError, match="no answer from .*timed out"):
         list(query.request_events(make_job(), make_options(server, timeout=0.2)))
-    assert (len(server.requests), draws.ranges) == (1, [])
+    assert (len(server.requests), clock.ranges) == (1, [])
 
 
-def test_server_that_is_down(down_server: Server, capsys: pytest.CaptureFixture[str], draws: Draws) -> None:
+def test_server_that_is_down(down_server: Server, capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
     client = Client(down_server, capsys)
     line = f"query.py: no answer from {down_server.url}: Connection refused"
     assert client.fail("--retry", "0", code=3) == f"{line}\n"
-    status, _, err = client.run("--retry", "0.2")
+    status, _, err = client.run("--retry", "100")
     assert status == 3
-    assert err.startswith(f"{line}; asking again in 0 s\n")
-    assert err.endswith(f"\n{line}; given up after 0 s (--retry 0.2)\n")
+    assert err == f"{line}; asking again in 0 s\n" * 4 + f"{line}; given up after 120 s (--retry 100)\n"
 
 
 @pytest.mark.parametrize("failure", [socket.gaierror(-2, "Name or service not known"), TimeoutError("timed out")])
 def test_what_was_not_sent_is_sent_again(
-    client: Client, server: Server, draws: Draws, monkeypatch: pytest.MonkeyPatch, failure: OSError
+    client: Client, server: Server, clock: Clock, monkeypatch: pytest.MonkeyPatch, failure: OSError
 ) -> None:
     from urllib3.util import connection
 
@@ -816,14 +748,14 @@ def test_what_was_not_sent_is_sent_again(
 
 
 def test_server_that_starts_late_with_new_keys(
-    down_server: Server, capsys: pytest.CaptureFixture[str], draws: Draws
+    down_server: Server, capsys: pytest.CaptureFixture[str], clock: Clock
 ) -> None:
     """Its first answer is for the old token, and it is busy at first."""
     write_key("old")
     refuse_token = answer(TOKEN_ERROR, 400, "application/json")
     down_server.steps = [after(lambda: write_key("new"), refuse_token), be_busy, answer()]
     starts = iter([down_server.listen])
-    draws.meanwhile = lambda: next(starts, lambda: None)()
+    clock.meanwhile = lambda: next(starts, lambda: None)()
     status, _, err = Client(down_server, capsys).run()
     assert (status, get_tokens(down_server)) == (0, ["Bearer old", "Bearer new", "Bearer new"])
     assert err.startswith(
@@ -858,46 +790,23 @@ def test_last_wait_ends_with_the_time() -> None:
     assert query.choose_wait(0, tries=9, left=-1) is None
 
 
-@pytest.mark.parametrize(
-    ("value", "seconds"),
-    [
-        *[("7", 7), ("0", 0), ("9" * 400, float("inf")), ("Sat, 01 Jan 2000 00:00:00 GMT", 0)],
-        *[(value, None) for value in (None, "", "soon", "-5", "1.5", "nan", "٣", "²", "Mon, 99 Nov 2026 00:00:00 GMT")],
-    ],
-)
-def test_retry_after_values(value: str | None, seconds: float | None) -> None:
-    assert query.parse_retry_after(value) == seconds
-
-
-def test_retry_after_date() -> None:
-    wait = query.parse_retry_after(formatdate(time.time() + 99, usegmt=True))
-    assert wait
-    assert 90 < wait <= 99
-
-
-@pytest.mark.parametrize("seconds", ["-1", "nan", "soon"])
-def test_retry_must_be_a_time(client: Client, seconds: str) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        client.run("--retry", seconds)
-
-
 def test_interrupt_of_a_wait(server: Server) -> None:
     server.steps = [refuse(429, retry_after="30")]
     with start_query(server, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
         assert process.stderr
         assert b"asking again in 3" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=5)
+        out, err = process.communicate(timeout=LIMIT)
     assert (process.returncode, out, err, len(server.requests)) == (130, b"", b"", 1)
 
 
 def test_job_that_is_over_does_not_wait(server: Server) -> None:
-    server.steps = [refuse(429, retry_after="3")] * 2
+    server.steps = [refuse(429, retry_after="40")] * 2
     job, start = make_job(), time.monotonic()
     for event in query.request_events(job, make_options(server)):
         assert event["type"] == "warning"
         job.is_over.set()
-    assert (len(server.requests), time.monotonic() - start < 2) == (1, True)
+    assert (len(server.requests), time.monotonic() - start < 30) == (1, True)
 
 
 # The file
@@ -906,7 +815,7 @@ def test_job_that_is_over_does_not_wait(server: Server) -> None:
 def test_filename(client: Client, folder: Path) -> None:
     (folder / "sub").mkdir()
     assert client.save("--filename", "sub/cat.jpg") == Path("sub/cat.jpg")
-    assert Path("sub/cat.jpg").read_bytes() == PICTURE
+    assert Path("sub/cat.jpg").read_bytes() == IMAGE
 
 
 def test_file_mode_follows_umask(client: Client) -> None:
@@ -917,7 +826,7 @@ def test_file_mode_follows_umask(client: Client) -> None:
         os.umask(before)
 
 
-def test_two_pictures_in_one_second(client: Client, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_images_in_one_second(client: Client, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.steps *= 3
     now, strftime = time.strptime("2026-11-23 05:45:30", "%Y-%m-%d %H:%M:%S"), time.strftime
     monkeypatch.setattr(time, "strftime", lambda format: strftime(format, now))
@@ -938,7 +847,7 @@ def test_existing_name_is_refused_before_asking(
 def test_overwrite(client: Client) -> None:
     Path("cat.jpg").write_bytes(b"old")
     client.save("--filename", "cat.jpg", "--overwrite")
-    assert read_folder() == {"cat.jpg": PICTURE}
+    assert read_folder() == {"cat.jpg": IMAGE}
 
 
 def test_overwrite_keeps_a_folder(client: Client, server: Server, tmp_path: Path) -> None:
@@ -946,9 +855,9 @@ def test_overwrite_keeps_a_folder(client: Client, server: Server, tmp_path: Path
     assert server.requests == []
 
 
-def test_failure_keeps_the_old_picture(client: Client, server: Server) -> None:
+def test_failure_keeps_the_old_image(client: Client, server: Server) -> None:
     Path("cat.jpg").write_bytes(b"old")
-    server.steps = [answer(complete(PICTURE[:-200]))]
+    server.steps = [answer(complete(b"no image"))]
     client.fail("--filename", "cat.jpg", "--overwrite")
     assert read_folder() == {"cat.jpg": b"old"}
 
@@ -956,7 +865,7 @@ def test_failure_keeps_the_old_picture(client: Client, server: Server) -> None:
 def test_name_that_is_taken_meanwhile(client: Client, server: Server) -> None:
     server.steps = [after(lambda: Path("cat.jpg").write_bytes(b"other"), answer())]
     assert client.save("--filename", "cat.jpg") == Path("cat-1.jpg")
-    assert read_folder() == {"cat.jpg": b"other", "cat-1.jpg": PICTURE}
+    assert read_folder() == {"cat.jpg": b"other", "cat-1.jpg": IMAGE}
 
 
 def test_folder_that_cannot_be_written(client: Client, server: Server) -> None:
@@ -977,7 +886,7 @@ def test_full_disk_leaves_nothing(server: Server) -> None:
     )
     code = f"{limit}, run_name='__main__')"
     command = [sys.executable, "-B", "-c", code, "--url", server.url, "--prompt", "a cat"]
-    done = subprocess.run(command, capture_output=True, timeout=10, check=False)
+    done = subprocess.run(command, capture_output=True, timeout=LIMIT, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"query.py: [Errno 27] File too large\n")
     assert read_folder() == {}
 
@@ -991,37 +900,69 @@ def test_help_imports_nothing_heavy() -> None:
         with contextlib.suppress(SystemExit):
             query.main(["--help"])
         sys.exit(" ".join({"PIL", "requests", "tqdm", "urllib3"} & set(sys.modules)))"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=10, cwd=QUERY.parent, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, timeout=LIMIT, cwd=QUERY.parent, check=False
+    )
     assert done.stderr == b"\n"  # sys.exit("") prints an empty line
     assert b"--prompt" in done.stdout
 
 
-@pytest.mark.parametrize("options", [[], ["--prompt", "x", "--prompts", "x"], ["--prompt", "x", "--concurrency", "0"]])
-def test_options_that_are_wrong(client: Client, options: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ("", "one of --prompt, --prompts, --like and --job is needed"),
+        ("--prompt x --prompts x", "--prompts goes without --prompt"),
+        ("--prompts x --job 12345678", "--prompts goes without --prompt and without --job"),
+        ("--prompt x --concurrency 0", "--concurrency must be 1 or more"),
+        ("--prompt x --leave", "--leave needs --job"),
+        ("--prompt x --job short", "--job takes 8 to 64 letters"),
+        ("--prompt x --field a", "--field: takes NAME=VALUE, such as clip_skip=1, not 'a'"),
+        ("--prompt x --image missing.png", "--image: cannot read missing.png: No such file"),
+        *((f"--prompt x --timeout {seconds}", "--timeout must be more than 0") for seconds in ("0", "-1", "nan")),
+        *((f"--prompt x --retry {seconds}", "--retry must be 0 or more") for seconds in ("-1", "nan")),
+        *((f"--prompt x --{name} soon", f"--{name}: invalid float value") for name in ("timeout", "retry")),
+    ],
+)
+def test_options_that_are_wrong(client: Client, server: Server, options: str, line: str) -> None:
     client.options.clear()
     with pytest.raises(SystemExit, match="2"):
-        client.run(*options)
+        client.run(*options.split())
+    assert line in client.capsys.readouterr().err
+    assert server.requests == []
 
 
-def test_options_are_the_contracts_fields() -> None:
+def read_contract() -> dict[str, Any]:
     document = json.loads((QUERY.parent / "docs/openapi.json").read_text())
-    fields = document["components"]["schemas"]["GenerationRequest"]["properties"]
-    # The program streams always, leaves when --timeout is up, calls the previews --preview, and reads no JSON
-    assert set(fields) == {"prompt", *query.FIELDS, "stream", "timeout", "partial_images", "response_format"}
+    return document["components"]["schemas"]["GenerationRequest"]["properties"]
+
+
+def test_options_are_fields_of_the_contract() -> None:
+    assert set(query.FIELDS) < set(read_contract())
+
+
+def test_every_field_can_be_sent(client: Client, server: Server) -> None:
+    values = [7, 0.5, "text", 'a "quoted" = text', True, None, [512, 512], {"name": "Euler"}]
+    given = {name: values[i % len(values)] for i, name in enumerate(read_contract()) if name != "stream"}
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in given.items()}
+    client.options.clear()
+    client.run("--prompt", "x", *(word for name, text in texts.items() for word in ("--field", f"{name}={text}")))
+    assert json.loads(server.requests[0].body) == {**given, "prompt": "x", "stream": True}
 
 
 def test_fields_are_sent(client: Client, server: Server) -> None:
-    Path("fox.png").write_bytes(b"a picture")
+    Path("fox.png").write_bytes(b"an image")
     given = {"width": 64, "num_inference_steps": 9, "guidance_scale": 2.5, "seed": 7, "original_size": [64, 128]}
-    options = "--width 64 --steps 9 --guidance-scale 2.5 --seed 7 --original-size 64 128 --image fox.png --preview"
-    client.save(*options.split(), "--filename", "cat.webp")
+    options = "--width 64 --steps 9 --guidance-scale 2.5 --seed 7 --field original_size=[64,128] --image fox.png"
+    adapters = [{"name": "ink", "scale": 0.5}]
+    more = ["--preview", "--adapters", json.dumps(adapters), "--scheduler", "Euler a", "--field", "width=8"]
+    client.save(*options.split(), *more, "--filename", "cat.webp")
     sent = json.loads(server.requests[0].body)
-    image = base64.b64encode(b"a picture").decode()
-    more = {"image": image, "output_format": "webp", "partial_images": 3, "prompt": "a cat", "stream": True}
-    assert sent == given | more
+    image = base64.b64encode(b"an image").decode()
+    rest = {"image": image, "output_format": "webp", "partial_images": 3, "prompt": "a cat", "stream": True}
+    assert sent == given | rest | {"adapters": adapters, "scheduler": "Euler a"}
 
 
-def test_several_pictures_and_previews(client: Client, server: Server) -> None:
+def test_several_images_and_previews(client: Client, server: Server) -> None:
     events = [complete(index=i, partial_image_index=k) for i in (0, 1) for k in (0, 1)]
     server.steps = [answer(b"".join([*events, complete(index=0), complete(index=1)]))]
     status, out, _ = client.run("-n", "2", "--preview", "2", "--filename", "cat.jpg")
@@ -1033,16 +974,16 @@ def test_several_pictures_and_previews(client: Client, server: Server) -> None:
 
 
 def embed(request: dict[str, object], kind: str) -> bytes:
-    """A picture that carries a request as the server embeds it."""
+    """An image that carries a request as the server embeds it."""
     size = {"width": 64, "height": 64, "seed": 0}
-    picture = GenerationRequest(prompt="", output_format=kind, **size)  # type: ignore[arg-type]
-    return encode_picture(Image.new("RGB", (64, 64)), picture, parameters={"request": request})
+    image = GenerationRequest(prompt="", output_format=kind, **size)  # type: ignore[arg-type]
+    return encode_image(Image.new("RGB", (64, 64)), image, parameters={"request": request})
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
-def test_like_repeats_a_picture(client: Client, server: Server, kind: str) -> None:
+def test_like_repeats_an_image(client: Client, server: Server, kind: str) -> None:
     request: dict[str, object] = {"prompt": "ein Füchslein", "seed": 7, "target_size": [8, 8], "output_format": kind}
-    Path("fox").write_bytes(embed({**request, "timeout": 9}, kind))
+    Path("fox").write_bytes(embed(request, kind))
     client.options.clear()
     server.steps *= 2
     client.save("--like", "fox")
@@ -1053,9 +994,13 @@ def test_like_repeats_a_picture(client: Client, server: Server, kind: str) -> No
 
 @pytest.mark.parametrize(
     ("file", "line"),
-    [(None, "there is no file fox"), (PICTURE, "fox does not tell how"), (b"x", "fox cannot be read as a picture")],
+    [
+        (None, "there is no file fox"),
+        (IMAGE, "fox holds no request of this server"),
+        (b"x", "fox cannot be read as an image"),
+    ],
 )
-def test_like_needs_a_picture_that_tells(client: Client, server: Server, file: bytes | None, line: str) -> None:
+def test_like_needs_an_image_that_tells(client: Client, server: Server, file: bytes | None, line: str) -> None:
     if file is not None:
         Path("fox").write_bytes(file)
     client.options.clear()
@@ -1087,37 +1032,27 @@ def run_alone(*options: str, **popen: object) -> subprocess.Popen[bytes]:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_program_runs_with_requests_alone(server: Server, kind: str) -> None:
-    picture = make_picture(kind)
+    image = make_image(kind)
     steps = make_event("progress", step=1, total=2) + make_event("progress", step=2, total=2)
-    server.steps = [answer(steps + complete(picture), headers={"X-Warning": "the prompt is long"})]
+    server.steps = [answer(steps + complete(image), headers={"X-Warning": "the prompt is long"})]
     process = run_alone("--url", server.url, "--prompt", "a cat", "--filename", "cat")
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=LIMIT)
     assert (process.returncode, out) == (0, b"cat\n")
     assert err == b"query.py: warning: the prompt is long\ncat: seed 7\n"
-    assert Path("cat").read_bytes() == picture
+    assert Path("cat").read_bytes() == image
 
 
 @pytest.mark.parametrize("place", [2, 3])
-def test_place_in_the_queue_only_falls(server: Server, place: int) -> None:
+def test_place_in_the_queue_only_falls(client: Client, server: Server, place: int) -> None:
     server.steps = [answer(make_event("queue", place=2) + make_event("queue", place=place) + DONE)]
-    _, err = run_alone("--url", server.url, "--prompt", "a cat").communicate(timeout=10)
-    assert err.splitlines()[1:] == [b"query.py: the server sends place %d in its queue after place 2" % place]
+    assert client.run()[2].splitlines()[1:] == [f"query.py: the server sends place {place} in its queue after place 2"]
 
 
-def test_place_in_the_queue_is_shown(server: Server) -> None:
+def test_place_in_the_queue_is_shown(client: Client, server: Server) -> None:
     waits = b"".join(make_event("queue", place=place) for place in (4, 3, 1))
     server.steps = [answer(waits + b":\n\n" + DONE)]
-    out, err = run_alone("--url", server.url, "--prompt", "a cat", "--filename", "cat.jpg").communicate(timeout=10)
-    told = b"".join(b"query.py: waiting; before it in the queue: %d\n" % place for place in (4, 3, 1))
-    assert (out, err) == (b"cat.jpg\n", told + b"cat.jpg: seed 7\n")
-
-
-def test_damaged_picture_is_refused_with_requests_alone(server: Server) -> None:
-    server.steps = [answer(complete(PICTURE[:-200]))]
-    process = run_alone("--url", server.url, "--prompt", "a cat")
-    out, err = process.communicate(timeout=10)
-    assert (process.returncode, out, err) == (1, b"", b"query.py: the picture is damaged: it is cut short\n")
-    assert set(read_folder()) == {"query.py"}
+    shown = "".join(f"query.py: waiting; requests before it: {place}\n" for place in (4, 3, 1))
+    assert client.run("--filename", "cat.jpg") == (0, "cat.jpg\n", shown + "cat.jpg: seed 7\n")
 
 
 def test_terminal_without_a_bar(server: Server) -> None:
@@ -1125,17 +1060,69 @@ def test_terminal_without_a_bar(server: Server) -> None:
     ours, its = pty.openpty()
     with run_alone("--url", server.url, "--prompt", "a cat", "--filename", "cat.jpg", stderr=its) as process:
         os.close(its)
-        assert process.wait(10) == 0
+        assert process.wait(LIMIT) == 0
     assert os.read(ours, 1000) == b"cat.jpg: seed 7\r\n"
     os.close(ours)
 
 
 def test_like_without_pillow(server: Server) -> None:
-    Path("fox.jpg").write_bytes(PICTURE)
+    Path("fox.jpg").write_bytes(IMAGE)
     process = run_alone("--url", server.url, "--like", "fox.jpg")
-    line = b"query.py: --like reads pictures with Pillow: pip install pillow\n"
-    assert (process.communicate(timeout=10), process.returncode) == ((b"", line), 2)
+    line = b"query.py: --like reads images with Pillow: pip install pillow\n"
+    assert (process.communicate(timeout=LIMIT), process.returncode) == ((b"", line), 2)
     assert server.requests == []
+
+
+# Jobs
+
+
+def report(**state: object) -> Step:
+    return answer(state, 202, "application/json")
+
+
+def test_job_is_ordered_and_followed(client: Client, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(query, "JOB_PAUSE_SECONDS", 0.01)
+    write_key("key")
+    done = report(state="done", pictures=["/jobs/my-fox-1/pictures/0", "/jobs/my-fox-1/pictures/1"])
+    images = [answer(IMAGE, kind="image/jpeg"), answer(IMAGE, kind="image/jpeg")]
+    waits = [report(state="waiting", place=1), report(state="running", step=1, total=2)]
+    server.steps = [*waits, done, *images]
+    status, out, err = client.run("--job", "my-fox-1", "-n", "2", "--filename", "fox.jpg")
+    assert (status, out, err) == (0, "fox-1.jpg\nfox-2.jpg\n", "query.py: waiting; requests before it: 1\n")
+    assert read_folder()["fox-2.jpg"] == IMAGE
+    order = {"prompt": "a cat", "num_images_per_prompt": 2, "output_format": "jpeg"}
+    assert json.loads(server.requests[0].body) == order
+    paths = ["/jobs/my-fox-1"] * 3 + ["/jobs/my-fox-1/pictures/0", "/jobs/my-fox-1/pictures/1"]
+    assert [request.path for request in server.requests] == paths
+    assert set(get_tokens(server)) == {"Bearer key"}
+
+
+@pytest.mark.parametrize(
+    ("steps", "line"),
+    [
+        ([report(state="failed", message="no memory")], "the job is failed: no memory"),
+        ([answer({"error": {"message": "there is no job"}}, 404)], "the server answered 404: there is no job"),
+        ([report(state="done", pictures=["/a"]), answer(b"{}", 200, "application/json")], "instead of image/: {}"),
+        (
+            [
+                report(state="done", pictures=["/a"]),
+                answer(IMAGE, kind="image/jpeg", headers={"Content-Length": "99999"}),
+            ],
+            "the connection broke before the first step",
+        ),
+    ],
+)
+def test_job_without_an_image(client: Client, server: Server, steps: list[Step], line: str) -> None:
+    server.steps = steps
+    status, out, err = client.run("--job", "my-fox-1")
+    assert (status > 0, out, line in err, read_folder()) == (True, "", True, {})
+
+
+def test_job_that_is_left(client: Client, server: Server) -> None:
+    server.steps = [report(state="waiting", place=0)]
+    status, out, err = client.run("--job", "my-fox-1", "--leave")
+    assert (status, out, len(server.requests)) == (0, "", 1)
+    assert err.endswith("/jobs/my-fox-1: waiting; --job my-fox-1 returns to it\n")
 
 
 # Several prompts
@@ -1148,7 +1135,7 @@ def test_prompts_of_a_file(client: Client, server: Server) -> None:
 
     def reply(handler: Handler) -> None:
         fields = json.loads(server.requests[-1].body)
-        together.wait(5)
+        together.wait(LIMIT)
         refusal = answer({"error": {"message": "width takes …"}}, 400, "application/json")
         (refusal if "width" in fields else answer())(handler)
 
@@ -1172,6 +1159,7 @@ def test_prompts_of_a_file(client: Client, server: Server) -> None:
         (codecs.BOM_UTF16_LE, "utf-16-le"),  # PowerShell's > and Out-File
         (codecs.BOM_UTF16_BE, "utf-16-be"),
         (codecs.BOM_UTF32_LE, "utf-32-le"),
+        (b"", "utf-16-le"),
     ],
 )
 def test_prompts_file_as_editors_save_it(client: Client, server: Server, mark: bytes, codec: str) -> None:
@@ -1190,7 +1178,6 @@ def test_prompts_file_as_editors_save_it(client: Client, server: Server, mark: b
         (b"\n", "list.txt holds no prompt"),
         (b'a\n{"prompt":\n', "line 2 of list.txt is not a JSON"),
         ("a cat\nein Füchslein\n".encode("latin-1"), "line 2 of list.txt is not UTF-8: save it as UTF-8"),
-        ("a cat\n".encode("utf-16-le"), "as UTF-16 without a mark does: save it as UTF-8"),
         (codecs.BOM_UTF16_LE + b"abc", "is not UTF-16"),
     ],
 )

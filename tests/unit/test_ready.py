@@ -1,4 +1,4 @@
-"""What the ready check says of servers in all states; tests/server/test_deploy.py runs it on a real one."""
+"""The readiness check on servers in all states. tests/server/test_deploy.py runs it on a real one."""
 
 import json
 import socket
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sdxl_server import ready
+from sdxl_server.serving import readiness
 from tools.server import ROOT
 
 REFUSED = {"code": 400, "type": "InvalidKeyException", "message": "Token Authorization failed."}
@@ -69,9 +69,9 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def test_ready_model_is_asked_with_the_right_tokens(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ready.main([]) == 0
+    assert readiness.main([]) == 0
     assert server.tokens == [("/models/diffusion_fast", "Bearer two")]
-    assert ready.main(["--answer", "5"]) == 0
+    assert readiness.main(["--answer", "5"]) == 0
     assert server.tokens[2:] == [("/predictions/diffusion_fast/1.0/describe", "Bearer one")]
     assert capsys.readouterr() == ("", "")
 
@@ -82,17 +82,17 @@ def test_ready_model_is_asked_with_the_right_tokens(server: Server, capsys: pyte
         (200, describe("READY", "LOADING"), "diffusion_fast's workers: READY, LOADING"),
         (200, describe("STOPPED"), "diffusion_fast's workers: STOPPED"),
         (200, describe(), "diffusion_fast has no worker"),
-        (200, {}, "does not answer as TorchServe does"),
+        (200, {}, "does not answer like TorchServe"),
         (400, REFUSED, "the token is refused"),
         (404, {}, "there is no model at http://"),
         (500, {"message": "oh"}, "answers 500"),
     ],
 )
-def test_what_is_missing_is_said(
+def test_the_reason_is_printed(
     server: Server, capsys: pytest.CaptureFixture[str], status: int, answer: Any, message: str
 ) -> None:
     server.answers["/models/diffusion_fast"] = (status, answer)
-    assert ready.main([]) == 1
+    assert readiness.main([]) == 1
     told = capsys.readouterr().err
     assert message in told
     assert told.count("\n") == 1
@@ -103,29 +103,29 @@ def test_files_that_are_missing_are_named(server: Server, capsys: pytest.Capture
         path = Path(name)
         kept = path.read_text()
         path.unlink() if content is None else path.write_text(content)
-        assert ready.main([]) == 1
+        assert readiness.main([]) == 1
         assert name in capsys.readouterr().err
         path.write_text(kept)
-    assert ready.main([]) == 0
+    assert readiness.main([]) == 0
 
 
 def test_slow_answer_is_no_answer(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     server.seconds = 0.5
-    assert ready.main(["--answer", "0.2"]) == 1
+    assert readiness.main(["--answer", "0.2"]) == 1
     assert "/1.0/describe within 0.2 s" in capsys.readouterr().err
     server.answers["/predictions/diffusion_fast/1.0/describe"] = (503, {})
-    assert ready.main(["--answer", "5"]) == 1
+    assert readiness.main(["--answer", "5"]) == 1
 
 
 def test_it_waits_until_the_model_is_ready(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     loading = {"/models/diffusion_fast": (200, describe("LOADING"))}
     loaded, server.answers = server.answers, loading
     start = time.monotonic()
-    assert ready.main(["--wait", "1"]) == 1
+    assert readiness.main(["--wait", "1"]) == 1
     assert 0.5 <= time.monotonic() - start < 5
     assert capsys.readouterr().err.count("\n") == 1
     threading.Timer(0.7, lambda: setattr(server, "answers", loaded)).start()
-    assert ready.main(["--wait", "30"]) == 0
+    assert readiness.main(["--wait", "30"]) == 0
 
 
 def test_program_without_a_server(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_program_without_a_server(tmp_path: Path) -> None:
         (tmp_path / "key_file.json").write_text('{"management": {"key": "x"}}')
         done = subprocess.run(
             [
-                *(sys.executable, "-m", "sdxl_server.ready"),
+                *(sys.executable, "-m", "sdxl_server.serving.readiness"),
                 *("--ts-config", tmp_path / "config.properties", "--key-file", tmp_path / "key_file.json"),
             ],
             cwd=ROOT,

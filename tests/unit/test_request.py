@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from sdxl_server.answers import NativeFace
-from sdxl_server.declaration import Bounds
+from sdxl_server.api.native import NativeApi
+from sdxl_server.api.openapi import build_openapi
+from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.errors import RequestError
-from sdxl_server.families import FAMILIES
-from sdxl_server.fields import DECLARATIONS, MAX_SEED, GenerationRequest, build_properties
-from sdxl_server.openapi import build_openapi
-from sdxl_server.request import Contract
+from sdxl_server.model.families import FAMILIES
+from sdxl_server.request.contract import Contract
+from sdxl_server.request.fields import DECLARATIONS, MAX_SEED, GenerationRequest, build_properties
+from sdxl_server.request.limits import Limits
 from sdxl_server.schemas import switch
-from sdxl_server.service import FACES
+from sdxl_server.service import APIS
 from tools.write_generated import build_shipped_contract, make_all
 
 DEFAULTS: dict[str, Any] = {
@@ -30,29 +31,26 @@ DEFAULTS: dict[str, Any] = {
     "quality": 80,
     "scheduler": "EulerDiscreteScheduler",
 }
-BOUNDS = Bounds(
-    max_prompt_characters=100,
-    max_side=256,
+CONFIG = HandlerConfig(max_prompt_characters=100, max_side=256, max_steps=20, max_images=3, max_megapixel_steps=1)
+LIMITS = Limits(
+    config=CONFIG,
     own_side=128,
     multiple=8,
-    max_steps=20,
-    max_images=3,
-    max_megapixel_steps=1,
-    schedulers={"DDIMScheduler": {}, "EulerDiscreteScheduler": {"use_karras_sigmas": switch()}},
+    samplers={"DDIMScheduler": {}, "EulerDiscreteScheduler": {"use_karras_sigmas": switch()}},
     max_clip_skip=2,
 )
 
 
-def make_contract(bounds: Bounds, *, lacking: tuple[str, ...] = ()) -> Contract:
-    properties = build_properties(bounds, defaults=DEFAULTS, lacking=lacking)
-    return Contract(properties, bounds, lambda request: request.num_inference_steps)
+def make_contract(limits: Limits, *, lacking: tuple[str, ...] = ()) -> Contract:
+    properties = build_properties(limits, defaults=DEFAULTS, lacking=lacking)
+    return Contract(properties, limits, lambda request: request.num_inference_steps)
 
 
-CONTRACT = make_contract(BOUNDS)
+CONTRACT = make_contract(LIMITS)
 
 
 def parse(values: dict[str, Any], content_type: str = "") -> GenerationRequest:
-    return NativeFace().read(values, content_type=content_type, contract=CONTRACT)[0]
+    return NativeApi().read(values, content_type=content_type, contract=CONTRACT)[0]
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> str:
@@ -104,14 +102,14 @@ def test_prompt_is_read(body: bytes, content_type: str, prompt: str) -> None:
             "the body is JSON that was sent as a form: send Content-Type: application/json",
         ),
         ({'\ufeff {"prompt": "a': b'b", "seed": 3}'}, "send Content-Type: application/json"),
-        ({}, "the body was sent as a form and holds no field: send Content-Type: application/json, or text/plain"),
+        ({}, "the form has no field: send Content-Type: application/json, or text/plain"),
         ({"[1,2]": b""}, "send Content-Type: application/json"),
         ({'seed": 3}': b"", '{"prompt": "cats ': b""}, "send Content-Type: application/json"),  # cut at an ampersand
         ({"a red fox": b""}, "send Content-Type: text/plain"),
     ],
 )
-@pytest.mark.parametrize("face", FACES.values())
-def test_body_that_a_shell_sent_as_a_form(form: dict[str, bytes], message: str, face: NativeFace) -> None:
+@pytest.mark.parametrize("face", APIS.values())
+def test_body_that_a_shell_sent_as_a_form(form: dict[str, bytes], message: str, face: NativeApi) -> None:
     """`curl -d` and PowerShell say that a body is an urlencoded form, unless they are told otherwise."""
     with pytest.raises(RequestError, match=re.escape(message)):
         face.read(form, content_type="application/x-www-form-urlencoded; charset=UTF-8", contract=CONTRACT)
@@ -119,9 +117,9 @@ def test_body_that_a_shell_sent_as_a_form(form: dict[str, bytes], message: str, 
 
 def test_json_that_is_sent_as_text_is_told() -> None:
     body, kind = {"body": b'{"prompt": "a red fox"}'}, "text/plain;charset=UTF-8"
-    (warning,) = NativeFace().read(body, content_type=kind, contract=CONTRACT)[1]
-    assert warning == "the prompt looks like JSON and is drawn as text; for JSON send Content-Type: application/json"
-    assert NativeFace().read({"body": b"{a} fox"}, content_type=kind, contract=CONTRACT)[1] == []
+    (warning,) = NativeApi().read(body, content_type=kind, contract=CONTRACT)[1]
+    assert warning == "the prompt looks like JSON but is used as text; for JSON send Content-Type: application/json"
+    assert NativeApi().read({"body": b"{a} fox"}, content_type=kind, contract=CONTRACT)[1] == []
 
 
 def test_form_is_read_as_json_is() -> None:
@@ -156,8 +154,8 @@ def test_description_makes_the_request_again() -> None:
 @pytest.mark.parametrize(
     ("body", "content_type", "parts"),
     [
-        (b"", "text/plain", ["prompt takes a text that says something"]),
-        (b" \n", "text/plain", ["prompt takes a text that says something"]),
+        (b"", "text/plain", ["prompt takes a text with more than spaces"]),
+        (b" \n", "text/plain", ["prompt takes a text with more than spaces"]),
         (b"\xff\xf0", "text/plain", ["not UTF-8", "byte 0 is 0xff", "; charset=iso-8859-1"]),
         (b"\xff\xfea", "text/plain", ["not utf-16", "byte 2 is 0x61"]),
         ("Füchslein".encode("latin-1"), "text/plain; charset=utf-8", ["the body is not UTF-8: byte 1 is 0xfc"]),
@@ -206,7 +204,11 @@ def test_body_that_is_no_request(body: bytes, content_type: str, parts: list[str
         ({"guidance_scale": False}, "guidance_scale", ["not False"]),
         ({"seed": -2}, "seed", ["from -1 to 4294967295", "not -2"]),
         ({"num_images_per_prompt": 4}, "num_images_per_prompt", ["from 1 to 3"]),
-        ({"scheduler": "Heun"}, "scheduler", ["scheduler takes one of DDIMScheduler, EulerDiscreteScheduler; one of"]),
+        (
+            {"scheduler": "Heun"},
+            "scheduler",
+            ["such as DDIMScheduler, EulerDiscreteScheduler (openapi.json lists all), not 'Heun'"],
+        ),
         ({"scheduler": {"name": "Euler", "beta_end": 1}}, "scheduler", ["options use_karras_sigmas, not 'beta_end'"]),
         ({"scheduler": '{"name"'}, "scheduler", ["scheduler Expecting"]),
         ({"clip_skip": 3}, "clip_skip", ["from 0 to 2"]),
@@ -216,19 +218,19 @@ def test_body_that_is_no_request(body: bytes, content_type: str, parts: list[str
         ({"timeout": 0}, "timeout", ["a number from 1 to 3600"]),
         ({"mask_image": RED}, "mask_image", ["mask_image needs an image"]),
         ({"image": "no base64!"}, "image", ["image takes base64"]),
-        ({"image": 3}, "image", ["image takes a picture in base64, not 3"]),
+        ({"image": 3}, "image", ["image takes an image in base64, not 3"]),
         ({"image": "AAAA"}, "image", ["cannot be read"]),
         ({"image": RED[:120]}, "image", ["image takes"]),
         ({"image": encode(Image.new("1", (20_008, 8)))}, "image", ["sides of 8 to 20000 pixels", "not 20008x8"]),
         ({"image": encode(Image.new("RGB", (9, 9)), "PPM")}, "image", ["as JPEG, PNG, WebP, AVIF, GIF, TIFF or BMP"]),
-        ({"image": "https://example.org/a.png"}, "image", ["takes base64", "this server fetches no addresses"]),
+        ({"image": "https://example.org/a.png"}, "image", ["takes base64", "send the file, not its URL"]),
         ({"image": "data:image/png,%89PNG"}, "image", ["takes a data URL in base64, not 'data:image/png'"]),
         ({"image": [RED, RED]}, "image", ["not 2 in a list; send one image"]),
         ({"image": RED, "resize_mode": "fill"}, "resize_mode", ["one of crop, pad"]),
         (
             {"width": 256, "height": 256, "num_inference_steps": 20},
             "num_inference_steps",
-            ["pictures times steps times megapixels may be 1 at most", "20 steps of 256x256"],
+            ["images x UNet calls x megapixels may be 1 at most", "20 UNet calls of 256x256"],
         ),
     ],
 )
@@ -262,7 +264,7 @@ def test_field_given_twice_is_refused() -> None:
 
 
 def test_allowed_sizes() -> None:
-    contract = make_contract(dataclasses.replace(BOUNDS, allowed_sizes=((128, 64), (64, 64))))
+    contract = make_contract(dataclasses.replace(LIMITS, allowed_sizes=((128, 64), (64, 64))))
     assert contract.check({"prompt": "a", "width": 64}).width == 64
     with pytest.raises(RequestError, match="one of 128x64, 64x64 here, not 128x128"):
         contract.check({"prompt": "a", "height": 128})
@@ -271,7 +273,7 @@ def test_allowed_sizes() -> None:
 def test_contract_has_the_requests_fields() -> None:
     assert {each.name for each in dataclasses.fields(GenerationRequest)} == set(CONTRACT.properties)
     lacking = FAMILIES["sd"].lacks
-    plain = make_contract(BOUNDS, lacking=lacking)
+    plain = make_contract(LIMITS, lacking=lacking)
     assert set(CONTRACT.properties) - set(plain.properties) == set(lacking)
     with pytest.raises(RequestError, match="'prompt_2' is not a field"):
         plain.check({"prompt": "a", "prompt_2": "b"})
@@ -281,7 +283,7 @@ def test_description_holds_what_makes_the_picture_and_nothing_of_its_delivery() 
     request = CONTRACT.check(
         {"prompt": "x", "seed": MAX_SEED, "num_images_per_prompt": 2, "timeout": 3000, "stream": True, "image": RED}
     )
-    low = make_contract(dataclasses.replace(BOUNDS, max_timeout=5))
+    low = make_contract(dataclasses.replace(LIMITS, config=dataclasses.replace(CONFIG, max_timeout=5)))
     again = low.check(json.loads(json.dumps(request.describe(1))))
     assert (again.seed, again.timeout, again.stream, again.strength) == (0, 5, False, 0.8)
     assert again.num_images_per_prompt == 1
@@ -295,7 +297,5 @@ def test_what_is_generated_is_what_is_committed() -> None:
         assert path.read_text() == content, f"{path.name}: python -m tools.write_generated"
 
 
-def test_every_field_has_words_and_all_but_the_prompt_and_the_stream_an_option() -> None:
+def test_every_field_has_words() -> None:
     assert all(declaration.words for declaration in DECLARATIONS.values())
-    without = {name for name, declaration in DECLARATIONS.items() if declaration.option is None}
-    assert without == {"prompt", "response_format", "timeout", "stream", "partial_images"}

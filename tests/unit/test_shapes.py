@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from openvino_backend import CompiledFunction, OpenVINOBackend
-from sdxl_server.compiling import DYNAMIC_SHAPES, VAE_ENCODER
-from sdxl_server.families import FAMILIES
-from sdxl_server.loading import read_pipeline
+from sdxl_server.model.compiling import DYNAMIC_SHAPES, VAE_ENCODER
+from sdxl_server.model.diffusers_pipeline import load_diffusers_pipeline
+from sdxl_server.model.families import FAMILIES
 from tests.unit.modules import make_module, measure_error, needs_bf16
 
 pytestmark = pytest.mark.usefixtures("inference")
@@ -23,7 +23,7 @@ CALLS = [
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_model: Path) -> Any:
-    pipeline = read_pipeline(tiny_model, "float32", FAMILIES["sdxl"])
+    pipeline = load_diffusers_pipeline(tiny_model, "float32", FAMILIES["sdxl"])
     pipeline.unet.num_upsamplers = 30
     return pipeline
 
@@ -82,8 +82,8 @@ def test_operators_outside_have_free_sizes_too(pipeline: Any) -> None:
 @pytest.mark.parametrize("precision", [pytest.param("bf16", marks=needs_bf16), "int8"])
 def test_arithmetic_is_that_of_a_graph_for_one_size(tiny_model: Path, precision: str) -> None:
     """Both round, each at its own places; a length that were mistaken would be an error of another kind."""
-    pipeline = read_pipeline(tiny_model, "float16", FAMILIES["sdxl"])
-    exact = read_pipeline(tiny_model, "float32", FAMILIES["sdxl"]).unet
+    pipeline = load_diffusers_pipeline(tiny_model, "float16", FAMILIES["sdxl"])
+    exact = load_diffusers_pipeline(tiny_model, "float32", FAMILIES["sdxl"]).unet
     pipeline.unet.num_upsamplers = 30
     options = {"precision": precision, "max_graphs": 9}
     free = CompiledFunction(pipeline.unet.forward, options, dynamic_shapes=DYNAMIC_SHAPES["unet"])

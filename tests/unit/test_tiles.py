@@ -1,4 +1,4 @@
-"""Decoding in tiles: beside diffusers' own, told where it happens, and nothing else changed."""
+"""Tiled decoding: compared with diffusers' own, reported, and without effect on small images."""
 
 import logging
 from pathlib import Path
@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from sdxl_server.pipeline import describe_picture
-from sdxl_server.tiles import decode_tiles, plan_tiles
-from tests.unit.test_pipeline import load, make_picture
+from sdxl_server.api.image_metadata import describe_image
+from sdxl_server.model.describe import describe_pipeline
+from sdxl_server.model.tiling import decode_tiles, plan_tiles
+from tests.unit.pipelines import load, make_picture
 
 UNET_AND_TEXTS = {"compile_unet": False, "compile_text_encoders": False}
 
@@ -31,7 +32,7 @@ def test_tiles_are_whole_and_as_few_as_do(size: tuple[int, int], starts: Any) ->
     assert (None if tiles is None else tuple(each.starts for each in tiles)) == starts
     for axis, length in zip(tiles or (), size, strict=False):
         assert axis.size == min(128, length)
-        weights = axis.weigh(8)
+        weights = axis.compute_weights(8)
         assert weights.shape == (len(axis.starts), 8 * length)
         assert torch.allclose(weights.sum(dim=0), torch.ones(8 * length))
         assert weights.min() >= 0
@@ -39,7 +40,7 @@ def test_tiles_are_whole_and_as_few_as_do(size: tuple[int, int], starts: Any) ->
 
 
 def test_tiles_are_blended_as_diffusers_does(tiny_model: Path) -> None:
-    """But where rows and columns meet, which diffusers blends twice, and for the narrow tiles at its far edges."""
+    """They differ where rows and columns meet, which diffusers blends twice, and at its narrow last tiles."""
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(tiny_model / "vae")
@@ -63,7 +64,7 @@ def test_tiles_are_blended_as_diffusers_does(tiny_model: Path) -> None:
     assert (drawn - whole).abs().mean() > 1e-3 * whole.std()  # lossy
 
 
-def test_a_tiled_picture_is_told(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tiled_image_is_reported(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole, tiled, room = (load(tiny_model, vae_tile_side=side) for side in (None, 64, 128))
     with caplog.at_level(logging.INFO, "sdxl_server"):
         expected = make_picture(whole)
@@ -71,18 +72,18 @@ def test_a_tiled_picture_is_told(tiny_model: Path, caplog: pytest.LogCaptureFixt
         assert "tiles" not in caplog.text
         drawn = make_picture(tiled)
     assert (
-        "The VAE decodes a picture of 16 × 16 latents in 9 tiles of 8 × 8 (handler.vae_tile_side): lossy" in caplog.text
+        "The VAE decodes an image of 16 × 16 latents in 9 tiles of 8 × 8 (handler.vae_tile_side): lossy" in caplog.text
     )
     assert not np.array_equal(drawn, expected)
     assert np.array_equal(make_picture(tiled), drawn)
     request = tiled.contract.check({"prompt": "x"})
     for loaded, told in ((whole, None), (room, None), (tiled, TOLD)):
-        assert describe_picture(loaded, request, 0, unet_calls=4)["made_with"].get("vae_tiles") == told
-        assert loaded.describe()["vae"]["tile_side"] == loaded.config.vae_tile_side
+        assert describe_image(loaded, request, 0, unet_calls=4)["made_with"].get("vae_tiles") == told
+        assert describe_pipeline(loaded)["vae"]["tile_side"] == loaded.config.vae_tile_side
 
 
 def list_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [each.getMessage() for each in caplog.records if each.name == "sdxl_server.tiles"]
+    return [each.getMessage() for each in caplog.records if each.name == "sdxl_server.model.tiling"]
 
 
 TOLD = {"count": 9, "width": 64, "height": 64, "overlap": 16, "lossy": True}
@@ -92,7 +93,7 @@ TOLD = {"count": 9, "width": 64, "height": 64, "overlap": 16, "lossy": True}
 def test_one_graph_decodes_all_tiles(tiny_model: Path, graphs: str, count: int) -> None:
     expected = make_picture(load(tiny_model, vae_tile_side=96), width=128, height=128)
     loaded = load(tiny_model, "openvino", vae_tile_side=96, graphs=graphs, warm_up=True, **UNET_AND_TEXTS)
-    before = loaded.describe()
+    before = describe_pipeline(loaded)
     assert np.abs(make_picture(loaded) - expected).max() <= 1  # the last bit is rounded
-    assert loaded.describe() == before
+    assert describe_pipeline(loaded) == before
     assert len(before["openvino"]["vae"]) == count

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from sdxl_server.bodies import check_parts
-from sdxl_server.declaration import Bounds
+from sdxl_server.api.bodies import check_form
 from sdxl_server.errors import RequestError
-from sdxl_server.fitting import choose_size, list_sizes
-from sdxl_server.limits import MAX_NUMBERS, MAX_PIECES, MAX_RUNS, check_pieces
-from sdxl_server.masks import blend, cover_cells
-from sdxl_server.uploads import Upload, read_bytes, read_upload
+from sdxl_server.request.limits import Limits
+from sdxl_server.request.masks import blend, cover_cells
+from sdxl_server.request.resizing import choose_size, list_sizes
+from sdxl_server.request.upload_limits import MAX_NUMBERS, MAX_RUNS, MAX_SEGMENTS, check_segments
+from sdxl_server.request.uploads import Upload, read_bytes, read_upload
 from tests.unit.test_request import CONTRACT
 
 RAMP = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1))
@@ -126,7 +126,7 @@ def test_photo_of_24_megapixels_is_made_smaller(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", [b"heic", b"mif1", b"hevc"])
 def test_heic_is_named(kind: bytes) -> None:
-    with pytest.raises(RequestError, match=r"this one is HEIC \(HEIF\), which is not read here: save or export it"):
+    with pytest.raises(RequestError, match=r"this file is HEIC \(HEIF\): save or export it"):
         read(b"\0\0\0\x18ftyp" + kind + bytes(100))
 
 
@@ -158,7 +158,7 @@ def test_base64_is_read_as_tools_make_it(text: str) -> None:
     "text", [TEXT + "A" * (-len(TEXT.rstrip("=")) % 4 + 1), "data:,x", "é" * 9, "ab=cd==x", "b'" + TEXT]
 )
 def test_what_is_no_base64_is_refused(text: str) -> None:
-    with pytest.raises(RequestError, match=r"image takes .*(base64|picture)"):
+    with pytest.raises(RequestError, match=r"image takes .*(base64|image)"):
         read_upload("image", text, max_side=2048)
 
 
@@ -177,16 +177,16 @@ def test_what_is_no_base64_is_refused(text: str) -> None:
     ],
 )
 def test_size_follows_the_images_aspect(image: tuple[int, int], given: dict[str, int], size: tuple[int, int]) -> None:
-    assert choose_size(image, Bounds(), **given) == size
+    assert choose_size(image, Limits(), **given) == size
 
 
 def test_size_is_one_of_those_that_are_allowed() -> None:
-    bounds = Bounds(allowed_sizes=((128, 128), (128, 64), (64, 64)))
-    assert [choose_size(image, bounds) for image in ((400, 401), (300, 100), (100, 300))] == [
+    limits = Limits(allowed_sizes=((128, 128), (128, 64), (64, 64)))
+    assert [choose_size(image, limits) for image in ((400, 401), (300, 100), (100, 300))] == [
         *((128, 128), (128, 64), (128, 128)),
     ]
-    assert choose_size((300, 100), bounds, height=64) == (128, 64)
-    assert choose_size((300, 100), bounds, height=128) == (128, 128)
+    assert choose_size((300, 100), limits, height=64) == (128, 64)
+    assert choose_size((300, 100), limits, height=128) == (128, 128)
 
 
 @pytest.mark.parametrize("max_side", [4096, 2048, 1020, 1024, 768, 100, 65])
@@ -259,11 +259,11 @@ def test_several_images_in_a_form_are_refused(name: str, file: bytes) -> None:
     prompt = ("prompt", b"a fox" * 50, "")
     one = make_form((name, file, NAMED.format("a" * 200)), prompt)
     values = {name: bytearray(file), "prompt": bytearray(prompt[1])}
-    check_parts(values, content_type=kind, length=str(len(one)))
-    check_parts(values, content_type=kind, length="")
+    check_form(values, content_type=kind, length=str(len(one)))
+    check_form(values, content_type=kind, length="")
     two = make_form((name, file, NAMED.format("a")), (name, file, NAMED.format("b")), prompt)
     with pytest.raises(RequestError, match="send one image") as caught:
-        check_parts(values, content_type=kind, length=str(len(two)))
+        check_form(values, content_type=kind, length=str(len(two)))
     assert caught.value.param == name
 
 
@@ -273,15 +273,15 @@ def test_pieces_of_further_kinds_are_counted() -> None:
     assert gif[10] & 128
     directory = b"II*\0\x08\0\0\0" + struct.pack("<H", 1)
     for file, told in {
-        gif[:start] + b"!\xfe" + b"\1a" * MAX_PIECES + b"\0" + gif[start:]: "more than 10000 blocks",
-        gif[:start] + b"\0" * MAX_PIECES + gif[start:]: "more than 10000 blocks",
+        gif[:start] + b"!\xfe" + b"\1a" * MAX_SEGMENTS + b"\0" + gif[start:]: "more than 10000 blocks",
+        gif[:start] + b"\0" * MAX_SEGMENTS + gif[start:]: "more than 10000 blocks",
         directory + struct.pack("<HHII", 273, 4, MAX_NUMBERS + 1, 0) + bytes(4): "a tag of more than 100000 numbers",
         directory + struct.pack("<HHII", 256, 4, 1, 0) + struct.pack("<I", 8): "more than 10000 tags",
         b"II*\0\x08\0\0\0" + b"\xff\xff" + bytes(12 * 65535): "more than 10000 tags",
         b"II+\0" + bytes(100): "BigTIFF",
-        bmp[:30] + b"\1\0\0\0" + bytes(MAX_RUNS): "BMP in run lengths",
+        bmp[:30] + b"\1\0\0\0" + bytes(MAX_RUNS): "run-length-encoded BMP",
     }.items():
         with pytest.raises(ValueError, match=told):
-            check_pieces(file)
+            check_segments(file)
     for file in (gif, tiff, bmp, gif[:20], tiff[:20], b"GIF89a", b"II*\0", b"MM\0*\0\0\0\x08\0", b"BM"):
-        check_pieces(file)
+        check_segments(file)

@@ -1,4 +1,4 @@
-"""What serves the page on one machine: its files, whom it answers, and what it passes on."""
+"""The web UI's server on one machine: its files, its clients and the requests that it forwards."""
 
 import contextlib
 import http.client
@@ -21,7 +21,7 @@ MAX_PAGE = 100_000  # bytes of all its files
 
 
 class Upstream(ThreadingHTTPServer):
-    """In TorchServe's place: notes what it is sent, answers with one event, and notes when the client has left."""
+    """Stands for TorchServe: records requests, answers with one event, and records when the client leaves."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), UpstreamHandler)
@@ -130,7 +130,7 @@ def test_client_that_leaves_ends_the_work(page: PageServer, upstream: Upstream) 
     assert upstream.is_left.wait(timeout=5)
 
 
-def test_what_a_client_sends_beside_its_request_is_no_leaving(page: PageServer) -> None:
+def test_extra_bytes_of_a_client_do_not_end_its_request(page: PageServer) -> None:
     with socket.create_connection(("127.0.0.1", page.server_address[1])) as client:
         client.sendall(f"GET {PREDICTIONS}/1.0/openapi.json HTTP/1.1\r\nHost: {page.hosts[0]}\r\n\r\n".encode())
         time.sleep(0.02)
@@ -138,7 +138,7 @@ def test_what_a_client_sends_beside_its_request_is_no_leaving(page: PageServer) 
         assert client.recv(4096).startswith(b"HTTP/1.0 200 ")
 
 
-def test_requests_that_cannot_be_passed_on_are_told_why(page: PageServer) -> None:
+def test_requests_that_cannot_be_forwarded_get_the_reason(page: PageServer) -> None:
     address = f"http://{page.hosts[0]}"
     assert requests.post(f"{address}/workflows", data=b"{}", timeout=10).status_code == 404
     for body in (iter([b"{}"]), None):  # in chunks, and nothing at all but for a length that is a lie

@@ -15,11 +15,16 @@ from PIL import Image
 
 from demo.oracle import list_components, name_pixels
 from demo.shapes import COLOURS
-from sdxl_server.drawing import finish, fork_pipeline, generate
+from sdxl_server.api.image_metadata import describe_image
+from sdxl_server.api.warnings import list_warnings
+from sdxl_server.config.settings import CompileConfig, HandlerConfig
+from sdxl_server.diffusion.generation import build_image_pipeline, generate, run_to_end
+from sdxl_server.diffusion.prompt_embedding import MAX_CHUNKS, choose_chunks, embed_prompts
 from sdxl_server.errors import RequestError
-from sdxl_server.pipeline import LoadedPipeline, describe_picture, find_warnings, load_pipeline
-from sdxl_server.settings import CompileConfig, HandlerConfig
-from sdxl_server.weighting import MAX_CHUNKS, embed_prompts, parse_weights
+from sdxl_server.loading import load_pipeline
+from sdxl_server.model.describe import describe_pipeline
+from sdxl_server.model.loaded_pipeline import LoadedPipeline
+from sdxl_server.request.prompt_weights import parse_weights
 from tools.server import ROOT
 
 LONG = "a red fox in the snow, " * 5 + "blue"  # 2 chunks of letters
@@ -61,12 +66,13 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def embed(loaded: LoadedPipeline, **fields: Any) -> dict[str, Any]:
     request = loaded.contract.check({"seed": 1, **fields})
-    return embed_prompts(fork_pipeline(loaded, request), request, loaded.family, chunks=loaded.chunks)
+    pipeline = build_image_pipeline(loaded, request, loaded.functions)
+    return embed_prompts(pipeline, request, loaded.family, chunks=choose_chunks(loaded))
 
 
 def draw(loaded: LoadedPipeline, **fields: Any) -> Any:
     request = loaded.contract.check({"prompt": "a red fox", "seed": 3, **fields})
-    return finish(generate(loaded, request))[0].image
+    return run_to_end(generate(loaded, request))[0].image
 
 
 def encode(image: Image.Image) -> str:
@@ -130,8 +136,8 @@ def test_break_begins_a_part(prompt: str, expected: list[list[tuple[str, float]]
 @pytest.mark.parametrize(
     ("prompt", "told"),
     [
-        ("a (red:1000000000) fox", "takes weights from -10 to 10, nested ones multiplied, and 'red' has 1e+09"),
-        ("a clock (at 10:30)", r"'at 10' has 30; brackets that are meant as such are written \( and \)"),
+        ("a (red:1000000000) fox", "takes weights from -10 to 10 (nested weights multiply), not 1e+09 for 'red'"),
+        ("a clock (at 10:30)", r"not 30 for 'at 10'; write plain brackets as \( and \)"),
         ("(" * 1000 + "a", "'a' has 2.46993e+41"),
         (f"(a:{'9' * 400})", "'a' has inf"),
         (f"((a:{'9' * 400}):0)", "'a' has nan"),
@@ -150,10 +156,10 @@ def test_weights_that_cannot_be_are_refused(eager: LoadedPipeline, prompt: str, 
     "piece", ["(", "[", "(:", "[:", "[|", "(a", "<lora:", "[::", "a[", "(a:1)", "[a]", "BREAK ", "\\"]
 )
 def test_no_prompt_takes_long(piece: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with contextlib.suppress(ValueError):  # too large a weight
         parse_weights(piece * (3000 // len(piece)))
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 @pytest.mark.parametrize(
@@ -261,21 +267,21 @@ def test_static_graphs_weigh_one_chunk(tiny_model: Path, eager: LoadedPipeline, 
     assert count_graphs(loaded) == [1, 1, 1]
     request = loaded.contract.check({"prompt": "a fox BREAK (snow)", "negative_prompt": f"({LONG})"})
     count = len(loaded.pipeline.tokenizer(LONG).input_ids)
-    assert find_warnings(loaded, request) == [
-        "prompt: BREAK begins no chunk here, where graphs for one size read a single one",
+    assert list_warnings(loaded, request) == [
+        "prompt: BREAK starts no new chunk here: graphs for one size read one chunk",
         f"negative_prompt has {count} tokens; the text encoder reads the first 77",
     ]
 
 
 def test_what_is_read_is_not_warned_of(eager: LoadedPipeline) -> None:
     fields = {"prompt": f"a (red:1.3) ((fox)) BREAK {LONG}", "negative_prompt": "[fox:cat:0.5], (a)1.3 AND b"}
-    (warning,) = find_warnings(eager, eager.contract.check(fields))
-    assert warning == "negative_prompt: '[fox:cat:0.5]', 'AND' mean nothing here and are read as plain words"
+    (warning,) = list_warnings(eager, eager.contract.check(fields))
+    assert warning == "negative_prompt: '[fox:cat:0.5]', 'AND' have no special meaning here and are read as plain words"
 
 
 def test_chunks_are_bounded(eager: LoadedPipeline) -> None:
     fields = {"prompt": "a BREAK " * 100, "output_format": "png"}
-    (warning,) = find_warnings(eager, eager.contract.check(fields))
+    (warning,) = list_warnings(eager, eager.contract.check(fields))
     assert warning == f"prompt makes 100 chunks of 77 tokens; the first {MAX_CHUNKS} are read"
     assert embed(eager, **fields)["prompt_embeds"].shape[1] == MAX_CHUNKS * 77
 
@@ -296,6 +302,6 @@ def test_requests_in_flight_do_not_meet(eager: LoadedPipeline) -> None:
 
 def test_the_setting_is_told(eager: LoadedPipeline, plain_demo: LoadedPipeline) -> None:
     request = eager.contract.check({"prompt": "a (red:2) fox"})
-    assert describe_picture(eager, request, 0, unet_calls=4)["made_with"]["weighted_prompts"] is True
-    assert "weighted_prompts" not in describe_picture(plain_demo, request, 0, unet_calls=4)["made_with"]
-    assert [each.describe()["weighted_prompts"] for each in (eager, plain_demo)] == [True, False]
+    assert describe_image(eager, request, 0, unet_calls=4)["made_with"]["weighted_prompts"] is True
+    assert "weighted_prompts" not in describe_image(plain_demo, request, 0, unet_calls=4)["made_with"]
+    assert [describe_pipeline(each)["weighted_prompts"] for each in (eager, plain_demo)] == [True, False]

@@ -1,4 +1,4 @@
-// The server: its contract, and the events of a picture that is being made.
+// The server's API: the contract, and the events of a request.
 
 const MODEL = "/predictions/diffusion_fast";
 const TOKEN = "token";
@@ -9,13 +9,13 @@ export class ServerError extends Error {
     Object.assign(this, { status, param, retryAfter, isRefused });
   }
 
-  // It has not been begun: asking again draws nothing twice.
+  // The server has not begun, so asking again draws nothing twice.
   get isBusy() {
     return this.status === 503 || this.status === 429;
   }
 }
 
-// `python -m web` and `make page` hand the token over in the address's fragment, which no request holds.
+// `python -m web` and `make page` pass the token in the address's fragment, which no request sends.
 export function takeToken() {
   const given = new URLSearchParams(location.hash.slice(1)).get("token");
   if (!given) return;
@@ -32,7 +32,7 @@ export async function readContract() {
   return (await answer.json()).components.schemas.GenerationRequest;
 }
 
-// Yields the events of a stream. Pictures among the fields are Blobs; aborting ends the work on the server.
+// Yields the events of a stream. Uploaded images are Blobs. Aborting ends the work on the server.
 export async function* draw(fields, signal) {
   const body = { ...fields, stream: true };
   for (const [name, value] of Object.entries(body)) {
@@ -54,10 +54,10 @@ async function ask(path, options = {}) {
   return answer;
 }
 
-// The handler's errors and nginx's have `error`; TorchServe's own stand at the top.
+// Errors of the handler and of nginx have `error`. TorchServe's own have their fields at the top.
 async function readError(answer) {
-  const told = await answer.json().catch(() => ({}));
-  const error = told.error ?? told;
+  const found = await answer.json().catch(() => ({}));
+  const error = found.error ?? found;
   return new ServerError(error.message ?? `the server answered with status ${answer.status}`, {
     status: answer.status,
     param: error.param ?? null,
@@ -66,7 +66,7 @@ async function readError(answer) {
   });
 }
 
-// Of server-sent events the data, which holds the type too. EventSource cannot send a POST.
+// Yields the data of server-sent events, which includes the type. EventSource cannot send a POST.
 async function* readEvents(body) {
   let held = [];
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
@@ -74,7 +74,7 @@ async function* readEvents(body) {
     const { value, done } = await reader.read();
     if (done) return;
     held.push(value);
-    // An event with a picture comes in hundreds of pieces, which are joined once, at its end.
+    // An event with an image comes in hundreds of chunks, which are joined once, at its end.
     if (!((held.at(-2) ?? "").slice(-1) + value).includes("\n\n")) continue;
     const blocks = held.join("").split("\n\n");
     held = [blocks.pop()];

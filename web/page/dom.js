@@ -1,4 +1,4 @@
-// Nodes made of names, attributes and texts. Text stays text: nothing here, or anywhere on the page, reads HTML.
+// Builds nodes from names, attributes and texts. Text stays text: no code of the web UI reads HTML.
 
 export function make(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
@@ -16,7 +16,7 @@ export function button(text, onClick, attributes = {}) {
   return make("button", { type: "button", click: onClick, ...attributes }, text);
 }
 
-// Told to those who cannot see it; the same text twice is told twice.
+// For screen readers. The same text twice is read twice.
 export function announce(text) {
   find("news").replaceChildren(make("p", {}, text));
 }

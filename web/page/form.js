@@ -1,31 +1,31 @@
-// The form, made of the schema that the server describes its requests with: a field that is new there appears here.
+// The form, built from the server's schema of a request. A new field of the server appears here by itself.
 
 import { make, button } from "./dom.js";
 
-// What is shown at once, in this order, as far as the server has it; the other fields are folded away.
+// The fields that are always shown, in this order. The others are folded.
 const FIRST = ["prompt", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale", "scheduler", "seed", "num_images_per_prompt", "adapters"];
-const WITH_IMAGE = ["strength", "resize_mode"]; // stand with the picture to start from
-const OWN = ["image", "mask_image", "stream", "response_format"]; // the page's own affair
+const WITH_IMAGE = ["strength", "resize_mode"]; // shown with the image to start from
+const OWN = ["image", "mask_image", "stream", "response_format"]; // set by the web UI itself
 const LABELS = {
   num_inference_steps: "Steps",
   guidance_scale: "Guidance",
-  num_images_per_prompt: "Pictures",
+  num_images_per_prompt: "Images",
   partial_images: "Previews",
   unet_calls: "UNet calls",
   output_format: "File format",
   timeout: "Time limit in seconds",
 };
 const LONG_TEXT = 200;
-const SLIDER_END = 150; // beyond, a slider is too coarse to be of use
+const SLIDER_END = 150; // above it a slider is too coarse
 const MAX_COLUMNS = 4;
 
 export class Form {
-  // `places`: {first, withImage, others}, the nodes that the fields go to. `own`: what the page asks for by itself.
+  // `places`: {first, withImage, others}, the nodes for the fields. `own`: the web UI's own defaults.
   constructor(schema, places, own) {
     this.fields = new Map();
     this.own = own;
     for (const name of order(schema.properties)) {
-      if (schema.properties[name].maxItems === 0) continue; // nothing of it is on offer here
+      if (schema.properties[name].maxItems === 0) continue; // nothing to choose on this server
       const field = new Field(name, schema.properties[name], schema.required?.includes(name));
       this.fields.set(name, field);
       const place = FIRST.includes(name) ? places.first : WITH_IMAGE.includes(name) ? places.withImage : places.others;
@@ -34,28 +34,28 @@ export class Form {
     this.write({});
   }
 
-  // Returns what the user has given: what was left alone is the server's to choose.
+  // Returns the fields that the user has set. The server chooses the others.
   read() {
     const given = [...this.fields].map(([name, field]) => [name, field.read()]);
     return Object.fromEntries(given.filter(([, value]) => value !== undefined));
   }
 
-  // Shows these values and the defaults of all others; returns the names that this server has no field for.
+  // Shows these values, and the defaults of other fields; returns names that this server does not know.
   write(values) {
     for (const [name, field] of this.fields) field.write(values[name] ?? this.own[name]);
     return Object.keys(values).filter((name) => !this.fields.has(name) && !OWN.includes(name));
   }
 
-  // With a picture to start from the server chooses the size by its aspect, unless one is given.
-  leaveSize(isByPicture) {
-    for (const name of ["width", "height"]) this.fields.get(name)?.leave(isByPicture, "by the picture");
+  // With an image to start from, the server chooses the size by its aspect ratio, unless one is given.
+  leaveSize(isByImage) {
+    for (const name of ["width", "height"]) this.fields.get(name)?.leave(isByImage, "by the image");
   }
 
   clearErrors() {
     for (const field of this.fields.values()) field.showError(null);
   }
 
-  // Returns false where there is no such field.
+  // Returns false if there is no such field.
   showError(name, message) {
     const field = this.fields.get(name);
     field?.showError(message);
@@ -97,7 +97,7 @@ class Field {
     this.showError(null);
   }
 
-  // Shows words in the place of the default.
+  // Shows words instead of the default.
   leave(isLeft, words) {
     this.initial = isLeft ? undefined : this.usual;
     (this.control.input ?? this.control.node).placeholder = isLeft ? words : "";
@@ -126,7 +126,7 @@ function makeLabel(name) {
   return words.charAt(0).toUpperCase() + words.slice(1);
 }
 
-// Returns {node, get, set, isGroup?, input?}; what is empty is got as undefined. `input` is what a label is for.
+// Returns {node, get, set, isGroup?, input?}. `get` returns undefined for an empty control. A label is for `input`.
 function makeControl(id, schema, { name = "", isSlider = false } = {}) {
   const kinds = [schema.type].flat().filter((kind) => kind !== "null");
   const [choice, object] = ["enum", "properties"].map((key) => schema.anyOf?.find((each) => key in each));
@@ -161,7 +161,7 @@ function makeNumber(id, schema, kind, { name, isSlider }) {
   const set = (value) => (input.value = value ?? "");
   if (name === "seed") return makeSeed(input, schema, get, set);
   if (!isSlider || schema.default === undefined || schema.maximum > SLIDER_END || schema.minimum === undefined) return { node: input, get, set };
-  // The middle of the slider is near what is usual: a guidance of 100 can be typed.
+  // The slider ends at four times the default. Larger values can be typed.
   const end = Math.min(schema.maximum, Math.max(1, 4 * schema.default));
   const step = kind === "integer" ? 1 : end <= 2 ? 0.05 : 0.5;
   const slider = make("input", { type: "range", min: schema.minimum, max: end, step, tabindex: -1, "aria-hidden": "true" });
@@ -203,9 +203,9 @@ function makeArray(id, { items, minItems, maxItems }) {
   return makeList(id, items);
 }
 
-// Values with commas between; what is no number is sent as it is, for the server to say so.
+// Values separated by commas. Text instead of a number is sent as it is, and the server refuses it.
 function makeList(id, items) {
-  const node = make("input", { id, type: "text", autocomplete: "off", placeholder: "with commas between" });
+  const node = make("input", { id, type: "text", autocomplete: "off", placeholder: "separated by commas" });
   const isNumber = ["integer", "number"].includes(items?.type);
   const read = (text) => (isNumber && Number.isFinite(Number(text)) ? Number(text) : text);
   const split = () => node.value.split(",").map((text) => text.trim()).filter(Boolean).map(read);
@@ -260,7 +260,7 @@ function makeObject(id, properties) {
   return { node: make("div", { class: "parts" }, ...nodes), get, set, isGroup: true };
 }
 
-// One of some names, or an object of such a name and options: {"name": "DPM++ 2M", "use_karras_sigmas": true}.
+// A name, or an object of a name and options: {"name": "DPM++ 2M", "use_karras_sigmas": true}.
 function makeNamed(id, choice, { properties: { name: _, ...options } }) {
   const names = makeChoice(id, choice.enum);
   const rest = makeObject(id, options);

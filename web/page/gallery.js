@@ -1,6 +1,6 @@
-// The pictures that were made, kept in this browser's IndexedDB: {id, file, parameters, uploads, calls}.
+// The gallery of images in this browser's IndexedDB: {id, file, parameters, uploads, calls}.
 
-export const MAX_PICTURES = 200;
+export const MAX_IMAGES = 200;
 const STORE = "pictures";
 
 export async function openGallery() {
@@ -14,19 +14,19 @@ class Gallery {
     this.database = database;
   }
 
-  // Returns all of them, the newest first.
+  // Returns all images, the newest first.
   async list() {
     return (await finish(this.#use("readonly").getAll())).reverse();
   }
 
-  // Returns the picture with its id, and the ids of those that had to leave for it.
-  async add(picture) {
+  // Returns the image with its id, and the ids of the removed ones.
+  async add(image) {
     const store = this.#use("readwrite");
-    const id = await finish(store.add(picture));
+    const id = await finish(store.add(image));
     const ids = await finish(store.getAllKeys());
-    const leaving = ids.slice(0, Math.max(0, ids.length - MAX_PICTURES));
+    const leaving = ids.slice(0, Math.max(0, ids.length - MAX_IMAGES));
     await Promise.all(leaving.map((each) => finish(store.delete(each))));
-    return { kept: { ...picture, id }, leaving };
+    return { kept: { ...image, id }, leaving };
   }
 
   remove(id) {

@@ -1,25 +1,25 @@
-// The page: the form, the requests in work, the picture that is shown, and the gallery, put together.
+// The web UI: it joins the form, the requests in work, the shown image and the gallery.
 
 import { keepToken, readContract, ServerError, takeToken } from "./api.js";
 import { announce, button, find, make } from "./dom.js";
 import { Form } from "./form.js";
-import { MAX_PICTURES, openGallery } from "./gallery.js";
+import { MAX_IMAGES, openGallery } from "./gallery.js";
 import { paintMask } from "./mask.js";
 import { readRequest } from "./metadata.js";
 import { isOpen, sentence, Work } from "./work.js";
 
 const UPLOADS = ["image", "mask_image"];
-const MAX_UPLOAD = 22e6; // bytes: in base64, with a mask beside it, they stay below the server's 32 MiB
+const MAX_UPLOAD = 22e6; // bytes; in base64 and with a mask they stay below the server's 32 MiB
 
-const start = { image: null, mask_image: null }; // what the form has beside its fields
+const start = { image: null, mask_image: null }; // the uploads, which are not fields of the form
 const rows = new Map(); // of the list of work, by job
-let form, gallery, connecting = null, pictures = [], selected = null;
+let form, gallery, connecting = null, images = [], selected = null;
 const { promise: formIsMade, resolve: tellFormIsMade } = Promise.withResolvers();
-const work = new Work({ onChange: showJob, onPicture: keepPicture });
+const work = new Work({ onChange: showJob, onImage: keepImage });
 
 // The server
 
-// Once at a time, however many requests have found the server gone.
+// One attempt at a time, also when several requests lost the server.
 function connect() {
   connecting ??= reachServer().finally(() => (connecting = null));
   return connecting;
@@ -42,7 +42,7 @@ function useContract(schema) {
   find("server").textContent = "Ready";
   if (form) return;
   const places = { first: find("first"), withImage: find("with-image"), others: find("others") };
-  // Previews are what this page is for: as many as there can be, unless fewer are asked for.
+  // Ask for the most previews by default.
   form = new Form(schema, places, { partial_images: schema.properties.partial_images?.maximum });
   find("start").hidden = !("image" in schema.properties);
   find("start-paint").hidden = !("mask_image" in schema.properties);
@@ -76,7 +76,7 @@ function recall({ parameters, uploads = {} }) {
   const unknown = form.write(parameters);
   useStart(uploads.image ?? null, uploads.mask_image ?? null);
   const rest = unknown.length ? ` This server has no field for ${unknown.join(", ")}.` : "";
-  announce(`The form has the settings of that picture.${rest}`);
+  announce(`The form has the settings of that image.${rest}`);
   find("field-prompt").focus();
 }
 
@@ -102,11 +102,11 @@ async function takeFile(file) {
   await formIsMade;
   const parameters = await readRequest(file);
   if (parameters) return recall({ parameters });
-  if (file.size > MAX_UPLOAD) return tellStart(`${file.name} has ${(file.size / 1e6).toFixed(1)} MB; a picture to start from has at most ${MAX_UPLOAD / 1e6} MB.`);
+  if (file.size > MAX_UPLOAD) return tellStart(`${file.name} has ${(file.size / 1e6).toFixed(1)} MB; an image to start from has at most ${MAX_UPLOAD / 1e6} MB.`);
   const image = await createImageBitmap(file).catch(() => null);
-  if (!image) return tellStart(`${file.name} is no picture that this browser can read.`);
+  if (!image) return tellStart(`${file.name} is no image that this browser can read.`);
   useStart(file);
-  announce(`${file.name} is the picture to start from.`);
+  announce(`${file.name} is the image to start from.`);
 }
 
 function showFile(image, file) {
@@ -121,7 +121,7 @@ function showJob(job) {
   if (job.state === "done" || job.state === "cancelled") {
     rows.get(job)?.node.remove();
     rows.delete(job);
-    announce(job.state === "done" ? "The picture is done." : "Cancelled.");
+    announce(job.state === "done" ? "The image is done." : "Cancelled.");
   } else {
     const row = rows.get(job) ?? addRow(job);
     row.said.textContent = job.said;
@@ -151,13 +151,13 @@ function makeJobActions(job) {
     work.dismiss(job);
   };
   const again = () => (remove(), job.uploads?.length ? recall({ parameters: job.fields }) : draw(job.fields));
-  const words = job.uploads?.length ? "Take its settings" : "Draw again"; // a reload keeps no files
+  const words = job.uploads?.length ? "Use its settings" : "Draw again"; // a reload keeps no files
   return [button(words, again, { class: "quiet" }), button("Dismiss", remove, { class: "quiet" })];
 }
 
 function tellFailure(job) {
   announce(job.said);
-  if (job.state === "lost") connect(); // it tells when the server is there again
+  if (job.state === "lost") connect(); // it shows when the server is back
   if (job.error?.isRefused) askForToken(job.error.message);
   else if (job.error?.param && UPLOADS.includes(job.error.param)) tellStart(job.said);
   else if (job.error?.param) form.showError(job.error.param, job.said);
@@ -165,18 +165,18 @@ function tellFailure(job) {
 
 // Gallery
 
-async function keepPicture(job, { warnings, ...picture }) {
+async function keepImage(job, { warnings, ...image }) {
   const uploads = Object.fromEntries(UPLOADS.filter((name) => job.fields[name]).map((name) => [name, job.fields[name]]));
-  const entry = { ...picture, uploads, made: Date.now() };
+  const entry = { ...image, uploads, made: Date.now() };
   const news = [...warnings.map(sentence)];
   try {
-    if (!gallery) throw new Error("it keeps no data for this page");
+    if (!gallery) throw new Error("it keeps no data of this page");
     const { kept, leaving } = await gallery.add(entry);
     Object.assign(entry, kept);
-    pictures.filter(({ id }) => leaving.includes(id)).forEach(removeTile);
-    if (leaving.length) news.push(`The gallery holds ${MAX_PICTURES} pictures: the oldest has left it. Download what you want to keep`);
+    images.filter(({ id }) => leaving.includes(id)).forEach(removeTile);
+    if (leaving.length) news.push(`The gallery holds ${MAX_IMAGES} images: the oldest was removed. Download the ones that you want to keep`);
   } catch (error) {
-    news.push(`This browser keeps no more pictures (${error.message}): download this one`);
+    news.push(`This browser keeps no more images (${error.message}): download this one`);
   }
   addTile(entry);
   tellGallery(news.join(". "));
@@ -188,21 +188,21 @@ function addTile(entry) {
   showFile(image, entry.file);
   entry.tile = make("li", {}, button("", () => select(entry), { "aria-label": `Show: ${entry.parameters.prompt}` }));
   entry.tile.firstChild.append(image);
-  pictures.unshift(entry);
-  find("pictures").prepend(entry.tile);
-  countPictures();
+  images.unshift(entry);
+  find("images").prepend(entry.tile);
+  countImages();
 }
 
 function removeTile(entry) {
   showFile(entry.tile.querySelector("img"), null);
   entry.tile.remove();
-  pictures = pictures.filter((each) => each !== entry);
-  countPictures();
+  images = images.filter((each) => each !== entry);
+  countImages();
 }
 
-function countPictures() {
-  find("gallery").hidden = pictures.length === 0;
-  find("gallery-count").textContent = `${pictures.length} of at most ${MAX_PICTURES}, in this browser`;
+function countImages() {
+  find("gallery").hidden = images.length === 0;
+  find("gallery-count").textContent = `${images.length} of at most ${MAX_IMAGES}, in this browser`;
 }
 
 function tellGallery(text) {
@@ -211,14 +211,14 @@ function tellGallery(text) {
 }
 
 async function discard(entry) {
-  if (entry.id !== undefined) await gallery.remove(entry.id); // it was not kept
+  if (entry.id !== undefined) await gallery.remove(entry.id); // undefined if it was not kept
   removeTile(entry);
   selected = null;
   showStage();
   find("stage").focus();
 }
 
-// The picture that is shown: the one that was chosen, else that in work, else the newest
+// The shown image: the selected one, else the one in work, else the newest
 
 function select(entry) {
   selected = entry;
@@ -228,23 +228,23 @@ function select(entry) {
 
 function showStage() {
   const job = selected === null && work.jobs.find((each) => isOpen(each));
-  const entry = job ? null : selected ?? pictures[0];
-  for (const { tile } of pictures) tile.firstChild.toggleAttribute("aria-current", tile === entry?.tile);
+  const entry = job ? null : selected ?? images[0];
+  for (const { tile } of images) tile.firstChild.toggleAttribute("aria-current", tile === entry?.tile);
   const file = job ? job.preview : entry?.file;
   const figure = find("shown");
   figure.classList.toggle("drawing", Boolean(job));
-  const shown = file ?? job ?? null; // of a job that has no preview yet the place
+  const shown = file ?? job ?? null; // the job itself before its first preview
   if (shown !== null && figure.shown === shown) return;
   figure.shown = shown;
   const old = figure.querySelector("img");
   if (old) showFile(old, null);
   if (!file) return figure.replaceChildren(job ? make("div", { class: "blank" }) : find("empty") ?? makeEmpty());
-  const image = make("img", { alt: job ? `On the way: ${job.fields.prompt}` : entry.parameters.prompt });
+  const image = make("img", { alt: job ? `In work: ${job.fields.prompt}` : entry.parameters.prompt });
   showFile(image, file);
   figure.replaceChildren(image, ...(entry ? [makeCaption(entry, image.src)] : []));
 }
 
-const makeEmpty = () => make("p", { id: "empty" }, "Say what the picture shows, and press Draw.");
+const makeEmpty = () => make("p", { id: "empty" }, "Describe the image and press Draw.");
 
 function makeCaption(entry, address) {
   const { parameters, calls, uploads } = entry;
@@ -256,8 +256,8 @@ function makeCaption(entry, address) {
     make("a", { href: address, download: makeName(entry), class: "quiet button" }, "Download"),
     button("Delete", () => discard(entry), { class: "quiet" }),
   ];
-  const told = { ...parameters, ...(calls && { "UNet calls": calls }) };
-  const list = Object.entries(told).filter(([name]) => name !== "prompt").map(([name, value]) =>
+  const shown = { ...parameters, ...(calls && { "UNet calls": calls }) };
+  const list = Object.entries(shown).filter(([name]) => name !== "prompt").map(([name, value]) =>
     make("div", {}, make("dt", {}, name.replaceAll("_", " ")), make("dd", {}, typeof value === "object" ? JSON.stringify(value) : String(value))));
   return make("figcaption", {},
     make("div", { class: "row wrap" }, ...actions),
@@ -266,7 +266,7 @@ function makeCaption(entry, address) {
 }
 
 function makeName({ file, parameters: { prompt, seed } }) {
-  const words = prompt.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? ["picture"];
+  const words = prompt.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? ["image"];
   return `${words.slice(0, 6).join("-")}-${seed}.${file.type.split("/")[1].replace("jpeg", "jpg")}`;
 }
 
@@ -290,7 +290,7 @@ function listen() {
   find("token").querySelector("form").addEventListener("submit", () => (keepToken(find("token-input").value.trim()), connect()));
   for (const kind of ["dragover", "dragleave", "drop"]) {
     addEventListener(kind, (event) => {
-      if (!event.dataTransfer.types.includes("Files")) return; // a text, which fields take
+      if (!event.dataTransfer.types.includes("Files")) return; // a text, for a field
       event.preventDefault();
       find("over").hidden = kind !== "dragover";
       if (kind === "drop") takeFile(event.dataTransfer.files[0]);
@@ -306,7 +306,7 @@ async function begin() {
     gallery = await openGallery();
     (await gallery.list()).reverse().forEach(addTile);
   } catch (error) {
-    tellGallery(`This browser keeps no pictures (${error.message})`);
+    tellGallery(`This browser keeps no images (${error.message})`);
   }
   await connect();
   work.recoverLost();

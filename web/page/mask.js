@@ -1,12 +1,12 @@
-// Painting what is to be made anew: white on black, at the size of the picture.
+// Paints a mask, white on black, at the size of the image. White is drawn anew.
 
 import { find } from "./dom.js";
 
-const MAX_SIDE = 2048; // of the mask; it needs the picture's aspect, not its size
+const MAX_SIDE = 2048; // of the mask; it needs the image's aspect ratio, not its size
 const MAX_UNDO = 20;
-const PAINT = "#ff2d78"; // seen on most pictures; what is handed over is white
+const PAINT = "#ff2d78"; // seen on most images; the mask itself is white
 
-// Returns a PNG, or null where painting was given up. `earlier` is a mask to go on with.
+// Returns a PNG, or null if painting was cancelled. `earlier` is a mask to continue.
 export async function paintMask(picture, earlier) {
   const image = await createImageBitmap(picture);
   const painting = new Painting(image, earlier && (await createImageBitmap(earlier)));
@@ -73,7 +73,7 @@ class Painting {
 
   #move(event) {
     if (!this.last) return;
-    const passed = event.getCoalescedEvents?.() ?? []; // where the pointer was between two frames
+    const passed = event.getCoalescedEvents?.() ?? []; // the pointer's places between two frames
     for (const each of passed.length ? passed : [event]) {
       const place = this.#place(each);
       this.#stroke(this.last, place, each);
@@ -92,7 +92,7 @@ class Painting {
     this.paint.strokeStyle = PAINT;
     this.paint.beginPath();
     this.paint.moveTo(from.x, from.y);
-    this.paint.lineTo(to.x + 0.01, to.y); // a line of no length would be no dot
+    this.paint.lineTo(to.x + 0.01, to.y); // a line without length draws no dot
     this.paint.stroke();
     this.paint.globalCompositeOperation = "source-over";
     this.#show();
@@ -134,7 +134,7 @@ class Painting {
     fill(this.paint, PAINT, "source-out");
   }
 
-  // White of an earlier mask becomes paint, black nothing.
+  // Load an earlier mask: white becomes paint.
   #load(earlier) {
     this.paint.drawImage(earlier, 0, 0, this.layer.width, this.layer.height);
     const pixels = this.paint.getImageData(0, 0, this.layer.width, this.layer.height);

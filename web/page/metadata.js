@@ -1,17 +1,17 @@
-// The request that a picture's file holds, as sdxl_server/files.py writes it: in PNG's text chunk `parameters`, or in
-// EXIF's UserComment of a JPEG or WebP.
+// Reads the request from an image file, as sdxl_server/api/image_files.py writes it: from a PNG's text chunk
+// `parameters`, or from the EXIF UserComment of a JPEG or WebP.
 
 const EXIF_POINTER = 0x8769;
 const USER_COMMENT = 0x9286;
 
-// Returns the fields of the request, or null where the file tells of none.
+// Returns the fields of the request, or null if the file has none.
 export async function readRequest(blob) {
   try {
     const text = findText(new DataView(await blob.arrayBuffer()));
-    const told = text === null ? null : JSON.parse(text);
-    return typeof told?.request?.prompt === "string" ? told.request : null;
+    const found = text === null ? null : JSON.parse(text);
+    return typeof found?.request?.prompt === "string" ? found.request : null;
   } catch (error) {
-    if (error instanceof RangeError || error instanceof SyntaxError) return null; // cut short, or somebody else's
+    if (error instanceof RangeError || error instanceof SyntaxError) return null; // cut short, or from another program
     throw error;
   }
 }
@@ -26,7 +26,7 @@ function findText(view) {
 function readPng(view) {
   for (let at = 8; at + 12 <= view.byteLength; at += 12 + view.getUint32(at)) {
     const length = view.getUint32(at);
-    const key = "parameters\0\0"; // the second: not compressed
+    const key = "parameters\0\0"; // the second byte: not compressed
     if (readAscii(view, at + 4, 4) === "iTXt" && readAscii(view, at + 8, key.length) === key) {
       const [, , ...text] = new TextDecoder().decode(slice(view, at + 8 + key.length + 1, at + 8 + length)).split("\0");
       return text.join("\0"); // after a language and a translated key, both empty

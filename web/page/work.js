@@ -1,15 +1,15 @@
-// Requests on their way: each is a job from the press of the button to its pictures, its failure or its end.
+// Requests in work. Each is a job from the press of the button to its images, its failure or its end.
 
 import { decode, draw, ServerError } from "./api.js";
 
 const KEY = "work";
-// A browser holds six connections to a server of HTTP/1.1, and nginx eight for each address; some are for other tabs.
+// A browser opens six connections to an HTTP/1.1 server, and nginx allows eight per address. Leave some to other tabs.
 const MAX_SENT = 4;
 
 export class Work {
-  // `onChange(job)` after each change of one, `onPicture(job, picture)` for each picture.
-  constructor({ onChange, onPicture }) {
-    Object.assign(this, { onChange, onPicture, jobs: [] });
+  // Calls `onChange(job)` after each change, and `onImage(job, image)` for each image.
+  constructor({ onChange, onImage }) {
+    Object.assign(this, { onChange, onImage, jobs: [] });
   }
 
   add(fields) {
@@ -20,7 +20,7 @@ export class Work {
     return job;
   }
 
-  // Ends the work on the server, too.
+  // The server ends its work, too.
   cancel(job) {
     job.controller.abort();
     this.#tell(job, { state: "cancelled", said: "Cancelled" });
@@ -33,11 +33,11 @@ export class Work {
     this.#sendNext();
   }
 
-  // What was under way when the page was left: its connection has ended, and with it the work.
+  // The jobs that were in work when the page was left. Their connections and their work have ended.
   recoverLost() {
     for (const { fields, uploads, said } of JSON.parse(sessionStorage.getItem(KEY) ?? "[]")) {
       const job = { fields, uploads, state: "lost", share: null, preview: null };
-      job.said = `The page was left while this was on its way (${said}). The server has been told to end it: there is no picture.`;
+      job.said = `The page was left during this request (${said}). The server has ended it: there is no image.`;
       this.jobs.push(job);
       this.onChange(job);
     }
@@ -66,29 +66,29 @@ export class Work {
 
   async #send(job) {
     this.#tell(job, { state: "sent", said: "Sent to the server" });
-    let pictures = 0;
+    let images = 0;
     try {
       for await (const event of this.#ask(job)) {
         if (event.type === "image_generation.completed") {
-          pictures += 1;
-          await this.onPicture(job, readPicture(event));
+          images += 1;
+          await this.onImage(job, readImage(event));
         } else this.#tell(job, describe(event));
       }
       const wanted = job.fields.num_images_per_prompt ?? 1;
-      if (pictures < wanted) throw new TypeError("the answer ended early");
+      if (images < wanted) throw new TypeError("the answer ended early");
       this.#tell(job, { state: "done", said: "Done" });
       this.dismiss(job);
     } catch (error) {
       if (job.state === "cancelled") return;
       const isServers = error instanceof ServerError;
       if (!isServers && !(error instanceof TypeError)) console.error(error);
-      const lost = `The connection to the server broke (${job.said}), and with it this picture. It may be restarting.`;
+      const lost = `The connection to the server broke (${job.said}), and the image is lost. The server may be restarting.`;
       this.#tell(job, { state: isServers ? "failed" : "lost", said: isServers ? error.message : lost, error, share: null });
       this.#sendNext();
     }
   }
 
-  // A server that is busy, or loads its model, has begun nothing: it is asked again.
+  // A server that is busy or loads its model has not begun: ask again.
   async *#ask(job) {
     const { signal } = job.controller;
     for (;;) {
@@ -122,7 +122,7 @@ function describe(event) {
   }
 }
 
-function readPicture({ b64_json, output_format, parameters, unet_calls, warnings }) {
+function readImage({ b64_json, output_format, parameters, unet_calls, warnings }) {
   return { file: decode(b64_json, output_format), parameters, calls: unet_calls, warnings };
 }
 

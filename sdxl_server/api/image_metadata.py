@@ -1,0 +1,43 @@
+"""The metadata of an image, enough to generate it again."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sdxl_server import __version__
+from sdxl_server.model.describe import describe_arithmetic, describe_vae, list_applied_adapters
+from sdxl_server.model.loaded_pipeline import LoadedPipeline
+from sdxl_server.model.tiling import describe_tiles
+from sdxl_server.request.fields import GenerationRequest
+
+
+def describe_image(
+    loaded: LoadedPipeline, request: GenerationRequest, index: int, *, unet_calls: float, warnings: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return the metadata of image `index`: the request's fields, warnings, and the model with its versions."""
+    import diffusers
+    import openvino
+    import torch
+
+    arithmetic = describe_arithmetic(loaded)
+    return {
+        "request": request.describe(index),
+        **({"warnings": list(warnings)} if warnings else {}),
+        "made_with": {
+            "model": loaded.config.model_path,
+            "weights_sha256": loaded.weights_sha256,
+            **({"adapters": applied} if (applied := list_applied_adapters(loaded, request)) else {}),
+            **({"vae": vae} if (vae := describe_vae(loaded))["path"] or vae["lossy"] else {}),
+            **({"weighted_prompts": True} if loaded.config.weighted_prompts else {}),
+            **({"vae_tiles": tiles} if (tiles := describe_tiles(request, loaded.config)) else {}),
+            "dtype": loaded.dtype,
+            "unet_calls": unet_calls,
+            "backend": loaded.compilation.backend or "eager",
+            **({} if arithmetic is None else {"arithmetic": arithmetic, "graphs_for": loaded.graphs}),
+            "versions": {
+                "sdxl_server": __version__,
+                "diffusers": diffusers.__version__,
+                "torch": torch.__version__,
+                "openvino": openvino.__version__,
+            },
+        },
+    }

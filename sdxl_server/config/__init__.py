@@ -1,0 +1,1 @@
+"""Settings: model-config.yaml, checked key by key."""

@@ -1,0 +1,228 @@
+"""Recognise the model in a weights file by the names and shapes in its header. No weights are read."""
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+SETTINGS_FOLDER = Path(__file__).parent
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+UNET_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+INPUT_WEIGHT = "input_blocks.0.0.weight"
+# The layouts differ in the prefixes of their text encoders; the keys are diffusers' names.
+LAYOUTS = {
+    "sdxl": {
+        "text_encoder": "conditioner.embedders.0.transformer.",
+        "text_encoder_2": "conditioner.embedders.1.model.",
+    },
+    "sd1": {"text_encoder": "cond_stage_model.transformer."},
+    "sd2": {"text_encoder": "cond_stage_model.model."},
+}
+LAYOUT_NAMES = {"sdxl": "Stable Diffusion XL", "sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x"}
+INPAINTING_CHANNELS = 9
+UNSERVED_CHANNELS = {
+    5: "a depth-to-image model",
+    7: "an upscaler",
+    8: "an instruct-pix2pix model, which edits by instruction",
+}
+PREDICTIONS = ("epsilon", "v_prediction", "v_prediction_ztsnr")
+# Other content of such files, by a pattern of its names. The first match counts, after whole models.
+UNSERVED_CONTENTS = {
+    "a LoRA or another adapter of a model": r"lora[_.](up|down|A|B)\b|\.lora\.|hada_w|lokr_w|oft_(blocks|diag)",
+    "a ControlNet": r"^control_model\.|^controlnet_",
+    "an IP-Adapter": r"^(image_proj|ip_adapter)\.",
+    "a textual inversion": r"^(emb_params|clip_[lg])$",
+    "a UNet alone, in diffusers' naming": r"^down_blocks\.\d+\.resnets\.",
+    "a UNet alone": rf"^({re.escape(UNET_PREFIX)})?input_blocks\.",
+    "a tiny VAE (TAESD) alone": r"^(taesd_)?(encoder|decoder)\.(layers\.)?\d+\.",
+    "a VAE_PREFIX alone": r"^(first_stage_model\.)?(encoder|decoder)\.conv_in\.",
+    "a text encoder alone": r"(^|\.)text_model\.|^transformer\.resblocks\.",
+}
+FIRST_BYTES = {  # of files in other formats
+    b"PK\x03\x04": "a pickle of PyTorch's",
+    b"\x80": "a pickle",
+    b"GGUF": "weights in GGUF",
+    b"<": "a web page, such as a login page",
+    b"version https://git-lfs": "a pointer of Git LFS (fetch the file by git lfs pull)",
+}
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be converted. The message gives the reason in one line."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of a safetensors file.
+
+    Attributes:
+        shapes: by the tensor's name.
+        metadata: texts by key.
+    """
+
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    metadata: Mapping[str, str]
+
+    def count(self, prefix: str, pattern: str = "") -> int:
+        """Return the number of weights under a prefix whose further name begins with the pattern."""
+        return sum(
+            math.prod(shape)
+            for name, shape in self.shapes.items()
+            if name.startswith(prefix) and re.match(pattern, name[len(prefix) :])
+        )
+
+    def has(self, prefix: str) -> bool:
+        """Say whether a tensor's name has this prefix."""
+        return any(name.startswith(prefix) for name in self.shapes)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file that holds a whole model.
+
+    Attributes:
+        layout: a key of LAYOUTS.
+        channels: the UNet's input channels: 4, or 9 for inpainting.
+        prediction: the UNet's prediction type, one of PREDICTIONS.
+        reason: how the prediction type is known.
+        has_vae: the file holds a VAE.
+    """
+
+    path: Path
+    layout: str
+    channels: int
+    prediction: str
+    reason: str
+    has_vae: bool
+
+    def describe(self) -> str:
+        """Return the model in words."""
+        inpainting = ", inpainting (nine channels)" if self.channels == INPAINTING_CHANNELS else ""
+        return f"{LAYOUT_NAMES[self.layout]}{inpainting}, {self.prediction} ({self.reason})"
+
+    def read_settings(self) -> dict[str, dict[str, Any]]:
+        """Return the content of model_index.json and the settings of each component."""
+        settings: dict[str, dict[str, Any]] = json.loads((SETTINGS_FOLDER / f"{self.layout}.json").read_text())
+        index, scheduler, unet = settings["model_index"], settings["scheduler"], settings["unet"]
+        if self.channels == INPAINTING_CHANNELS:
+            unet["in_channels"] = INPAINTING_CHANNELS
+            index["_class_name"] = index["_class_name"].replace("Pipeline", "InpaintPipeline")
+        if self.prediction != "epsilon":
+            # Euler supports both settings; PNDM, the published scheduler of SD 1.x and 2.x, supports one
+            index["scheduler"][1] = scheduler["_class_name"] = "EulerDiscreteScheduler"
+            scheduler["prediction_type"] = "v_prediction"
+            if self.layout == "sd2":  # its v-prediction models were trained at 768²
+                unet["sample_size"] = 96
+        if self.prediction == "v_prediction_ztsnr":
+            # The steps must include the last timestep, which is pure noise
+            scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        return settings
+
+
+def read_safetensors_header(path: Path) -> Header:
+    """Return the header of a safetensors file.
+
+    Raises:
+        CheckpointError: the file has another format or is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix.lower() in PICKLES:
+        raise CheckpointError(explain_pickle(path, "a pickle"))
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            return Header(path, shapes, file.metadata() or {})
+    except SafetensorError as error:
+        with path.open("rb") as stream:
+            beginning = stream.read(64).lstrip()
+        what = next((words for start, words in FIRST_BYTES.items() if beginning.startswith(start)), None)
+        if what is None:
+            raise CheckpointError(f"{path} is damaged, or was not fetched whole: {error}") from error
+        if "pickle" in what:
+            raise CheckpointError(explain_pickle(path, what)) from error
+        raise CheckpointError(f"{path} holds {what}, no weights in safetensors") from error
+
+
+def explain_pickle(path: Path, what: str) -> str:
+    """Return the message that refuses a pickle."""
+    return (
+        f"{path} is {what}, which can run code when it is read: use the model's .safetensors file. If there is none, "
+        "convert it with torch.load(..., weights_only=True) and safetensors.torch.save_file on a disposable machine"
+    )
+
+
+def recognise_checkpoint(path: Path, *, prediction: str | None = None) -> Checkpoint:
+    """Return the model in a file.
+
+    Args:
+        prediction: the prediction type that the user names; None reads it from the file.
+
+    Raises:
+        CheckpointError: names the content of another file.
+    """
+    header = read_safetensors_header(path)
+    layout = next(
+        (name for name, parts in LAYOUTS.items() if all(header.has(prefix) for prefix in parts.values())), None
+    )
+    if layout is None or f"{UNET_PREFIX}{INPUT_WEIGHT}" not in header.shapes:
+        raise CheckpointError(
+            f"{path} holds {describe_content(header)}, not a whole model of {', '.join(LAYOUT_NAMES.values())}"
+        )
+    for key, what in {"edm_mean": "Playground v2.5", "edm_vpred.sigma_max": "CosXL"}.items():
+        if key in header.shapes:
+            raise CheckpointError(f"{path} holds {what}, whose schedule of noise (EDM) is not served")
+    channels = header.shapes[f"{UNET_PREFIX}{INPUT_WEIGHT}"][1]
+    if channels not in (4, INPAINTING_CHANNELS):
+        what = UNSERVED_CHANNELS.get(channels, "a model of another kind")
+        raise CheckpointError(f"{path} holds {what} ({channels} channels), which is not served")
+    found, reason = (prediction, "as asked") if prediction else find_prediction_type(header, layout, channels)
+    return Checkpoint(path, layout, channels, found, reason, header.has(f"{VAE_PREFIX}decoder."))
+
+
+def describe_content(header: Header) -> str:
+    """Return in words what a file without a whole model holds."""
+    if header.has("conditioner.embedders.0.model.") and header.has(UNET_PREFIX):
+        return "the refiner of Stable Diffusion XL, which is not served"
+    # diffusers knows more kinds. It returns v1 for unknown ones.
+    with contextlib.suppress(Exception):
+        from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+
+        kind = infer_diffusers_model_type({name: SimpleNamespace(shape=shape) for name, shape in header.shapes.items()})
+        if kind not in ("v1", "v2", "xl_base", "inpainting", "instruct-pix2pix", "controlnet", "upscale"):
+            return f"another kind of model ({kind})"
+    for kind, pattern in UNSERVED_CONTENTS.items():
+        if any(re.search(pattern, name) for name in header.shapes):
+            return kind
+    return f"{len(header.shapes)} tensors of unknown kind, such as {min(header.shapes, default='none')}"
+
+
+def find_prediction_type(header: Header, layout: str, channels: int) -> tuple[str, str]:
+    """Return a model's prediction type, and how it is known."""
+    import torch
+    from safetensors import safe_open
+
+    if "v_pred" in header.shapes:
+        if "ztsnr" in header.shapes:
+            return "v_prediction_ztsnr", "by the file's keys v_pred and ztsnr"
+        return "v_prediction", "by the file's key v_pred"
+    stated = header.metadata.get("modelspec.prediction_type", "")
+    if stated.startswith(("v", "eps")):
+        return "v_prediction" if stated.startswith("v") else "epsilon", "by the file's modelspec.prediction_type"
+    name = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    if layout == "sd2" and channels == 4 and name in header.shapes:
+        # SD 2.x files do not name it. ComfyUI separates the two kinds by how far training moved this bias.
+        with safe_open(header.path, framework="pt") as file:
+            spread = float(torch.std(file.get_tensor(name).float(), unbiased=False))
+        return (
+            "v_prediction" if spread > 0.09 else "epsilon",
+            "a guess by its weights; --prediction-type overrides it",
+        )
+    return "epsilon", "nothing in the file says otherwise"

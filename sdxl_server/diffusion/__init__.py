@@ -1,0 +1,1 @@
+"""One image: the diffusion loop between diffusers' pipeline and the shared, compiled models."""

@@ -1,0 +1,1 @@
+"""The model: its folder, weights, VAE and adapters, and their compilation."""

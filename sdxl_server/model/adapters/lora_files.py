@@ -1,0 +1,171 @@
+"""Load a LoRA file. Each tensor must belong to a layer of this model; an error names one that does not."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdxl_server.convert.recognition import CheckpointError, Header, read_safetensors_header
+from sdxl_server.errors import ConfigError
+from sdxl_server.model.adapters.layer_names import LAYER_PREFIXES, MATRIX_BY_SUFFIX, UNET, UNSERVED_ADAPTERS, Layer
+from sdxl_server.schemas import shorten
+
+# A matrix whose inputs are text embeddings, and the model by their width.
+CROSS_ATTENTION = re.compile(r"attn2[._](processor\.)?to_k(_lora)?\.(lora\.)?(lora_)?(down|A)\b")
+MODEL_BY_WIDTH = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
+MODEL_KEYS = ("modelspec.architecture", "ss_base_model_version")  # in a file's metadata
+DIFFUSERS_KEY = "lora_adapter_metadata"  # PEFT's settings there, as JSON
+PEFT_FILE = "adapter_config.json"  # PEFT's settings, next to its own file
+
+
+@dataclass(frozen=True)
+class LowRankChange:
+    """The change of one layer: factor × up × down.
+
+    Attributes:
+        down: rank × inputs, and for a convolution × height × width.
+        up: outputs × rank.
+        factor: alpha / rank, as trained.
+    """
+
+    down: Any
+    up: Any
+    factor: float
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+
+def load_lora(path: Path, layers: Mapping[str, Layer]) -> tuple[str, dict[Layer, LowRankChange]]:
+    """Return a file's SHA-256 and its changes.
+
+    Args:
+        layers: see `index_layers`.
+
+    Raises:
+        ConfigError: the file is damaged or does not fit the model.
+    """
+    from safetensors import safe_open
+
+    try:
+        header = read_safetensors_header(path)
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    places = {name: _find_layer(name, header, layers) for name in header.shapes}
+    if not places:
+        raise ConfigError(f"{path} holds no tensor")
+    found: dict[Layer, dict[str, Any]] = {}
+    with safe_open(path, framework="pt") as file:
+        for name, (layer, matrix) in places.items():
+            if matrix in found.setdefault(layer, {}):
+                raise ConfigError(f"{path} holds two tensors for one matrix of {layer.component}.{layer.name}: {name}")
+            found[layer][matrix] = file.get_tensor(name)
+    settings = _read_settings(path, header)
+    return digest, {layer: _build_change(path, header, layer, tensors, settings) for layer, tensors in found.items()}
+
+
+def _find_layer(name: str, header: Header, layers: Mapping[str, Layer]) -> tuple[Layer, str]:
+    """Return a tensor's layer, and which matrix of it the tensor is.
+
+    Raises:
+        ConfigError: this model has no such layer.
+    """
+    for mark, kind in UNSERVED_ADAPTERS.items():
+        if mark in name:
+            raise ConfigError(f"{header.path} holds {kind}, and only LoRA is served: {name}")
+    for suffix, matrix in MATRIX_BY_SUFFIX.items():
+        if name.endswith(suffix):
+            layer = layers.get(name.removesuffix(suffix))
+            if layer is not None:
+                return layer, matrix
+    base = _describe_base_model(header)
+    raise ConfigError(f"{header.path} holds a tensor for which this model has no layer{base}: {name}")
+
+
+def _describe_base_model(header: Header) -> str:
+    """Say for which model an adapter was made, by its layers or its metadata; empty if unknown."""
+    for name, shape in header.shapes.items():
+        if CROSS_ATTENTION.search(name) and shape[1] in MODEL_BY_WIDTH:
+            return f"; it was made for {MODEL_BY_WIDTH[shape[1]]}"
+    stated = (header.metadata[key] for key in MODEL_KEYS if key in header.metadata)
+    return next((f"; it was made for {shorten(each)}" for each in stated), "")
+
+
+def _build_change(
+    path: Path, header: Header, layer: Layer, tensors: Mapping[str, Any], settings: Mapping[str, Any]
+) -> LowRankChange:
+    """Return the change of one layer from its tensors.
+
+    Raises:
+        ConfigError: a tensor is missing, does not fit or is not finite.
+    """
+    import torch
+
+    where = f"{layer.component}.{layer.name}"
+    missing = {"down", "up"} - set(tensors)
+    if missing:
+        raise ConfigError(f"{path} lacks a matrix of {where}: {', '.join(sorted(missing))}")
+    for matrix, tensor in tensors.items():
+        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            raise ConfigError(f"{path} holds numbers for {where} that are not finite: {matrix}")
+    down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
+    outputs, inputs, *kernel = layer.shape
+    rank = len(down)
+    if mid is not None and list(mid.shape) == [rank, rank, *kernel] and down.numel() == rank * inputs:
+        # LoCon has three convolutions. The first two are joined into one.
+        down = torch.einsum("rskl,si->rikl", mid.float(), down.flatten(1).float())
+    if not rank or down.numel() != rank * math.prod(layer.shape[1:]) or list(up.flatten(1).shape) != [outputs, rank]:
+        shapes = ", ".join(
+            f"{matrix} {'×'.join(map(str, each.shape))}" for matrix, each in tensors.items() if each.dim()
+        )
+        raise ConfigError(
+            f"{path} does not fit this model{_describe_base_model(header)}: {where} has weights of "
+            f"{'×'.join(map(str, layer.shape))}, and the file has {shapes}"
+        )
+    alpha = float(tensors["alpha"]) if "alpha" in tensors else _read_alpha(path, layer, settings, rank)
+    return LowRankChange(down.reshape(rank, inputs, *kernel), up.flatten(1), alpha / rank)
+
+
+def _read_settings(path: Path, header: Header) -> dict[str, Any]:
+    """Return PEFT's settings by component: from the metadata that diffusers writes, or from PEFT's own file.
+
+    Raises:
+        ConfigError: they describe another kind than LoRA, or PEFT's file is missing.
+    """
+    try:
+        stated = json.loads(header.metadata.get(DIFFUSERS_KEY, "{}"))
+        peft_file = path.with_name(PEFT_FILE)
+        if any(name.startswith("base_model.model.") for name in header.shapes):
+            if not peft_file.exists():
+                raise ConfigError(f"{path} needs PEFT's settings: put its {PEFT_FILE} next to it")
+            stated = {f"{UNET}.{key}": value for key, value in json.loads(peft_file.read_text()).items()}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the settings of {path} cannot be read: {error}") from error
+    settings = {
+        name: {key.removeprefix(f"{name}."): value for key, value in stated.items() if key.startswith(f"{name}.")}
+        for name in LAYER_PREFIXES
+    }
+    for each in settings.values():
+        if each.get("use_dora"):
+            raise ConfigError(f"{path} holds DoRA, and only LoRA is served")
+    return settings
+
+
+def _read_alpha(path: Path, layer: Layer, settings: Mapping[str, Any], rank: int) -> float:
+    """Return a layer's alpha by PEFT's settings; without settings it is the rank."""
+    own = settings[layer.component]
+    patterns = own.get("alpha_pattern") or {}
+    fits = (value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", layer.name))
+    alpha = next(fits, own.get("lora_alpha", rank))
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise ConfigError(f"{path} takes a number as the alpha of {layer.component}.{layer.name}, not {alpha!r}")
+    return float(alpha) * (rank**0.5 if own.get("use_rslora") else 1)

@@ -1,0 +1,235 @@
+"""Compile the components of a pipeline as `pt2` configures."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from sdxl_server.config.settings import BACKEND_NAMES, CompileConfig, HandlerConfig
+from sdxl_server.errors import ConfigError
+from sdxl_server.model.families import Family
+from sdxl_server.model.tiling import compute_tile_side, plan_tiles
+from sdxl_server.model.vaes import choose_vae_methods
+from sdxl_server.request.contract import Contract
+
+VAE_ENCODER = "vae_encoder"
+# The axes of each component's arguments that may have any length: batch, height, width, text length.
+DYNAMIC_SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "unet": {
+        "sample": (0, 2, 3),
+        "encoder_hidden_states": (0, 1),
+        "added_cond_kwargs": {"text_embeds": (0,), "time_ids": (0,)},
+    },
+    "vae": {"z": (2, 3)},
+    VAE_ENCODER: {"x": (2, 3)},
+}
+
+
+def choose_graphs(config: HandlerConfig, compilation: CompileConfig) -> str | None:
+    """Return which sizes a graph serves: static, dynamic or both; None without OpenVINO.
+
+    The configuration alone decides, not earlier requests or free memory. So a seed always gives the same bits.
+
+    Raises:
+        ConfigError: the backend has no such setting, or there are more sizes than graphs.
+    """
+    if compilation.backend != "openvino":
+        if config.graphs is not None:
+            raise ConfigError(
+                f"handler.graphs belongs to pt2.backend: openvino, not to {compilation.backend or 'eager PyTorch'}"
+            )
+        return None
+    from openvino_backend import Options
+
+    graphs, sizes = config.graphs or ("static" if len(config.read_sizes()) == 1 else "dynamic"), config.read_sizes()
+    limit = Options.parse(compilation.options).max_graphs
+    if graphs == "static" and len(sizes) > limit:
+        raise ConfigError(
+            f"handler.allowed_sizes names {len(sizes)} sizes, and with graphs: static each needs a graph. But "
+            f"max_graphs in pt2.options is {limit}: raise it, or use graphs: dynamic"
+        )
+    return graphs
+
+
+def compute_half_cost(config: HandlerConfig, graphs: str | None, *, batch: int) -> float:
+    """Return the cost of a UNet call without guidance, compared with a whole call.
+
+    Args:
+        graphs: see `choose_graphs`. Static graphs for guidance have no smaller batch, see FixedBatch.
+        batch: the UNet's batch for a default request.
+    """
+    return 1.0 if graphs == "static" and config.compile_unet and batch > 1 else 0.5
+
+
+def list_components_to_compile(family: Family, config: HandlerConfig) -> list[str]:
+    """Return the components that the configuration compiles."""
+    wanted = {
+        "unet": config.compile_unet,
+        "vae": config.compile_vae,
+        VAE_ENCODER: config.compile_vae,
+        **dict.fromkeys(family.text_encoders, config.compile_text_encoders),
+    }
+    return [name for name, is_wanted in wanted.items() if is_wanted]
+
+
+def compile_components(
+    pipeline: Any,
+    family: Family,
+    config: HandlerConfig,
+    compilation: CompileConfig,
+    *,
+    contract: Contract,
+    ranks: Mapping[str, Mapping[str, int]],
+) -> tuple[Mapping[str, Callable[..., Any]], Mapping[str, Any]]:
+    """Compile the UNet, the VAE's encoder and decoder, and the text encoders as configured.
+
+    Lossless: each component computes the same, in the type of its weights.
+
+    Args:
+        contract: has the size and the batch of a default request.
+        ranks: of the layers that requests can change, by component; see `compute_ranks`.
+
+    Returns:
+        `functions` and `parts` of LoadedPipeline.
+
+    Raises:
+        ConfigError: the machine lacks what the backend needs.
+    """
+    import torch
+
+    if compilation.backend == "inductor":
+        check_cpp_compiler()
+    # Otherwise dynamo only warns at its limit of recompilations, and continues in eager PyTorch.
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    graphs, batch = choose_graphs(config, compilation), contract.batch
+    shapes = _list_static_shapes(pipeline, family, config, contract) if graphs == "both" else {}
+    if graphs in ("dynamic", "both"):
+        # With this many upsamplers the up blocks take their sizes from the down blocks, as a graph of any size must.
+        pipeline.unet.num_upsamplers = 30
+    decode, encode = choose_vae_methods(pipeline.vae)
+    methods = {
+        "unet": pipeline.unet.forward,
+        "vae": decode,
+        VAE_ENCODER: encode,
+        **{name: getattr(pipeline, name).forward for name in family.text_encoders},
+    }
+    wanted = list_components_to_compile(family, config)
+    functions: dict[str, Callable[..., Any]] = {}
+    backends: dict[str, Any] = {}
+    for name, method in methods.items():
+        functions[name] = method
+        if compilation.backend is None or name not in wanted:
+            continue
+        if name in family.text_encoders:
+            # Its first call installs hooks for the hidden states, behind a lock that dynamo cannot trace.
+            module = getattr(pipeline, name)
+            module(torch.zeros(1, 1, dtype=torch.long, device=module.device), output_hidden_states=True)
+        functions[name] = compile_method(
+            method,
+            compilation,
+            dynamic_shapes=None if graphs == "static" else DYNAMIC_SHAPES.get(name),
+            static_shapes=[shapes[name]] if name in shapes else [],
+            ranks=ranks.get(name),
+        )
+        backends[name] = functions[name].backend if compilation.backend == "openvino" else None  # type: ignore[attr-defined]
+    if graphs == "static" and "unet" in backends:
+        functions["unet"] = FixedBatch(functions["unet"], batch)
+    return functions, backends
+
+
+def _list_static_shapes(
+    pipeline: Any, family: Family, config: HandlerConfig, contract: Contract
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return the shapes of a default request's arguments, by component."""
+    height, width = (side // pipeline.vae_scale_factor for side in reversed(contract.size))
+    tiles = plan_tiles(height, width, compute_tile_side(config, pipeline.vae_scale_factor))
+    tile = (height, width) if tiles is None else (tiles[0].size, tiles[1].size)
+    text_width = sum(getattr(pipeline, each).config.hidden_size for each in family.text_encoders)
+    return {
+        "unet": {
+            "sample": (contract.batch, pipeline.unet.config.in_channels, height, width),
+            # The graph for any size serves prompts of several chunks.
+            "encoder_hidden_states": (contract.batch, pipeline.tokenizer.model_max_length, text_width),
+        },
+        "vae": {"z": (1, pipeline.vae.config.latent_channels, *tile)},
+        VAE_ENCODER: {"x": (1, pipeline.vae.config.in_channels, *reversed(contract.size))},
+    }
+
+
+class FixedBatch:
+    """A UNet whose graphs have one batch size. More rows run one batch after another; missing rows are repeated.
+
+    Args:
+        run: the UNet's function.
+        batch: the rows of its graphs.
+    """
+
+    def __init__(self, run: Callable[..., Any], batch: int) -> None:
+        self._run, self._batch = run, batch
+
+    def bind(self, products: Mapping[str, Any]) -> "FixedBatch":
+        """Return the UNet with low-rank matrices; see CompiledFunction."""
+        return FixedBatch(self._run.bind(products), self._batch)  # type: ignore[attr-defined]
+
+    def __call__(self, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the prediction in a tuple."""
+        import torch
+
+        rows = len(sample)
+        if rows == self._batch:
+            return self._run(sample, *args, **kwargs)
+        outputs = []
+        for start in range(0, rows, self._batch):
+            index = [min(start + each, rows - 1) for each in range(self._batch)]
+
+            def choose(value: Any, index: Sequence[int] = index) -> Any:
+                if isinstance(value, Mapping):
+                    return {name: choose(each) for name, each in value.items()}
+                is_row = isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == rows
+                return value[index] if is_row else value
+
+            outputs.append(self._run(sample[index], *map(choose, args), **choose(kwargs))[0])
+        return (torch.cat(outputs)[:rows],)
+
+
+def compile_method(
+    method: Any,
+    compilation: CompileConfig,
+    *,
+    dynamic_shapes: Mapping[str, Any] | None = None,
+    static_shapes: Sequence[Mapping[str, Any]] = (),
+    ranks: Mapping[str, int] | None = None,
+) -> Any:
+    """Return a module's method, compiled as configured. Shapes and ranks are for OpenVINO; see CompiledFunction."""
+    import torch
+
+    if compilation.backend == "openvino":
+        from openvino_backend import CompiledFunction
+
+        options = {"release_weights": True, **(compilation.options or {})}
+        return CompiledFunction(
+            method,
+            options,
+            dynamic_shapes=dynamic_shapes,
+            static_shapes=static_shapes,
+            ranks=ranks,
+        )
+    keywords = {name: getattr(compilation, name) for name in ("mode", "dynamic", "options")}
+    backend = BACKEND_NAMES.get(str(compilation.backend), compilation.backend)
+    return torch.compile(method, backend=backend, fullgraph=compilation.fullgraph or False, **keywords)
+
+
+def check_cpp_compiler() -> None:
+    """Refuse Inductor on a machine without a C++ compiler.
+
+    Raises:
+        ConfigError: names the ways out.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ConfigError(
+            "pt2.backend: inductor needs a C++ compiler, and there is none. Install g++, name a compiler in the "
+            "environment variable CXX, or use the openvino backend"
+        ) from error

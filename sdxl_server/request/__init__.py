@@ -1,0 +1,1 @@
+"""One request: its fields, their checks, and the images that it brings."""

@@ -1,0 +1,137 @@
+"""The request contract: checks the fields of a client and returns a request."""
+
+import copy
+import difflib
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sdxl_server.errors import RequestError
+from sdxl_server.request.fields import DECLARATIONS, MAX_SEED, RANDOM_SEED, GenerationRequest
+from sdxl_server.request.limits import Limits
+from sdxl_server.request.prompt_weights import check_weights
+from sdxl_server.request.resizing import resize_images
+from sdxl_server.request.uploads import MASK, build_white_image, read_upload
+from sdxl_server.schemas import read_value, shorten
+
+
+@dataclass(frozen=True)
+class Contract:
+    """The requests that this server accepts.
+
+    Attributes:
+        properties: the JSON Schema of each field (draft 2020-12), with its default and description.
+        limits: the limits in these schemas, and those on several fields together.
+        count_calls: returns the UNet calls for one image of a request. Raises RequestError if the scheduler cannot
+            make these steps.
+        half: cost of a UNet call without guidance, as a share of one with guidance.
+        batch: rows per UNet call of a request with default values: 2 with guidance.
+        needs: the fields that a request must have next to the prompt, for an inpainting model.
+    """
+
+    properties: Mapping[str, dict[str, Any]]
+    limits: Limits
+    count_calls: Callable[[GenerationRequest], float]
+    half: float = 0.5
+    batch: int = 2
+    needs: Sequence[str] = ()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The default width and height, in pixels."""
+        return self.properties["width"]["default"], self.properties["height"]["default"]
+
+    def check(self, fields: Mapping[str, Any]) -> GenerationRequest:
+        """Return the request with these fields; null means the default.
+
+        Raises:
+            RequestError: names the field, what is accepted and what was given.
+        """
+        for name in fields:
+            if name not in self.properties:
+                near = difflib.get_close_matches(name[:100], self.properties, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise RequestError(
+                    f"{shorten(name)} is not a field; {hint}the fields are {', '.join(self.properties)}", param=name
+                )
+        used = {name: schema["default"] for name, schema in self.properties.items() if "default" in schema}
+        read = {name: self._check_field(name, value) for name, value in fields.items() if value is not None}
+        for each in reversed(read.get("adapters") or ()):  # the first adapter overrules the others
+            used |= self.limits.adapters[each["name"]].defaults
+        used |= read
+        if "prompt" not in used:
+            raise RequestError("prompt is missing; send a text", param="prompt")
+        for name in self.needs:
+            if name not in used:
+                raise RequestError(
+                    f"{name} is missing: this is an inpainting model; send {' and '.join(self.needs)}", param=name
+                )
+        if used.get("seed", RANDOM_SEED) == RANDOM_SEED:
+            used["seed"] = secrets.randbelow(MAX_SEED + 1)
+        if MASK in used and "image" not in used:
+            raise RequestError(f"{MASK} needs an image; send image too", param=MASK)
+        if "image" in used:
+            resize_images(used, fields, self.limits)
+            used.setdefault("strength", 1.0 if MASK in used else 0.8)
+        request = GenerationRequest(**used)
+        if self.limits.config.weighted_prompts:
+            check_weights(request)
+        self._check_size(request)
+        self._check_work(request)
+        return request
+
+    def check_sample(self, fields: Mapping[str, Any]) -> GenerationRequest:
+        """Return the request with these fields, and with white images where it must have images.
+
+        Raises:
+            RequestError: see `check`.
+        """
+        return self.check({**fields, **dict.fromkeys(self.needs, build_white_image())})
+
+    def _check_field(self, name: str, value: Any) -> Any:
+        schema, declaration = self.properties[name], DECLARATIONS[name]
+        if declaration.is_upload:
+            return read_upload(name, value, max_side=self.limits.config.max_side)
+        try:
+            read = read_value(value, schema) if declaration.read is None else declaration.read(value, self.limits)
+        except ValueError as error:
+            raise RequestError(f"{name} {error}", param=name) from error
+        if isinstance(read, list):
+            return tuple(map(int if schema["items"]["type"] == "integer" else float, read))
+        return read
+
+    def _check_size(self, request: GenerationRequest) -> None:
+        size, allowed = (request.width, request.height), self.limits.allowed_sizes
+        if allowed and size not in allowed:
+            names = ", ".join(f"{width}x{height}" for width, height in allowed)
+            raise RequestError(f"width and height take one of {names} here, not {size[0]}x{size[1]}", param="width")
+
+    def _check_work(self, request: GenerationRequest) -> None:
+        calls = self.count_calls(request) * request.num_images_per_prompt
+        work, most = calls * request.width * request.height / 1e6, self.limits.config.max_megapixel_steps
+        if work > most:
+            raise RequestError(
+                f"images x UNet calls x megapixels may be {most:g} at most, not {calls:g} UNet calls of "
+                f"{request.width}x{request.height} = {work:.4g}; ask for fewer or smaller images, or fewer steps",
+                param="num_inference_steps",
+            )
+
+    def build_schema(self, *, is_form: bool = False) -> dict[str, Any]:
+        """Return the JSON Schema of a JSON body, or of a form, where images are files."""
+        properties = copy.deepcopy(dict(self.properties))
+        for name, schema in properties.items():
+            schema.pop("x-accepted", None)
+            if is_form and DECLARATIONS[name].is_upload:
+                properties[name] = {
+                    "type": "string",
+                    "format": "binary",
+                    "description": DECLARATIONS[name].words,
+                }
+        return {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["prompt", *self.needs],
+            "properties": properties,
+            "dependentRequired": {MASK: ["image"]},
+        }

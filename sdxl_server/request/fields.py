@@ -1,0 +1,233 @@
+"""The fields of a request, each declared once.
+
+The rest follows from a declaration: JSON Schema, docs, the argument of diffusers' pipeline, and an image's metadata.
+The page docs/extending.md shows how to add a field.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sdxl_server.config.declaration import NEEDED, Declaration, Role, declare, list_declarations
+from sdxl_server.config.settings import MIN_CALLS, MIN_SIDE
+from sdxl_server.request.adapters import build_adapters_schema, read_adapters
+from sdxl_server.request.limits import Limits
+from sdxl_server.request.samplers import build_sampler_schema, read_sampler
+from sdxl_server.schemas import Schema, choice, falling, nullable, pair, real, shares, switch, text, whole
+
+MAX_SEED = 2**32 - 1
+RANDOM_SEED = -1
+IMAGE_FORMATS = ("JPEG", "PNG", "WebP", "AVIF", "GIF", "TIFF", "BMP")  # of uploads; each decoder can be attacked
+SCHEDULES = (
+    "StableDiffusionTimesteps",
+    "StableDiffusionXLTimesteps",
+    "StableDiffusionSigmas",
+    "StableDiffusionXLSigmas",
+)
+SCHEDULE_FIELDS = ("timesteps", "sigmas", "schedule")  # a request has one of them at most
+WITH_IMAGE = "with an image, its aspect decides by default"
+UPLOAD: Schema = {
+    "type": "string",
+    "contentEncoding": "base64",
+    "x-accepted": f"an image ({', '.join(IMAGE_FORMATS)}) in base64, or its data URL",
+}
+
+
+def _prompt(limits: Limits) -> Schema:
+    return text(limits.config.max_prompt_characters)
+
+
+def _side(limits: Limits) -> Schema:
+    return whole(MIN_SIDE, limits.config.max_side, multiple_of=8)
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A request with every field checked. Names and meanings are diffusers'."""
+
+    prompt: str = declare(
+        lambda limits: text(limits.config.max_prompt_characters, is_needed=True), "what the image shows"
+    )
+    width: int = declare(_side, f"pixels; {WITH_IMAGE}")
+    height: int = declare(_side, f"pixels; {WITH_IMAGE}")
+    seed: int = declare(
+        whole(RANDOM_SEED, MAX_SEED),
+        f"seed of the first image; each later image has the next number, 0 after {MAX_SEED}. None or {RANDOM_SEED}: "
+        "random",
+        is_argument=False,
+    )
+    prompt_2: str | None = declare(_prompt, "for the second text encoder; default: `prompt`", value=None)
+    negative_prompt: str | None = declare(
+        _prompt, "what the image should not show; no effect with a guidance of 1 or less", value=None
+    )
+    negative_prompt_2: str | None = declare(
+        _prompt, "for the second text encoder; default: `negative_prompt`", value=None
+    )
+    num_inference_steps: int = declare(lambda limits: whole(1, limits.config.max_steps), "denoising steps", value=30)
+    guidance_scale: float = declare(
+        real(0, 100), "how strongly the prompt guides the image; 1 or less: no guidance", value=5.0
+    )
+    guidance_rescale: float = declare(real(0, 1), "reduces overexposure with strong guidance", value=0.0)
+    unet_calls: int | None = declare(
+        lambda limits: whole(MIN_CALLS, 2 * max(limits.config.max_steps, MIN_CALLS)),
+        "UNet calls; other steps are extrapolated (lossy). `strength` and `denoising_end` reduce it",
+        value=None,
+        is_argument=False,
+    )
+    guidance_interval: tuple[float, float] | None = declare(
+        shares(),
+        "from which to which share of the denoising guidance applies; other steps cost half",
+        value=None,
+        is_argument=False,
+    )
+    num_images_per_prompt: int = declare(
+        lambda limits: whole(1, limits.config.max_images),
+        "images, generated one after another",
+        value=1,
+        role=Role.DELIVERY,
+        is_argument=False,
+    )
+    scheduler: str | Mapping[str, Any] | None = declare(
+        lambda limits: build_sampler_schema(limits.samplers),
+        "the sampler: a name from diffusers or another program, or an object with a name and options",
+        value=None,
+        is_argument=False,
+        read=lambda value, limits: read_sampler(value, limits.samplers),
+    )
+    adapters: tuple[Mapping[str, Any], ...] | None = declare(
+        lambda limits: build_adapters_schema(limits.adapters),
+        "adapters (LoRA), each with its scale; an adapter can change other defaults",
+        value=None,
+        is_argument=False,
+        read=lambda value, limits: read_adapters(value, limits.adapters, max_rank=limits.config.max_adapter_rank),
+    )
+    clip_skip: int | None = declare(
+        lambda limits: whole(0, limits.max_clip_skip), "number of last layers of the text encoders to skip", value=None
+    )
+    denoising_end: float | None = declare(
+        {**real(0, 1), "exclusiveMinimum": 0}, "share of the denoising after which it stops", value=None
+    )
+    timesteps: tuple[int, ...] | None = declare(
+        lambda limits: falling(whole(0, 999), limits.config.max_steps, "a list of falling whole numbers from 999 to 0"),
+        "the timesteps, instead of `num_inference_steps`; some schedulers accept them",
+        value=None,
+        is_argument=False,
+    )
+    sigmas: tuple[float, ...] | None = declare(
+        lambda limits: falling(real(0, 1e6), limits.config.max_steps + 1, "a list of falling numbers that ends with 0"),
+        "the noise levels, the last 0, instead of `num_inference_steps`; some schedulers accept them",
+        value=None,
+        is_argument=False,
+    )
+    schedule: str | None = declare(
+        choice(*SCHEDULES),
+        "one of diffusers' AysSchedules, instead of `num_inference_steps`; for models that predict the noise",
+        value=None,
+        is_argument=False,
+    )
+    original_size: tuple[int, int] | None = declare(
+        pair(0, 65536), "height and width of the imagined original image; small values look blurred", value=None
+    )
+    crops_coords_top_left: tuple[int, int] | None = declare(
+        pair(0, 65536), "top and left of the imagined crop", value=None
+    )
+    target_size: tuple[int, int] | None = declare(
+        pair(0, 65536), "height and width of the imagined target image", value=None
+    )
+    image: Any = declare(
+        UPLOAD, "an image to start from (image-to-image); transparent pixels become white", value=None, is_upload=True
+    )
+    mask_image: Any = declare(
+        UPLOAD,
+        "a mask for inpainting: `image` is repainted where the mask is transparent, or white if nothing is transparent",
+        value=None,
+        is_upload=True,
+    )
+    resize_mode: str | None = declare(
+        choice("crop", "pad"),
+        "how `image` gets another aspect: `crop` cuts its edges, `pad` adds white bars; default: crop",
+        value=None,
+        is_argument=False,
+    )
+    strength: float | None = declare(
+        real(0, 1), "how much `image` changes; no effect without an image; default: 0.8, or 1 with a mask", value=None
+    )
+    output_format: str = declare(
+        choice("jpeg", "png", "webp"), "file format of the images", value="jpeg", role=Role.FILE, is_argument=False
+    )
+    quality: int = declare(whole(1, 100), "quality of a JPEG or WebP", value=90, role=Role.FILE, is_argument=False)
+    response_format: str = declare(
+        choice("b64_json", "url"),
+        "an image in JSON: `b64_json` is base64, `url` is a data: URL",
+        value="b64_json",
+        role=Role.DELIVERY,
+        is_argument=False,
+    )
+    timeout: float = declare(
+        lambda limits: real(1, limits.config.max_timeout),
+        "seconds of work until the last step must be complete",
+        value=3600,
+        role=Role.DELIVERY,
+        is_argument=False,
+    )
+    stream: bool = declare(
+        switch(),
+        "respond with server-sent events: steps, previews and images",
+        value=False,
+        role=Role.DELIVERY,
+        is_argument=False,
+    )
+    partial_images: int = declare(
+        whole(0, 3),
+        "previews of each image in a stream; an image of one step has none",
+        value=0,
+        role=Role.DELIVERY,
+        is_argument=False,
+    )
+
+    @property
+    def schedule_field(self) -> str | None:
+        """The field that names the steps instead of `num_inference_steps`."""
+        return next((name for name in SCHEDULE_FIELDS if getattr(self, name) is not None), None)
+
+    def get_seed(self, index: int) -> int:
+        """Return the seed of image `index`."""
+        return (self.seed + index) % (MAX_SEED + 1)
+
+    def describe(self, index: int = 0) -> dict[str, Any]:
+        """Return the fields that generate image `index` again, without the uploaded images."""
+        kept = {
+            name: getattr(self, name)
+            for name, declaration in DECLARATIONS.items()
+            if declaration.role is not Role.DELIVERY and not declaration.is_upload
+        }
+        return {name: value for name, value in kept.items() if value is not None} | {"seed": self.get_seed(index)}
+
+
+DECLARATIONS: Mapping[str, Declaration] = list_declarations(GenerationRequest)
+
+
+def build_properties(
+    limits: Limits, *, defaults: Mapping[str, Any], lacking: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """Return the JSON Schema of each field under these limits, with its default and description.
+
+    Args:
+        defaults: by field, the defaults that the configuration or the model gives.
+        lacking: the fields that this kind of model does not have.
+    """
+    properties = {}
+    defaults = {"timeout": limits.config.max_timeout, **defaults}
+    for field in dataclasses.fields(GenerationRequest):
+        name, declaration = field.name, DECLARATIONS[field.name]
+        if name in lacking:
+            continue
+        schema = declaration.build_schema(limits)
+        default = defaults.get(name, None if field.default is NEEDED else field.default)
+        properties[name] = {
+            **(schema if name == "prompt" else nullable(schema)),
+            **({} if default is None else {"default": default}),
+            "description": f"base64 of {declaration.words}" if declaration.is_upload else declaration.words,
+        }
+    return properties

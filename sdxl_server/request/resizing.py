@@ -1,0 +1,106 @@
+"""Resizing of an uploaded image and its mask, and the size of the result if the request names none."""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from sdxl_server.config.settings import MIN_SIDE
+from sdxl_server.errors import RequestError
+from sdxl_server.request.limits import Limits
+from sdxl_server.request.masks import binarize_mask, read_mask
+from sdxl_server.request.uploads import MASK
+
+# The training sizes of Stable Diffusion XL (arXiv 2307.01952, appendix I): short and long side, in both orientations.
+TRAINED_SIDE = 1024
+TRAINED = (
+    *((512, 2048), (512, 1984), (512, 1920), (512, 1856), (576, 1792), (576, 1728), (576, 1664), (640, 1600)),
+    *((640, 1536), (704, 1472), (704, 1408), (704, 1344), (768, 1344), (768, 1280), (832, 1216), (832, 1152)),
+    *((896, 1152), (896, 1088), (960, 1088), (960, 1024), (1024, 1024)),
+)
+SAME_ASPECT = 0.02  # difference of logarithms: 10 pixels of 500
+Size = tuple[int, int]  # width, height
+
+
+def resize_images(used: dict[str, Any], given: Mapping[str, Any], limits: Limits) -> None:
+    """Resize the image and its mask to the size of the result, without stretching.
+
+    Args:
+        used: the checked fields of the request; sizes and images are replaced.
+        given: the fields that the client sent.
+
+    Raises:
+        RequestError: the mask has neither the aspect of the image nor the aspect of the result.
+    """
+    image = used["image"].pixels
+    width, height = given.get("width"), given.get("height")
+    if width is None or height is None:
+        used["width"], used["height"] = choose_size(image.size, limits, width=width, height=height)
+    size, how = (used["width"], used["height"]), used.setdefault("resize_mode", "crop")
+    used["image"] = _resize(image, size, how, bars="white")
+    if MASK in used:
+        mask = read_mask(used[MASK])
+        if min(abs(compute_aspect(mask.size) - compute_aspect(other)) for other in (image.size, size)) > SAME_ASPECT:
+            raise RequestError(
+                f"{MASK} takes the aspect of the image, such as its {image.width}x{image.height} pixels, "
+                f"not {mask.width}x{mask.height}",
+                param=MASK,
+            )
+        used[MASK] = binarize_mask(_resize(mask, size, how, bars="white"))  # the bars are never protected
+
+
+def _resize(image: Any, size: Size, how: str, *, bars: str) -> Any:
+    from PIL import Image, ImageOps
+
+    if image.size == size:
+        return image
+    method = Image.Resampling.BILINEAR if image.mode == "L" else Image.Resampling.LANCZOS  # LANCZOS rings at edges
+    if how == "pad":
+        return ImageOps.pad(image, size, method, color=bars)
+    return ImageOps.fit(image, size, method)
+
+
+def choose_size(image: Size, limits: Limits, *, width: int | None = None, height: int | None = None) -> Size:
+    """Return the allowed size with the aspect nearest to an image's; a given side is kept."""
+    sizes = limits.allowed_sizes or list_sizes(limits.own_side, limits.multiple, limits.config.max_side)
+    if width is not None or height is not None:
+        fitting = [each for each in limits.allowed_sizes if width in (None, each[0]) and height in (None, each[1])]
+        sizes = tuple(fitting) or (_follow_aspect(image, limits, width=width, height=height),)
+    wanted = compute_aspect(image)
+    return min(sizes, key=lambda size: (round(abs(compute_aspect(size) - wanted), 6), -size[0] * size[1]))
+
+
+def compute_aspect(size: Size) -> float:
+    """Return the logarithm of width / height; tall and wide images are equally far from 0."""
+    return math.log(size[0] / size[1])
+
+
+def _follow_aspect(image: Size, limits: Limits, *, width: int | None, height: int | None) -> Size:
+    if width is not None:
+        return width, _round_side(width * image[1] / image[0], limits.multiple, limits.config.max_side)
+    other = 0 if height is None else height
+    return _round_side(other * image[0] / image[1], limits.multiple, limits.config.max_side), other
+
+
+@functools.cache
+def list_sizes(own_side: int, multiple: int, max_side: int) -> tuple[Size, ...]:
+    """Return sizes with about the area of the model's own square.
+
+    Args:
+        own_side: side of the model's own square, in pixels.
+        multiple: all sides are multiples of this.
+        max_side: the largest side. A longer size gets smaller and keeps its aspect.
+    """
+    sizes: list[Size] = []
+    for short, long in TRAINED:
+        scale = min(own_side / TRAINED_SIDE, max_side / long)
+        low, high = (_round_side(side * scale, multiple, max_side) for side in (short, long))
+        sizes += [(low, high), (high, low)]
+    return tuple(dict.fromkeys(sizes))
+
+
+def _round_side(side: float, multiple: int, max_side: int) -> int:
+    """Return the nearest allowed multiple, or the nearest multiple of 8 if none is allowed."""
+    step = multiple if max_side // multiple * multiple >= MIN_SIDE else 8
+    least, most = math.ceil(MIN_SIDE / step) * step, max_side // step * step
+    return min(max(round(side / step) * step, least), most)

@@ -1,0 +1,118 @@
+"""Run TorchServe as the one process of a container: make the archive, serve, and drain on SIGTERM.
+
+The archive, logs and keys go into the working directory. The model stays where it is.
+"""
+
+import argparse
+import logging
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import requests
+
+logger = logging.getLogger(__name__)
+
+IN_FLIGHT_LINE = re.compile(r"^sdxl_requests_in_flight (\S+)$", re.MULTILINE)
+# Kubernetes removes a pod from its services after SIGTERM. New requests may come until then.
+IDLE_SECONDS = 5
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until SIGTERM; return TorchServe's exit code, 0 after a drain."""
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
+    description = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m sdxl_server.serving.container", description=description)
+    parser.add_argument("--source", type=Path, default=Path("/opt/sdxl"), help="the folder of this project")
+    parser.add_argument("--settings", type=Path, help="a model-config.yaml (default: the one of the project)")
+    parser.add_argument("--model", type=Path, default=Path("/models/Base_Diffusion_model"), help="the model's folder")
+    parser.add_argument("--address", default="0.0.0.0", help="address to listen on")
+    parser.add_argument("--port", type=int, default=8080, help="of the inference API (default: %(default)s)")
+    parser.add_argument("--metrics-port", type=int, default=9108, help="of /metrics and /ready (default: %(default)s)")
+    parser.add_argument("--drain", type=float, default=3600, metavar="SECONDS", help="limit for requests in flight")
+    options = parser.parse_args(arguments)
+    make_archive(options.source, options.settings or options.source / "model-config.yaml", options)
+    properties = {
+        "inference_address": f"http://{options.address}:{options.port}",
+        "disable_token_authorization": "true",
+    }
+    lines = (options.source / "config.properties").read_text().splitlines()
+    kept = [line for line in lines if line.partition("=")[0] not in properties]
+    Path("config.properties").write_text("\n".join([*kept, *(f"{k}={v}" for k, v in properties.items()), ""]))
+    server = subprocess.Popen(
+        [
+            *("torchserve", "--start", "--foreground", "--ncs", "--ts-config", "config.properties"),
+            *("--log-config", str(options.source / "log4j2.xml")),
+            *("--model-store", "model_store", "--models", "diffusion_fast"),
+        ]
+    )
+    is_stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: is_stopping.set())
+    while server.poll() is None:
+        if is_stopping.wait(1):
+            drain(options.metrics_port, seconds=options.drain)
+            subprocess.run(["torchserve", "--stop", "--foreground"], check=False)
+            server.wait()
+            return 0
+    return server.returncode
+
+
+def make_archive(source: Path, settings: Path, options: Any) -> None:
+    """Make the model archive. The model stays where it is."""
+    import yaml
+
+    content = yaml.safe_load(settings.read_text())
+    content["handler"] |= {
+        "model_path": str(options.model),
+        "metrics_address": f"{options.address}:{options.metrics_port}",
+    }
+    Path("model-config.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    shutil.rmtree("model_store", ignore_errors=True)  # of an earlier start
+    Path("model_store").mkdir()
+    subprocess.run(
+        [
+            *("torch-model-archiver", "--model-name", "diffusion_fast", "--version", "1.0"),
+            *("--handler", source / "stable_diffusion_handler.py", "--config-file", "model-config.yaml"),
+            *("--extra-files", source / "pipeline_utils.py", "--archive-format", "no-archive"),
+            *("--export-path", "model_store"),
+        ],
+        check=True,
+    )
+
+
+def drain(port: int, *, seconds: float) -> None:
+    """Wait until no request has been in flight for some seconds.
+
+    Args:
+        seconds: the longest time to wait.
+    """
+    logger.info("Stopping: the requests in flight are finished first")
+    idle = 0
+    for _ in range(int(seconds)):
+        idle = idle + 1 if count_in_flight(port) == 0 else 0
+        if idle > IDLE_SECONDS:
+            return
+        time.sleep(1)
+    logger.warning("Requests were still in flight after %.0f s", seconds)
+
+
+def count_in_flight(port: int) -> float:
+    """Return how many requests the worker has; 0 without a worker."""
+    try:
+        text = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=5).text
+    except requests.RequestException:
+        return 0
+    found = IN_FLIGHT_LINE.search(text)
+    return float(found[1]) if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
