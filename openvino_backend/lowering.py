@@ -18,9 +18,6 @@ _KNOWN = frozenset(
         aten.linear.default,
         aten.scaled_dot_product_attention.default,
         aten.sym_size.int,
-        aten.upsample_nearest1d.vec,
-        aten.upsample_nearest2d.vec,
-        aten.upsample_nearest3d.vec,
     }
 )
 _CHECKS = ("aten._assert_tensor_metadata.default", "aten._assert_scalar.default", "aten.sym_constrain_range")
@@ -150,6 +147,20 @@ def _lower_pad(node: torch.fx.Node, *, self: Any, pad: Any, mode: str, value: fl
     return _put(node, aten.constant_pad_nd.default, self, pad, value or 0.0) if mode == "constant" else None
 
 
+def _lower_upsampling(node: torch.fx.Node, *, input: Any, output_size: Any, scale_factors: Any) -> torch.fx.Node | None:
+    """Write an upsampling by factors as one to a size, where these are whole."""
+    if output_size is None:
+        if any(factor != int(factor) for factor in scale_factors):
+            return None
+        lengths = [_read_size(input, axis) for axis in range(2, len(input.meta["val"].shape))]
+        pairs = zip(lengths, scale_factors, strict=True)
+        output_size = [_multiply(node.graph, [length, int(factor)]) for length, factor in pairs]
+    return _put(node, _UPSAMPLINGS[node.target], input, output_size)
+
+
+_UPSAMPLINGS = {
+    each.vec: each.default for each in (aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d)
+}
 # A rule returns what takes an operator's place, or None where it stays.
 _RULES: dict[Any, Callable[..., torch.fx.Node | None]] = {
     aten.conv1d.default: _lower_convolution,
@@ -171,4 +182,5 @@ _RULES: dict[Any, Callable[..., torch.fx.Node | None]] = {
     aten.chunk.default: _lower_chunk,
     aten.concat.default: _lower_cat,
     aten.pad.default: _lower_pad,
+    **dict.fromkeys(_UPSAMPLINGS, _lower_upsampling),
 }

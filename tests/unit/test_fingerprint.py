@@ -185,9 +185,9 @@ from pathlib import Path
 import torch
 from openvino_backend.fingerprint import compute_fingerprint
 from sdxl_server.model.families import FAMILIES
-from sdxl_server.model.reading import read_pipeline
+from sdxl_server.model.diffusers_pipeline import load_diffusers_pipeline
 
-pipeline = read_pipeline(Path(sys.argv[1]), "float32", FAMILIES["sdxl"])
+pipeline = load_diffusers_pipeline(Path(sys.argv[1]), "float32", FAMILIES["sdxl"])
 for name in sys.argv[2:]:
     module = getattr(pipeline, name)
     if name.startswith("text"):  # transformers hooks up the hidden states at the first call
