@@ -66,7 +66,7 @@ class StableDiffusionHandler:
         self.service = self.package.load_service(settings, model_dir=Path(model_dir), gpu_id=gpu_id, archive=MADE_FOR)
         config = self.service.loaded.config
         self.queue = self.package.Queue(max_running=config.max_running, max_waiting=config.max_waiting)
-        self.call_timer = self.package.HttpRequestTimer(float(settings.get("responseTimeout", 120)))
+        self.call_timer = self.package.CallTimer(float(settings.get("responseTimeout", 120)))
         self.is_continuous = settings.get("continuousBatching") is True
         for part, figures in self.package.measure_components(self.service.loaded).items():
             for name, (value, unit) in figures.items():
