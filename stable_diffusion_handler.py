@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MADE_FOR = "0.2.0"  # the version of sdxl_server that this file was written for
+MADE_FOR = "0.3.0"  # the version of sdxl_server that this file was written for
 DESCRIBE_HINT = "the answer is at /predictions/<model>/<version>/describe"
 RETRY_AFTER = "5"  # seconds, for clients that met a full queue
 GRPC_MESSAGE = "gRPC is not served: TorchServe loses its streams under continuousBatching; ask over HTTP"
