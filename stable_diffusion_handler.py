@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MADE_FOR = "0.2.0"  # the version of sdxl_server that this file was written for
+MADE_FOR = "0.3.0"  # the version of sdxl_server that this file was written for
 DESCRIBE_HINT = "the answer is at /predictions/<model>/<version>/describe"
 RETRY_AFTER = "5"  # seconds, for clients that met a full queue
 GRPC_MESSAGE = "gRPC is not served: TorchServe loses its streams under continuousBatching; ask over HTTP"
@@ -66,7 +66,7 @@ class StableDiffusionHandler:
         self.service = self.package.load_service(settings, model_dir=Path(model_dir), gpu_id=gpu_id, archive=MADE_FOR)
         config = self.service.loaded.config
         self.queue = self.package.Queue(max_running=config.max_running, max_waiting=config.max_waiting)
-        self.call_timer = self.package.HttpRequestTimer(float(settings.get("responseTimeout", 120)))
+        self.call_timer = self.package.CallTimer(float(settings.get("responseTimeout", 120)))
         self.is_continuous = settings.get("continuousBatching") is True
         for part, figures in self.package.measure_components(self.service.loaded).items():
             for name, (value, unit) in figures.items():

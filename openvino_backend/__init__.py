@@ -10,7 +10,7 @@ from openvino_backend.options import Options, OptionsError, split_device
 from openvino_backend.processors import find_processors, limit_torch
 from openvino_backend.weights import digest_weights
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "CompiledFunction",

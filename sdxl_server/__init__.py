@@ -2,7 +2,7 @@
 
 import sys
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # OpenVINO and NNCF report each import to Google Analytics, from a process that they fork. Where this module is not
 # installed they leave it out.

@@ -14,7 +14,7 @@ from typing import Any
 
 from sdxl_server import __version__, metrics
 from sdxl_server.api.bodies import check_form
-from sdxl_server.api.http import HttpRequest, Response
+from sdxl_server.api.http import HttpRequest, Response, build_headers
 from sdxl_server.api.image_files import encode_image
 from sdxl_server.api.image_metadata import describe_image
 from sdxl_server.api.native import JSON, EncodedImage, NativeApi, split_chunks
@@ -72,7 +72,7 @@ class Service:
                 warnings += list_warnings(self.loaded, request, earlier=warnings)
             # JSON escapes the line breaks of a prompt, so that it cannot forge a log line.
             logger.info("Request: %s", json.dumps({"id": http_request.request_id, **request.describe()}))
-        headers = {"X-Seed": str(request.seed)} | ({"X-Warning": "; ".join(warnings)} if warnings else {})
+        headers = build_headers(request.seed, warnings)
         content_type = api.choose_type(request, http_request.accept)
         response = Response(content_type, headers, api, _send_whole(b""), seconds=seconds)
         response.steps = self._draw(http_request, request, response, warnings)

@@ -2,7 +2,7 @@
 
 import enum
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -80,6 +80,11 @@ class Response:
     waits: bool = True
     seconds: dict[str, float] = field(default_factory=dict)
     may_pause: bool = True
+
+
+def build_headers(seed: int, warnings: Sequence[str]) -> dict[str, str]:
+    """Return a response's own headers."""
+    return {"X-Seed": str(seed)} | ({"X-Warning": "; ".join(warnings)} if warnings else {})
 
 
 def find_header(headers: Mapping[str, Any], wanted: str) -> str:
