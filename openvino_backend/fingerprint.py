@@ -100,7 +100,7 @@ class Describer:
         self._note(value.__module__)
         cells = [each.cell_contents for each in value.__closure__ or () if each != types.CellType()]
         held = self.describe((value.__defaults__, value.__kwdefaults__, cells), depth=depth - 1)
-        return f"function {value.__module__}.{value.__qualname__} {_digest_code(value.__code__)} {held}"
+        return f"function {value.__module__}.{value.__qualname__} {_digest_bytecode(value.__code__)} {held}"
 
     def _describe_class(self, kind: type) -> str:
         for each in kind.__mro__:
@@ -127,12 +127,12 @@ def _digest_file(path: str | None) -> str:
 def _digest_class(kind: type) -> str:
     """Return a digest of a class's own functions: two classes of one file may have one name."""
     functions = [each for each in vars(kind).values() if isinstance(each, types.FunctionType)]
-    return hashlib.sha256(repr([_digest_code(each.__code__) for each in functions]).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr([_digest_bytecode(each.__code__) for each in functions]).encode()).hexdigest()[:16]
 
 
 @functools.cache
-def _digest_code(code: types.CodeType) -> str:
+def _digest_bytecode(code: types.CodeType) -> str:
     """Return a digest of what the code does; where it stands is no matter."""
-    constants = [_digest_code(each) if isinstance(each, types.CodeType) else each for each in code.co_consts]
+    constants = [_digest_bytecode(each) if isinstance(each, types.CodeType) else each for each in code.co_consts]
     told = [sorted(map(repr, each)) if isinstance(each, frozenset) else repr(each) for each in constants]
     return hashlib.sha256(repr((code.co_code.hex(), told, code.co_names)).encode()).hexdigest()[:16]

@@ -74,7 +74,7 @@ def _read_size(node: torch.fx.Node, axis: int) -> Any:
     return size
 
 
-def _multiply(graph: torch.fx.Graph, lengths: list[Any]) -> Any:
+def _multiply_lengths(graph: torch.fx.Graph, lengths: list[Any]) -> Any:
     product = 1
     for each in lengths:
         if isinstance(product, int) and isinstance(each, int):
@@ -102,7 +102,7 @@ def _lower_group_norm(
     node: torch.fx.Node, *, input: Any, num_groups: int, weight: Any, bias: Any, eps: float, **_: Any
 ) -> torch.fx.Node:
     rows, channels, *lengths = (_read_size(input, axis) for axis in range(len(input.meta["val"].shape)))
-    pixels = _multiply(node.graph, lengths)
+    pixels = _multiply_lengths(node.graph, lengths)
     return _take_first(
         node, aten.native_group_norm.default, input, weight, bias, rows, channels, pixels, num_groups, eps
     )
@@ -154,7 +154,7 @@ def _lower_upsampling(node: torch.fx.Node, *, input: Any, output_size: Any, scal
             return None
         lengths = [_read_size(input, axis) for axis in range(2, len(input.meta["val"].shape))]
         pairs = zip(lengths, scale_factors, strict=True)
-        output_size = [_multiply(node.graph, [length, int(factor)]) for length, factor in pairs]
+        output_size = [_multiply_lengths(node.graph, [length, int(factor)]) for length, factor in pairs]
     return _put(node, _UPSAMPLINGS[node.target], input, output_size)
 
 

@@ -73,7 +73,7 @@ class Structure:
         return pytree.tree_unflatten(leaves, self.spec)
 
 
-class _Call(torch.nn.Module):
+class _Exported(torch.nn.Module):
     """A call of a method as a module of tensors only, the form that torch.export takes."""
 
     def __init__(
@@ -112,7 +112,7 @@ def trace_method(
         OpenVINOBackendError: torch cannot trace it, or it changes tensors that are given to it.
     """
     results: list[Structure] = []
-    call = _Call(module, method, arguments, results.append)
+    call = _Exported(module, method, arguments, results.append)
     free = tuple({axis: torch.export.Dim.DYNAMIC for axis in each} for each in axes)
     try:
         with keep_lengths_apart():
