@@ -64,7 +64,7 @@ def _take_first(node: torch.fx.Node, target: Any, *args: Any) -> torch.fx.Node:
     return _put(node, operator.getitem, results, 0)
 
 
-def _read_size(node: torch.fx.Node, axis: int) -> Any:
+def _read_length(node: torch.fx.Node, axis: int) -> Any:
     """Return a length of a tensor: a number, or a node where it is free."""
     length = node.meta["val"].shape[axis]
     if isinstance(length, int):
@@ -101,7 +101,7 @@ def _lower_convolution(
 def _lower_group_norm(
     node: torch.fx.Node, *, input: Any, num_groups: int, weight: Any, bias: Any, eps: float, **_: Any
 ) -> torch.fx.Node:
-    rows, channels, *lengths = (_read_size(input, axis) for axis in range(len(input.meta["val"].shape)))
+    rows, channels, *lengths = (_read_length(input, axis) for axis in range(len(input.meta["val"].shape)))
     pixels = _multiply_lengths(node.graph, lengths)
     return _take_first(
         node, aten.native_group_norm.default, input, weight, bias, rows, channels, pixels, num_groups, eps
@@ -127,7 +127,7 @@ def _lower_dropout(node: torch.fx.Node, *, input: Any, train: bool, **_: Any) ->
 def _lower_flatten(node: torch.fx.Node, *, self: Any, start_dim: int, end_dim: int) -> torch.fx.Node:
     axes = len(self.meta["val"].shape)
     start, end = start_dim % max(axes, 1), end_dim % max(axes, 1)
-    sizes = [_read_size(self, axis) for axis in range(axes)]
+    sizes = [_read_length(self, axis) for axis in range(axes)]
     return _put(node, aten.view.default, self, [*sizes[:start], -1, *sizes[end + 1 :]])
 
 
@@ -152,7 +152,7 @@ def _lower_upsampling(node: torch.fx.Node, *, input: Any, output_size: Any, scal
     if output_size is None:
         if any(factor != int(factor) for factor in scale_factors):
             return None
-        lengths = [_read_size(input, axis) for axis in range(2, len(input.meta["val"].shape))]
+        lengths = [_read_length(input, axis) for axis in range(2, len(input.meta["val"].shape))]
         pairs = zip(lengths, scale_factors, strict=True)
         output_size = [_multiply_lengths(node.graph, [length, int(factor)]) for length, factor in pairs]
     return _put(node, _UPSAMPLINGS[node.target], input, output_size)
