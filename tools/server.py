@@ -30,11 +30,16 @@ class ServerError(RuntimeError):
     """The server did not start; the message ends with its log."""
 
 
-def run_command(*command: str | Path, folder: Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command of this environment in a folder and return what it printed; raise if it fails."""
-    return subprocess.run(
-        [str(word) for word in command], cwd=folder, env=make_environment(), text=True, check=True, **options
-    )
+def run_command(
+    *command: str | Path, folder: Path, environment: Mapping[str, str] | None = None, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a command of this environment in a folder and return what it printed; raise if it fails.
+
+    Args:
+        environment: variables that are added.
+    """
+    variables = make_environment() | dict(environment or {})
+    return subprocess.run([str(word) for word in command], cwd=folder, env=variables, text=True, check=True, **options)
 
 
 def make_environment() -> dict[str, str]:
@@ -243,11 +248,13 @@ def make_archive(
     handler = handler or root / "stable_diffusion_handler.py"
     extra = {root / "pipeline_utils.py", root / "stable_diffusion_handler.py"} - {handler}
     (folder / "model-config.yaml").write_text(settings)
+    (folder / "archiver").mkdir()
     run_command(
         *("torch-model-archiver", "--model-name", "diffusion_fast", "--version", "1.0"),
         *("--handler", handler, "--config-file", "model-config.yaml"),
         *("--extra-files", ",".join(map(str, extra)), "--archive-format", "no-archive", "--export-path", "."),
         folder=folder,
+        environment={"TMPDIR": str(folder / "archiver")},  # it uses one name there, also for archives made at a time
     )
     (folder / "model_store").mkdir()
     shutil.move(folder / "diffusion_fast", folder / "model_store")

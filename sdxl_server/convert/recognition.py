@@ -41,7 +41,7 @@ UNSERVED_CONTENTS = {
     "a UNet alone, in diffusers' naming": r"^down_blocks\.\d+\.resnets\.",
     "a UNet alone": rf"^({re.escape(UNET_PREFIX)})?input_blocks\.",
     "a tiny VAE (TAESD) alone": r"^(taesd_)?(encoder|decoder)\.(layers\.)?\d+\.",
-    "a VAE_PREFIX alone": r"^(first_stage_model\.)?(encoder|decoder)\.conv_in\.",
+    "a VAE alone": r"^(first_stage_model\.)?(encoder|decoder)\.conv_in\.",
     "a text encoder alone": r"(^|\.)text_model\.|^transformer\.resblocks\.",
 }
 FIRST_BYTES = {  # of files in other formats

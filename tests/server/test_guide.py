@@ -45,7 +45,14 @@ class Reader:
         self.ports = write_properties(ROOT / "config.properties", folder / "config.properties")
         self.url = f"http://localhost:{self.ports['inference_address']}/predictions/diffusion_fast"
         self.temporary = folder / "tmp"  # README's
-        own = {"TEMP": str(self.temporary), "HF_ENDPOINT": hub, "HF_HOME": str(folder), "NO_PROXY": "127.0.0.1"}
+        # TMP counts until TEMP is made: the archiver's folder has one name in it, also for two tests at a time.
+        own = {
+            "TMP": str(folder),
+            "TEMP": str(self.temporary),
+            "HF_ENDPOINT": hub,
+            "HF_HOME": str(folder),
+            "NO_PROXY": "127.0.0.1",
+        }
         self.environment = {**make_environment(), **own}
         self.environment.pop("TMPDIR", None)
 

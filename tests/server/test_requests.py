@@ -68,7 +68,7 @@ def test_header_names_may_be_in_lower_case(server: LocalServer) -> None:
         (b'{"prompt": "cats & dogs = 1 + 1"}', "application/x-www-form-urlencoded", SEND_JSON, None),
         (b'{"prompt": "100% fox"}', "application/x-www-form-urlencoded; charset=utf-8", SEND_JSON, None),
         (b'[{"prompt": "a"}]', "application/x-www-form-urlencoded", SEND_JSON, None),
-        (b"a red fox", "application/x-www-form-urlencoded", "or text/plain for a prompt alone", None),
+        (b"a red fox", "application/x-www-form-urlencoded", "or text/plain for a plain prompt", None),
     ],
 )
 def test_mistakes_get_a_400_that_names_them(

@@ -151,7 +151,7 @@ def test_a_scheduler_for_distilled_weights_is_not_on_offer_otherwise(tiny_model:
 
 
 def test_what_a_negative_prompt_does_not_do_is_told(turbo: Path, consistent: Path) -> None:
-    for folder, why in ((turbo, "guidance_scale is 0"), (consistent, "the guidance is an input")):
+    for folder, why in ((turbo, "guidance_scale is 0"), (consistent, "this model's UNet has the guidance as an input")):
         loaded = load(folder, **NULL)
         request = loaded.contract.check({"prompt": "a fox", "negative_prompt": "blurry"})
         assert any(each.startswith(f"negative_prompt has no effect: {why}") for each in list_warnings(loaded, request))

@@ -334,7 +334,7 @@ def test_calls_near_the_limit_are_reported_once(caplog: pytest.LogCaptureFixture
 
 
 def test_answers_are_split_into_pieces_that_torchserve_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "MAX_PIECE", 4)
+    monkeypatch.setattr(native, "MAX_CHUNK", 4)
     assert list(native.split_chunks([b""])) == [b""]
     assert list(native.split_chunks([])) == [b""]
     assert list(native.split_chunks([b"ab", b"cd"])) == [b"abcd"]

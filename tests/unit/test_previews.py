@@ -105,7 +105,7 @@ def test_a_warm_start_takes_what_was_fitted(tiny_model: Path, tmp_path: Path, mo
         fits.append(fit_colour_map(*args, **kwargs))
         return fits[-1]
 
-    monkeypatch.setattr(previews, "fit_colours", fit)
+    monkeypatch.setattr(previews, "fit_colour_map", fit)
     pt2 = {"backend": "openvino", "options": {"model_caching": True, "cache_dir": str(tmp_path)}}
     others = {"compile_unet": False, "compile_text_encoders": False, "warm_up": True}
     cold, warm = fit_preview(load(tiny_model, pt2, **others)), fit_preview(load(tiny_model, pt2, **others))

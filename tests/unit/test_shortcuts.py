@@ -240,7 +240,7 @@ def test_a_schedule_that_is_the_samplers_own_draws_its_picture(demo: LoadedPipel
         ({"sigmas": [10, 1]}, "numbers that fall, to 0.001 or more and then 0, not"),
         ({"sigmas": [0.0]}, r"to 0.001 or more and then 0, not \[0.0\]"),
         ({"sigmas": [3.0, 5e-324, 0.0]}, "to 0.001 or more and then 0, not"),
-        ({"timesteps": [1000]}, "a list of falling whole numbers from 0 to 999, not"),
+        ({"timesteps": [1000]}, "a list of falling whole numbers from 999 to 0, not"),
         ({"timesteps": TIMESTEPS, "scheduler": "DDIMScheduler"}, "taken by .*EulerDiscreteScheduler.*not by DDIMSch"),
         ({"sigmas": SIGMAS, "scheduler": "UniPC"}, "taken by EulerDiscreteScheduler, not by UniPCMultistepScheduler"),
         (
