@@ -1,7 +1,7 @@
 """Describe what a trace of a method depends on, equally in each process: no address, no order of a set.
 
-It covers the method and the tree of modules: classes, plain attributes, configurations and hooks. It covers their source
-files and package versions. It omits globals, and functions that a running program replaces.
+It covers the method and the tree of modules: classes, plain attributes, configurations and hooks. It covers their
+source files and package versions. It omits globals, and functions that a running program replaces.
 """
 
 import enum

@@ -79,21 +79,21 @@ class _Axes:
 class CompiledFunction:
     """A method of a module that runs on OpenVINO as a whole; call it under torch.no_grad().
 
-    Each new kind of call, by the shapes, types and values of its arguments, is traced and compiled once. One graph serves
-    all lengths of a dynamic axis. The weights and all other values are compiled in. A later change of the module, a
-    global or a function has no effect on a compiled kind of call.
+    Each new kind of call, by the shapes, types and values of its arguments, is traced and compiled once. One graph
+    serves all lengths of a dynamic axis. The weights and all other values are compiled in. A later change of the
+    module, a global or a function has no effect on a compiled kind of call.
 
     With the option `model_caching` the graph is kept in `cache_dir`. Its key covers the method, the kind of call, the
-    options and the weights. It covers the tree of modules: classes, plain attributes, configuration and hooks. It covers
-    their source files, package versions and the CPU's flags. It omits globals, environment variables, and functions that
-    a running program replaces.
+    options and the weights. It covers the tree of modules: classes, plain attributes, configuration and hooks. It
+    covers their source files, package versions and the CPU's flags. It omits globals, environment variables, and
+    functions that a running program replaces.
 
     Args:
         method: such as `module.forward`. It must not change its arguments, and must return new tensors.
         options: as for OpenVINOBackend.
         dynamic_shapes: the axes of any length, by argument name, for a dictionary of tensors also by its keys. Example:
-            `{"sample": (0, 2, 3), "added_cond_kwargs": {"time_ids": (0,)}}`. The method's steps must not depend on these
-            lengths.
+            `{"sample": (0, 2, 3), "added_cond_kwargs": {"time_ids": (0,)}}`. The method's steps must not depend on
+            these lengths.
         static_shapes: shapes by argument name. A call with these shapes gets a graph of its own.
         ranks: the largest sum of low-rank matrices' ranks, by the changed weight's name; see `bind`.
 
@@ -193,7 +193,7 @@ class CompiledFunction:
 
     def _prepare(self, call: _Call, kind: str) -> Steps[CacheEntry]:
         """Return the entry for this kind of call, from the cache or made now."""
-        logger.info("Compiling %s for a new kind of call, which waits until this is done", self._name)
+        logger.info("Preparing %s for OpenVINO: a new kind of call waits until it is compiled", self._name)
         options = self.backend.options
         self.backend.check_bound()
         check_on_cpu([*self._list_weights(), *call.tensors])

@@ -151,8 +151,8 @@ def _unflatten(linear: torch.fx.Node) -> None:
 def label_parts(graph: torch.fx.Graph, outside: frozenset[str]) -> dict[torch.fx.Node, str]:
     """Return the part of each operation: its level, then where it runs.
 
-    A level is above the level of any input that runs elsewhere. So no two parts need each other's results. Float32 comes
-    before the first level: it depends only on itself. A size belongs to the part that uses it.
+    A level is above the level of any input that runs elsewhere. So no two parts need each other's results. Float32
+    comes before the first level: it depends only on itself. A size belongs to the part that uses it.
     """
     in_float32 = _find_sensitive(graph, outside)
     levels: dict[torch.fx.Node, int] = {}
@@ -289,6 +289,6 @@ def check_flat(graph: torch.fx.GraphModule) -> None:
     callers = {str(user.target) for node in held for user in node.users}
     if callers:
         raise OpenVINOBackendError(
-            f"the graph contains graphs that {', '.join(sorted(callers))} call, as torch.cond makes, or a repeated block "
-            "that changes its inputs"
+            f"the graph contains graphs that {', '.join(sorted(callers))} call, as of torch.cond, or of a repeated "
+            "block that changes its inputs"
         )

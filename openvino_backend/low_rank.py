@@ -140,7 +140,9 @@ def check_found(ranks: Mapping[str, int], found: set[str]) -> None:
     """
     missing = sorted(set(ranks) - found)
     if missing:
-        raise OpenVINOBackendError(f"no linear layer or convolution has these {len(missing)} weights for side inputs, such as {missing[0]}")
+        raise OpenVINOBackendError(
+            f"{len(missing)} weights for side inputs are in no linear layer or convolution, such as {missing[0]}"
+        )
 
 
 def _make_parameter(shape: list[int]) -> openvino.Node:

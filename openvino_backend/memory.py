@@ -26,9 +26,9 @@ def release_memory(
 ) -> Iterator[None]:
     """Give pages of tensors and mapped files back to the kernel, repeatedly in the block and at its end.
 
-    Nothing is lost. A page mapped from a file, as safetensors maps weights, is read from there when touched again. While
-    the kernel has room for the file, that is in memory. A changed page goes to the swap space, or stays without one.
-    Without this function a compilation has the weights in memory twice, torch's and OpenVINO's.
+    Nothing is lost. A page mapped from a file, as safetensors maps weights, is read from there when touched again. It
+    comes from memory while the kernel has room for the file. A changed page goes to the swap space, or stays without
+    one. Without this function a compilation has the weights in memory twice, torch's and OpenVINO's.
 
     Args:
         files: files mapped when the block begins stay mapped until it ends.
