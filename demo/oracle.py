@@ -92,7 +92,7 @@ def name_shape(mask: Pixels) -> str:
 
 
 def find_thing(colours: Pixels, background: int, *, columns: slice) -> Thing:
-    """Return the thing on the background in some columns of an image; a feature that cannot be told is empty."""
+    """Return the thing on the background in some columns of an image; an unclear feature is empty."""
     height, width = colours.shape
     mask = np.zeros(colours.shape, dtype=bool)
     mask[:, columns] = colours[:, columns] != background

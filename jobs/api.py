@@ -26,7 +26,7 @@ from jobs.tasks import work
 from sdxl_server.schemas import describe_schema, is_valid, shorten
 
 FEW_TRIES = 3  # the client retries, and the sweeper must notice that Redis was away
-SCHEMA_SECONDS = 60  # for which the server's fields are cached
+SCHEMA_SECONDS = 60  # the server's fields are cached this long
 NOT_OF_JOBS = ("stream", "response_format")
 MEDIA = {b"\x89P": "image/png", b"\xff\xd8": "image/jpeg", b"RI": "image/webp"}
 Id = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{8,64}$", description="chosen by the client, or by POST")]

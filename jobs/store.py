@@ -131,7 +131,7 @@ class Store:
         return 0 if place is None else int(place)
 
     def list_running(self) -> list[Claim]:
-        """Return the jobs in work, including those of lost workers."""
+        """Return the jobs in work, including jobs from lost workers."""
         jobs: set[str] = self.redis.smembers(RUNNING)
         attempts = {job: self.redis.hget(f"jobs:job:{job}", "attempt") for job in jobs}
         return [Claim(job, int(attempt)) for job, attempt in attempts.items() if attempt]

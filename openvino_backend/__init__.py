@@ -1,4 +1,4 @@
-"""A torch.compile backend that runs a whole graph on OpenVINO or raises and says why not."""
+"""A torch.compile backend. It runs a whole graph on OpenVINO, or raises an error that says why not."""
 
 from openvino_backend.backend import GraphReport, OpenVINOBackend, compile_graph
 from openvino_backend.cache import keep_value, name_entry

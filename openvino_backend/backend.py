@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class GraphReport:
-    """What became of one graph.
+    """The report of one compiled graph.
 
     Attributes:
         models: the OpenVINO models, in the order they run: one, and another for what must run in float32.
@@ -43,12 +43,12 @@ class OpenVINOBackend:
     The weights are compiled in: a later change of the module's parameters has no effect on the compiled graph.
 
     Attributes:
-        options: what it was made with.
-        ranks: of the side inputs by the names of weights, see low_rank.py; none where torch.compile calls it.
+        options: the parsed options.
+        ranks: the side inputs' ranks by weight name, see low_rank.py. torch.compile gives none.
         reports: one entry per compiled graph.
 
     Raises:
-        OptionsError: wrong options.
+        OptionsError: an option is unknown or wrong.
     """
 
     def __init__(self, options: Mapping[str, Any] | None = None, *, ranks: Mapping[str, int] | None = None) -> None:
@@ -56,10 +56,10 @@ class OpenVINOBackend:
         self.reports: list[GraphReport] = []
 
     def __call__(self, graph: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Compile a graph of dynamo's; called by torch.compile.
+        """Compile a graph from dynamo. torch.compile calls this.
 
         Returns:
-            What runs it, with what torch puts around it for changed inputs and views.
+            A callable that runs the graph. torch wraps it for changed inputs and views.
         """
         self.check_bound()
         check_on_cpu(example_inputs)
@@ -83,20 +83,20 @@ class OpenVINOBackend:
             )
 
     def compile(self, traced: TracedGraph) -> CompiledGraph:
-        """Compile a graph, and report it.
+        """Compile a graph and report it.
 
         Raises:
-            OpenVINOBackendError: what stood in the way.
+            OpenVINOBackendError: the graph cannot be compiled; says why.
         """
         compiled, models = compile_traced(traced, self.options, self.ranks)
         self.add_report(compiled, models, traced=True)
         return compiled
 
     def add_report(self, graph: CompiledGraph, models: Sequence[ModelReport], *, traced: bool) -> None:
-        """Note and log what became of a graph.
+        """Add and log the report of a graph.
 
         Raises:
-            OpenVINOBackendError: a layer for side inputs is not in it.
+            OpenVINOBackendError: a layer with side inputs is not in the graph.
         """
         check_found(self.ranks, graph.find_side_inputs())
         report = GraphReport(tuple(models), graph.operators_outside, graph.weights_sha256, traced)
@@ -106,10 +106,10 @@ class OpenVINOBackend:
         logger.info("OpenVINO runs graph %d of at most %d: %s", len(self.reports), self.options.max_graphs, report)
 
     def check_bound(self) -> None:
-        """Refuse another graph past the bound.
+        """Refuse another graph when `max_graphs` are compiled.
 
         Raises:
-            GraphLimitError: says how many there are.
+            GraphLimitError: says how many are compiled.
         """
         if len(self.reports) >= self.options.max_graphs:
             raise GraphLimitError(
@@ -119,13 +119,13 @@ class OpenVINOBackend:
 
 
 def _rewrite(graph: torch.fx.GraphModule, weights: Mapping[int, torch.Tensor]) -> TracedGraph:
-    """Write the graph that is traced just now in operators that OpenVINO knows.
+    """Rewrite the graph being traced in operators that OpenVINO knows.
 
     Args:
-        weights: by the numbers of its inputs.
+        weights: by input number.
     """
     placeholders = graph.graph.find_nodes(op="placeholder")
-    check_on_cpu(node.meta.get("val") for node in graph.graph.nodes)  # those that the code makes, too
+    check_on_cpu(node.meta.get("val") for node in graph.graph.nodes)  # including those that the code makes
     mutated = find_changed_inputs() & set(weights)
     if mutated:
         names = ", ".join(sorted(placeholders[index].name for index in mutated))
@@ -146,7 +146,7 @@ def compile_graph(
 
 
 def check_on_cpu(values: Iterable[Any]) -> None:
-    """Refuse tensors that are not in the CPU's memory, from which OpenVINO takes them whatever its device.
+    """Refuse tensors outside the CPU's memory. OpenVINO reads them there for every device.
 
     Raises:
         OpenVINOBackendError: says where they are.
@@ -154,8 +154,8 @@ def check_on_cpu(values: Iterable[Any]) -> None:
     devices = {str(each.device) for each in values if isinstance(each, torch.Tensor) and each.device.type != "cpu"}
     if devices:
         raise OpenVINOBackendError(
-            f"there are tensors on {', '.join(sorted(devices))}, and this backend takes CPU tensors, whatever the "
-            "option 'device' names: leave the module and what it is called with on the CPU"
+            f"there are tensors on {', '.join(sorted(devices))}, and this backend takes CPU tensors for any 'device': "
+            "keep the module and its inputs on the CPU"
         )
 
 

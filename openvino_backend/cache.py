@@ -1,7 +1,7 @@
-"""A folder of models and functions that can be trusted: of nobody else's making, locked while it is written, checked.
+"""A cache of models and functions in a folder that can be trusted; its entries are locked and checked.
 
-What is in it is run, so the folder, each entry and each file in it must belong to this user or to root, and nobody else
-may write to them. Where that cannot be had, or nothing can be written, a warning says so once, and nothing is kept.
+Its content is run. So the folder, its entries and their files must belong to this user or to root. Nobody else may
+write to them. If that fails, or nothing can be written, one warning says so and nothing is kept.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ from openvino_backend.precision import read_flags
 logger = logging.getLogger(__name__)
 
 _SEAL = "seal.json"
-_SETTLED = 10**9  # nanoseconds after which another change of a file has another time
+_SETTLED = 10**9  # nanoseconds; a later change of a file has another time
 _VALUE = "value"
 _KEY = re.compile("[0-9a-f]{32}")
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
-# Options that change nothing in what is compiled; `precision` does so through those that it sets.
+# Options that do not change the compiled model. `precision` acts through the options that it sets.
 _WITHOUT_EFFECT = (
     "aot_autograd",
     "cache_bytes",
@@ -52,8 +52,8 @@ class _Entry:
     """The folder of a locked entry.
 
     Attributes:
-        sealed: of each file by its name the digest and the status, as in the seal.
-        files: the same of those that are there, each of which has the digest of the seal.
+        sealed: the digest and status of each file by name, as in the seal.
+        files: the same for the files that exist; their digests are the seal's.
     """
 
     folder: Path
@@ -66,9 +66,9 @@ class _UntrustedError(OSError):
 
 
 def name_entry(options: Options, *ingredients: Any) -> str:
-    """Return the key in the cache of what depends on these, on the options, versions, CPU and this package's code.
+    """Return the cache key of these ingredients, the options, versions, CPU flags and this package's code.
 
-    What OpenVINO has compiled for one CPU may fail on another that has the same name.
+    The CPU's name is not enough: another CPU of that name may fail to run a compiled model.
     """
     settings = [
         (each.name, getattr(options, each.name)) for each in fields(options) if each.name not in _WITHOUT_EFFECT
@@ -86,10 +86,10 @@ def _digest_code() -> str:
 
 
 def find_folder(options: Options) -> Path:
-    """Return the folder of the cache that the options name.
+    """Return the cache folder that the options name.
 
     Raises:
-        RuntimeError: it is below the home folder, and there is none.
+        RuntimeError: it is below the home folder, which is unknown.
     """
     if options.cache_dir is not None:
         return Path(options.cache_dir).expanduser()
@@ -98,16 +98,16 @@ def find_folder(options: Options) -> Path:
 
 @contextlib.contextmanager
 def open_entry(options: Options, key: str) -> Iterator[Path | None]:
-    """Give the folder of one entry, empty or whole, or None without a cache; what is in it at the end is sealed.
+    """Yield the folder of one entry, empty or complete, or None without a cache. At the end seal its files.
 
-    Another process that wants the same entry waits. An entry that is damaged, or was left unfinished, is emptied.
+    Other processes wait for the same entry. A damaged or unfinished entry is emptied.
 
     Args:
         key: names all that the entry depends on.
     """
     with contextlib.ExitStack() as stack:
         entry = _lock_entry(stack, options, key) if options.model_caching else None
-        yield entry.folder if entry else None  # an error of the block is none of the cache's
+        yield entry.folder if entry else None  # an error in the block is no error of the cache
         if entry:
             with _warn_once(entry.folder.parent):
                 _seal_entry(entry)
@@ -116,7 +116,7 @@ def open_entry(options: Options, key: str) -> Iterator[Path | None]:
 
 @contextlib.contextmanager
 def write_entry(folder: Path) -> Iterator[None]:
-    """Let a block that fails to write into an entry, as on a full disk, leave it empty with a warning."""
+    """Empty the entry with a warning if the block cannot write to it, as on a full disk."""
     with _warn_once(folder.parent):
         try:
             yield
@@ -127,7 +127,7 @@ def write_entry(folder: Path) -> Iterator[None]:
 
 
 def keep_value(options: Options, key: str, make: Callable[[], bytes]) -> bytes:
-    """Return the value of an entry, or else what `make` makes, which is kept where there is a cache.
+    """Return the value of an entry. Without one, make it, and keep it if there is a cache.
 
     Args:
         key: names all that the value depends on.
@@ -143,14 +143,14 @@ def keep_value(options: Options, key: str, make: Callable[[], bytes]) -> bytes:
 
 
 def tell_change(status: os.stat_result) -> tuple[int, ...]:
-    """Return numbers that change with a file's content: device, inode, bytes, and the times of both kinds of change."""
-    # Unlike the time of the last change, that of the status cannot be set.
+    """Return numbers that change with a file's content: device, inode, bytes, mtime and ctime."""
+    # Unlike mtime, ctime cannot be set.
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @contextlib.contextmanager
 def _warn_once(folder: Path) -> Iterator[None]:
-    """Turn an error of the file system into a warning, the first time for this folder."""
+    """Turn a file system error into a warning, once for each folder."""
     try:
         yield
     except OSError as error:
@@ -163,7 +163,7 @@ def _warn_once(folder: Path) -> Iterator[None]:
 
 
 def _lock_entry(stack: contextlib.ExitStack, options: Options, key: str) -> _Entry | None:
-    """Lock an entry until the stack is closed and return it, or None if there can be no such entry."""
+    """Lock an entry until the stack is closed. Return it, or None if it cannot be opened."""
     try:
         folder = find_folder(options)
     except RuntimeError as error:
@@ -180,9 +180,9 @@ def _lock_entry(stack: contextlib.ExitStack, options: Options, key: str) -> _Ent
 
 
 def _make_root(folder: Path) -> Path:
-    """Return the folder, made if need be, or one in it that is this user's own where the folder is open to others.
+    """Return the folder, made if needed. If it is not trusted, return this user's own folder in it.
 
-    Kubernetes gives every container such folders: an emptyDir has mode 0777.
+    Kubernetes gives containers such folders: an emptyDir has mode 0777.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     danger = _find_danger(folder.stat())
@@ -214,7 +214,7 @@ def _open_entry(folder: Path) -> _Entry:
 
 
 def _seal_entry(entry: _Entry) -> None:
-    """Note what is in the entry if that has changed, and when it was used."""
+    """Write the seal if the files have changed. Else note the time of use."""
     seal = entry.folder / _SEAL
     for path in _list_files(entry.folder):
         if path.stat().st_mode & _OTHERS_MAY_WRITE:  # the umask may let a group write
@@ -231,10 +231,10 @@ def _seal_entry(entry: _Entry) -> None:
 
 
 def _trim(root: Path, limit: int) -> None:
-    """Remove the entries that were not used for longest until the others fit; never one that is locked."""
+    """Remove the least recently used entries until the others fit. Locked entries stay."""
     entries = []
     for folder in root.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # another process removes some too
+        with contextlib.suppress(FileNotFoundError):  # another process may remove it
             if _KEY.fullmatch(folder.name) and _find_danger(folder.lstat()) is None:
                 entries.append((_find_last_use(folder), _measure(folder), folder))
     total = sum(size for _, size, _ in entries)
@@ -255,7 +255,7 @@ def _find_last_use(folder: Path) -> int:
 
 
 def _check_trust(path: Path) -> None:
-    """Refuse a file or folder that another user may have made; a link may lead anywhere.
+    """Refuse a file or folder that another user may have made. Refuse links: they may lead anywhere.
 
     Raises:
         _UntrustedError: says why.
@@ -269,16 +269,16 @@ def _check_trust(path: Path) -> None:
 
 
 def _find_danger(status: os.stat_result) -> str | None:
-    """Return how another user may have made what is there, if one may."""
+    """Return how another user may have written this, or None."""
     if status.st_uid not in (os.geteuid(), 0):
         return f"belongs to user {status.st_uid}"
     if status.st_mode & _OTHERS_MAY_WRITE:
-        return f"may be written by others, with mode {stat.S_IMODE(status.st_mode):o}, and what is in it runs"
+        return f"may be written by others, with mode {stat.S_IMODE(status.st_mode):o}, and its content is run"
     return None
 
 
 def _read_seal(folder: Path) -> dict[str, list[Any]]:
-    """Return what _digest_files found when the entry was sealed; nothing of one that was not, or is of another kind."""
+    """Return what _digest_files found when the entry was sealed, or nothing without a valid seal."""
     try:
         seal = json.loads((folder / _SEAL).read_text())
     except (OSError, ValueError):
@@ -297,10 +297,10 @@ def _measure(folder: Path) -> int:
 
 
 def _digest_files(folder: Path, known: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    """Return for each file by its name its SHA-256 and its status.
+    """Return the SHA-256 and status of each file by name.
 
     Args:
-        known: the same, found earlier; what has this status still is not read again.
+        known: an earlier result. A file with the same status is not read again.
     """
     files = {}
     for path in _list_files(folder):

@@ -1,4 +1,4 @@
-"""From a traced graph to its compiled models, and to PyTorch for what OpenVINO does not have, if so configured."""
+"""Compile a traced graph. If so configured, PyTorch runs what OpenVINO cannot."""
 
 import functools
 import operator
@@ -24,11 +24,11 @@ from openvino_backend.weights import digest_weights
 
 @dataclass(frozen=True)
 class _Step:
-    """A part of a graph that runs, or one of the results of such a part.
+    """A part of a graph that runs, or one of its results.
 
     Attributes:
-        name: of the result.
-        run: the part, or the number of a result.
+        name: the result's name.
+        run: the part, or the result's number.
         inputs: names of earlier results and of the graph's inputs.
     """
 
@@ -39,10 +39,10 @@ class _Step:
 
 @dataclass(frozen=True)
 class CompiledGraph:
-    """A graph of which the parts run one after the other, each on OpenVINO or in PyTorch.
+    """A graph whose parts run in order, each on OpenVINO or in PyTorch.
 
     Attributes:
-        inputs: names of its tensors, without those that are compiled in.
+        inputs: names of its tensors that are not compiled in.
         outputs: names of results.
         operators_outside: the operators that run in PyTorch.
         weights_sha256: the digest of the weights compiled in.
@@ -80,13 +80,13 @@ class CompiledGraph:
 def compile_traced(
     traced: TracedGraph, options: Options, ranks: dict[str, int]
 ) -> tuple[CompiledGraph, list[ModelReport]]:
-    """Compile a graph, and leave to PyTorch what cannot run on OpenVINO, if so configured.
+    """Compile a graph. Unless `strict` is set, PyTorch runs what OpenVINO cannot.
 
     Args:
-        ranks: of side inputs, see low_rank.py.
+        ranks: the side inputs' ranks, see low_rank.py.
 
     Raises:
-        OpenVINOBackendError: what stood in the way.
+        OpenVINOBackendError: the graph cannot be compiled; says why.
     """
     outside = frozenset(options.disabled_ops)
     while True:
@@ -141,7 +141,7 @@ class _Compiler:
             properties[PRECISION] = "f32"
         inputs = [str(node.meta["val"]) for node in part.graph.find_nodes(op="placeholder")]
         key = name_entry(self.options, "model", part.code, inputs, sorted(properties.items()), salt)
-        # A tensor that stands in the code, and not in a module, is no weight: it is kept with the model.
+        # A tensor of the code, not of a module, is no weight. It is kept with the model.
         weights = {name: tensor for name, tensor in part.named_buffers() if id(tensor) in self.traced.weight_ids}
         model = CompiledModel(key, properties, weights)
         convert = functools.partial(self._convert, part, in_float32=in_float32)

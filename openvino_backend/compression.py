@@ -1,4 +1,4 @@
-"""Lossy changes of an OpenVINO model: weights in 8 bits, and convolutions and linear layers that compute in 8 bits."""
+"""Lossy changes of an OpenVINO model: weights in 8 bits, and layers that compute in 8 bits."""
 
 import functools
 from collections.abc import Sequence
@@ -12,20 +12,20 @@ from openvino_backend.precision import PRECISION
 from openvino_backend.processors import find_processors, limit_openvino
 
 _FLOATING = (openvino.Type.f32, openvino.Type.f16, openvino.Type.bf16)
-_LARGEST = 127  # of weights in 8 bits
+_LARGEST = 127  # the largest weight in 8 bits
 _LEVELS = 256
 _MIDDLE = 128
-# SiLU never goes below -0.2785: with this as zero, 7/8 of the levels are left for what is above it.
+# SiLU is never below -0.2785. With this zero, 7/8 of the levels are for positive values.
 _SILU_MINIMUM, _SILU_ZERO = 0.2785, 32
 _FEWEST_CHANNELS = 32
-_SMALLEST_HALF = np.float32(6e-6)  # of weights that are all zeros: below it a scale is none in float16
-_SMALLEST_SCALE = 1e-30  # of a picture that is all zeros
+_SMALLEST_HALF = np.float32(6e-6)  # of weights that are all zeros; a smaller scale is 0 in float16
+_SMALLEST_SCALE = 1e-30  # of an image that is all zeros
 
 
 def compress_weights(model: openvino.Model, mode: str) -> openvino.Model:
     """Store the weights of linear layers and convolutions in 8 bits.
 
-    Symmetric ones by a scale for each output, as NNCF does, in a tenth of its time, which is a minute for SDXL's UNet.
+    Symmetric weights get one scale for each output, as in NNCF. NNCF takes ten times as long: a minute for SDXL's UNet.
     """
     if mode != "int8_sym":
         import nncf
@@ -46,26 +46,26 @@ def compress_weights(model: openvino.Model, mode: str) -> openvino.Model:
 
 
 def _is_compressed(constant: openvino.Node, *, of_layer: bool) -> bool:
-    """Say whether weights may be in 8 bits.
+    """Return whether weights are stored in 8 bits.
 
-    Convolutions of few channels stay: they hold next to nothing, and the last one's error is all the result's.
+    Convolutions of few channels are not: they hold few weights, and the last one's error is the result's error.
     """
     is_known = constant.get_type_name() == "Constant" and constant.get_element_type() in _FLOATING
     return is_known and (of_layer or min(list(constant.shape)[:2]) >= _FEWEST_CHANNELS)
 
 
 def _compress(constant: openvino.Node, compressor: openvino.InferRequest) -> openvino.Node:
-    """Return weights, the first axis of which is that of the outputs, as 8 bits times a scale."""
+    """Return weights as 8 bits times a scale. Their first axis is the outputs."""
     whole, scales = compressor.infer([constant.get_tensor_view()], share_inputs=True).to_tuple()
     widened = opset13.convert(opset13.constant(whole), "f16")
     return opset13.convert(opset13.multiply(widened, opset13.constant(scales)), "f32")
 
 
 def _make_compressor(dtype: openvino.Type, dimensions: int) -> openvino.InferRequest:
-    """Return what brings weights into 8 bits, with the scales in float16.
+    """Return a request that brings weights into 8 bits, with the scales in float16.
 
-    It is a model of OpenVINO's, for which another thread may trace meanwhile: torch's operators would each wait for
-    Python then, and take ten times as long.
+    It runs on OpenVINO because another thread may be tracing. Each of torch's operators would then wait for Python, and
+    take ten times as long.
     """
     weights = opset13.parameter([-1] * dimensions, dtype)
     wide = opset13.convert(weights, "f32")
@@ -78,10 +78,10 @@ def _make_compressor(dtype: openvino.Type, dimensions: int) -> openvino.InferReq
 
 
 def quantize_products(model: openvino.Model, options: Options) -> None:
-    """Let convolutions and linear layers whose weights are in 8 bits take their input in 8 bits too, as configured.
+    """Give convolutions and linear layers with 8-bit weights their inputs in 8 bits too, as configured.
 
-    Nothing is calibrated: both are linear, so dividing the input by a number and multiplying the result with it leaves
-    a fixed range to quantise. OpenVINO computes them in integers then. What has the same input shares its quantiser.
+    Nothing is calibrated: both are linear. The input is divided by a number, and the result multiplied with it. That
+    leaves a fixed range to quantise, and OpenVINO computes in integers. Layers with one input share its quantiser.
     """
     quantized: dict[tuple[str, int], tuple[openvino.Output, openvino.Node]] = {}
     for node in model.get_ops():
@@ -96,11 +96,11 @@ def quantize_products(model: openvino.Model, options: Options) -> None:
 
 
 def _choose_axes(node: openvino.Node, options: Options) -> list[int]:
-    """Return the axes along which an operator's input has one scale, or none where it stays as it is.
+    """Return the axes along which an operator's input has one scale, or none to leave it unchanged.
 
-    A convolution has one for each picture, a linear layer one for each token. Convolutions of few channels or of one
-    pixel stay: they take little time, and in SDXL their inputs are the ones that lose most. Linear layers of vectors,
-    such as those of the time embedding, take no time.
+    A convolution has one scale for each image, a linear layer one for each token. Convolutions of few channels or of
+    one pixel are unchanged: they take little time, and in SDXL their inputs lose most. Linear layers of vectors, such
+    as in the time embedding, take no time.
     """
     kind = node.get_type_name()
     if kind == "Convolution" and options.quantize_convolutions and _has_short_weights(node):
@@ -121,9 +121,9 @@ def _has_short_weights(product: openvino.Node) -> bool:
 
 
 def _quantize(source: openvino.Output, axes: Sequence[int]) -> tuple[openvino.Output, openvino.Node]:
-    """Return a tensor divided by its largest value along the axes, in 8 bits, and that value."""
+    """Divide a tensor by its largest value along the axes. Return it in 8 bits, and that value."""
     is_silu = source.get_node().get_type_name() == "Swish"
-    zero = _SILU_ZERO if is_silu else _MIDDLE  # the level that stands for 0, which padding is made of: exactly
+    zero = _SILU_ZERO if is_silu else _MIDDLE  # the level of exactly 0, the value of padding
     lowest, highest = -zero / (_LEVELS - 1 - zero), 1.0
     floor = _SILU_MINIMUM / -lowest if is_silu else _SMALLEST_SCALE
     largest = opset13.reduce_max(source if is_silu else opset13.abs(source), np.array(axes), keep_dims=True)
@@ -134,7 +134,7 @@ def _quantize(source: openvino.Output, axes: Sequence[int]) -> tuple[openvino.Ou
 
 
 def _replace_input(node: openvino.Node, quantized: openvino.Output, scale: openvino.Node) -> None:
-    """Give a linear operator its input in 8 bits, and multiply its result with the input's scale."""
+    """Give a linear operator its 8-bit input, and multiply its result with the input's scale."""
     results = list(node.output(0).get_target_inputs())
     node.input(0).replace_source_output(quantized)
     restored = opset13.multiply(node.output(0), scale)

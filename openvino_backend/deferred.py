@@ -1,4 +1,4 @@
-"""Deferred compilation: torch traces one call after the other, and OpenVINO compiles them in parallel."""
+"""Deferred compilation: torch traces calls one by one, and OpenVINO compiles them in parallel."""
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator
@@ -10,31 +10,31 @@ import torch
 from openvino_backend.torch_private import call_with_fakes, pytree
 
 Result = TypeVar("Result")
-# What makes a call ready. It stops where torch has done its part and OpenVINO's begins: from there on it may go on in
-# another thread, during the first part of others.
+# Prepares a call. It yields between torch's part and OpenVINO's. Another thread may then continue it, while other calls
+# are traced.
 Steps = Generator[None, None, Result]
 
 
 class Function(Protocol):
-    """What CompiledFunction has for this."""
+    """The methods of CompiledFunction that this module needs."""
 
     def describe_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what tells one kind of call from another."""
+        """Return a description that all calls of one kind share."""
 
     def measure_weights(self) -> int:
         """Return the bytes of the module's weights."""
 
     def prepare(self, *args: Any, **kwargs: Any) -> Steps[Any]:
-        """Have ready what such a call needs, without making it."""
+        """Prepare such a call without making it."""
 
 
-# A function, and the arguments that it was called with, by place and by name.
+# A function, its positional arguments and its keyword arguments.
 Call = tuple[Function, tuple[Any, ...], dict[str, Any]]
-_calls: list[Call] | None = None  # those of the block that is open
+_calls: list[Call] | None = None  # calls of the open block
 
 
 def defer(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Note a call to be made ready at the end of the block that is open; tell whether there is one."""
+    """Note a call to prepare at the end of the open block. Return whether a block is open."""
     if _calls is None:
         return False
     _calls.append((function, args, kwargs))
@@ -43,12 +43,12 @@ def defer(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 @contextlib.contextmanager
 def compile_ahead() -> Iterator[None]:
-    """Let all calls in the block return zeros, and have what they need ready at its end, several at the same time.
+    """Let all calls in the block return zeros. At its end compile what they need, in parallel.
 
-    OpenVINO compiles on one core. No call is made while something is traced: torch would take it for a part of that.
+    OpenVINO compiles on one core. No call is made during a trace: torch would trace it too.
 
     Raises:
-        OpenVINOBackendError: what stood in the way of one.
+        OpenVINOBackendError: a call cannot be compiled; says why.
     """
     global _calls
     calls: list[Call] = []
@@ -76,7 +76,7 @@ def compile_ahead() -> Iterator[None]:
 
 
 def finish(steps: Steps[Result]) -> Result:
-    """Go on to the end, in whatever thread."""
+    """Run the steps to their end, in any thread."""
     with torch.no_grad():
         while True:
             try:
@@ -87,7 +87,7 @@ def finish(steps: Steps[Result]) -> Result:
 
 
 class _Method(torch.nn.Module):
-    """A method as the forward of a module, so that torch can call it with other weights."""
+    """A module whose forward is a method. torch can call it with other weights."""
 
     def __init__(self, module: torch.nn.Module, method: Callable[..., Any]) -> None:
         super().__init__()
@@ -98,10 +98,10 @@ class _Method(torch.nn.Module):
 
 
 def infer_shapes(method: Callable[..., Any], module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Return what a method of a module returns, but with zeros in its tensors: only their shapes are computed.
+    """Return what a method returns, with zeros in its tensors: only their shapes are computed.
 
-    With all tensors on the meta device that takes a third of the time of torch's fake tensors, which are left for
-    methods that look at numbers, or that bring tensors of their own.
+    With all tensors on the meta device this takes a third of the time of torch's fake tensors. Fake tensors are left
+    for methods that read numbers or bring their own tensors.
     """
     called = _Method(module, method)
     weights = dict(_strip([*called.named_parameters(), *called.named_buffers()]))
@@ -114,7 +114,7 @@ def infer_shapes(method: Callable[..., Any], module: torch.nn.Module, *args: Any
 
 
 def _strip(values: Any) -> Any:
-    """Return a structure with the same tensors without their numbers."""
+    """Replace each tensor in a structure by one without numbers."""
 
     def strip(tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")

@@ -1,10 +1,10 @@
-"""What may go wrong."""
+"""The errors of this package."""
 
 from collections.abc import Iterable
 
 
 class OpenVINOBackendError(RuntimeError):
-    """A graph that cannot run on OpenVINO; the message says what stands in the way."""
+    """A graph cannot run on OpenVINO; the message says why."""
 
 
 class UnsupportedOperatorsError(OpenVINOBackendError):
@@ -18,8 +18,8 @@ class UnsupportedOperatorsError(OpenVINOBackendError):
 
 
 class GraphLimitError(OpenVINOBackendError):
-    """One more graph would be past the option max_graphs."""
+    """Another graph would exceed the option max_graphs."""
 
 
 class CacheMissError(OpenVINOBackendError):
-    """A model that should be in the cache is not there any more."""
+    """A model is no longer in the cache."""

@@ -1,7 +1,7 @@
-"""What a trace of a method depends on, in words that are the same in each process: no address, no order of a set.
+"""Describe what a trace of a method depends on, equally in each process: no address, no order of a set.
 
-Seen are the method, the tree of modules with their classes, plain attributes, configurations and hooks, the source
-files and the package versions of all these. Not seen are globals, and functions that are replaced in a running program.
+It covers the method and the tree of modules: classes, plain attributes, configurations and hooks. It covers their
+source files and package versions. It omits globals, and functions that a running program replaces.
 """
 
 import enum
@@ -19,20 +19,20 @@ from openvino_backend.weights import digest_weights
 
 _PLAIN = (bool, bytes, complex, float, int, str, type(None), type(...), torch.dtype, torch.device, torch.layout)
 _DEPTH = 5
-_STATE = ("_parameters", "_buffers", "_modules")  # of each module; of the first two only the names are told here
+_STATE = ("_parameters", "_buffers", "_modules")  # of each module; only the names of the first two are included
 _HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
-# Where a model was read from, and a list that diffusers makes of a set, in whose order it is.
+# The path that a model was read from, and a list that diffusers makes of a set, in the set's order.
 _NAMES = ("_name_or_path", "name_or_path", "_commit_hash", "_use_default_values")
 
 
 def compute_fingerprint(module: torch.nn.Module, method: Callable[..., Any]) -> str:
-    """Return a digest of all that a trace depends on but the weights and the arguments."""
+    """Return a digest of all that a trace depends on, except weights and arguments."""
     describer = Describer()
     told: list[Any] = [describer.describe(method)]
     for name, part in module.named_modules():
         tensors = [(each, value is None) for held in _STATE[:2] for each, value in vars(part)[held].items()]
         state = {
-            each: list(value.values()) if each.endswith(_HOOKS) else value  # the keys are numbers of this process
+            each: list(value.values()) if each.endswith(_HOOKS) else value  # the keys differ between processes
             for each, value in vars(part).items()
             if each not in _STATE and not isinstance(value, torch.Tensor) and not _is_ours(value)
         }
@@ -42,7 +42,7 @@ def compute_fingerprint(module: torch.nn.Module, method: Callable[..., Any]) -> 
 
 
 def _is_ours(value: Any) -> bool:
-    """Tell whether a value is a compiled function, which may stand in the method's place."""
+    """Return whether a value is a compiled function, which may replace the method."""
     return type(value).__module__.partition(".")[0] == __package__
 
 
@@ -58,7 +58,7 @@ class Describer:
         self._packages: set[str] = set()
 
     def describe(self, value: Any, *, depth: int = _DEPTH) -> str:
-        """Return words for a value; below the depth only its type."""
+        """Return a description of a value; below the depth only its type."""
         if _is_plain(value):
             return f"{type(value).__name__} {value!r}"
         if isinstance(value, torch.Tensor):
@@ -78,7 +78,7 @@ class Describer:
         return self._describe_items(value, depth=depth - 1)
 
     def find_versions(self) -> list[tuple[str, str]]:
-        """Return the versions of the packages that were met."""
+        """Return the versions of the packages seen so far."""
         return sorted((name, str(getattr(sys.modules.get(name), "__version__", ""))) for name in self._packages)
 
     def _describe_items(self, value: Any, *, depth: int) -> str:
@@ -89,7 +89,7 @@ class Describer:
         elif isinstance(value, list | tuple | set | frozenset):
             items = [self.describe(each, depth=depth) for each in value]
             return f"{kind}({', '.join(sorted(items) if isinstance(value, set | frozenset) else items)})"
-        elif not hasattr(value, "__dict__"):  # a function of C's has a name, other objects have none
+        elif not hasattr(value, "__dict__"):  # a C function has a name, other objects have none
             return f"{kind} {getattr(value, '__qualname__', '')}"
         else:
             held = vars(value).items()
@@ -125,14 +125,14 @@ def _digest_file(path: str | None) -> str:
 
 @functools.cache
 def _digest_class(kind: type) -> str:
-    """Return a digest of a class's own functions: two classes of one file may have one name."""
+    """Return a digest of a class's own functions: classes in one file may share a name."""
     functions = [each for each in vars(kind).values() if isinstance(each, types.FunctionType)]
     return hashlib.sha256(repr([_digest_bytecode(each.__code__) for each in functions]).encode()).hexdigest()[:16]
 
 
 @functools.cache
 def _digest_bytecode(code: types.CodeType) -> str:
-    """Return a digest of what the code does; where it stands is no matter."""
+    """Return a digest of what the code does, wherever it is."""
     constants = [_digest_bytecode(each) if isinstance(each, types.CodeType) else each for each in code.co_consts]
     told = [sorted(map(repr, each)) if isinstance(each, frozenset) else repr(each) for each in constants]
     return hashlib.sha256(repr((code.co_code.hex(), told, code.co_names)).encode()).hexdigest()[:16]

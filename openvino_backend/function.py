@@ -1,4 +1,4 @@
-"""Functions that are traced once and kept in a file, so that a second start neither traces nor converts."""
+"""Methods that are traced once and kept in a file. A second start neither traces nor converts them."""
 
 import inspect
 import logging
@@ -25,17 +25,17 @@ from openvino_backend.weights import KnownWeights
 logger = logging.getLogger(__name__)
 
 _FILE = "function.bin"
-# While torch traces, the weights of the module and the call of every module are others.
+# During a trace torch replaces the module's weights and the call of every module.
 _tracing = threading.Lock()
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """What is kept for one kind of call.
+    """The compiled graph of one kind of call, as the cache keeps it.
 
     Attributes:
         graph: takes the tensors among the arguments, in their order.
-        results: the structure of what the method returns.
+        results: the structure of the method's results.
     """
 
     graph: CompiledGraph
@@ -50,9 +50,9 @@ class _Call:
     """A call of a method.
 
     Attributes:
-        arguments: their structure.
-        tensors: those among them.
-        axes: of each tensor, those of any length.
+        arguments: the structure of the arguments.
+        tensors: the tensors among the arguments.
+        axes: the dynamic axes of each tensor.
     """
 
     arguments: Structure
@@ -60,7 +60,7 @@ class _Call:
     axes: list[tuple[int, ...]]
 
     def describe(self) -> str:
-        """Return what tells one kind of call from another: the structure, the tensors' types, the other values."""
+        """Describe the kind of call: the structure, the tensors' types and shapes, the other values."""
         shapes = [
             (str(tensor.dtype), [-1 if axis in free else length for axis, length in enumerate(tensor.shape)])
             for tensor, free in zip(self.tensors, self.axes, strict=True)
@@ -71,7 +71,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Axes:
-    """Stands for a tensor of which these axes may have any length."""
+    """Replaces a tensor. These axes may have any length."""
 
     axes: tuple[int, ...]
 
@@ -79,30 +79,30 @@ class _Axes:
 class CompiledFunction:
     """A method of a module that runs on OpenVINO as a whole; call it under torch.no_grad().
 
-    Each new kind of call, by the shapes, types and values of its arguments, is traced by torch and compiled once. One
-    graph serves all lengths of an axis that is named as dynamic. The weights are compiled in, and so is all else: a
-    change of the module, of a global or of a function has no effect on a kind of call that was compiled.
+    Each new kind of call, by the shapes, types and values of its arguments, is traced and compiled once. One graph
+    serves all lengths of a dynamic axis. The weights and all other values are compiled in. A later change of the
+    module, a global or a function has no effect on a compiled kind of call.
 
-    With the option `model_caching` the graph is kept in `cache_dir`. Its key is made of the method, the kind of call,
-    the options, the weights, the tree of modules (classes, plain attributes, configuration, hooks), their source files,
-    package versions and the CPU's flags. Globals, environment variables, and functions that a running program replaces
-    are not looked at.
+    With the option `model_caching` the graph is kept in `cache_dir`. Its key covers the method, the kind of call, the
+    options and the weights. It covers the tree of modules: classes, plain attributes, configuration and hooks. It
+    covers their source files, package versions and the CPU's flags. It omits globals, environment variables, and
+    functions that a running program replaces.
 
     Args:
-        method: such as `module.forward`. It must not change its arguments; its results are new tensors.
+        method: such as `module.forward`. It must not change its arguments, and must return new tensors.
         options: as for OpenVINOBackend.
-        dynamic_shapes: the axes of any length, by the argument's name and for a dictionary of tensors by its keys, such
-            as `{"sample": (0, 2, 3), "added_cond_kwargs": {"time_ids": (0,)}}`. What the method does must not depend on
+        dynamic_shapes: the axes of any length, by argument name, for a dictionary of tensors also by its keys. Example:
+            `{"sample": (0, 2, 3), "added_cond_kwargs": {"time_ids": (0,)}}`. The method's steps must not depend on
             these lengths.
-        static_shapes: of arguments by name; a call in which they have these has a graph of its own nevertheless.
-        ranks: the largest sum of low-rank matrices' ranks, by the name of the weight that they change; see `bind`.
+        static_shapes: shapes by argument name. A call with these shapes gets a graph of its own.
+        ranks: the largest sum of low-rank matrices' ranks, by the changed weight's name; see `bind`.
 
     Attributes:
-        backend: its `reports` tell what runs.
+        backend: its `reports` show what runs.
 
     Raises:
-        OptionsError: wrong options.
-        OpenVINOBackendError: at a call, what stands in the way.
+        OptionsError: an option is unknown or wrong.
+        OpenVINOBackendError: a call cannot be compiled; says why.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class CompiledFunction:
         self._parameters = list(inspect.signature(self._function).parameters)[1:]  # the first is the module
         self._dynamic_shapes, self._static_shapes = dict(dynamic_shapes or {}), tuple(static_shapes)
         self._entries: dict[str, CacheEntry] = {}
-        self._warm: set[str] = set()  # kinds of calls that were run
+        self._warm: set[str] = set()  # kinds of calls that have run
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -134,7 +134,7 @@ class CompiledFunction:
             return self._entries[kind].run(call.tensors)
         with self._lock:
             entry = finish(self._find_or_prepare(call))
-            # At its first run OpenVINO brings the weights of a dynamic graph into a form of its own.
+            # At the first run OpenVINO converts a dynamic graph's weights to its own form.
             files = [model.file for model in entry.graph.models]
             with release_memory(self.backend.options, self._list_weights(), files):
                 result = entry.run(call.tensors)
@@ -142,15 +142,15 @@ class CompiledFunction:
             return result
 
     def prepare(self, *args: Any, **kwargs: Any) -> Steps[CacheEntry]:
-        """Have ready what such a call needs, without making it; see deferred.py."""
+        """Prepare such a call without making it; see deferred.py."""
         with self._lock:
             return (yield from self._find_or_prepare(self._read_call(args, kwargs)))
 
     def bind(self, products: Products) -> Callable[..., Any]:
-        """Return the function with matrices that are added to the module's weights, W + up · down, in calls of it only.
+        """Return the function with low-rank matrices. Only its calls compute with the weights W + up · down.
 
         Args:
-            products: by the name of a weight down, rank × inputs (× height × width), and up, results × rank; float32.
+            products: by weight name down, rank × inputs (× height × width), and up, results × rank; float32.
         """
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -160,7 +160,7 @@ class CompiledFunction:
         return call
 
     def describe_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        """Return what tells one kind of call from another."""
+        """Return a description that all calls of one kind share."""
         return self._read_call(args, kwargs).describe()
 
     def measure_weights(self) -> int:
@@ -192,8 +192,8 @@ class CompiledFunction:
         return self._entries[kind]
 
     def _prepare(self, call: _Call, kind: str) -> Steps[CacheEntry]:
-        """Return the entry for this kind of call, from the cache or else made now."""
-        logger.info("OpenVINO is to run %s for a new kind of call, which waits until it is compiled", self._name)
+        """Return the entry for this kind of call, from the cache or made now."""
+        logger.info("Preparing %s for OpenVINO: a new kind of call waits until it is compiled", self._name)
         options = self.backend.options
         self.backend.check_bound()
         check_on_cpu([*self._list_weights(), *call.tensors])
@@ -223,7 +223,7 @@ class CompiledFunction:
             weights=weights,
         )
         check_on_cpu(traced.constants.values())
-        check_on_cpu(node.meta.get("val") for node in traced.graph.graph.nodes)  # those that the code makes, too
+        check_on_cpu(node.meta.get("val") for node in traced.graph.graph.nodes)  # including those that the code makes
         return traced, results
 
     def _save(self, folder: Path | None, entry: CacheEntry, weights: KnownWeights) -> None:
@@ -241,7 +241,7 @@ class CompiledFunction:
             (folder / _FILE).write_bytes(written)
 
     def _load(self, folder: Path | None, weights: KnownWeights) -> Steps[CacheEntry | None]:
-        """Return the entry in the cache's folder, ready to be called, or None if there is none that fits."""
+        """Return the entry in the cache's folder, ready to call, or None if none fits."""
         if folder is None or not (folder / _FILE).exists():
             return None
         try:
@@ -251,7 +251,7 @@ class CompiledFunction:
             for model in entry.graph.models:
                 model.weights = {each: weights.tensors[name].detach() for each, name in model.sources.items()}
                 reports.append(model.load(self.backend.options, ranks=self.backend.ranks))
-        except Exception as error:  # whatever is wrong with the file, tracing anew is the answer
+        except Exception as error:  # whatever is wrong with the file, tracing again helps
             logger.warning("The cache entry %s does not fit and is made anew: %s", folder, error)
             return None
         self.backend.add_report(entry.graph, reports, traced=False)
@@ -259,12 +259,12 @@ class CompiledFunction:
 
 
 def _mark_axes(value: Any, axes: Any) -> Any:
-    """Put _Axes in the place of each tensor, with the axes but those of length 1.
+    """Replace each tensor by _Axes with its axes, except axes of length 1.
 
-    A length of 1 is free in a batch only: OpenVINO computes images of 1×1 wrongly in a graph of dynamic lengths.
+    A length of 1 is dynamic in a batch only: OpenVINO computes 1×1 images wrongly in a graph of dynamic lengths.
 
     Args:
-        axes: numbers; for a dictionary those of each tensor by its key.
+        axes: numbers; for a dictionary the numbers of each tensor by its key.
     """
     if isinstance(axes, Mapping) and isinstance(value, Mapping):
         return {name: _mark_axes(each, axes.get(name)) for name, each in value.items()}

@@ -1,4 +1,4 @@
-"""Rewriting the FX graph that torch.compile traced: what stays whole, what runs where, in which type."""
+"""Rewrite the FX graph from torch.compile: what stays whole, where each part runs, and its type."""
 
 import contextlib
 import functools
@@ -14,9 +14,9 @@ from openvino_backend.torch_private import disable_python_kernels, read_dimensio
 
 aten = torch.ops.aten
 
-# Angles reach 1,000 in a diffusion model's time embedding, where bfloat16 is exact to 4: their sines would be noise.
+# Angles reach 1,000 in a diffusion model's time embedding. There bfloat16 is exact to 4: sines would be noise.
 _NEEDS_FLOAT32 = (aten.sin.default, aten.cos.default)
-# torch would decompose these into index arithmetic while tracing; OpenVINO has one operator for each.
+# Tracing would decompose these into index arithmetic. OpenVINO has one operator for each.
 _KEPT_WHOLE = (
     aten.upsample_nearest1d.default,
     aten.upsample_nearest2d.default,
@@ -28,7 +28,7 @@ _SHORT = (torch.float16, torch.bfloat16)
 
 @contextlib.contextmanager
 def keep_whole() -> Iterator[None]:
-    """Let torch not take apart the operators to keep whole while a graph is traced."""
+    """Stop torch from decomposing the operators to keep whole during a trace."""
     with disable_python_kernels(_KEPT_WHOLE), contextlib.ExitStack() as stack:
         for each in (aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d):
             stack.enter_context(replace_python_kernel(each.vec, functools.partial(_upsample, each.default)))
@@ -36,7 +36,7 @@ def keep_whole() -> Iterator[None]:
 
 
 def _upsample(operator: Any, source: Any, size: Sequence[Any] | None, factors: Sequence[float] | None) -> Any:
-    """Write an upsampling by factors as one to a size; torch's own way to do so knows no free sizes."""
+    """Write an upsampling by factors as one to a size. torch's own rule knows no dynamic sizes."""
     if size is None:
         pairs = zip(source.shape[2:], factors or (), strict=True)
         size = [length * int(factor) if factor == int(factor) else int(length * factor) for length, factor in pairs]
@@ -44,9 +44,9 @@ def _upsample(operator: Any, source: Any, size: Sequence[Any] | None, factors: S
 
 
 def write_out_sizes(graph: torch.fx.Graph) -> None:
-    """Compute each dynamic size where it is used, from a tensor that is used there too, or else from an input.
+    """Compute each dynamic size where it is used, from a tensor used there or else from an input.
 
-    Torch computes sizes once, from inputs of their own. No part of the graph needs a number of another's then.
+    torch computes sizes once, from separate inputs. After this pass no part of the graph needs another's number.
     """
     inputs = _locate_sizes(graph.find_nodes(op="placeholder"))
     for node in list(graph.nodes):
@@ -56,7 +56,7 @@ def write_out_sizes(graph: torch.fx.Graph) -> None:
 
         def copy(
             node: torch.fx.Node, places: Mapping[Any, tuple[torch.fx.Node, int]] = places
-        ) -> torch.fx.Node:  # what computes a size anew; a tensor stays
+        ) -> torch.fx.Node:  # copies what computes a size; a tensor stays
             if not is_size(node):
                 return node
             dimension = read_dimension(node.meta["val"])
@@ -77,7 +77,7 @@ def write_out_sizes(graph: torch.fx.Graph) -> None:
 
 
 def _locate_sizes(nodes: Iterable[torch.fx.Node]) -> dict[Any, tuple[torch.fx.Node, int]]:
-    """Return for each size of the tensors a tensor that has it, and the axis."""
+    """Return for each size a tensor that has it, and the axis."""
     places: dict[Any, tuple[torch.fx.Node, int]] = {}
     for node in nodes:
         if isinstance(node.meta.get("val"), torch.Tensor):
@@ -87,12 +87,12 @@ def _locate_sizes(nodes: Iterable[torch.fx.Node]) -> dict[Any, tuple[torch.fx.No
 
 
 def read_shape(node: torch.fx.Node) -> list[Any]:
-    """Return the shape of a node's tensor; a free size is an expression, equal to what it always is."""
+    """Return the shape of a node's tensor. Dynamic sizes are expressions, equal if the sizes always are."""
     return [read_dimension(each) for each in node.meta["val"].shape]
 
 
 def restore_linear(graph: torch.fx.Graph) -> None:
-    """Write x @ w.t() + b as one linear layer again, which tracing takes apart; compression looks for its weight."""
+    """Turn x @ w.t() + b, as tracing writes it, back into a linear layer. Compression looks for its weight."""
     for transposed in graph.find_nodes(op="call_function", target=aten.t.default):
         for user in list(transposed.users):
             if user.target is aten.mm.default and user.args[1] is transposed:
@@ -111,7 +111,7 @@ def restore_linear(graph: torch.fx.Graph) -> None:
 
 
 def _put_linear(product: torch.fx.Node, *arguments: Any) -> torch.fx.Node:
-    """Put a linear layer in a product's place and return it."""
+    """Replace a product by a linear layer and return it."""
     with product.graph.inserting_before(product):
         linear = product.graph.call_function(aten.linear.default, arguments)
     linear.meta = product.meta
@@ -121,7 +121,7 @@ def _put_linear(product: torch.fx.Node, *arguments: Any) -> torch.fx.Node:
 
 
 def _see_through(node: torch.fx.Node) -> torch.fx.Node:
-    """Return the tensor of which this is one copy or more, each in the shape that it has."""
+    """Return the tensor behind views that copy it whole, once or more, in its shape."""
     while node.target in (*_VIEWS, aten.expand.default):
         source = node.args[0]
         shape, copied = read_shape(node), read_shape(source)
@@ -132,7 +132,7 @@ def _see_through(node: torch.fx.Node) -> torch.fx.Node:
 
 
 def _unflatten(linear: torch.fx.Node) -> None:
-    """Let a linear layer take and give its tensors as they are, not as matrices; tracing flattens them before it."""
+    """Let a linear layer use its tensors unflattened. Tracing flattens them to matrices."""
     flat = linear.args[0]
     if flat.target not in _VIEWS:
         return
@@ -149,10 +149,10 @@ def _unflatten(linear: torch.fx.Node) -> None:
 
 
 def label_parts(graph: torch.fx.Graph, outside: frozenset[str]) -> dict[torch.fx.Node, str]:
-    """Return for each operation the part it belongs to: its level, then where it runs.
+    """Return the part of each operation: its level, then where it runs.
 
-    A level is one more than that of any input that runs elsewhere, so that no two parts need each other's results.
-    Float32 comes before the first level: it depends on nothing but itself. A size belongs to what uses it.
+    A level is above the level of any input that runs elsewhere. So no two parts need each other's results. Float32
+    comes before the first level: it depends only on itself. A size belongs to the part that uses it.
     """
     in_float32 = _find_sensitive(graph, outside)
     levels: dict[torch.fx.Node, int] = {}
@@ -175,12 +175,12 @@ def label_parts(graph: torch.fx.Graph, outside: frozenset[str]) -> dict[torch.fx
 
 
 def is_size(node: torch.fx.Node) -> bool:
-    """Tell whether a node is a size, and no tensor."""
+    """Return whether a node is a size, not a tensor."""
     return isinstance(node.meta.get("val"), torch.SymInt)
 
 
 def _find_sensitive(graph: torch.fx.Graph, outside: frozenset[str]) -> set[torch.fx.Node]:
-    """Return the nodes that must run in float32: sines and cosines with all they are computed from."""
+    """Return the nodes that need float32: sines, cosines and all that they are computed from."""
     found: set[torch.fx.Node] = set()
     for node in graph.nodes:
         if node.target in _NEEDS_FLOAT32:
@@ -206,7 +206,7 @@ def name_operators(graph: torch.fx.Graph, outside: frozenset[str]) -> tuple[str,
 def bind_constants(
     part: torch.fx.GraphModule, arguments: Sequence[torch.fx.Node], values: Mapping[str, torch.Tensor]
 ) -> tuple[torch.fx.Node, ...]:
-    """Turn the part's inputs that have a known value into constants; return the arguments that remain."""
+    """Turn the part's inputs with known values into constants. Return the remaining arguments."""
     remaining = []
     for placeholder, argument in zip(part.graph.find_nodes(op="placeholder"), arguments, strict=True):
         if argument.name not in values:
@@ -225,8 +225,8 @@ def bind_constants(
 def widen(part: torch.fx.GraphModule) -> None:
     """Write a graph of a short type in float32 between its inputs, weights and results.
 
-    That is the form of OpenVINO's own models: it keeps the weights in their short type and computes in the type that
-    it is told. A graph whose operators are in the short type makes it store all weights in float32 beside it.
+    OpenVINO's own models have this form. OpenVINO then keeps the weights in their short type, and computes in the
+    configured type. With operators in the short type it would also store all weights in float32.
     """
 
     def convert(node: torch.fx.Node, dtype: torch.dtype) -> torch.fx.Node:
@@ -250,7 +250,7 @@ def widen(part: torch.fx.GraphModule) -> None:
 
 
 def name_precision(part: torch.fx.GraphModule) -> str:
-    """Return the type that most weights have, or else the inputs, by OpenVINO's name."""
+    """Return the type of most weights, or else of the inputs, by OpenVINO's name."""
     tensors = [*part.buffers(), *(node.meta["val"] for node in part.graph.find_nodes(op="placeholder"))]
     sizes = {torch.float32: 0, torch.bfloat16: 0, torch.float16: 0}
     for tensor in tensors:
@@ -260,10 +260,10 @@ def name_precision(part: torch.fx.GraphModule) -> str:
 
 
 def copy_constants(graph: torch.fx.Graph, names: Collection[str]) -> None:
-    """Let a graph return copies of those constants that it returns as they are.
+    """Let a graph copy the constants that it returns.
 
     Args:
-        names: of the constants.
+        names: the constants' names.
     """
     output = graph.output_node()
 
@@ -279,7 +279,7 @@ def copy_constants(graph: torch.fx.Graph, names: Collection[str]) -> None:
 
 
 def check_flat(graph: torch.fx.GraphModule) -> None:
-    """Refuse a graph that holds others.
+    """Refuse a graph that contains graphs.
 
     Raises:
         OpenVINOBackendError: names the operators that call them.
@@ -289,6 +289,6 @@ def check_flat(graph: torch.fx.GraphModule) -> None:
     callers = {str(user.target) for node in held for user in node.users}
     if callers:
         raise OpenVINOBackendError(
-            f"the graph holds graphs that {', '.join(sorted(callers))} call, as of torch.cond or of a repeated block "
-            "that changes what it is given"
+            f"the graph contains graphs that {', '.join(sorted(callers))} call, as of torch.cond, or of a repeated "
+            "block that changes its inputs"
         )

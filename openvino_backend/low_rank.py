@@ -1,7 +1,7 @@
-"""Low-rank side inputs: a layer's W x becomes W x + up (down x), with matrices that each call brings.
+"""Low-rank side inputs: a layer's W x becomes W x + up (down x), with matrices from each call.
 
-The layers are known when a model is compiled, the matrices are not: they are inputs of the compiled model, of any rank
-for linear layers, with rank 0 where a call brings none. W stays as it is, in 8 bits if it is compressed.
+A model is compiled for known layers, but not for known matrices: these are inputs of the compiled model. Linear layers
+take any rank, and rank 0 in a call without matrices. W is unchanged, in 8 bits if it is compressed.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _current: ContextVar[Products] = ContextVar("products", default={})  # noqa: B03
 
 @contextlib.contextmanager
 def use(products: Products) -> Iterator[None]:
-    """Let the models that are called in the block compute with these matrices."""
+    """Let models called in the block compute with these matrices."""
     token = _current.set(products)
     try:
         yield
@@ -35,12 +35,12 @@ def use(products: Products) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Slot:
-    """The side inputs of one layer: `down`, and one `up` for each piece in which the model has it.
+    """The side inputs of one layer: `down`, and one `up` for each piece of the layer.
 
     Attributes:
-        name: of its weights.
-        down: the shape of what is multiplied first, with the rank that a convolution has, or 0.
-        results: of each piece.
+        name: the name of its weights.
+        down: the first matrix's shape, with a convolution's rank, or 0 for linear layers.
+        results: the number for each piece.
         pieces: their number.
     """
 
@@ -53,7 +53,7 @@ class Slot:
         """Return the inputs of a call."""
         rank, *taken = self.down
         down, up = products.get(self.name) or (torch.zeros(0, *taken), torch.zeros(self.results * self.pieces, 0))
-        if rank:  # a convolution takes no other number of weights than it was compiled for
+        if rank:  # a convolution takes only the rank that it was compiled for
             missing = rank - len(down)
             down = torch.cat([down, down.new_zeros(missing, *taken)])
             up = torch.cat([up, up.new_zeros(len(up), missing)], dim=1)[:, :, None, None]
@@ -61,7 +61,7 @@ class Slot:
 
 
 class SideInputs:
-    """What a compiled model takes beside its own inputs, the same tensors as long as the products are the same."""
+    """The side inputs of a compiled model. The same products give the same tensors."""
 
     def __init__(self, slots: tuple[Slot, ...]) -> None:
         self.slots = slots
@@ -77,10 +77,10 @@ class SideInputs:
 
 
 def name_layers(model: openvino.Model, names: Mapping[tuple[int, tuple[int, ...]], str]) -> None:
-    """Name the products with weights after these; the name stays with the model in the cache.
+    """Name products after their weights. The cached model keeps the names.
 
     Args:
-        names: of weights, by their address and shape.
+        names: weight names by address and shape.
     """
     for node in model.get_ops():
         if node.get_type_name() in _KINDS:
@@ -94,16 +94,16 @@ def name_layers(model: openvino.Model, names: Mapping[tuple[int, tuple[int, ...]
 
 
 def name_piece(piece: openvino.Node, layer: openvino.Node, index: int) -> None:
-    """Name one of the pieces that a layer is computed in."""
+    """Name one of a layer's pieces."""
     if layer.get_friendly_name().startswith(_MARK):
         piece.set_friendly_name(f"{layer.get_friendly_name()}/{index}")
 
 
 def add_side_inputs(model: openvino.Model, ranks: Mapping[str, int]) -> SideInputs:
-    """Add to a model the side inputs of those layers of it that are named.
+    """Add side inputs to the named layers of a model.
 
     Args:
-        ranks: by the names of weights, the largest that a call may bring.
+        ranks: the largest rank of a call, by weight name.
     """
     layers: dict[str, list[openvino.Node]] = {}
     for node in model.get_ops():
@@ -140,7 +140,9 @@ def check_found(ranks: Mapping[str, int], found: set[str]) -> None:
     """
     missing = sorted(set(ranks) - found)
     if missing:
-        raise OpenVINOBackendError(f"{len(missing)} layers for side inputs are no products here, such as {missing[0]}")
+        raise OpenVINOBackendError(
+            f"{len(missing)} weights for side inputs are in no linear layer or convolution, such as {missing[0]}"
+        )
 
 
 def _make_parameter(shape: list[int]) -> openvino.Node:
@@ -150,7 +152,7 @@ def _make_parameter(shape: list[int]) -> openvino.Node:
 def _multiply(
     layer: openvino.Node, source: openvino.Output, down: openvino.Node, is_convolution: bool
 ) -> openvino.Node:
-    """Return the product of a layer's input with `down`, made as the layer makes its own."""
+    """Multiply a layer's input with `down`, as the layer does with its weights."""
     if not is_convolution:
         return opset13.matmul(source, down, transpose_a=False, transpose_b=True)
     about = layer.get_attributes()

@@ -1,6 +1,6 @@
-"""Writing composite operators of an exported graph as the ones that OpenVINO's front end knows.
+"""Rewrite composite operators of an exported graph as operators that OpenVINO's front end knows.
 
-torch can take them apart itself, but traces the whole graph again for that, which takes longer than the first trace.
+torch can decompose them itself. But then it traces the whole graph again, which takes longer than the first trace.
 """
 
 import operator
@@ -24,13 +24,13 @@ _CHECKS = ("aten._assert_tensor_metadata.default", "aten._assert_scalar.default"
 
 
 def find_composites(graph: torch.fx.Graph) -> set[Any]:
-    """Return the composite operators that `lower` leaves and the front end does not know."""
+    """Return the composite operators that neither `lower` nor the front end handles."""
     operators = {node.target for node in graph.nodes if isinstance(node.target, OPERATOR)}
     return {each for each in operators if is_composite(each) and each not in _KNOWN and each not in _RULES}
 
 
 def lower(graph: torch.fx.Graph) -> None:
-    """Write each composite operator that there is a rule for as others."""
+    """Rewrite each composite operator that has a rule."""
     for node in list(graph.nodes):
         if str(node.target).startswith(_CHECKS):
             graph.erase_node(node)
@@ -65,7 +65,7 @@ def _take_first(node: torch.fx.Node, target: Any, *args: Any) -> torch.fx.Node:
 
 
 def _read_length(node: torch.fx.Node, axis: int) -> Any:
-    """Return a length of a tensor: a number, or a node where it is free."""
+    """Return a tensor's length: a number, or a node if it is dynamic."""
     length = node.meta["val"].shape[axis]
     if isinstance(length, int):
         return length
@@ -115,7 +115,7 @@ def _lower_layer_norm(
 
 
 def _lower_conversion(node: torch.fx.Node, *, self: Any = None, input: Any = None, **_: Any) -> torch.fx.Node:
-    """Write a conversion as one of the type alone, or leave it out: all tensors are on the CPU."""
+    """Convert the type alone, or nothing: all tensors are on the CPU."""
     source, dtype = self or input, node.meta["val"].dtype
     return source if source.meta["val"].dtype == dtype else _put(node, aten._to_copy.default, source, dtype=dtype)
 
@@ -148,7 +148,7 @@ def _lower_pad(node: torch.fx.Node, *, self: Any, pad: Any, mode: str, value: fl
 
 
 def _lower_upsampling(node: torch.fx.Node, *, input: Any, output_size: Any, scale_factors: Any) -> torch.fx.Node | None:
-    """Write an upsampling by factors as one to a size, where these are whole."""
+    """Write an upsampling by whole factors as one to a size."""
     if output_size is None:
         if any(factor != int(factor) for factor in scale_factors):
             return None
@@ -161,7 +161,7 @@ def _lower_upsampling(node: torch.fx.Node, *, input: Any, output_size: Any, scal
 _UPSAMPLINGS = {
     each.vec: each.default for each in (aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d)
 }
-# A rule returns what takes an operator's place, or None where it stays.
+# A rule returns an operator's replacement, or None to keep it.
 _RULES: dict[Any, Callable[..., torch.fx.Node | None]] = {
     aten.conv1d.default: _lower_convolution,
     aten.conv2d.default: _lower_convolution,

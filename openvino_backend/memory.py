@@ -1,4 +1,4 @@
-"""Giving back the memory of weights that torch does not need any more."""
+"""Give back the memory of weights that torch no longer needs."""
 
 import contextlib
 import ctypes
@@ -16,7 +16,7 @@ from openvino_backend.options import Options
 logger = logging.getLogger(__name__)
 
 _INTERVAL = 0.25  # seconds
-_MADV_PAGEOUT = 21  # of Linux, from 5.4
+_MADV_PAGEOUT = 21  # Linux 5.4 or later
 _PAGES, _PAGE_ENTRY = Path("/proc/self/pagemap"), np.dtype(np.uint64)
 
 
@@ -24,14 +24,14 @@ _PAGES, _PAGE_ENTRY = Path("/proc/self/pagemap"), np.dtype(np.uint64)
 def release_memory(
     options: Options, tensors: Iterable[torch.Tensor], files: Collection[Path | None] = ()
 ) -> Iterator[None]:
-    """Give the pages of tensors and of mapped files back to the kernel again and again in the block, and at its end.
+    """Give pages of tensors and mapped files back to the kernel, repeatedly in the block and at its end.
 
-    Nothing is lost: a page that was mapped from a file, as safetensors maps weights, is taken from there when it is
-    touched again, from memory as long as the kernel has room for the file; a changed one goes to the swap space, or
-    stays where there is none. Without it a compilation has the weights in memory twice, torch's and OpenVINO's.
+    Nothing is lost. A page mapped from a file, as safetensors maps weights, is read from there when touched again. It
+    comes from memory while the kernel has room for the file. A changed page goes to the swap space, or stays without
+    one. Without this function a compilation has the weights in memory twice, torch's and OpenVINO's.
 
     Args:
-        files: those that are mapped when the block begins stay so until it ends.
+        files: files mapped when the block begins stay mapped until it ends.
     """
     names = {str(each.resolve()) for each in files if each is not None}
     ranges = [*_find_pages(tensors), *_find_mapped(names)] if options.release_weights else []
@@ -51,14 +51,14 @@ def release_memory(
     finally:
         ended.set()
         thread.join()
-        # With what the block has mapped: while it runs, that may be unmapped again, and be another's place.
+        # This includes the block's own mappings. Earlier they might be unmapped, and their addresses used again.
         _give_back([*ranges, *_find_mapped(names)])
-        # What the compilation has freed, such as the weights as they were before they were written to the cache.
+        # This returns what the compilation has freed, such as weights before they were written to the cache.
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _find_pages(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
-    """Return the address ranges of whole pages that the tensors fill, in bytes from and to."""
+    """Return the address ranges of whole pages that the tensors fill: start and end in bytes."""
     ranges: list[tuple[int, int]] = []
     for start, size in sorted((tensor.data_ptr(), tensor.nbytes) for tensor in tensors if tensor.is_cpu):
         if ranges and start - ranges[-1][1] < mmap.PAGESIZE:  # alignment between two weights of one file
@@ -72,7 +72,7 @@ def _find_pages(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
 
 
 def _find_mapped(names: Collection[str]) -> list[tuple[int, int]]:
-    """Return the address ranges at which the files of these names are mapped, in bytes from and to."""
+    """Return the address ranges of these mapped files: start and end in bytes."""
     ranges = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         place, *_, name = line.split(maxsplit=5)
@@ -92,16 +92,16 @@ def _give_back(ranges: Iterable[tuple[int, int]]) -> None:
 
 
 def _is_a_files(start: int, end: int) -> bool:
-    """Tell whether all pages that are there are as in a file, so that they can be dropped.
+    """Return whether all present pages are as in a file, so that they can be dropped.
 
-    Paging them out would take eight times as long, and the kernel would read the file from the disk again.
+    Paging them out would take eight times as long. The kernel would read the file from the disk again.
     """
     first, past = start // mmap.PAGESIZE, end // mmap.PAGESIZE
     try:
         with _PAGES.open("rb", buffering=0) as stream:
             stream.seek(first * _PAGE_ENTRY.itemsize)
             entries = np.frombuffer(stream.read((past - first) * _PAGE_ENTRY.itemsize), _PAGE_ENTRY)
-    except OSError:  # nothing is told of pages here
+    except OSError:  # pages are not reported here
         return False
     is_there = entries >> 62 != 0  # in memory or in the swap space
     is_of_file = entries >> 61 & 1 != 0

@@ -1,4 +1,4 @@
-"""From a rewritten FX graph to a compiled OpenVINO model, its report, and its file in the cache."""
+"""Compile a rewritten FX graph to an OpenVINO model, report on it, and cache it."""
 
 import math
 import time
@@ -26,26 +26,26 @@ from openvino_backend.tuning import tune_for_cpu
 
 _FILE, _WEIGHTS_FILE = "model.xml", "model.bin"
 _WEIGHT = "weight:"
-# How many kernels of a kind the CPU plug-in keeps, of sizes that it had before. With its own 5000 each new size of the
+# How many kernels of a kind the CPU plug-in keeps for earlier sizes. With its default of 5000, each new size of the
 # demonstration model takes 2 MB more for each part. One size of SDXL's UNet needs fewer than 200.
 _KERNELS = {"CPU_RUNTIME_CACHE_CAPACITY": "200"}
 
 
 @dataclass(frozen=True)
 class ModelReport:
-    """What OpenVINO says of one compiled model; every figure is read from it, none from the configuration.
+    """OpenVINO's report of one compiled model. Every figure is read from it, none from the configuration.
 
     Attributes:
         devices: where it runs.
         precision: the floating-point type of its arithmetic, as OpenVINO names it: f32, bf16, f16.
-        threads: how many a call computes with on a CPU; None on other devices, and where several are named.
-        operators: the number of operators it executes.
+        threads: the threads of a call on a CPU. None for other devices, or several.
+        operators: the number of executed operators.
         inputs: the number of tensors passed at each call.
-        quantized_convolutions, quantized_linear_layers: the number of those that it computes in 8 bits.
-        constants: the number of weights and other tensors compiled in, by their type.
-        loaded_from_cache: true when it came from the cache: nothing was converted, and what OpenVINO keeps compiled, of
-            8-bit weights and for other devices than CPUs, was not compiled.
-        seconds: the time of conversion, if any, and compilation.
+        quantized_convolutions, quantized_linear_layers: how many it computes in 8 bits.
+        constants: the number of weights and other tensors compiled in, by type.
+        loaded_from_cache: true when it came from the cache, without conversion. OpenVINO keeps models in 8 bits, or for
+            devices other than CPUs, compiled: these were not compiled again.
+        seconds: the time of compilation, and of conversion if any.
     """
 
     devices: tuple[str, ...]
@@ -63,15 +63,15 @@ class ModelReport:
 class CompiledModel:
     """One OpenVINO model of a graph: tensors in, new tensors out.
 
-    Pickled, it is the model's place in the cache; `weights` must be given again before it is loaded.
+    Its pickle holds its place in the cache, without weights. Set `weights` again before `load`.
 
     Attributes:
-        key: names the model in the cache.
-        properties: what it is compiled with.
-        weights: the tensors compiled in, by their name in the graph.
-        sources: for each of these, its name in the module that was compiled, set before pickling.
-        file: the one in the cache that OpenVINO maps, with the weights that are not these.
-        side_inputs: what it takes beside its inputs.
+        key: the model's key in the cache.
+        properties: the OpenVINO properties of its compilation.
+        weights: the tensors compiled in, by name in the graph.
+        sources: the name of each weight in the compiled module, set before pickling.
+        file: the cache file that OpenVINO maps, with weights that are not in `weights`.
+        side_inputs: its further inputs, see low_rank.py.
     """
 
     def __init__(
@@ -99,13 +99,13 @@ class CompiledModel:
         *,
         ranks: Mapping[str, int],
     ) -> ModelReport:
-        """Compile the model that is in the cache, or else the one that `convert` makes.
+        """Compile the model from the cache, or else from `convert`.
 
         Args:
-            ranks: of side inputs, see add_side_inputs.
+            ranks: the side inputs' ranks, see add_side_inputs.
 
         Raises:
-            CacheMissError: it is in no cache, and there is no `convert`.
+            CacheMissError: it is not in the cache, and there is no `convert`.
             OpenVINOBackendError: the device computes in another precision than the properties say.
         """
         started = time.perf_counter()
@@ -123,7 +123,7 @@ class CompiledModel:
                 if folder is not None:
                     with write_entry(folder):
                         save_model(model, folder, self.weights)
-                        model = read_model(folder, self.weights) or model  # weights of its own are in a file then
+                        model = read_model(folder, self.weights) or model  # its own weights are then in a file
             self.file = None if folder is None else folder / _WEIGHTS_FILE
             if on_cpu and not is_packed:
                 tune_for_cpu(model)
@@ -134,7 +134,7 @@ class CompiledModel:
             threads = limit_openvino(find_processors(), options.device)
             kept = _KERNELS if options.device == "CPU" else {}
             properties = {**threads, **kept, **self.properties, **blob}
-            with release_memory(options, (), [self.file]):  # OpenVINO reads the file to know what it has compiled
+            with release_memory(options, (), [self.file]):  # OpenVINO reads the file to identify the model
                 compiled = openvino.Core().compile_model(model, options.device, properties)
         precision = _read_precision(compiled, options.device)
         if precision != str(self.properties[PRECISION]):
@@ -163,10 +163,10 @@ class CompiledModel:
 
 
 def _keep_compiled(folder: Path | None, *, on_cpu: bool, is_packed: bool) -> dict[str, str]:
-    """Return the properties by which OpenVINO keeps what it has compiled in the folder, and takes it from there.
+    """Return properties that let OpenVINO keep its compiled model in the folder, and load it from there.
 
-    For a CPU that is the model after OpenVINO's own changes, which take it most of its time for 8 bits. It refers to
-    the file of the weights, where they are all in ours; weights in torch's memory it would hold again.
+    For a CPU this is the model after OpenVINO's own changes, which take most of the time for 8 bits. It refers to our
+    file of weights if all weights are there. Weights in torch's memory would be stored again.
     """
     if folder is None or (on_cpu and not is_packed):
         return {}
@@ -175,7 +175,7 @@ def _keep_compiled(folder: Path | None, *, on_cpu: bool, is_packed: bool) -> dic
 
 
 def _read_precision(compiled: openvino.CompiledModel, device: str) -> str:
-    """Return the type that the model computes in; of several devices, all that differ."""
+    """Return the type that the model computes in; for several devices, each different type."""
     kind, _ = split_device(device)
     several = (
         [compiled.get_property(PRECISION)]
@@ -186,11 +186,11 @@ def _read_precision(compiled: openvino.CompiledModel, device: str) -> str:
 
 
 def _count_quantized(executed: Iterable[openvino.Node], kind: str, told_by: str) -> int:
-    """Return the number of operators of a kind whose arithmetic is in 8 bits.
+    """Return the number of operators of a kind that compute in 8 bits.
 
     Args:
-        told_by: the entry of OpenVINO's that ends with its type: of linear layers `runtimePrecision` is that of the
-            weights, whatever they are computed in, and `primitiveType` names the kernel.
+        told_by: the entry of OpenVINO's report that ends with the type. For linear layers `runtimePrecision` is the
+            weights' type, whatever they compute in. There `primitiveType` names the kernel.
     """
     abouts = (node.get_rt_info() for node in executed)
     return sum(
@@ -200,7 +200,7 @@ def _count_quantized(executed: Iterable[openvino.Node], kind: str, told_by: str)
 
 
 def _count_constants(model: openvino.Model) -> dict[str, int]:
-    """Return the number of constants of more than one element by type; integers only where they are weights."""
+    """Return the number of constants of more than one element, by type. Integers count as weights only."""
     types = [
         node.get_element_type().get_type_name()
         for node in model.get_ops()
@@ -210,7 +210,7 @@ def _count_constants(model: openvino.Model) -> dict[str, int]:
 
 
 class _Nodes(list[torch.fx.Node]):
-    """The nodes of a graph, each found at once; OpenVINO's decoder looks for each input in all, for SDXL's UNet 5 s."""
+    """A graph's nodes with fast look-up. OpenVINO's decoder searches them all for each input: 5 s for SDXL's UNet."""
 
     def __init__(self, nodes: Iterable[torch.fx.Node]) -> None:
         super().__init__(nodes)
@@ -221,7 +221,7 @@ class _Nodes(list[torch.fx.Node]):
 
 
 def convert_graph(part: torch.fx.GraphModule) -> openvino.Model:
-    """Return the part as an OpenVINO model that shares its weights with torch."""
+    """Convert the part to an OpenVINO model that shares its weights with torch."""
     examples = [node.meta["val"] for node in part.graph.find_nodes(op="placeholder")]
     types = [tensor.dtype for tensor in examples]
     shapes = [[size if isinstance(size, int) else -1 for size in tensor.shape] for tensor in examples]
@@ -232,7 +232,7 @@ def convert_graph(part: torch.fx.GraphModule) -> openvino.Model:
         decoder._nodes = _Nodes(decoder._nodes)
         return decoder
 
-    decoder = make_decoder()  # the model of the front end does not keep it
+    decoder = make_decoder()  # the front end's model does not keep it
     try:
         model = front_end.convert(front_end.load(decoder))
     except Exception as error:
@@ -250,9 +250,9 @@ def convert_graph(part: torch.fx.GraphModule) -> openvino.Model:
 
 
 def save_model(model: openvino.Model, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
-    """Write the model to the folder without those constants that share the memory of the given weights.
+    """Write the model to the folder, without the constants that share memory with the given weights.
 
-    A weight that was converted on the way, such as a compressed one, is a constant of its own and is written.
+    A converted weight, such as a compressed one, is a constant of its own and is written.
 
     Raises:
         OSError: the files cannot be written.
@@ -260,7 +260,7 @@ def save_model(model: openvino.Model, folder: Path, weights: Mapping[str, torch.
     names = {
         (tensor.data_ptr(), tuple(tensor.shape)): name
         for name, tensor in weights.items()
-        if tensor.numel() and tensor.is_contiguous()  # of any other OpenVINO has a copy
+        if tensor.numel() and tensor.is_contiguous()  # OpenVINO copies all others
     }
     parameters = []
     for node in model.get_ops():
@@ -273,14 +273,14 @@ def save_model(model: openvino.Model, folder: Path, weights: Mapping[str, torch.
     model.add_parameters(parameters)
     try:
         openvino.serialize(model, folder / _FILE)
-    except RuntimeError as error:  # of a disk that is full it says "iostream error"
+    except RuntimeError as error:  # for a full disk OpenVINO says "iostream error"
         raise OSError(f"the model cannot be written: {error}") from error
     finally:
         _bind_weights(model, weights)
 
 
 def read_model(folder: Path, weights: Mapping[str, torch.Tensor]) -> openvino.Model | None:
-    """Return the model that save_model wrote, with the weights shared with torch, or None if there is none."""
+    """Return the model that save_model wrote, or None without one. It shares its weights with torch."""
     if not (folder / _FILE).exists():
         return None
     model = openvino.Core().read_model(folder / _FILE)
@@ -289,7 +289,7 @@ def read_model(folder: Path, weights: Mapping[str, torch.Tensor]) -> openvino.Mo
 
 
 def _bind_weights(model: openvino.Model, weights: Mapping[str, torch.Tensor]) -> None:
-    """Turn the parameters that stand for weights into constants again."""
+    """Turn the parameters of weights back into constants."""
     for parameter in model.get_parameters():
         name = parameter.get_friendly_name()
         if name.startswith(_WEIGHT):

@@ -10,18 +10,18 @@ _LOSSY = ("weight_compression", "quantize_convolutions", "quantize_linear_layers
 
 
 class OptionsError(ValueError):
-    """An option that does not exist or has a wrong value; the message names it, what is accepted, what was given."""
+    """An option is unknown or has a wrong value. The message names it, the accepted values and the given one."""
 
 
 def _declare(
     kind: type, accepted: str, meaning: str, *, default: Any, accepts: Callable[[Any], bool] = lambda _: True
 ) -> Any:
-    """Return the field of one option: all that is known of it, for the check, the message and the documentation.
+    """Return the field of one option, for its check, its message and its documentation.
 
     Args:
-        kind: the type of a value that is given.
+        kind: the type of a given value.
         accepted: the values, in words that end the sentence "the option takes".
-        accepts: tells whether a value of that type is one of these.
+        accepts: returns whether a value of that type is accepted.
     """
     about = {"kind": kind, "accepted": accepted, "meaning": meaning, "accepts": accepts}
     if isinstance(default, Mapping):
@@ -35,12 +35,12 @@ def _is_from_1(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Options:
-    """What torch.compile's `options` may hold for this backend; each field's metadata has its `meaning`."""
+    """The `options` of torch.compile for this backend. Each field's metadata has its `meaning`."""
 
     device: str = _declare(
         str,
         "an OpenVINO device such as 'CPU' or 'GPU'",
-        "A device of this machine by OpenVINO's name: CPU, GPU, GPU.1, or several: AUTO:GPU,CPU.",
+        "A device of this machine by OpenVINO's name: CPU, GPU or GPU.1. For several: AUTO:GPU,CPU.",
         default="CPU",
     )
     model_caching: bool = _declare(
@@ -52,92 +52,92 @@ class Options:
     cache_dir: str | None = _declare(
         str,
         "a folder",
-        "The folder of the cache, with ~ for the home folder; without it `openvino_backend` in $XDG_CACHE_HOME or "
-        "~/.cache.",
+        "The cache folder, with ~ for the home folder. By default `openvino_backend` in $XDG_CACHE_HOME or ~/.cache.",
         default=None,
     )
     cache_bytes: int = _declare(
         int,
         "a number of bytes from 1",
-        "The most that `cache_dir` may take on the disk: entries that were not used for longest are removed first.",
+        "The largest size of `cache_dir` on the disk. The least recently used entries are removed first.",
         default=20_000_000_000,
         accepts=_is_from_1,
     )
     precision: str | None = _declare(
         str,
         "f32, f16, bf16, int8 or fastest",
-        "The arithmetic: a floating-point type that the device computes in; `int8`, its best 8-bit arithmetic (lossy); "
-        "`fastest`, what was measured as fastest on such a device (lossy where that is int8). Without it, the type of "
-        "the weights. It sets `weight_compression`, the two options `quantize_…`, and in `config` "
-        "INFERENCE_PRECISION_HINT and DYNAMIC_QUANTIZATION_GROUP_SIZE; none of these may stand beside it.",
+        "The arithmetic: a floating-point type that the device computes in, or `int8` or `fastest`. `int8` is the "
+        "device's best 8-bit arithmetic (lossy). `fastest` is what was measured as fastest on such a device (lossy "
+        "where that is int8). By default it is the type of the weights. The option sets `weight_compression`, both "
+        "`quantize_…` options, and in `config` INFERENCE_PRECISION_HINT and DYNAMIC_QUANTIZATION_GROUP_SIZE. Leave "
+        "these out with it.",
         default=None,
         accepts=PRECISIONS.__contains__,
     )
     config: Mapping[str, Any] = _declare(
         Mapping,
         "OpenVINO properties by name",
-        "OpenVINO properties for the compilation, for example {'INFERENCE_PRECISION_HINT': 'f32'}. Without that "
-        "property a graph runs in the precision of its own weights.",
+        "OpenVINO properties for the compilation, such as {'INFERENCE_PRECISION_HINT': 'f32'}. Without that property "
+        "a graph runs in the precision of its weights.",
         default={},
     )
     aot_autograd: bool = _declare(
         bool,
         "true",
-        "Accepted because OpenVINO's documentation names it; always on here.",
+        "Accepted because OpenVINO's documentation names it. It is always on here.",
         default=True,
         accepts=bool,
     )
     decompositions: Sequence[str] = _declare(
         list,
         "a list of operators such as 'aten.gelu.default'",
-        "Operators that torch takes apart into simpler ones before OpenVINO sees the graph.",
+        "Operators that torch decomposes into simpler ones before OpenVINO sees the graph.",
         default=(),
     )
     max_graphs: int = _declare(
         int,
         "a number from 1",
-        "The number of graphs that a part may compile, each with its own weights.",
+        "The most graphs that a component may compile, each with its own weights.",
         default=4,
         accepts=_is_from_1,
     )
     release_weights: bool = _declare(
         bool,
         "true or false",
-        "The module is called only as compiled from now on: give the memory of its weights back to the kernel. Weights "
-        "that are mapped from a file take no memory then, and are read from it when they are touched.",
+        "Give the memory of the module's weights back to the kernel. From now on call the module only as compiled. "
+        "Weights that are mapped from a file then take no memory. They are read from it when touched.",
         default=False,
     )
     weight_compression: str | None = _declare(
         str,
         "int8_sym or int8_asym",
-        "Store the weights of linear layers and convolutions in 8 bits, one scale per channel; lossy.",
+        "Store the weights of linear layers and convolutions in 8 bits, one scale per channel (lossy).",
         default=None,
         accepts=lambda value: value in ("int8_sym", "int8_asym"),
     )
     quantize_convolutions: bool = _declare(
         bool,
         "true or false",
-        "Let convolutions compute in 8 bits, which needs their weights as int8_sym; lossy. Each picture's input has a "
-        "scale of its own, found at each call.",
+        "Compute convolutions in 8 bits (lossy). Their weights must be int8_sym. Each image's input has its own scale, "
+        "found at each call.",
         default=False,
     )
     quantize_linear_layers: bool = _declare(
         bool,
         "true or false",
-        "Let linear layers compute in 8 bits, which needs their weights as int8_sym; lossy. Each token's input has a "
-        "scale of its own, found at each call.",
+        "Compute linear layers in 8 bits (lossy). Their weights must be int8_sym. Each token's input has its own "
+        "scale, found at each call.",
         default=False,
     )
     strict: bool = _declare(
         bool,
         "true or false",
-        "Raise where an operator would run in PyTorch; false: let it, and report it.",
+        "Raise an error where an operator would run in PyTorch. With false it runs there and is reported.",
         default=True,
     )
     disabled_ops: Sequence[str] = _declare(
         list,
         "a list of operators such as 'aten.exp.default'",
-        "Operators to run in PyTorch although OpenVINO has them; needs strict false.",
+        "Operators to run in PyTorch although OpenVINO has them. Needs strict: false.",
         default=(),
     )
 
@@ -163,7 +163,7 @@ class Options:
         for name in _LOSSY[1:]:
             if getattr(options, name) and options.weight_compression != "int8_sym":
                 raise OptionsError(
-                    f"OpenVINO option {name!r} takes true only beside weight_compression: int8_sym, "
+                    f"OpenVINO option {name!r} takes true only with weight_compression: int8_sym, "
                     f"not {options.weight_compression!r}"
                 )
         if options.disabled_ops and options.strict:
@@ -178,7 +178,7 @@ class Options:
         return self.weight_compression is not None
 
     def describe_arithmetic(self) -> dict[str, Any]:
-        """Return what the arithmetic was set to, by `precision` with the reason or by the options themselves."""
+        """Return how the arithmetic was set, by `precision` with the reason or by other options."""
         described: dict[str, Any] = {"precision": self.precision} if self.precision is not None else {}
         described |= {name: getattr(self, name) for name in _LOSSY if getattr(self, name)}
         described |= {name: self.config[name] for name in (PRECISION, GROUP_SIZE) if name in self.config}
@@ -188,10 +188,10 @@ class Options:
         return described
 
     def find_decompositions(self) -> dict[Any, Any]:
-        """Return for each operator to take apart torch's function that does so.
+        """Return torch's decomposition of each operator in `decompositions`.
 
         Raises:
-            OptionsError: torch has no such operator, or cannot take it apart.
+            OptionsError: torch has no such operator, or cannot decompose it.
         """
         from openvino_backend.torch_private import find_decompositions
 
@@ -199,15 +199,15 @@ class Options:
         table = find_decompositions(operators)
         for each in operators:
             if each not in table:
-                raise OptionsError(f"OpenVINO option 'decompositions': torch cannot take {each} apart")
+                raise OptionsError(f"OpenVINO option 'decompositions': torch cannot decompose {each}")
         return table
 
 
 def _expand(options: Options, raw: Mapping[str, Any]) -> Options:
-    """Return the options with those that `precision` stands for.
+    """Return the options with those that `precision` sets.
 
     Raises:
-        OptionsError: some of these stand beside it, or the device does not compute in it.
+        OptionsError: some of these are given too, or the device does not compute in it.
     """
     beside = [name for name in _LOSSY if name in raw]
     beside += [f"config's {name}" for name in (PRECISION, GROUP_SIZE) if name in options.config]
@@ -226,9 +226,9 @@ def _expand(options: Options, raw: Mapping[str, Any]) -> Options:
 
 
 def split_device(device: str) -> tuple[str | None, list[str]]:
-    """Return the kind of a device that stands for several, or None, and the names of the real ones.
+    """Return the kind of a device that combines several, or None, and the names of the real ones.
 
-    AUTO:GPU,CPU is AUTO over GPU and CPU; AUTO alone is over all of the machine's.
+    AUTO:GPU,CPU is AUTO over GPU and CPU. AUTO alone is over all devices of the machine.
     """
     import openvino
 
@@ -240,14 +240,14 @@ def split_device(device: str) -> tuple[str | None, list[str]]:
 
 
 def _check_device(options: Options) -> None:
-    """Refuse a device that OpenVINO does not see, and properties that the device does not have."""
+    """Refuse a device that OpenVINO does not see, and properties that the device lacks."""
     import openvino
 
     core = openvino.Core()
     devices = core.available_devices
     kind, names = split_device(options.device)
     for name in names:
-        # GPU stands for GPU.0, and where there is one it is listed as GPU
+        # GPU means GPU.0, and a single one is listed as GPU
         if not {name, f"{name}.0", name.removesuffix(".0")} & set(devices):
             raise OptionsError(
                 f"OpenVINO option 'device' takes {', '.join(devices)} here, or AUTO, HETERO, MULTI or BATCH with a "
@@ -266,7 +266,7 @@ def _find_operators(option: str, names: Sequence[str]) -> list[Any]:
     """Return torch's operators of these names.
 
     Raises:
-        OptionsError: torch has none of that name.
+        OptionsError: torch has no operator of that name.
     """
     import torch
 

@@ -1,7 +1,7 @@
 """One switch for the arithmetic: what `precision` stands for on each kind of device.
 
-Nothing is measured here: what a picture's seed gives must not depend on how busy the machine was. The rows are what
-`python -m benchmarks` found, with the figures in docs/benchmarks.md.
+Nothing is measured here: a seed's image must not depend on how busy the machine was. The rows come from
+`python -m benchmarks`. docs/benchmarks.md has the figures.
 """
 
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ _CAPABILITIES = {"f32": "FP32", "f16": "FP16", "bf16": "BF16"}  # as OpenVINO ca
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What a precision stands for.
+    """The options that a precision stands for.
 
     Attributes:
         options: of this backend.
-        reason: why these, in words.
+        reason: why these options.
     """
 
     options: Mapping[str, Any]
@@ -78,7 +78,7 @@ def choose_arithmetic(precision: str, device: str) -> Arithmetic:
     """Return what a precision stands for on a device of OpenVINO's.
 
     Raises:
-        ValueError: the device does not compute in it; says in what it does.
+        ValueError: the device does not compute in it; says which ones it has.
     """
     import openvino
 

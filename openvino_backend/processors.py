@@ -1,7 +1,7 @@
-"""Which of the machine's processors this process may use: its affinity, and the quotas of its control groups.
+"""Find the processors that this process may use, from its affinity and its control groups' quotas.
 
-joblib's cpu_count reads the quota of the highest group only, which in a container is the container's, but of no group
-below it, such as a systemd unit's; torch, OpenVINO and os.process_cpu_count read no quota.
+joblib's cpu_count reads the quota of the highest group only. In a container that is the container's. It misses groups
+below, such as a systemd unit's. torch, OpenVINO and os.process_cpu_count read no quota.
 """
 
 import math
@@ -16,12 +16,12 @@ _SET_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 @dataclass(frozen=True)
 class Processors:
-    """What this process may use.
+    """The processors that this process may use.
 
     Attributes:
         logical: the processors of its affinity mask.
-        cores, sockets: those that these processors are of.
-        quota: how many processors' time its control groups give it, or None where they set no limit.
+        cores, sockets: the cores and sockets of these processors.
+        quota: the processors that its control groups allow it, or None without a limit.
     """
 
     logical: int
@@ -31,9 +31,9 @@ class Processors:
 
     @property
     def threads(self) -> int | None:
-        """How many threads the quota is for, or None where it sets fewer cores no limit.
+        """The threads that the quota allows, or None where it allows all cores.
 
-        A part of a processor counts as a whole one: with 1.5 of them two threads get more done than one.
+        A part of a processor counts as a whole one: with 1.5, two threads do more than one.
         """
         if self.quota is None or math.ceil(self.quota) >= self.cores:
             return None
@@ -41,10 +41,10 @@ class Processors:
 
 
 def find_processors(root: Path = Path("/")) -> Processors:
-    """Return what this process may use.
+    """Return the processors that this process may use.
 
     Args:
-        root: where proc and sys are looked for.
+        root: the folder of proc and sys.
     """
     affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     folders = [root / f"sys/devices/system/cpu/cpu{number}/topology" for number in affinity]
@@ -57,7 +57,7 @@ def find_processors(root: Path = Path("/")) -> Processors:
 
 
 def limit_torch(processors: Processors) -> None:
-    """Let torch compute with as many threads as the quota is for, unless the environment sets their number."""
+    """Limit torch's threads to the quota, unless the environment sets their number."""
     import torch
 
     limit = processors.threads
@@ -68,13 +68,13 @@ def limit_torch(processors: Processors) -> None:
 
 
 def limit_openvino(processors: Processors, device: str) -> dict[str, Any]:
-    """Return the properties that let OpenVINO compute with as many threads as the quota is for."""
+    """Return the properties that limit OpenVINO's threads to the quota."""
     limit = processors.threads
     return {"INFERENCE_NUM_THREADS": limit} if limit is not None and device == "CPU" else {}
 
 
 def _read_quotas(root: Path) -> Iterator[float]:
-    """Yield the quota of each control group that this process is in; that of one holds for all below it."""
+    """Yield the quota of each control group of this process. A quota holds for all groups below."""
     groups: dict[str, str] = {}
     for line in _read_lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
@@ -86,7 +86,7 @@ def _read_quotas(root: Path) -> Iterator[float]:
         controller = {"cgroup2": "", "cgroup": "cpu"}.get(kind)
         if controller not in groups or (controller and controller not in options.split(",")):
             continue
-        # What is mounted may be a group itself, as in a container. Of one outside of that nothing can be read.
+        # The mount may be a group itself, as in a container. Groups outside it cannot be read.
         below = Path(os.path.relpath(groups[controller], top))
         parts = () if ".." in below.parts else below.parts
         for depth in range(len(parts) + 1):
@@ -94,7 +94,7 @@ def _read_quotas(root: Path) -> Iterator[float]:
 
 
 def _read_quota(group: Path) -> Iterator[float]:
-    """Yield the quota of a control group, in processors, if it has one."""
+    """Yield a control group's quota in processors, if it has one."""
     words = _read_words(group / "cpu.max") or (
         *_read_words(group / "cpu.cfs_quota_us"),
         *_read_words(group / "cpu.cfs_period_us"),

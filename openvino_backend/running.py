@@ -1,4 +1,4 @@
-"""Compiled OpenVINO models called with torch tensors."""
+"""Call compiled OpenVINO models with torch tensors."""
 
 import threading
 
@@ -20,7 +20,7 @@ TYPES = {
 
 
 class TensorRequest:
-    """An inference request of a compiled model: torch tensors in, new ones out, one call at a time."""
+    """An inference request of a compiled model. It takes torch tensors and returns new ones, one call at a time."""
 
     def __init__(self, compiled: openvino.CompiledModel) -> None:
         dtypes = {openvino_type: dtype for dtype, openvino_type in TYPES.items()}
@@ -35,10 +35,10 @@ class TensorRequest:
     def __call__(
         self, *inputs: torch.Tensor, kept: tuple[torch.Tensor, ...] = ()
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Return the results, in memory of their own that no later call touches.
+        """Return the results, in memory that no later call touches.
 
         Args:
-            kept: further inputs, contiguous; the same tuple as at the last call is not set again.
+            kept: further contiguous inputs. The tuple of the last call is not set again.
         """
         inputs = tuple(tensor.contiguous() for tensor in inputs)
         outputs = [None if shape is None else torch.empty(shape, dtype=dtype) for shape, dtype in self._outputs]
@@ -57,12 +57,12 @@ class TensorRequest:
         return results[0] if len(results) == 1 else results
 
     def _copy(self, index: int) -> torch.Tensor:
-        """Return a result whose size was free before the call."""
+        """Return a result of dynamic size."""
         memory, (_, dtype) = self._request.get_output_tensor(index).data, self._outputs[index]
         return torch.from_numpy(memory.copy()).view(dtype)
 
 
 def share_memory(tensor: torch.Tensor) -> openvino.Tensor:
-    """Return an OpenVINO tensor over the memory of a contiguous torch tensor, which must outlive it."""
+    """Return an OpenVINO tensor over a contiguous torch tensor's memory. The torch tensor must outlive it."""
     raw = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor  # numpy has no bfloat16
     return openvino.Tensor(raw.numpy(), openvino.Shape(list(tensor.shape)), TYPES[tensor.dtype])

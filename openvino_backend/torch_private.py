@@ -1,11 +1,11 @@
-"""All of PyTorch's own inside that this package uses; written for PyTorch 2.13, to be read again for another.
+"""All private parts of PyTorch that this package uses. Written for PyTorch 2.13; check them for another version.
 
-- aot_autograd and its cache's setting: what torch.compile hands to a backend still has changes in place.
-- The traced graph's metadata: only there stands which inputs the function changes.
-- An operator's Python kernels: while they are there, tracing takes it apart, and there is no setting for that.
-- What an operator is made of, and the settings of free lengths: torch.export has no public name for these.
-- Fake tensors, by which the shapes of results are found without computing them.
-- pytree, decompositions: the public modules of those have no function for it.
+* aot_autograd and its cache's setting: graphs from torch.compile still have changes in place.
+* The traced graph's metadata: only this shows which inputs the function changes.
+* An operator's Python kernels: with them tracing decomposes it, and no setting stops that.
+* An operator's definition, and the settings of dynamic lengths: torch.export has no public name for these.
+* Fake tensors: they give the shapes of results without computing them.
+* pytree, decompositions: their public modules have no such function.
 """
 
 import contextlib
@@ -28,34 +28,34 @@ OPERATOR = torch._ops.OpOverload
 
 @contextlib.contextmanager
 def keep_lengths_apart() -> Iterator[None]:
-    """Let a trace assume neither that two free lengths are equal nor that one is not 1."""
+    """Let a trace assume nothing of dynamic lengths: two may differ, and one may be 1."""
     with torch.fx.experimental._config.patch(use_duck_shape=False, backed_size_oblivious=True):
         yield
 
 
 def is_composite(operator: Any) -> bool:
-    """Tell whether torch defines an operator by others only."""
+    """Return whether torch defines an operator by others only."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CompositeImplicitAutograd"))
 
 
 def is_mutable(operator: Any) -> bool:
-    """Tell whether an operator changes a tensor that it is given."""
+    """Return whether an operator changes one of its inputs."""
     return bool(operator._schema.is_mutable)
 
 
 def read_dimension(size: int | torch.SymInt) -> Any:
-    """Return a size as a number, or as an expression where it is free: comparing sizes themselves would fix them."""
+    """Return a size as a number, or as an expression if dynamic. Comparing sizes themselves would fix them."""
     return size if isinstance(size, int) else size.node.expr
 
 
 def find_decompositions(operators: Sequence[Any]) -> dict[Any, Any]:
-    """Return torch's functions that take the operators apart, for those that it has."""
+    """Return torch's decompositions of the operators, where it has them."""
     table: dict[Any, Any] = get_decompositions(operators)
     return table
 
 
 def call_with_fakes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Return what a function returns for torch's fake tensors: shapes without numbers."""
+    """Call a function with torch's fake tensors: shapes without numbers."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         return function(*args, **kwargs)
 
@@ -65,7 +65,7 @@ def call_with_fakes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 
 @contextlib.contextmanager
 def disable_python_kernels(operators: Iterable[Any]) -> Iterator[None]:
-    """Take torch's Python decompositions away from the operators while a graph is traced."""
+    """Remove torch's Python decompositions of the operators during a trace."""
     saved = {each: each.py_kernels.copy() for each in operators}
     try:
         for each in saved:
@@ -81,7 +81,7 @@ def disable_python_kernels(operators: Iterable[Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replace_python_kernel(operator: Any, kernel: Callable[..., Any]) -> Iterator[None]:
-    """Let this function take an operator apart, in the place of torch's own, while a graph is traced."""
+    """Let this function decompose an operator during a trace, instead of torch's own."""
     with disable_python_kernels([operator]):
         for key in (torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd):
             operator.py_kernels[key] = kernel
@@ -96,10 +96,10 @@ def trace_inference(
     refuse_training: Callable[..., Any],
     decompositions: dict[Any, Any],
 ) -> Callable[..., Any]:
-    """Trace a graph of dynamo's to one without changes in place, and have it compiled.
+    """Trace a graph from dynamo to one without changes in place, and compile it.
 
     Returns:
-        What `compile_traced` returned, with what torch puts around it for changed inputs and views.
+        The result of `compile_traced`. torch wraps it for changed inputs and views.
     """
 
     def compile_inference(traced: torch.fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
@@ -115,13 +115,13 @@ def trace_inference(
     compiler = aot_autograd(
         fw_compiler=refuse_training, inference_compiler=compile_inference, decompositions=decompositions
     )
-    # torch's own cache of such graphs takes those of its Inductor only.
+    # torch's own cache of such graphs takes Inductor's only.
     with torch._functorch.config.patch(force_autograd_cache=False):
         return compiler(graph, example_inputs)
 
 
 def find_static_inputs(graph: torch.fx.GraphModule) -> list[int]:
-    """Return which inputs of dynamo's graph are parameters and buffers of the module."""
+    """Return which inputs of dynamo's graph are the module's parameters and buffers."""
     placeholders = graph.graph.find_nodes(op="placeholder")
     return [
         index
@@ -131,5 +131,5 @@ def find_static_inputs(graph: torch.fx.GraphModule) -> list[int]:
 
 
 def find_changed_inputs() -> set[int]:
-    """Return which inputs the graph changes that is traced just now."""
+    """Return which inputs the graph being traced changes."""
     return set(torch._guards.TracingContext.get().fw_metadata.mutated_inp_runtime_indices)

@@ -1,4 +1,4 @@
-"""Tracing a method of a module with torch.export: a graph of operators, and which tensors are compiled in."""
+"""Trace a module's method with torch.export to a graph and its compiled-in tensors."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ _MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
 
 @dataclass(frozen=True)
 class TracedGraph:
-    """A graph as torch has traced it, with all that compiling it takes.
+    """A graph traced by torch, with all that compiling it needs.
 
     Attributes:
-        graph: operators of which none changes a tensor in place.
-        constants: the tensors compiled in, by the names of its nodes.
-        weight_ids: the ids of those of them that are weights.
-        weights: of the module that was traced, where they are known.
+        graph: operators that change no tensor in place.
+        constants: the tensors compiled in, by node name.
+        weight_ids: the ids of constants that are weights.
+        weights: the traced module's weights, where they are known.
     """
 
     graph: torch.fx.GraphModule
@@ -34,7 +34,7 @@ class TracedGraph:
 
 
 class _Tensor:
-    """Stands for a tensor in a structure."""
+    """Replaces a tensor in a structure."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Structure:
     """Nested values, taken apart: where the tensors are, and the other values.
 
     Attributes:
-        spec: of torch's pytree.
+        spec: the specification of torch's pytree.
         leaves: the values in their order, with a _Tensor for each tensor.
     """
 
@@ -51,19 +51,19 @@ class Structure:
 
     @classmethod
     def take_apart(cls, values: Any) -> tuple["Structure", list[torch.Tensor]]:
-        """Return the structure of values, and the tensors in them."""
+        """Return the structure of values and their tensors."""
         leaves, spec = pytree.tree_flatten(values)
         marked = [_Tensor() if isinstance(each, torch.Tensor) else each for each in leaves]
         return cls(spec, marked), [each for each in leaves if isinstance(each, torch.Tensor)]
 
     @classmethod
     def read(cls, values: Any) -> "Structure":
-        """Return the structure of values that hold a _Tensor for each tensor."""
+        """Return the structure of values with a _Tensor for each tensor."""
         leaves, spec = pytree.tree_flatten(values)
         return cls(spec, leaves)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the values: torch's own description of them is not made for that."""
+        """Pickle the values: torch's own description is not made for that."""
         return Structure.read, (pytree.tree_unflatten(self.leaves, self.spec),)
 
     def fill(self, tensors: Sequence[torch.Tensor]) -> Any:
@@ -74,7 +74,7 @@ class Structure:
 
 
 class _Exported(torch.nn.Module):
-    """A call of a method as a module of tensors only, the form that torch.export takes."""
+    """A method's call as a module of tensors only, as torch.export takes it."""
 
     def __init__(
         self, module: torch.nn.Module, method: Any, arguments: Structure, keep: Callable[[Structure], None]
@@ -85,7 +85,7 @@ class _Exported(torch.nn.Module):
     def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         args, kwargs = self._arguments.fill(tensors)
         structure, results = Structure.take_apart(self._method(self.module, *args, **kwargs))
-        self._keep(structure)  # torch.export takes back what a module's attributes are set to
+        self._keep(structure)  # torch.export undoes changes of a module's attributes
         return results
 
 
@@ -102,14 +102,14 @@ def trace_method(
     """Trace one call of a method.
 
     Args:
-        axes: of each tensor, those of any length.
-        decompositions: operators to take apart, with torch's functions that do so.
+        axes: the dynamic axes of each tensor.
+        decompositions: operators to decompose, with torch's functions for that.
 
     Returns:
-        The graph, and the structure of what the method returns.
+        The graph, and the structure of the method's results.
 
     Raises:
-        OpenVINOBackendError: torch cannot trace it, or it changes tensors that are given to it.
+        OpenVINOBackendError: torch cannot trace it, or it changes its input tensors.
     """
     results: list[Structure] = []
     call = _Exported(module, method, arguments, results.append)
@@ -132,7 +132,7 @@ def trace_method(
             "compile it with torch.compile(method, backend=OpenVINOBackend(...))"
         )
     if any(isinstance(each, torch.SymInt) for each in results[0].leaves):
-        raise OpenVINOBackendError("the method returns a length that is free; return a tensor that has it")
+        raise OpenVINOBackendError("the method returns a dynamic length; return a tensor that has it")
     graph = program.graph_module
     constants = {}
     for each in program.graph_signature.input_specs:

@@ -1,4 +1,4 @@
-"""Lossless changes of an OpenVINO model: the same products and sums in a form that its CPU plug-in runs faster.
+"""Lossless changes of an OpenVINO model: the CPU plug-in runs the same products and sums faster.
 
 Timings are in docs/benchmarks.md.
 """
@@ -15,17 +15,16 @@ from openvino_backend.low_rank import name_piece
 
 
 def tune_for_cpu(model: openvino.Model) -> None:
-    """Write attention as products, and each linear layer whose result is split as one layer for each piece."""
+    """Write attention as products, and each split linear layer as one layer per piece."""
     split_linear_layers(model)
     write_out_attention(model)
     model.validate_nodes_and_infer_types()
 
 
 def write_out_attention(model: openvino.Model) -> None:
-    """Write attention as the products and the softmax that it is.
+    """Write attention as its products and its softmax.
 
-    The plug-in does so by itself, but transposes the keys first, in an operator of its own; a product takes them as
-    they are.
+    The plug-in does the same, but first transposes the keys in a separate operator. A product takes them untransposed.
     """
     for node in model.get_ops():
         if node.get_type_name() == "ScaledDotProductAttention" and _is_plain_attention(node):
@@ -37,7 +36,7 @@ def write_out_attention(model: openvino.Model) -> None:
 
 
 def _is_plain_attention(node: openvino.Node) -> bool:
-    """Say whether there is no mask, no scale but the usual one, and float32 between the operators."""
+    """Return whether attention has no mask, the usual scale, and float32 between its operators."""
     return (
         node.get_input_size() == 3
         and not node.get_attributes().get("causal")
@@ -46,9 +45,9 @@ def _is_plain_attention(node: openvino.Node) -> bool:
 
 
 def split_linear_layers(model: openvino.Model) -> None:
-    """Write a linear layer whose result is split as one layer for each piece, with its share of the weights.
+    """Write a linear layer whose result is split as one layer per piece, with its share of the weights.
 
-    In a gated activation all that comes after the two products is one operator then. The weights are not copied.
+    In a gated activation everything after the two products is then one operator. The weights are not copied.
     """
     for node in model.get_ops():
         if node.get_type_name() == "Split" and _is_along_features(node):
@@ -64,7 +63,7 @@ def _is_along_features(split: openvino.Node) -> bool:
 
 
 def _split_layer(layer: openvino.Node, *, count: int) -> list[openvino.Node]:
-    """Return a linear layer for each of so many equal pieces of a layer's result, or none for what is no such layer."""
+    """Return a linear layer for each of `count` equal pieces of the result, or none for another operator."""
     product = layer.input_value(0).get_node() if layer.get_type_name() == "Add" else layer
     if product.get_type_name() != "MatMul" or not product.get_attributes()["transpose_b"]:
         return []
@@ -81,7 +80,7 @@ def _split_layer(layer: openvino.Node, *, count: int) -> list[openvino.Node]:
 
 
 def _take_piece(source: openvino.Output, index: int, count: int, *, axis: int) -> openvino.Node | None:
-    """Return one of equal pieces of weights, compressed or not, or None where they are computed at each call."""
+    """Return one of equal pieces of weights, compressed or not, or None if each call computes them."""
     node = source.get_node()
     if node.get_type_name() == "Constant":
         return _share_piece(node, index, count, axis=axis)
@@ -93,9 +92,9 @@ def _take_piece(source: openvino.Output, index: int, count: int, *, axis: int) -
 
 
 def _convert_alike(node: openvino.Node) -> Callable[[openvino.Node], openvino.Node]:
-    """Return what converts as this operator does, with its marks: widened weights are not stored as what they become.
+    """Return a function that converts as this operator does, with its marks.
 
-    Of a mark only its name counts.
+    The marks keep OpenVINO from storing widened weights in the wider type. Only the name of a mark counts.
     """
 
     def convert(value: openvino.Node) -> openvino.Node:
@@ -108,15 +107,15 @@ def _convert_alike(node: openvino.Node) -> Callable[[openvino.Node], openvino.No
 
 
 def _share_piece(constant: openvino.Node, index: int, count: int, *, axis: int) -> openvino.Node | None:
-    """Return one of equal pieces of a constant, in its memory; one that is the same for all features stays whole."""
+    """Return one of equal pieces of a constant, in its memory. One constant for all features stays whole."""
     shape = list(constant.shape)
     if not shape or shape[axis] == 1:
         return constant
     if math.prod(shape[: axis % len(shape)]) > 1 or constant.get_element_type() == openvino.Type.bf16:
-        return None  # the pieces are not in one place, or are of a type that numpy lacks
+        return None  # a piece is not in one place, or numpy lacks its type
     shape[axis] //= count
     size = constant.get_byte_size() // count
     memory = (ctypes.c_byte * size).from_address(constant.data.ctypes.data + index * size)
-    memory.owner = constant  # so that what shares the memory keeps it
+    memory.owner = constant  # keeps the memory for what shares it
     piece = np.frombuffer(memory, constant.data.dtype).reshape(shape)
     return openvino.op.Constant(piece, shared_memory=True)

@@ -1,4 +1,4 @@
-"""The weights of a module: their names, and their digest, which is kept with the files that they are mapped from."""
+"""The weights of a module: their names and their digest. The digest is kept for the files that hold them."""
 
 import hashlib
 import re
@@ -14,7 +14,7 @@ import torch
 from openvino_backend.cache import keep_value, tell_change
 from openvino_backend.options import Options
 
-# Of an entry of /proc/self/smaps: from, to, offset in the file, inode, path.
+# An entry of /proc/self/smaps: from, to, offset in the file, inode, path.
 _HEAD = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ (\d+) +(/.+)")
 _CHANGED = re.compile(r"(?:Anonymous|Swap): +[1-9]")
 
@@ -23,7 +23,7 @@ class KnownWeights:
     """The weights of a module, digested once for all its graphs.
 
     Attributes:
-        tensors: them by name: parameters, buffers, and tensors that are plain attributes of the module or a part.
+        tensors: the weights by name: parameters, buffers, and tensors in plain attributes of the module or a part.
         sha256: their digest.
     """
 
@@ -39,11 +39,11 @@ class KnownWeights:
         self._names = {_locate(tensor): name for name, tensor in self.tensors.items()}
 
     def find_name(self, tensor: torch.Tensor) -> str | None:
-        """Return the name of a weight, or None for a tensor that is none, such as one that the code makes."""
+        """Return the name of a weight, or None for other tensors, such as those that the code makes."""
         return self._names.get(_locate(tensor)) if tensor.numel() else None
 
     def digest_constants(self, values: Mapping[str, torch.Tensor]) -> str:
-        """Return a digest of a graph's constants, which may be these weights in any order, or none of them."""
+        """Return a digest of a graph's constants: these weights in any order, or other tensors."""
         sources = {name: self.find_name(tensor) for name, tensor in values.items()}
         others = {name: values[name] for name, source in sources.items() if source is None}
         return hashlib.sha256(repr((self.sha256, sources, digest_weights(others))).encode()).hexdigest()
@@ -51,12 +51,12 @@ class KnownWeights:
 
 @dataclass(frozen=True)
 class _Mapping:
-    """Memory that holds what a file does, byte by byte.
+    """Memory with a file's content, byte by byte.
 
     Attributes:
         start, end: its addresses.
-        offset: the place in the file of its first byte.
-        file: what changes with the file's content.
+        offset: the position of its first byte in the file.
+        file: numbers that change with the file's content.
     """
 
     start: int
@@ -66,9 +66,9 @@ class _Mapping:
 
 
 def find_digest(weights: Mapping[str, torch.Tensor], options: Options) -> str:
-    """Return the digest of weights, from the cache where they are mapped from files that have not changed since.
+    """Return the digest of weights, from the cache if they are mapped from unchanged files.
 
-    Weights that are in no file are digested anew: reading them takes as long as comparing them with what was kept.
+    Weights in no file are digested again: that takes as long as comparing them with a kept copy.
     """
     mappings = list(_list_mappings()) if options.model_caching else []
     places = {name: _find_place(tensor, mappings) for name, tensor in weights.items()}
@@ -93,12 +93,12 @@ def digest_weights(weights: Mapping[str, torch.Tensor]) -> str:
 
 
 def _locate(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return what is one tensor's only: views may begin at one place and have one shape."""
+    """Return what identifies one tensor: views may share their start and shape."""
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def _find_place(tensor: torch.Tensor, mappings: Sequence[_Mapping]) -> tuple[int, ...] | None:
-    """Return which bytes of which file a tensor is, or None where it is in no file.
+    """Return a tensor's file and position in it, or None if it is in no file.
 
     Args:
         mappings: in the order of their addresses.
@@ -111,7 +111,7 @@ def _find_place(tensor: torch.Tensor, mappings: Sequence[_Mapping]) -> tuple[int
 
 
 def _list_mappings() -> Iterator[_Mapping]:
-    """Give the files that are mapped and of which no page was changed in memory, as a private mapping may be."""
+    """Yield the mapped files without changed pages in memory. A private mapping may have some."""
     entries = re.split(r"\n(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text())
     for entry in entries:
         head = _HEAD.match(entry)

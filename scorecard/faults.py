@@ -119,7 +119,7 @@ def drain_once(site: Site) -> tuple[list[Outcome], int, list[str]]:
 
 
 def check_cycles(site: Site, scale: Scale) -> list[Line]:
-    """Start, drain and stop under load: behind nginx, as it is shipped."""
+    """Start, drain and stop under load: behind nginx, with its shipped configuration."""
     if find_nginx() is None:
         return [Line("cycles", False, "nginx or openssl is not installed")]
     outcomes, accepted, left = [], 0, []
@@ -158,7 +158,7 @@ def check_disk(site: Site, _scale: Scale) -> list[Line]:
         fail_to_start(replace(site, properties={"inference_address": address}), "Address already in use")
     with tempfile.TemporaryDirectory() as name:
         cache = Path(name) / "cache"
-        # A limit for the size of files stands in for a full disk.
+        # A limit for the size of files acts as a full disk.
         for limit, message in ((20_000, "what is compiled is not kept"), (None, "")):
             done = fill_cache(site, cache, limit)
             if message not in done.stderr or done.returncode != 0:

@@ -12,7 +12,7 @@ import requests
 from tools.server import SCRIPTS, LocalServer
 
 CHECKS_LEFT_OUT = (
-    "positive_data_acceptance",  # a document cannot say that an image's base64 must be that of an image
+    "positive_data_acceptance",  # a document cannot say that base64 must hold an image
     "missing_required_header",  # TorchServe answers 400, not 401, to a missing token
     "ignored_auth",  # likewise
     "unsupported_method",  # TorchServe takes every method for a prediction

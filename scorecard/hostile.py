@@ -36,7 +36,7 @@ FORM_EXCEPTIONS = ("ErrorDataDecoderException", "StringIndexOutOfBoundsException
 def send_as_is(
     server: LocalServer, hostile: Hostile, *, proxy: LocalProxy | None = None
 ) -> tuple[requests.Response, str]:
-    """Send a request as it is; return the answer and its body.
+    """Send a request unchanged; return the answer and its body.
 
     Raises:
         requests.RequestException: there is none, or not all of it in time.
@@ -45,7 +45,7 @@ def send_as_is(
     with requests.Session() as session:
         session.trust_env = False
         prepared = session.prepare_request(requests.Request(hostile.method, address, data=hostile.body))
-        prepared.url = address + hostile.path  # as it is: requests would tidy it
+        prepared.url = address + hostile.path  # unchanged: requests would tidy it
         prepared.headers.update({**hostile.headers, **(proxy or server).get_headers()})
         verify = str(proxy.certificate) if proxy else True
         start = time.monotonic()

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL behind a server: settings and requests in, pictures and events out."""
+"""Stable Diffusion XL behind a server: settings and requests in, images and events out."""
 
 import sys
 

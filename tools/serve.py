@@ -2,7 +2,7 @@
 
 python -m tools.serve --model stabilityai/stable-diffusion-xl-base-1.0
 
-The settings are those of model-config.yaml. A second run downloads nothing.
+The settings come from model-config.yaml. A second run downloads nothing.
 """
 
 import argparse

@@ -86,7 +86,7 @@ class PageHandler(BaseHTTPRequestHandler):
             self._forward(self.rfile.read(int(length)))
 
     def _is_own_host(self) -> bool:
-        """Say whether a request names this host; refuse others, such as those of a DNS rebinding attack."""
+        """Say whether a request names this host; refuse others, such as in a DNS rebinding attack."""
         hosts = self.server.hosts
         origin = self.headers.get("Origin", f"http://{hosts[0]}")
         if self.headers.get("Host") in hosts and origin in [f"http://{host}" for host in hosts]:

@@ -1,4 +1,4 @@
-"""What every stage of training shares: the learning rate, one optimizer step, checkpoints, progress."""
+"""Code that all stages of training share: the learning rate, one optimizer step, checkpoints, progress."""
 
 import math
 from collections.abc import Iterable

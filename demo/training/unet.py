@@ -118,7 +118,7 @@ def compute_loss(
     prompts = [choose_training_prompt(scenes[i], random) for i in chosen]
     clean = latents[chosen].float().to(device)
     noise = torch.randn_like(clean)
-    # Spread evenly over the steps, and one at the very start, where nothing but the prompt tells the colours
+    # Spread evenly over the steps, and one at the very start, where only the prompt shows the colours
     steps = ((torch.randperm(batch) + torch.rand(batch)) / batch * len(alphas)).long().clamp(max=len(alphas) - 1)
     steps[0] = len(alphas) - 1
     steps = steps.to(device)

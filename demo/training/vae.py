@@ -18,7 +18,7 @@ VAE_WEIGHT_DECAY = 1e-3
 def compute_difference(decoded: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     """Return how far decoded images are from the true ones."""
     distance = decoded - images
-    # Edges are a small part of an image, yet they alone tell a star from a circle
+    # Edges are a small part of an image, yet they alone distinguish a star from a circle
     edges = functional.max_pool2d(images, 5, 1, 2) + functional.max_pool2d(-images, 5, 1, 2) > 0.1
     weight = 1 + 4 * edges.any(1, keepdim=True)
     return (weight * (distance.abs() + distance.square())).mean()

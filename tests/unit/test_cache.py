@@ -161,7 +161,7 @@ def test_planted_pickle_is_not_run(tmp_path: Path, caplog: pytest.LogCaptureFixt
     kept.parent.chmod(0o777)
     assert run_cached(tmp_path) == [(True, True)] * 2
     assert not hasattr(torch, "planted")
-    assert "with mode 777, and what is in it runs" in caplog.text
+    assert "with mode 777, and its content is run" in caplog.text
     assert count_warnings(caplog) == 1
 
 

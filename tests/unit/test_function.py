@@ -413,7 +413,7 @@ def test_what_is_no_pure_method_is_refused() -> None:
         CompiledFunction(Adding().forward)(torch.zeros(3))
     with pytest.raises(Exception, match="changes module.total in place"):
         CompiledFunction(Counting().forward)(torch.zeros(3))
-    with pytest.raises(Exception, match="the graph holds graphs that cond"):
+    with pytest.raises(Exception, match="the graph contains graphs that cond"):
         CompiledFunction(Choosing().forward)(torch.zeros(3))
     with pytest.raises(TypeError, match="takes a method of a torch.nn.Module"):
         CompiledFunction(torch.sin)

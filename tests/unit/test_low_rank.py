@@ -80,6 +80,7 @@ def test_each_call_has_its_own_matrices(tmp_path: Path, weights: str) -> None:
 def test_a_layer_that_is_not_there_is_told() -> None:
     compiled = CompiledFunction(Mixed().requires_grad_(False).forward, ranks={"bias.weight": 4})
     with pytest.raises(
-        OpenVINOBackendError, match=r"1 layers for side inputs are no products here, such as bias\.weight"
+        OpenVINOBackendError,
+        match=r"1 weights for side inputs are in no linear layer or convolution, such as bias\.weight",
     ):
         compiled(torch.randn(1, 32, 16, 16))

@@ -92,7 +92,7 @@ def _find_layer(name: str, header: Header, layers: Mapping[str, Layer]) -> tuple
 
 
 def _describe_base_model(header: Header) -> str:
-    """Say for which model an adapter was made, by its layers or its metadata; empty if unknown."""
+    """Describe the model of an adapter, from its layers or its metadata; empty if unknown."""
     for name, shape in header.shapes.items():
         if CROSS_ATTENTION.search(name) and shape[1] in MODEL_BY_WIDTH:
             return f"; it was made for {MODEL_BY_WIDTH[shape[1]]}"
