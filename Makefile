@@ -28,8 +28,7 @@ sdxl: $(VENV)/served
 
 test: $(VENV)/tested
 	# Three processes for two cores, since server tests wait. Idle threads must not take the cores by waiting busily. A
-	# process that dies or hangs ends the run,
-	# which names its test; tests/conftest.py has the order.
+	# process that dies or hangs ends the run, which names its test. tests/conftest.py has the order.
 	OMP_WAIT_POLICY=passive $(RUN) pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
 		-o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 
