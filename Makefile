@@ -27,9 +27,9 @@ sdxl: $(VENV)/served
 	$(RUN) tools.serve $(if $(MODEL),--model "$(MODEL)")
 
 test: $(VENV)/tested
-	# Three processes for two cores, since server tests wait. Idle threads must not take the cores by waiting busily. A
-	# process that dies or hangs ends the run, which names its test. tests/conftest.py has the order.
-	OMP_WAIT_POLICY=passive $(RUN) pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
+	# Idle threads must not take the cores by waiting busily. A process that dies or hangs ends the run, which names its
+	# test. tests/conftest.py has the order.
+	OMP_WAIT_POLICY=passive $(RUN) pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
 		-o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 
 environment: $(VENV)/tested

@@ -18,7 +18,7 @@ from openvino_backend.low_rank import name_layers
 from openvino_backend.models import CompiledModel, ModelReport, convert_graph
 from openvino_backend.options import Options
 from openvino_backend.precision import PRECISION
-from openvino_backend.tracing import TracedGraph
+from openvino_backend.tracing import TracedGraph, trace_lock
 from openvino_backend.weights import digest_weights
 
 
@@ -112,8 +112,9 @@ class _Compiler:
         graph, constants, weights = self.traced.graph, self.traced.constants, self.traced.weights
         weights_sha256 = weights.sha256 if weights else digest_weights(constants)
         salt = weights.digest_constants(constants) if weights else weights_sha256
-        labels = label_parts(graph.graph, self.outside)
-        split = split_module(graph, graph, lambda node: labels[node])
+        with trace_lock:
+            labels = label_parts(graph.graph, self.outside)
+            split = split_module(graph, graph, lambda node: labels[node])
         reports: list[ModelReport] = []
         steps: list[_Step] = []
         for node in split.graph.nodes:
@@ -148,8 +149,9 @@ class _Compiler:
         return model, model.load(self.options, convert, ranks=self.ranks)
 
     def _convert(self, part: torch.fx.GraphModule, *, in_float32: bool) -> openvino.Model:
-        widen(part)
-        model, known = convert_graph(part), self.traced.weights
+        with trace_lock:
+            widen(part)
+            model, known = convert_graph(part), self.traced.weights
         if known:
             name_layers(model, {(each.data_ptr(), tuple(each.shape)): name for name, each in known.tensors.items()})
         if self.options.weight_compression and not in_float32:

@@ -19,14 +19,12 @@ from openvino_backend.fingerprint import Describer, compute_fingerprint
 from openvino_backend.low_rank import Products, use
 from openvino_backend.memory import release_memory
 from openvino_backend.torch_private import pytree
-from openvino_backend.tracing import Structure, TracedGraph, trace_method
+from openvino_backend.tracing import Structure, TracedGraph, trace_lock, trace_method
 from openvino_backend.weights import KnownWeights
 
 logger = logging.getLogger(__name__)
 
 _FILE = "function.bin"
-# During a trace torch replaces the module's weights and the call of every module.
-_tracing = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -199,13 +197,13 @@ class CompiledFunction:
         check_on_cpu([*self._list_weights(), *call.tensors])
         with release_memory(options, self._list_weights()):  # digesting them reads them all
             weights = KnownWeights(self._module, options)
-            with _tracing:
+            with trace_lock:
                 fingerprint = compute_fingerprint(self._module, self._function)
             key = name_entry(options, "function", fingerprint, kind, list(weights.tensors), weights.sha256)
             with open_entry(options, key) as folder:
                 entry = yield from self._load(folder, weights)
                 if entry is None:
-                    with _tracing:
+                    with trace_lock:
                         traced, results = self._trace(call, weights)
                     yield
                     entry = CacheEntry(self.backend.compile(traced), results)

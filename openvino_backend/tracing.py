@@ -1,5 +1,6 @@
 """Trace a module's method with torch.export to a graph and its compiled-in tensors."""
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,10 @@ from openvino_backend.graph_passes import check_flat, copy_constants, write_out_
 from openvino_backend.lowering import find_composites, lower
 from openvino_backend.torch_private import OPERATOR, is_mutable, keep_lengths_apart, pytree
 from openvino_backend.weights import KnownWeights
+
+# During a trace torch replaces weights, the call of every module, and how sizes are computed, in all threads. So no other
+# thread may change graphs meanwhile: under load a start ended with "is not tracked with proxy".
+trace_lock = threading.Lock()
 
 _MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
 

@@ -20,7 +20,7 @@ def test_sigterm_drains(tmp_path: Path, tiny_model: Path) -> None:
     """Started where nothing else may be written, on TorchServe's own ports for management but others for the rest."""
     port, metrics_port = find_free_ports(2)
     (tmp_path / "tmp").mkdir(mode=0o700)
-    environment = {**make_environment(), "TEMP": str(tmp_path / "tmp"), "TMP": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment = {**make_environment(), "TEMP": str(tmp_path / "tmp"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "sdxl_server.serving.container", "--source", str(ROOT), "--model", str(tiny_model)]
     command += ["--address", "127.0.0.1", "--port", str(port), "--metrics-port", str(metrics_port)]
     with (tmp_path / "log").open("w") as log:

@@ -46,8 +46,9 @@ class Reader:
         self.url = f"http://localhost:{self.ports['inference_address']}/predictions/diffusion_fast"
         self.temporary = folder / "tmp"  # README's
         # TMP counts until TEMP is made: the archiver's folder has one name in it, also for two tests at a time.
+        (folder / "archiver").mkdir()
         own = {
-            "TMP": str(folder),
+            "TMP": str(folder / "archiver"),
             "TEMP": str(self.temporary),
             "HF_ENDPOINT": hub,
             "HF_HOME": str(folder),
