@@ -14,8 +14,8 @@ from openvino_backend.lowering import find_composites, lower
 from openvino_backend.torch_private import OPERATOR, is_mutable, keep_lengths_apart, pytree
 from openvino_backend.weights import KnownWeights
 
-# During a trace torch replaces weights, the call of every module, and how sizes are computed, in all threads. So no other
-# thread may change graphs meanwhile: under load a start ended with "is not tracked with proxy".
+# During a trace torch replaces weights, the call of every module, and the arithmetic of sizes, in all threads. So no
+# other thread may change graphs meanwhile. Under load a start ended with "is not tracked with proxy".
 trace_lock = threading.Lock()
 
 _MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
