@@ -121,7 +121,8 @@ class _Compiler:
             run: Any = None
             if node.op == "call_module":
                 run = split.get_submodule(node.target)
-                node.args = bind_constants(run, node.args, constants)
+                with trace_lock:
+                    node.args = bind_constants(run, node.args, constants)
                 if not node.target.endswith("pytorch"):
                     run, report = self._compile_part(run, in_float32=node.target.endswith("float32"), salt=salt)
                     reports.append(report)
@@ -137,10 +138,11 @@ class _Compiler:
     def _compile_part(
         self, part: torch.fx.GraphModule, *, in_float32: bool, salt: str
     ) -> tuple[CompiledModel, ModelReport]:
-        properties = {PRECISION: name_precision(part), **self.options.config}
+        with trace_lock:  # sizes of the graph are added up
+            properties = {PRECISION: name_precision(part), **self.options.config}
+            inputs = [str(node.meta["val"]) for node in part.graph.find_nodes(op="placeholder")]
         if in_float32:
             properties[PRECISION] = "f32"
-        inputs = [str(node.meta["val"]) for node in part.graph.find_nodes(op="placeholder")]
         key = name_entry(self.options, "model", part.code, inputs, sorted(properties.items()), salt)
         # A tensor of the code, not of a module, is no weight. It is kept with the model.
         weights = {name: tensor for name, tensor in part.named_buffers() if id(tensor) in self.traced.weight_ids}
