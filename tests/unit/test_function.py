@@ -459,3 +459,30 @@ with torch.no_grad():
         megabytes, *is_right = done.stdout.split()
         assert is_right == ["True", "True"], done.stderr
         assert (int(megabytes) < 8) is release  # of 64
+
+
+class Blocks(torch.nn.Module):
+    """Convolutions of images of any size; their sizes are expressions in the graph."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Conv2d(4, 4, 3, padding=1) for _ in range(count))
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            sample = torch.nn.functional.silu(block(sample))
+        return torch.nn.functional.interpolate(sample, scale_factor=2.0).flatten(2)
+
+
+def test_one_thread_compiles_while_another_traces() -> None:
+    """The size of the deep module keeps its thread in traces, in which the other's graphs must not be touched."""
+
+    def compile_some(count: int) -> None:
+        for _ in range(12):
+            function = CompiledFunction(Blocks(count).eval().forward, {}, {"sample": (0, 2, 3)})
+            with torch.no_grad():
+                assert function(torch.randn(1, 4, 16, 24)).shape == (1, 4, 32 * 48)
+
+    with ThreadPoolExecutor() as pool:
+        for each in [pool.submit(compile_some, 12), pool.submit(compile_some, 1)]:
+            each.result()
