@@ -7,7 +7,7 @@ from sdxl_server.loading import load_pipeline
 from sdxl_server.model.describe import measure_components
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.service import Service, describe_error, load_service
-from sdxl_server.serving.queue import Action, CallTimer, Queue, QueuedRequest
+from sdxl_server.serving.queue import Action, Queue, QueuedRequest
 
 __all__ = [
     "Response",
@@ -16,7 +16,6 @@ __all__ = [
     "ConfigError",
     "HandlerConfig",
     "LoadedPipeline",
-    "CallTimer",
     "Queue",
     "RequestError",
     "Service",

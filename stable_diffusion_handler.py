@@ -66,7 +66,6 @@ class StableDiffusionHandler:
         self.service = self.package.load_service(settings, model_dir=Path(model_dir), gpu_id=gpu_id, archive=MADE_FOR)
         config = self.service.loaded.config
         self.queue = self.package.Queue(max_running=config.max_running, max_waiting=config.max_waiting)
-        self.call_timer = self.package.CallTimer(float(settings.get("responseTimeout", 120)))
         self.is_continuous = settings.get("continuousBatching") is True
         for part, figures in self.package.measure_components(self.service.loaded).items():
             for name, (value, unit) in figures.items():
@@ -77,12 +76,10 @@ class StableDiffusionHandler:
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[Any]:
         """Make a step or two of the requests in flight; return what each response sends now."""
-        start = time.monotonic()
         try:
             return self.answer_call(data, context)
         finally:
             self.queue.end_call()
-            self.call_timer.add(time.monotonic() - start)
 
     def answer_call(self, data: list[dict[str, Any]], context: Any) -> list[Any]:
         """Return the replies of one call; see `handle`."""
@@ -127,13 +124,19 @@ class StableDiffusionHandler:
         if action is self.package.Action.STEP:
             return self.make_step(index)
         if action is self.package.Action.HOLD:
-            # TorchServe keeps a request whose id is left out of the message for the next call (ts/service.py encodes
-            # by this dictionary, 0.12.0). Any reply would begin the response.
-            del self.context.request_ids[index]
-            return b"", self.package.ReplyState.MORE
+            return self.hold(index)
         queued = self.queue.requests[request_id]
         self.set_headers(index, queued)
         return queued.reply(position=self.queue.count_before(request_id)), self.package.ReplyState.MORE
+
+    def hold(self, index: int) -> "tuple[bytes, ReplyState]":
+        """Reply nothing; any reply would begin the response.
+
+        TorchServe keeps a request whose id is left out of the message for the next call (ts/service.py encodes by this
+        dictionary, 0.12.0).
+        """
+        del self.context.request_ids[index]
+        return b"", self.package.ReplyState.MORE
 
     def enqueue(self, index: int, body: dict[str, Any]) -> "tuple[bytes, ReplyState] | None":
         """Read a new request and put it into the queue; return a reply if it does not enter."""
@@ -159,13 +162,13 @@ class StableDiffusionHandler:
         return self.service.answer(request)
 
     def make_step(self, index: int) -> "tuple[bytes, ReplyState]":
-        """Make one step of a request; return what is sent now, and whether that is the end."""
+        """Make one step of a request, or a part of a long one; return what is sent now, and whether that is the end."""
         request_id = self.context.get_request_id(index)
         queued = self.queue.requests[request_id]
-        self.set_headers(index, queued)
         try:
             body = next(queued.response.steps)
         except StopIteration as end:
+            self.set_headers(index, queued)
             self.log_times(self.queue.requests.pop(request_id).response)
             if queued.has_begun:
                 return end.value, self.package.ReplyState.LAST
@@ -173,11 +176,17 @@ class StableDiffusionHandler:
             return end.value, self.package.ReplyState.MORE
         except Exception as error:  # one request must not end the worker or its neighbours
             response = self.queue.requests.pop(request_id).response
-            if queued.has_begun and self.is_continuous:
-                failure = response.api.write_failure(self.describe_error(error, index), kind=response.content_type)
+            if queued.has_begun and self.is_continuous or response.images:
+                described, kind = self.describe_error(error, index), response.content_type
+                failure = response.api.write_failure(described, kind=kind, images=response.images)
                 return failure, self.package.ReplyState.LAST
             return self.write_error(error, index), self.package.ReplyState.WHOLE
-        queued.has_stepped = True
+        queued.is_computing = body is None
+        queued.has_stepped |= body is not None
+        if queued.is_computing and queued.may_hold and self.is_continuous:
+            return self.hold(index)
+        self.set_headers(index, queued)
+        body = body or b""
         return queued.reply(body) if self.is_continuous else body, self.package.ReplyState.MORE
 
     def is_describe_call(self, data: list[dict[str, Any]]) -> bool:

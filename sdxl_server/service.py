@@ -1,5 +1,6 @@
 """Load the model; dispatch each HTTP request to an API; draw its images and answer."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -7,10 +8,10 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sdxl_server import __version__, metrics
 from sdxl_server.api.bodies import check_form
@@ -35,6 +36,8 @@ from sdxl_server.schemas import shorten
 
 logger = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+PAUSE_SECONDS = 1.0  # of waiting for the compute thread, after which the handler's call ends
 APIS: Mapping[str, NativeApi] = {
     "": NativeApi(),
     "v1/images/generations": OpenAIApi(),
@@ -48,10 +51,15 @@ class Service:
     Args:
         loaded: the pipeline.
         archive: the version that the model archive was made for.
+        patience: seconds of one computation during which the handler's calls return. After them a call lasts as long as
+            the computation, so that TorchServe can find a worker that hangs.
     """
 
-    def __init__(self, loaded: LoadedPipeline, *, archive: str = __version__) -> None:
-        self.loaded, self.archive = loaded, archive
+    def __init__(self, loaded: LoadedPipeline, *, archive: str = __version__, patience: float = 120.0) -> None:
+        self.loaded, self.archive, self._patience = loaded, archive, patience
+        # One thread makes the steps of all requests, because greenlets stay in their thread. The handler can reply
+        # meanwhile.
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "compute")
 
     def answer(self, http_request: HttpRequest) -> Response:
         """Read a request and return its response. Nothing is drawn yet.
@@ -108,47 +116,74 @@ class Service:
 
     def _draw(
         self, http_request: HttpRequest, request: GenerationRequest, response: Response, warnings: list[str]
-    ) -> Generator[bytes, None, bytes]:
-        """Yield after each step the bytes to send; return the last ones."""
-        api, seconds, progress = response.api, response.seconds, None
+    ) -> Generator[bytes | None, None, bytes]:
+        """Yield after each step the bytes to send, and None during a long step; return the last bytes."""
+        api, seconds, progress, counted = response.api, response.seconds, None, 0.0
         uncompiled = list_uncompiled_components(self.loaded, request)
         if uncompiled and request.stream:  # a response without events waits, so that its status can still change
             yield api.write_compiling(uncompiled)
         steps = generate(self.loaded, request)
         try:
             while True:
-                with _add_seconds(seconds, "inference"):
-                    progress = next(steps)
-                _check_timeout(request, progress, seconds["inference"])
-                events = self._write_events(request, progress, api, seconds["inference"])
-                yield (yield from _send_all_but_last(response, [events]))
-        except StopIteration as end:
-            images: list[GeneratedImage] = end.value
+                progress = yield from self._compute(seconds, "inference", next, steps)
+                if progress.image is None:
+                    _check_timeout(request, progress, seconds["inference"])
+                    written = yield from self._write_events(http_request, request, progress, response)
+                    yield (yield from _send_all_but_last(response, written))
+                    continue
+                with _add_seconds(seconds, "postprocess"):
+                    image = self._encode(http_request, request, progress.image, progress.index, warnings)
+                written = api.write_image(request, image, progress.index, kind=response.content_type, warnings=warnings)
+                response.images += 1
+                spent = seconds["inference"] + seconds["postprocess"]
+                metrics.IMAGE_SECONDS.observe(spent - counted)
+                counted = spent
+                last = yield from _send_all_but_last(response, written)
+                if response.images == request.num_images_per_prompt:
+                    metrics.REQUESTS.labels("picture").inc()
+                    return last
+                yield last
         except GeneratorExit:
             if progress is not None:
                 message = "The client has left; its work has ended after step %d of %d, request %s"
                 logger.info(message, progress.done, progress.total, http_request.request_id)
             raise
         finally:
-            steps.close()
-        with _add_seconds(seconds, "postprocess"):
-            made = [self._encode(http_request, request, each, i, warnings) for i, each in enumerate(images)]
-        written = api.write_images(request, made, kind=response.content_type, warnings=warnings)
-        last = yield from _send_all_but_last(response, written)
-        for _ in made:
-            metrics.IMAGE_SECONDS.observe((seconds["inference"] + seconds["postprocess"]) / len(made))
-        metrics.REQUESTS.labels("picture").inc()
-        return last
+            self._thread.submit(steps.close)  # after a step that is under way
 
-    def _write_events(self, request: GenerationRequest, progress: Progress, api: NativeApi, seconds: float) -> bytes:
-        """Return the stream's events after a step: progress, and the previews that are due."""
+    def _compute(
+        self, seconds: dict[str, float], stage: str, function: Callable[..., _T], *arguments: Any
+    ) -> Generator[None, None, _T]:
+        """Call a function in the compute thread; yield now and then until it returns."""
+        future, started = self._thread.submit(function, *arguments), time.monotonic()
+        try:
+            while not future.done():
+                is_slow = time.monotonic() - started > self._patience
+                with _add_seconds(seconds, stage):
+                    concurrent.futures.wait([future], timeout=None if is_slow else PAUSE_SECONDS)
+                if not future.done():
+                    yield None
+            return future.result()
+        finally:
+            future.cancel()
+
+    def _write_events(
+        self, http_request: HttpRequest, request: GenerationRequest, progress: Progress, response: Response
+    ) -> Generator[None, None, bytes]:
+        """Return a stream's events after a step: progress, and the previews that are due. Failed ones are left out."""
         if not request.stream:
             return b""
-        events = api.write_step(done=progress.done, total=progress.total, seconds=seconds, share=progress.share)
+        api, spent = response.api, response.seconds["inference"]
+        events = api.write_step(done=progress.done, total=progress.total, seconds=spent, share=progress.share)
         due = choose_preview_steps(request.partial_images, steps=progress.steps)
         numbers = [number for number, step in enumerate(due) if step == progress.step]
         if numbers:
-            file = encode_image(keep_protected(draw_preview(self.loaded, progress), request), request)
+            try:
+                preview = yield from self._compute(response.seconds, "inference", draw_preview, self.loaded, progress)
+            except Exception as error:
+                logger.error("A preview failed: %s; request %s", format_error(error), http_request.request_id)
+                return events
+            file = encode_image(keep_protected(preview, request), request)
             for number in numbers:
                 events += api.write_preview(request, file, index=progress.index, number=number)
         return events
@@ -190,14 +225,11 @@ def _check_timeout(request: GenerationRequest, progress: Progress, seconds: floa
         )
 
 
-def _send_all_but_last(response: Response, written: Iterable[bytes]) -> Generator[bytes, None, bytes]:
+def _send_all_but_last(response: Response, written: bytes) -> Generator[bytes, None, bytes]:
     """Yield all chunks but the last, and return that. No keep-alive may stand between two chunks."""
     response.may_pause = False
-    chunks = split_chunks(written)
-    last = next(chunks)
-    for chunk in chunks:
-        yield last
-        last = chunk
+    *chunks, last = split_chunks(written)
+    yield from chunks
     response.may_pause = True
     return last
 
@@ -238,7 +270,7 @@ def load_service(settings: Mapping[str, Any], *, model_dir: Path, gpu_id: int | 
     loaded = load_pipeline(config, CompileConfig.parse(settings.get("pt2")), model_dir=model_dir, device=device)
     metrics.register_components(functools.partial(measure_components, loaded))
     is_ready.set()
-    return Service(loaded, archive=archive)
+    return Service(loaded, archive=archive, patience=float(settings.get("responseTimeout", 120)))
 
 
 def describe_error(error: Exception, request_id: str) -> dict[str, Any]:

@@ -67,7 +67,8 @@ class Response:
     Attributes:
         content_type, headers: sent before the first step.
         api: writes the response.
-        steps: yields the bytes to send after each step, and returns the last bytes.
+        steps: yields the bytes to send after each step, or None during a long one, and returns the last bytes.
+        images: how many were sent.
         waits: it waits in the queue; a document does not.
         seconds: the time of each finished stage, by name.
         may_pause: the last bytes were complete, so that a keep-alive may follow.
@@ -76,8 +77,9 @@ class Response:
     content_type: str
     headers: Mapping[str, str]
     api: NativeApi
-    steps: Generator[bytes, None, bytes]
+    steps: Generator[bytes | None, None, bytes]
     waits: bool = True
+    images: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     may_pause: bool = True
 

@@ -3,7 +3,7 @@
 import base64
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,25 +97,19 @@ class NativeApi:
         data = {**_describe_event(request, file, seed=request.get_seed(index)), "index": index}
         return format_event(f"{self.event}.partial_image", {**data, "partial_image_index": number})
 
-    def write_images(
-        self, request: GenerationRequest, images: Sequence[EncodedImage], *, kind: str, warnings: Sequence[str]
-    ) -> Iterator[bytes]:
-        """Write the end of a response: the image file, or all images in JSON or in events.
-
-        They are written one after another, so that only one is in memory in base64.
-        """
+    def write_image(
+        self, request: GenerationRequest, image: EncodedImage, index: int, *, kind: str, warnings: Sequence[str]
+    ) -> bytes:
+        """Return what is sent when image `index` is finished: its file, its event, or its part of the JSON."""
         if kind == EVENTS:
-            for index, each in enumerate(images):
-                yield self._write_completed(request, each, index, warnings=warnings)
-        elif kind != JSON:
-            yield images[0].file
-        else:
-            about = {"created": int(time.time()), "output_format": request.output_format}
-            about |= {"size": f"{request.width}x{request.height}", "warnings": list(warnings)}
-            yield json.dumps(about).removesuffix("}").encode() + b', "data": ['
-            for index, each in enumerate(images):
-                yield (b", " if index else b"") + json.dumps(_describe_item(request, each)).encode()
-            yield b"]}"
+            return self._write_completed(request, image, index, warnings=warnings)
+        if kind != JSON:
+            return image.file
+        about = {"created": int(time.time()), "output_format": request.output_format}
+        about |= {"size": f"{request.width}x{request.height}", "warnings": list(warnings)}
+        start = b", " if index else json.dumps(about).removesuffix("}").encode() + b', "data": ['
+        end = b"]}" if index + 1 == request.num_images_per_prompt else b""
+        return start + json.dumps(_describe_item(request, image)).encode() + end
 
     def _write_completed(
         self, request: GenerationRequest, image: EncodedImage, index: int, *, warnings: Sequence[str]
@@ -126,27 +120,23 @@ class NativeApi:
         data |= {"parameters": image.parameters, "unet_calls": image.unet_calls, "warnings": list(warnings)}
         return format_event(f"{self.event}.completed", data)
 
-    def write_failure(self, error: Mapping[str, Any], *, kind: str) -> bytes:
-        """Return an error that ends a response which has begun."""
-        return format_event("error", error) if kind == EVENTS else json.dumps({**error, **self.error_extras}).encode()
+    def write_failure(self, error: Mapping[str, Any], *, kind: str, images: int) -> bytes:
+        """Return an error that ends a response which has begun.
+
+        Args:
+            images: how many were sent. In JSON they stand before the error.
+        """
+        if kind == EVENTS:
+            return format_event("error", error)
+        if images:
+            return b"], " + json.dumps(error).encode().removeprefix(b"{")
+        return json.dumps({**error, **self.error_extras}).encode()
 
 
-def split_chunks(written: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield chunks that are small enough for TorchServe, at least one.
-
-    Short ones are joined, because each chunk needs a call of the handler.
-    """
-    held = b""
-    for each in written:
-        if held and len(held) + len(each) > MAX_CHUNK:
-            yield held
-            held = b""
-        start = 0
-        while len(each) - start > MAX_CHUNK:
-            yield each[start : start + MAX_CHUNK]
-            start += MAX_CHUNK
-        held += each[start:]
-    yield held
+def split_chunks(written: bytes) -> Iterator[bytes]:
+    """Yield chunks that are small enough for TorchServe, at least one."""
+    for start in range(0, max(len(written), 1), MAX_CHUNK):
+        yield written[start : start + MAX_CHUNK]
 
 
 def format_event(kind: str, data: Mapping[str, Any]) -> bytes:
@@ -196,6 +186,7 @@ IMAGES_SCHEMA = {
         "size": {"type": "string"},
         "output_format": {"type": "string"},
         "warnings": {"type": "array", "items": {"type": "string"}},
+        "error": {"type": "object", "description": "why images are missing, as in a response with another status"},
     },
 }
 ERROR_SCHEMA = {

@@ -30,7 +30,7 @@ def list_warnings(loaded: LoadedPipeline, request: GenerationRequest, *, earlier
     for name in PROMPTS:
         if value := getattr(request, name):
             warnings += warn_of_syntax(name, value, is_weighted=loaded.config.weighted_prompts)
-            warnings += warn_of_length(name, value, loaded.pipeline.tokenizer, chunks=choose_chunks(loaded))
+            warnings += warn_of_length(name, value, loaded.own_tokenizer, chunks=choose_chunks(loaded))
     warnings += warn_of_sampling(request)
     if not has_halves(request.guidance_scale, loaded.pipeline.unet.config):
         scale = request.guidance_scale

@@ -19,27 +19,6 @@ from sdxl_server.sampling.step_plan import build_step_plan
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where a request stands after a denoising step.
-
-    Attributes:
-        done, total: steps of the request. A step is a UNet call, made or extrapolated.
-        index: the current image, from 0.
-        step, steps: of this image.
-        denoiser: of this image.
-        share: the part of the request's UNet calls that is made; extrapolated calls do not count. Above 0.
-    """
-
-    done: int
-    total: int
-    index: int
-    step: int
-    steps: int
-    denoiser: Denoiser
-    share: float
-
-
-@dataclass(frozen=True)
 class GeneratedImage:
     """A finished image.
 
@@ -54,11 +33,35 @@ class GeneratedImage:
     calls_of_all: int
 
 
-def generate(loaded: LoadedPipeline, request: GenerationRequest) -> Generator[Progress, None, list[GeneratedImage]]:
-    """Generate the images of a request, and yield after each denoising step but the last.
+@dataclass(frozen=True)
+class Progress:
+    """Where a request stands after a denoising step.
 
-    Several requests can be in progress at a time. Each has its own pipeline around the same compiled components. An
-    image depends on its own seed only, because it is generated alone. Closing the generator stops the work.
+    Attributes:
+        done, total: steps of the request. A step is a UNet call, made or extrapolated.
+        index: the current image, from 0.
+        step, steps: of this image.
+        denoiser: of this image.
+        share: the part of the request's UNet calls that is made; extrapolated calls do not count. Above 0.
+        image: the finished image, after its last step.
+    """
+
+    done: int
+    total: int
+    index: int
+    step: int
+    steps: int
+    denoiser: Denoiser
+    share: float
+    image: GeneratedImage | None = None
+
+
+def generate(loaded: LoadedPipeline, request: GenerationRequest) -> Generator[Progress, None, list[GeneratedImage]]:
+    """Generate the images of a request, and yield after each denoising step. The last step includes the decoding.
+
+    Several requests can be in progress at a time, in one thread. Each has its own pipeline around the same compiled
+    components. An image depends on its own seed only, because it is generated alone. Closing the generator stops the
+    work.
 
     Raises:
         RequestError: this size would need one compiled graph too many.
@@ -74,21 +77,23 @@ def generate(loaded: LoadedPipeline, request: GenerationRequest) -> Generator[Pr
 def _generate_image(
     loaded: LoadedPipeline, request: GenerationRequest, index: int, functions: Functions
 ) -> Generator[Progress, None, GeneratedImage]:
-    """Run a diffusers pipeline in a greenlet. Its callback leaves the greenlet after each step."""
+    """Run a diffusers pipeline in a greenlet. Its callback leaves the greenlet after each step but the last."""
     import torch
     from greenlet import greenlet
 
     is_grad_enabled = torch.is_grad_enabled()
 
-    def report_step(running: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def measure(step: int, image: GeneratedImage | None = None) -> Progress:
+        steps, count = pipeline.num_timesteps, request.num_images_per_prompt
+        share = (index + unet.calls / unet.plan.total) / count
+        return Progress(index * steps + step, count * steps, index, step, steps, unet, share, image)
+
+    def report_step(_: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         check_finite(tensors["latents"], "the scheduler's result")
-        steps = running.num_timesteps
-        share = (index + unet.calls / unet.plan.total) / request.num_images_per_prompt
-        done, total = index * steps + step + 1, request.num_images_per_prompt * steps
-        if done < total:
+        if step + 1 < pipeline.num_timesteps:
             # Each pipeline switches gradients off at its start and back at its end. Another pipeline runs meanwhile.
             with torch.set_grad_enabled(is_grad_enabled):
-                work.parent.switch(Progress(done, total, index, step + 1, steps, unet, share))
+                work.parent.switch(measure(step + 1))
         return tensors
 
     pipeline = build_image_pipeline(loaded, request, functions)
@@ -115,7 +120,9 @@ def _generate_image(
     finally:
         if not work.dead:
             work.throw()
-    return GeneratedImage(keep_protected(result, request), unet.calls, len(unet.plan.costs))
+    image = GeneratedImage(keep_protected(result, request), unet.calls, len(unet.plan.costs))
+    yield measure(pipeline.num_timesteps, image)
+    return image
 
 
 def _is_graph_limit(error: BaseException) -> bool:

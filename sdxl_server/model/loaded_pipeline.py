@@ -1,5 +1,6 @@
 """LoadedPipeline: the data of a model that is ready to draw."""
 
+import copy
 import functools
 import hashlib
 from collections.abc import Callable, Mapping
@@ -45,6 +46,11 @@ class LoadedPipeline:
     def tile_side(self) -> int | None:
         """The side of the largest square that the VAE decodes whole, in latent cells. None: everything is whole."""
         return compute_tile_side(self.config, self.pipeline.vae_scale_factor)
+
+    @functools.cached_property
+    def own_tokenizer(self) -> Any:
+        """A copy of the tokenizer for reading requests. A tokenizer serves one thread, and images have another one."""
+        return copy.deepcopy(self.pipeline.tokenizer)
 
     @functools.cached_property
     def weights_sha256(self) -> str:

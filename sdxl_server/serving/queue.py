@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 
 from sdxl_server import metrics
@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 ABANDONED_SECONDS = 2.0  # without a call of the handler; then no client is left
 KEEP_ALIVE_SECONDS = 5.0  # of silence, after which the next reply holds a keep-alive
+HOLD_SECONDS = 20.0  # of a long first step, after which JSON and events begin; proxies give up after 60 s of silence
 
 
 class Action(enum.Enum):
@@ -31,17 +32,30 @@ class QueuedRequest:
     """A request in the queue, and what its client was sent.
 
     Attributes:
+        is_computing: a step is under way.
         has_stepped: the first step is made.
         has_begun: the response has begun, with its status and headers.
         position: the last position that was sent; -1 before.
         sent_at: when bytes were last sent, by time.monotonic().
+        added_at: when the request came.
     """
 
     response: Response
+    is_computing: bool = False
     has_stepped: bool = False
     has_begun: bool = False
     position: int = -1
     sent_at: float = 0.0
+    added_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def may_hold(self) -> bool:
+        """Say whether the response can still wait to begin, so that a failed first step has its own HTTP status.
+
+        An image file waits for ever: it cannot carry an error after its beginning.
+        """
+        is_file = not self.response.api.write_waiting(0, kind=self.response.content_type)
+        return not self.has_begun and (is_file or time.monotonic() - self.added_at < HOLD_SECONDS)
 
     def reply(self, body: bytes = b"", *, position: int = 0) -> bytes:
         """Return what is sent now: the body, else a new position in the queue, else a keep-alive when one is due."""
@@ -59,7 +73,7 @@ class Queue:
     """The requests of a worker in their order of arrival.
 
     In each call of the handler the oldest request makes a step. One more of the first max_running makes its first
-    step. Up to max_waiting others wait, and further ones are refused.
+    step. While a long step is under way, no other begins. Up to max_waiting others wait, and further ones are refused.
 
     Attributes:
         requests: by their id, oldest first.
@@ -118,30 +132,11 @@ class Queue:
     def choose_action(self, request_id: str) -> Action:
         """Return what a request does in this call."""
         queued = self.requests[request_id]
-        is_first_step = not queued.has_stepped and self.count_before(request_id) < self._max_running
-        if request_id == self._oldest or is_first_step and self._may_begin or not queued.response.waits:
-            self._may_begin &= not is_first_step or not queued.response.waits
+        if not queued.response.waits:
             return Action.STEP
-        return Action.HOLD if is_first_step and not queued.has_begun else Action.WAIT
-
-
-class CallTimer:
-    """Warns when the handler's calls come near TorchServe's time limit.
-
-    Args:
-        limit: TorchServe's responseTimeout, in seconds.
-    """
-
-    def __init__(self, limit: float) -> None:
-        self._limit, self._longest = limit, 0.0
-
-    def add(self, seconds: float) -> None:
-        """Warn of the longest call so far, above a third of the limit. Past it TorchServe kills the worker."""
-        if seconds > max(self._longest, self._limit / 3):
-            logger.warning(
-                "A call took %.0f s. After %.0f s TorchServe would have killed the worker as hung: raise "
-                "responseTimeout in model-config.yaml to three times the longest call, or make smaller images",
-                seconds,
-                self._limit,
-            )
-        self._longest = max(self._longest, seconds)
+        is_first_step = not queued.has_stepped and self.count_before(request_id) < self._max_running
+        is_next = request_id == self._oldest or is_first_step and self._may_begin
+        if queued.is_computing or is_next and not any(each.is_computing for each in self.requests.values()):
+            self._may_begin &= not is_first_step
+            return Action.STEP
+        return Action.HOLD if is_first_step and queued.may_hold else Action.WAIT

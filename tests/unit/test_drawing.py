@@ -39,10 +39,10 @@ def test_size_and_steps_are_used(tiny_model: Path) -> None:
     loaded = load(tiny_model, width=64, height=192, num_inference_steps=3)
     assert make_picture(loaded).shape == (192, 64, 3)
     seen = [(each.done, each.total) for each in generate(loaded, loaded.contract.check({"prompt": "x"}))]
-    assert seen == [(1, 3), (2, 3)]  # and the last one
+    assert seen == [(1, 3), (2, 3), (3, 3)]
     two = loaded.contract.check({"prompt": "x", "num_images_per_prompt": 2, "num_inference_steps": 2, "width": 128})
-    steps = [(each.done, each.index, each.step) for each in generate(loaded, two)]
-    assert steps == [(1, 0, 1), (2, 0, 2), (3, 1, 1)]
+    steps = [(each.done, each.index, each.step, each.image is not None) for each in generate(loaded, two)]
+    assert steps == [(1, 0, 1, False), (2, 0, 2, True), (3, 1, 1, False), (4, 1, 2, True)]
 
 
 @pytest.mark.parametrize("scheduler", [name for name in ALL if name != "PNDMScheduler"])  # inexact with v-prediction

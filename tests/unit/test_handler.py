@@ -2,7 +2,6 @@
 
 import codecs
 import json
-import logging
 import runpy
 import shutil
 import socket
@@ -24,7 +23,7 @@ from sdxl_server.diffusion.previews import choose_preview_steps
 from sdxl_server.errors import ConfigError, RequestError, VersionError
 from sdxl_server.metrics import serve_metrics
 from sdxl_server.service import load_service
-from sdxl_server.serving.queue import CallTimer, Queue
+from sdxl_server.serving.queue import Queue
 from stable_diffusion_handler import MADE_FOR, StableDiffusionHandler
 from tools.server import ROOT, read_shipped
 
@@ -95,7 +94,7 @@ def make_handler(*, is_continuous: bool = True, max_running: int = 3) -> StableD
     handler.is_continuous = is_continuous
     handler.service = Service()  # type: ignore[assignment]
     handler.finished, handler.described = set(), set()
-    handler.queue, handler.call_timer = Queue(max_running=max_running, max_waiting=5), CallTimer(900.0)
+    handler.queue = Queue(max_running=max_running, max_waiting=5)
     handler.log_times = lambda response: None  # type: ignore[method-assign]
     return handler
 
@@ -198,6 +197,56 @@ def test_a_wait_is_never_silent_for_long(monkeypatch: pytest.MonkeyPatch) -> Non
     del bodies["a"]
     assert call(handler, **bodies)[0] == [b"", queue_event(1)]
     assert call(handler, **bodies)[0] == [b"end", b":\n\n"]
+
+
+def test_a_long_first_step_holds_the_status_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JSON and events begin then, so that no proxy gives up. An image file waits on, and can still have an error."""
+    handler = make_handler()
+    handler.service.make_steps = make_long_step  # type: ignore[attr-defined]
+    for _ in range(3):
+        assert call(handler, a="json in fails")[0] == [LEFT_OUT]
+    monkeypatch.setattr("sdxl_server.serving.queue.HOLD_SECONDS", 0.0)
+    assert call(handler, a="json in fails")[0] == [b" "]
+    assert call(handler, a="json in fails")[0] == [b""]
+    handler = make_handler()
+    handler.service.make_steps = make_long_step  # type: ignore[attr-defined]
+    for _ in range(5):
+        assert call(handler, a="fails")[0] == [LEFT_OUT]
+    replies, states, context = call(handler, a="fails")
+    assert (states, context.statuses) == ([None], {0: 504}), replies
+
+
+def test_no_step_begins_while_a_long_one_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that waits gets its keep-alives, and a document its answer. The next step follows at once."""
+    monkeypatch.setattr("sdxl_server.serving.queue.KEEP_ALIVE_SECONDS", 0.0)
+    handler = make_handler(max_running=2)
+    call(handler, a="3", b="events in 2")  # a step of a
+    assert call(handler, a="3", b="events in 2")[0] == [b"step 2 ", b"step 1 "]
+    handler.queue.requests["a"].response.steps = make_long_step("2")
+    bodies = {"a": "3", "b": "events in 2", "c": "json in 1", "d": "document"}
+    assert call(handler, **bodies)[0] == [b"", b":\n\n", b" ", b"end"]
+    del bodies["d"]
+    for _ in range(4):
+        assert call(handler, **bodies)[0] == [b"", b":\n\n", b" "]
+    assert call(handler, **bodies)[:2] == ([b"end", b":\n\n", b" "], [True, False, False])
+    assert call(handler, b="events in 2", c="json in 1")[:2] == ([b"end", b"end"], [True, False])
+
+
+def test_a_client_that_leaves_during_a_long_step_makes_room() -> None:
+    handler = make_handler()
+    handler.service.make_steps = make_long_step  # type: ignore[attr-defined]
+    assert call(handler, a="2", b="2")[0] == [LEFT_OUT, LEFT_OUT]
+    for _ in range(5):
+        assert call(handler, b="2")[0] == [LEFT_OUT]
+    assert call(handler, b="2")[0] == [b"end"]
+
+
+def make_long_step(body: str) -> Generator[bytes | None, None, bytes]:
+    for _ in range(5):
+        yield None
+    if body == "fails":
+        raise TimeoutError("too late")
+    return b"end"
 
 
 def make_silent_steps(body: str) -> Generator[bytes, None, bytes]:
@@ -322,25 +371,11 @@ def test_an_id_that_came_with_the_request_is_kept() -> None:
     assert (read.request_id, read.is_id_given) == ("job-7.a_B", True)
 
 
-def test_calls_near_the_limit_are_reported_once(caplog: pytest.LogCaptureFixture) -> None:
-    timer, told = CallTimer(9.0), []
-    with caplog.at_level(logging.WARNING):
-        for seconds in (2.9, 4.0, 3.5, 5.0):
-            timer.add(seconds)
-            told.append(len(caplog.records))
-    assert told == [0, 1, 1, 2]
-    assert "A call took 5 s. After 9 s TorchServe would have killed" in caplog.text
-    assert "raise responseTimeout" in caplog.text
-
-
 def test_answers_are_split_into_pieces_that_torchserve_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "MAX_CHUNK", 4)
-    assert list(native.split_chunks([b""])) == [b""]
-    assert list(native.split_chunks([])) == [b""]
-    assert list(native.split_chunks([b"ab", b"cd"])) == [b"abcd"]
-    assert list(native.split_chunks([b"ab", b"cde", b"f"])) == [b"ab", b"cdef"]
-    assert list(native.split_chunks([b"a", b"0123456789"])) == [b"a", b"0123", b"4567", b"89"]
-    assert list(native.split_chunks([b"01234567"])) == [b"0123", b"4567"]
+    assert list(native.split_chunks(b"")) == [b""]
+    assert list(native.split_chunks(b"abcd")) == [b"abcd"]
+    assert list(native.split_chunks(b"0123456789")) == [b"0123", b"4567", b"89"]
 
 
 def test_a_long_answer_goes_one_piece_a_call() -> None:
