@@ -1,13 +1,13 @@
-# make demo    serve a small model and save a picture
+# make demo    serve a small model and save an image
 # make page    serve a small model with the web UI, until Ctrl-C
 # make sdxl    download SDXL (7 GB), serve it with the web UI, until Ctrl-C; MODEL= another hub id, file or folder
 # make test    the tests, but for those of pytest -m soak
-# make lint    ruff and mypy
+# make lint    ruff, mypy and import-linter
 # make soak    an hour of load, faults and hostile input, with a scorecard; make soak QUICK=--quick: minutes
-# make lock    write constraints.txt anew: what its lines pin stays, and what has no line comes in its newest version
-# make audit   look for known faults of the pinned packages; needs PyPI's own index
+# make lock    add to constraints.txt the newest version of each package that has no line there
+# make audit   look for known vulnerabilities of the pinned packages; needs PyPI's own index
 # make bench   compare engines at SDXL's real size: 7 GB of random weights, 22 GB of memory, more than an hour
-# make peers   build the environment of the libraries that `python -m benchmarks images` compares with; needs a C++ compiler
+# make peers   install the libraries that `python -m benchmarks images` compares with; needs a C++ compiler
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # The address of another package index for torch, such as PyTorch's for CPU builds: make demo TORCH_INDEX=...
 # https://pytorch.org/get-started/locally/ names them.
@@ -27,8 +27,8 @@ sdxl: $(VENV)/served
 	$(RUN) tools.serve $(if $(MODEL),--model "$(MODEL)")
 
 test: $(VENV)/tested
-	# Idle threads must not take the cores by waiting busily. A process that dies or hangs ends the run, which names its
-	# test. tests/conftest.py has the order.
+	# Idle threads must not spin. A process that dies or hangs ends the run and names its test. tests/conftest.py has the
+	# order.
 	OMP_WAIT_POLICY=passive $(RUN) pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
 		-o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 
@@ -47,8 +47,8 @@ lock:
 	$(PYTHON) -m venv --clear build/lock
 	build/lock/bin/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
 	build/lock/bin/python -m pip freeze --all --exclude pip --exclude-editable > build/lock/frozen
-	# a local version, such as +cpu, depends on where a package came from
-	(echo "# Every version, of what the requirements bring along too; written by make lock."; \
+	# A local version, such as +cpu, depends on the package index.
+	(echo "# The versions of all packages, written by make lock."; \
 		sed 's/+.*//' build/lock/frozen) > constraints.txt
 
 audit: $(VENV)/served
@@ -63,9 +63,9 @@ peers: .venv-peers/made
 
 .venv-peers/made: benchmarks/requirements-peers.txt
 	$(PYTHON) -m venv .venv-peers
-	# stable-diffusion.cpp is compiled here; with these kernels, which llama.cpp takes by default, it needs a fifth to a third less time
+	# stable-diffusion.cpp is compiled here. These kernels, llama.cpp's default, save a fifth to a third of its time.
 	CMAKE_ARGS="-DGGML_LLAMAFILE=ON" .venv-peers/bin/python -m pip install --quiet -r benchmarks/requirements-peers.txt
-	# optimum-intel asks for it, SDXL does not; built for a GPU beside a torch that is not, it breaks every import
+	# optimum-intel requires it, SDXL does not. Built for a GPU, it breaks every import with a CPU build of torch.
 	.venv-peers/bin/python -m pip uninstall --quiet --yes torchvision
 	touch $@
 
