@@ -126,20 +126,23 @@ class Service:
         try:
             while True:
                 progress = yield from self._compute(seconds, "inference", next, steps)
+                is_last = progress.done == progress.total
                 if progress.image is None:
                     _check_timeout(request, progress, seconds["inference"])
+                written = b""
+                if request.stream and not is_last:
                     written = yield from self._write_events(http_request, request, progress, response)
-                    yield (yield from _send_all_but_last(response, written))
-                    continue
-                with _add_seconds(seconds, "postprocess"):
-                    image = self._encode(http_request, request, progress.image, progress.index, warnings)
-                written = api.write_image(request, image, progress.index, kind=response.content_type, warnings=warnings)
-                response.images += 1
-                spent = seconds["inference"] + seconds["postprocess"]
-                metrics.IMAGE_SECONDS.observe(spent - counted)
-                counted = spent
+                if progress.image is not None:
+                    with _add_seconds(seconds, "postprocess"):
+                        image = self._encode(http_request, request, progress.image, progress.index, warnings)
+                    kind = response.content_type
+                    written += api.write_image(request, image, progress.index, kind=kind, warnings=warnings)
+                    response.images += 1
+                    spent = seconds["inference"] + seconds["postprocess"]
+                    metrics.IMAGE_SECONDS.observe(spent - counted)
+                    counted = spent
                 last = yield from _send_all_but_last(response, written)
-                if response.images == request.num_images_per_prompt:
+                if is_last:
                     metrics.REQUESTS.labels("picture").inc()
                     return last
                 yield last
@@ -171,8 +174,6 @@ class Service:
         self, http_request: HttpRequest, request: GenerationRequest, progress: Progress, response: Response
     ) -> Generator[None, None, bytes]:
         """Return a stream's events after a step: progress, and the previews that are due. Failed ones are left out."""
-        if not request.stream:
-            return b""
         api, spent = response.api, response.seconds["inference"]
         events = api.write_step(done=progress.done, total=progress.total, seconds=spent, share=progress.share)
         due = choose_preview_steps(request.partial_images, steps=progress.steps)

@@ -38,7 +38,7 @@ class PlantedHandler(StableDiffusionHandler):
         told = super().write_error(error, index)
         return told.replace(b'"param": "', b'"param": "' + b"x" * 20_000) if "long echo" in self.planted else told
 
-    def spoil(self, steps: Generator[bytes, None, bytes]) -> Generator[bytes, None, bytes]:
+    def spoil(self, steps: Generator[bytes | None, None, bytes]) -> Generator[bytes | None, None, bytes]:
         self.served += 1
         if "leak" in self.planted:
             self.leaked.append(b"x" * 10_000_000)

@@ -1,8 +1,10 @@
-"""What a live server and its clients say where the model makes numbers that are not finite: never a picture."""
+"""What clients get when an image fails or takes long: no wrong image, no lost image, no long silence."""
 
 import io
 import json
 import re
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import requests
 from PIL import Image
 
 from tests.openai_clients import RECORDED, ReportedError
+from tests.server import slow_handler
 from tests.server.eager import wait_for
 from tests.server.test_backends import make_settings
 from tests.spoiled import spoil_model
@@ -29,7 +32,7 @@ TOLD = "holds numbers that are not finite"
 def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[LocalServer]:
     folder = tmp_path_factory.mktemp("server")
     spoiled = spoil_model(tiny_model, folder / "tiny", "late")
-    make_archive(folder, spoiled, make_settings(None, warm_up=False))
+    make_archive(folder, spoiled, make_settings(None, warm_up=False), handler=Path(slow_handler.__file__))
     with LocalServer(folder) as running:
         worker = running.find_worker()
         yield running
@@ -121,3 +124,29 @@ def test_official_sdk_tells_the_error(server: LocalServer) -> None:
         assert TOLD in made.error["message"]  # type: ignore[attr-defined]
         with pytest.raises(openai.APIError, match=TOLD):
             list(sdk.images.edit(prompt="a fox", image=make_red(), stream=True, extra_body={**LATER, "strength": 1.0}))
+
+
+def test_no_client_meets_silence_while_an_image_is_decoded(server: LocalServer) -> None:
+    """Neither the client of that image nor one that waits behind it. Proxies give up after 60 s."""
+    heard: dict[str, tuple[float, bytes]] = {}
+
+    def listen(name: str, **fields: Any) -> None:
+        body = {"prompt": "a red fox", "width": slow_handler.SLOW_WIDTH, **GOOD, **fields}
+        headers = {**server.get_headers(), "Accept": "application/json"}
+        with requests.post(server.url, json=body, headers=headers, stream=True, timeout=60) as answer:
+            before, longest, parts = time.monotonic(), 0.0, []
+            for part in answer.iter_content(None):
+                longest, before = max(longest, time.monotonic() - before), time.monotonic()
+                parts.append(part)
+        heard[name] = longest, b"".join(parts)
+
+    kinds: dict[str, dict[str, Any]] = {"events": {"stream": True}, "json": {}, "behind": {"width": 64}}
+    clients = [threading.Thread(target=listen, args=(name,), kwargs=fields) for name, fields in kinds.items()]
+    for each in clients:
+        each.start()
+        time.sleep(0.2)
+    for each in clients:
+        each.join()
+    assert max(longest for longest, _ in heard.values()) < 7, heard
+    assert b".completed\ndata" in heard["events"][1]
+    assert all(len(json.loads(heard[name][1])["data"]) == 1 for name in ("json", "behind"))
