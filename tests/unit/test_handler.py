@@ -224,12 +224,12 @@ def test_no_step_begins_while_a_long_one_is_under_way(monkeypatch: pytest.Monkey
     assert call(handler, a="3", b="events in 2")[0] == [b"step 2 ", b"step 1 "]
     handler.queue.requests["a"].response.steps = make_long_step("2")
     bodies = {"a": "3", "b": "events in 2", "c": "json in 1", "d": "document"}
-    assert call(handler, **bodies)[0] == [b"", b":\n\n", b" ", b"end"]
+    assert call(handler, **bodies)[0] == [b"", queue_event(1), b" ", b"end"]
     del bodies["d"]
     for _ in range(4):
         assert call(handler, **bodies)[0] == [b"", b":\n\n", b" "]
-    assert call(handler, **bodies)[:2] == ([b"end", b":\n\n", b" "], [True, False, False])
-    assert call(handler, b="events in 2", c="json in 1")[:2] == ([b"end", b"end"], [True, False])
+    assert call(handler, **bodies)[:2] == ([b"end", b":\n\n", b"end"], [True, False, True])
+    assert call(handler, b="events in 2")[:2] == ([b"end"], [True])
 
 
 def test_a_client_that_leaves_during_a_long_step_makes_room() -> None:
