@@ -7,6 +7,7 @@ import error of this file as a missing handler.
 import json
 import logging
 import os
+import signal
 import time
 from http import HTTPStatus
 from pathlib import Path
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MADE_FOR = "0.3.0"  # the version of sdxl_server that this file was written for
-DESCRIBE_HINT = "the answer is at /predictions/<model>/<version>/describe"
+HINT = "the answer is at /predictions/<model>/<version>/describe"
 RETRY_AFTER = "5"  # seconds, for clients that met a full queue
 GRPC_MESSAGE = "gRPC is not served: TorchServe loses its streams under continuousBatching; ask over HTTP"
 
@@ -91,9 +92,12 @@ class StableDiffusionHandler:
             if not self.is_continuous:
                 return [self.service.describe()]
             if in_flight == self.described:
-                # TorchServe puts it back into its queue as it takes it out (Model.pollInferJob, 0.12.0).
-                logger.error("TorchServe repeats this for ever under continuousBatching: restart it; %s", DESCRIBE_HINT)
-                time.sleep(1)
+                # TorchServe puts it back at the front of its queue as it takes it out (Model.pollInferJob, 0.12.0).
+                logger.error(
+                    "TorchServe repeats ?customized=true for ever and serves nothing else: it ends now; %s", HINT
+                )
+                os.kill(os.getppid(), signal.SIGTERM)
+                time.sleep(5)
             self.described = in_flight
         self.queue.begin_call(in_flight)
         self.finished &= in_flight
