@@ -145,6 +145,12 @@ class GenerationRequest:
         value=None,
         is_upload=True,
     )
+    invert_mask: bool | None = declare(
+        switch(),
+        "inverts `mask_image`: `image` is repainted where the mask is opaque, or black if nothing is transparent",
+        value=None,
+        is_argument=False,
+    )
     resize_mode: str | None = declare(
         choice("crop", "pad"),
         "how `image` gets another aspect: `crop` cuts its edges, `pad` adds white bars; default: crop",
