@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdxl_server.errors import RequestError
+from sdxl_server.request.adapters import take_tags
 from sdxl_server.request.fields import DECLARATIONS, MAX_SEED, RANDOM_SEED, GenerationRequest
 from sdxl_server.request.limits import Limits
 from sdxl_server.request.prompt_weights import check_weights
 from sdxl_server.request.resizing import resize_images
+from sdxl_server.request.sampler_names import join_sampler_name
 from sdxl_server.request.uploads import MASK, build_white_image, read_upload
 from sdxl_server.schemas import read_value, shorten
 
@@ -48,6 +50,10 @@ class Contract:
         Raises:
             RequestError: names the field, what is accepted and what was given.
         """
+        config, adapters = self.limits.config, self.limits.adapters
+        fields, tagged = take_tags(join_sampler_name(fields), adapters, is_applied=config.lora_tags)
+        if config.empty_negative_prompt == "zeros":
+            fields = {name: each for name, each in fields.items() if not (name.startswith("negative") and each == "")}
         for name in fields:
             if name not in self.properties:
                 near = difflib.get_close_matches(name[:100], self.properties, n=1)
@@ -57,8 +63,12 @@ class Contract:
                 )
         used = {name: schema["default"] for name, schema in self.properties.items() if "default" in schema}
         read = {name: self._check_field(name, value) for name, value in fields.items() if value is not None}
+        if tagged:
+            given = list(read.get("adapters") or ())
+            tagged = [each for each in tagged if each not in given]
+            read["adapters"] = self._check_field("adapters", [*given, *tagged])
         for each in reversed(read.get("adapters") or ()):  # the first adapter overrules the others
-            used |= self.limits.adapters[each["name"]].defaults
+            used |= adapters[each["name"]].defaults
         used |= read
         if "prompt" not in used:
             raise RequestError("prompt is missing; send a text", param="prompt")
@@ -75,7 +85,7 @@ class Contract:
             resize_images(used, fields, self.limits)
             used.setdefault("strength", 1.0 if MASK in used else 0.8)
         request = GenerationRequest(**used)
-        if self.limits.config.weighted_prompts:
+        if config.weighted_prompts:
             check_weights(request)
         self._check_size(request)
         self._check_work(request)
