@@ -11,7 +11,7 @@ from sdxl_server.request.uploads import Upload
 MIN_PAINTED = 128  # of 255: this and more is repainted
 MAX_JUDGED = 1024  # pixels of a side that are read to recognise a drawing
 ONE_COLOUR = 32  # levels; lossy files and soft edges spread a colour
-KEPT_DRAWING = "kept drawing"  # in a mask's info: it protects strokes, which were probably drawn to repaint them
+KEPT_DRAWING = "kept drawing"  # in a mask's info: strokes that were drawn are protected
 BLEND_WIDTH = 4  # pixels
 
 
