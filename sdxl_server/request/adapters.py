@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.errors import RequestError
 from sdxl_server.request.prompts import PROMPTS, TAG
 from sdxl_server.schemas import Schema, choice, describe_schema, is_valid, load_json, real, shorten
@@ -79,22 +80,22 @@ def read_adapters(
 
 
 def take_tags(
-    fields: Mapping[str, Any], registered: Mapping[str, RegisteredAdapter], *, is_applied: bool
+    fields: Mapping[str, Any], registered: Mapping[str, RegisteredAdapter], config: HandlerConfig
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return a request's fields without tags such as `<lora:outline:0.8>`, and the adapters that these name.
 
-    Args:
-        is_applied: see `handler.lora_tags`. Tags in negative prompts and of hypernetworks are never applied.
+    Tags in negative prompts and of hypernetworks are never applied. Prompts that are too long are refused later.
 
     Raises:
         RequestError: a tag names no registered adapter, or has not one scale.
     """
     taken, named = dict(fields), []
     for prompt in PROMPTS:
-        if not isinstance(text := fields.get(prompt), str) or not (tags := TAG.findall(text)):
+        text = fields.get(prompt)
+        if not isinstance(text, str) or len(text) > config.max_prompt_characters or not (tags := TAG.findall(text)):
             continue
         taken[prompt] = TAG.sub("", text).strip()
-        if is_applied and not prompt.startswith("negative"):
+        if config.lora_tags and not prompt.startswith("negative"):
             named += [_read_tag(prompt, tag, registered) for kind, tag in tags if kind.lower() != "hypernet"]
     return taken, [each for index, each in enumerate(named) if each not in named[:index]]
 
