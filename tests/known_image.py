@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import torch
 
-from sdxl_server.sampling.partial_schedules import build_partial_classes
+from sdxl_server.sampling.own_classes import build_partial_classes
 from sdxl_server.sampling.schedulers import build_scheduler
 
 STEPS = 10

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdxl_server.api.bodies import read_fields
-from sdxl_server.api.warnings import warn_of_body
+from sdxl_server.api.warnings import warn_of_body, warn_of_tags
 from sdxl_server.request.contract import Contract
 from sdxl_server.request.fields import GenerationRequest
 
@@ -56,7 +56,7 @@ class NativeApi:
             RequestError: names the field, what is accepted and what was given.
         """
         fields = read_fields(values, content_type=content_type, properties=contract.properties, aliases={})
-        return contract.check(fields), warn_of_body(fields)
+        return contract.check(fields), [*warn_of_body(fields), *warn_of_tags(fields, contract.limits)]
 
     def choose_type(self, request: GenerationRequest, accepted: str) -> str:
         """Return the content type of the response.

@@ -10,12 +10,19 @@ from typing import Any
 
 from sdxl_server.api.bodies import read_fields, rename_fields
 from sdxl_server.api.native import EVENTS, NativeApi
-from sdxl_server.api.warnings import warn_of_body, warn_of_long_prompts, warn_of_unknown, warn_of_values
+from sdxl_server.api.warnings import (
+    warn_of_body,
+    warn_of_long_prompts,
+    warn_of_tags,
+    warn_of_unknown,
+    warn_of_values,
+)
 from sdxl_server.errors import RequestError
 from sdxl_server.request.contract import Contract
 from sdxl_server.request.fields import GenerationRequest
 from sdxl_server.request.masks import has_holes
 from sdxl_server.request.prompts import PROMPTS
+from sdxl_server.request.sampler_names import SAMPLER_NAME
 from sdxl_server.request.uploads import MASK, read_upload
 from sdxl_server.schemas import shorten
 
@@ -35,7 +42,7 @@ NO_EQUIVALENT = {
     "style": ("vivid", "natural"),
 }
 IGNORED_TEXTS = ("model", "user")  # with any value
-OPENAI_FIELDS = (*NO_EQUIVALENT, *IGNORED_TEXTS, "size")
+OPENAI_FIELDS = (*NO_EQUIVALENT, *IGNORED_TEXTS, "size", SAMPLER_NAME)
 URL_MODELS = "dall-e"  # clients of models with this prefix read a URL by default
 
 
@@ -68,6 +75,7 @@ class OpenAIApi(NativeApi):
         without_effect = {name: known[name] for name in NO_EQUIVALENT if name in known and not _is_native(name, known)}
         warnings = [
             *warn_of_body(given),
+            *warn_of_tags(given, contract.limits),
             *warn_of_unknown([name for name in given if name not in names]),
             *warn_of_values(without_effect, accepted=NO_EQUIVALENT),
             *warn_of_long_prompts(known, most=most),

@@ -8,10 +8,14 @@ from sdxl_server.api.image_files import has_room
 from sdxl_server.api.image_metadata import describe_image
 from sdxl_server.diffusion.prompt_embedding import build_embeddings_provider, choose_chunks, join_fragments, read_tokens
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
+from sdxl_server.request.adapters import ADAPTERS_EXAMPLE
 from sdxl_server.request.fields import GenerationRequest
+from sdxl_server.request.limits import Limits
+from sdxl_server.request.masks import KEPT_DRAWING
 from sdxl_server.request.prompt_weights import Fragment, parse_weights
-from sdxl_server.request.prompts import AND, BREAK, EMBEDDING, LITERAL, PROMPTS, WEIGHTS
+from sdxl_server.request.prompts import AND, BREAK, FOREIGN, LITERAL, PROMPTS, TAG, WEIGHTS
 from sdxl_server.request.samplers import SAMPLERS, SIGMA_SCHEDULES, split_sampler
+from sdxl_server.request.uploads import MASK
 from sdxl_server.sampling.step_plan import has_halves
 from sdxl_server.schemas import shorten
 
@@ -37,9 +41,9 @@ def list_warnings(loaded: LoadedPipeline, request: GenerationRequest, *, earlier
         why = f"guidance_scale is {scale:g}" if scale <= 1 else "this model's UNet has the guidance as an input"
         given = [name for name in PROMPTS if name.startswith("negative") and getattr(request, name)]
         warnings += [f"{name} has no effect: {why}" for name in given]
-    for name in ("strength", "resize_mode"):
-        if getattr(request, name) is not None and request.image is None:
-            warnings.append(f"{name} has no effect without an image")
+    for name, upload in (("strength", "image"), ("resize_mode", "image"), ("invert_mask", MASK)):
+        if getattr(request, name) is not None and getattr(request, upload) is None:
+            warnings.append(f"{name} has no effect without {'a mask' if upload == MASK else 'an image'}")
     if request.mask_image is not None:
         warnings += warn_of_mask(request.mask_image)
     described = describe_image(loaded, request, 0, unet_calls=0, warnings=[*earlier, *warnings])
@@ -53,6 +57,20 @@ def warn_of_body(fields: Mapping[str, Any]) -> list[str]:
     prompt = fields.get("prompt")
     is_json = isinstance(prompt, str) and prompt.lstrip()[:1] == "{" and prompt.rstrip()[-1:] == "}"
     return [f"the prompt looks like JSON but is used as text; for JSON {SEND_JSON}"] if is_json else []
+
+
+def warn_of_tags(fields: Mapping[str, Any], limits: Limits) -> list[str]:
+    """Return a warning of tags of adapters that are left out of a prompt."""
+    warnings = []
+    for name in PROMPTS:
+        found = TAG.finditer(fields[name]) if isinstance(fields.get(name), str) else ()
+        is_applied = limits.config.lora_tags and not name.startswith("negative")
+        left = [each[0].strip() for each in found if not is_applied or each[1].lower() == "hypernet"]
+        if left:
+            advice = f"name adapters in the field adapters, such as {ADAPTERS_EXAMPLE}" if limits.adapters else ""
+            shown = ", ".join(shorten(each, length=40) for each in left[:MAX_SHOWN])
+            warnings.append(f"{name}: {shown} left out; {advice or 'this server has no adapters'}")
+    return warnings
 
 
 def warn_of_unknown(names: Sequence[str]) -> list[str]:
@@ -92,7 +110,7 @@ def warn_of_syntax(name: str, prompt: str, *, is_weighted: bool = False) -> list
     Args:
         is_weighted: weights and BREAK have a meaning here too, see prompt_weights.py.
     """
-    patterns = [*LITERAL, EMBEDDING, *(() if is_weighted else WEIGHTS)]
+    patterns = [*LITERAL, *FOREIGN, *(() if is_weighted else WEIGHTS)]
     if not prompt.isupper():
         patterns += [AND] if is_weighted else [AND, BREAK]
     found = [each.search(prompt) for each in patterns]
@@ -124,10 +142,15 @@ def warn_of_length(name: str, prompt: str, tokenizer: Any, *, chunks: int) -> li
 
 
 def warn_of_mask(mask: Any) -> list[str]:
-    """Return a warning of a mask that protects everything or nothing."""
+    """Return a warning of a mask that protects everything, nothing, or strokes that were drawn."""
     low, high = mask.getextrema()
     protects = {0: "everything: nothing is repainted", 255: "nothing: everything is repainted"}
     rule = "a mask is repainted where it is transparent, or white if nothing is transparent"
+    if mask.info.get(KEPT_DRAWING):
+        return [
+            "the mask has strokes of one colour on a transparent canvas, and everything but the strokes is repainted; "
+            "invert_mask: true repaints the strokes"
+        ]
     return [f"the mask protects {protects[low]}; {rule}"] if low == high else []
 
 

@@ -127,6 +127,18 @@ class HandlerConfig:
         "are then not plain text",
         value=False,
     )
+    lora_tags: bool = declare(
+        switch(),
+        "apply A1111's tags in prompts, such as `<lora:outline:0.8>`, as adapters; false: they are left out, with a "
+        "warning",
+        value=False,
+    )
+    empty_negative_prompt: str = declare(
+        choice("text", "zeros"),
+        'what `negative_prompt: ""` means; `text`: the embedding of an empty text, as in diffusers; `zeros`: the same '
+        "as without the field, which SDXL draws with zeros, as in A1111",
+        value="text",
+    )
     preview: str = declare(
         choice("fast", "exact"),
         "previews during generation; `exact`: by the VAE, each as slow as the decoding of the image; `fast`: in "

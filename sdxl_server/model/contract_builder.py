@@ -15,7 +15,8 @@ from sdxl_server.request.adapters import RegisteredAdapter
 from sdxl_server.request.contract import Contract
 from sdxl_server.request.fields import GenerationRequest, build_properties
 from sdxl_server.request.limits import Limits
-from sdxl_server.request.samplers import Samplers, read_sampler
+from sdxl_server.request.sampler_names import read_sampler
+from sdxl_server.request.samplers import Samplers
 from sdxl_server.sampling.few_steps import SuitedDefaults, choose_suited_defaults
 from sdxl_server.sampling.schedulers import build_request_scheduler, check_schedule, choose_default, list_samplers
 from sdxl_server.sampling.step_plan import build_step_plan, has_halves

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdxl_server.errors import RequestError
+from sdxl_server.request.adapters import take_tags
 from sdxl_server.request.fields import DECLARATIONS, MAX_SEED, RANDOM_SEED, GenerationRequest
 from sdxl_server.request.limits import Limits
 from sdxl_server.request.prompt_weights import check_weights
 from sdxl_server.request.resizing import resize_images
+from sdxl_server.request.sampler_names import join_sampler_name
 from sdxl_server.request.uploads import MASK, build_white_image, read_upload
 from sdxl_server.schemas import read_value, shorten
 
@@ -48,15 +50,8 @@ class Contract:
         Raises:
             RequestError: names the field, what is accepted and what was given.
         """
-        for name in fields:
-            if name not in self.properties:
-                near = difflib.get_close_matches(name[:100], self.properties, n=1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
-                raise RequestError(
-                    f"{shorten(name)} is not a field; {hint}the fields are {', '.join(self.properties)}", param=name
-                )
+        read = self._read_fields(fields)
         used = {name: schema["default"] for name, schema in self.properties.items() if "default" in schema}
-        read = {name: self._check_field(name, value) for name, value in fields.items() if value is not None}
         for each in reversed(read.get("adapters") or ()):  # the first adapter overrules the others
             used |= self.limits.adapters[each["name"]].defaults
         used |= read
@@ -72,7 +67,7 @@ class Contract:
         if MASK in used and "image" not in used:
             raise RequestError(f"{MASK} needs an image; send image too", param=MASK)
         if "image" in used:
-            resize_images(used, fields, self.limits)
+            resize_images(used, read, self.limits)
             used.setdefault("strength", 1.0 if MASK in used else 0.8)
         request = GenerationRequest(**used)
         if self.limits.config.weighted_prompts:
@@ -88,6 +83,26 @@ class Contract:
             RequestError: see `check`.
         """
         return self.check({**fields, **dict.fromkeys(self.needs, build_white_image())})
+
+    def _read_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields that a client has sent, each checked, without those that are null."""
+        config = self.limits.config
+        fields, tagged = take_tags(join_sampler_name(fields), self.limits.adapters, config)
+        if config.empty_negative_prompt == "zeros":
+            fields = {name: each for name, each in fields.items() if not (name.startswith("negative") and each == "")}
+        for name in fields:
+            if name not in self.properties:
+                near = difflib.get_close_matches(name[:100], self.properties, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise RequestError(
+                    f"{shorten(name)} is not a field; {hint}the fields are {', '.join(self.properties)}", param=name
+                )
+        read = {name: self._check_field(name, value) for name, value in fields.items() if value is not None}
+        if tagged:
+            given = list(read.get("adapters") or ())
+            named = [*given, *(each for each in tagged if each not in given)]
+            read["adapters"] = self._check_field("adapters", named)
+        return read
 
     def _check_field(self, name: str, value: Any) -> Any:
         schema, declaration = self.properties[name], DECLARATIONS[name]

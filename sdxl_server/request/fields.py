@@ -13,7 +13,8 @@ from sdxl_server.config.declaration import NEEDED, Declaration, Role, declare, l
 from sdxl_server.config.settings import MIN_CALLS, MIN_SIDE
 from sdxl_server.request.adapters import build_adapters_schema, read_adapters
 from sdxl_server.request.limits import Limits
-from sdxl_server.request.samplers import build_sampler_schema, read_sampler
+from sdxl_server.request.sampler_names import read_sampler
+from sdxl_server.request.samplers import build_sampler_schema
 from sdxl_server.schemas import Schema, choice, falling, nullable, pair, real, shares, switch, text, whole
 
 MAX_SEED = 2**32 - 1
@@ -143,6 +144,12 @@ class GenerationRequest:
         "a mask for inpainting: `image` is repainted where the mask is transparent, or white if nothing is transparent",
         value=None,
         is_upload=True,
+    )
+    invert_mask: bool | None = declare(
+        switch(),
+        "inverts `mask_image`: `image` is repainted where the mask is opaque, or black if nothing is transparent",
+        value=None,
+        is_argument=False,
     )
     resize_mode: str | None = declare(
         choice("crop", "pad"),

@@ -9,14 +9,39 @@ from sdxl_server.request.fields import GenerationRequest
 from sdxl_server.request.uploads import Upload
 
 MIN_PAINTED = 128  # of 255: this and more is repainted
+MAX_JUDGED = 1024  # pixels of a side that are read to recognise a drawing
+ONE_COLOUR = 32  # levels; lossy files and soft edges spread a colour
+KEPT_DRAWING = "kept drawing"  # in a mask's info: strokes that were drawn are protected
 BLEND_WIDTH = 4  # pixels
 
 
-def read_mask(upload: Upload) -> Any:
+def read_mask(upload: Upload, *, is_inverted: bool = False) -> Any:
     """Return an uploaded mask in grey: transparent pixels are repainted, or white ones if none are transparent."""
     from PIL import ImageOps
 
-    return upload.pixels.convert("L") if upload.alpha is None else ImageOps.invert(upload.alpha)
+    is_transparent = upload.alpha is not None
+    mask = upload.alpha if is_transparent else upload.pixels.convert("L")
+    return ImageOps.invert(mask) if is_inverted != is_transparent else mask
+
+
+def is_drawing(upload: Upload) -> bool:
+    """Say whether a mask looks like strokes of one colour on a transparent canvas, as drawing programs make them.
+
+    The edge of such a canvas is mostly transparent. Masks for OpenAI's API have holes in an opaque image.
+    """
+    import numpy as np
+
+    if upload.alpha is None:
+        return False
+    step = max(upload.alpha.size) // MAX_JUDGED + 1
+    alpha, pixels = (np.asarray(each)[::step, ::step] for each in (upload.alpha, upload.pixels))
+    is_drawn = alpha >= MIN_PAINTED
+    edge = np.concatenate([is_drawn[0], is_drawn[-1], is_drawn[:, 0], is_drawn[:, -1]])
+    if not is_drawn.any() or edge.mean() > 0.5:
+        return False
+    share = alpha[is_drawn, None] / 255
+    colours = 255 - (255 - pixels[is_drawn]) / share  # without the white behind
+    return bool(np.ptp(colours, axis=0).max() <= ONE_COLOUR)
 
 
 def has_holes(upload: Upload) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from sdxl_server.config.settings import MIN_SIDE
 from sdxl_server.errors import RequestError
 from sdxl_server.request.limits import Limits
-from sdxl_server.request.masks import binarize_mask, read_mask
+from sdxl_server.request.masks import KEPT_DRAWING, binarize_mask, is_drawing, read_mask
 from sdxl_server.request.uploads import MASK
 
 # The training sizes of Stable Diffusion XL (arXiv 2307.01952, appendix I): short and long side, in both orientations.
@@ -39,14 +39,17 @@ def resize_images(used: dict[str, Any], given: Mapping[str, Any], limits: Limits
     size, how = (used["width"], used["height"]), used.setdefault("resize_mode", "crop")
     used["image"] = _resize(image, size, how, bars="white")
     if MASK in used:
-        mask = read_mask(used[MASK])
+        is_inverted = bool(used.get("invert_mask"))
+        mask = read_mask(used[MASK], is_inverted=is_inverted)
         if min(abs(compute_aspect(mask.size) - compute_aspect(other)) for other in (image.size, size)) > SAME_ASPECT:
             raise RequestError(
                 f"{MASK} takes the aspect of the image, such as its {image.width}x{image.height} pixels, "
                 f"not {mask.width}x{mask.height}",
                 param=MASK,
             )
+        is_kept = not is_inverted and is_drawing(used[MASK])
         used[MASK] = binarize_mask(_resize(mask, size, how, bars="white"))  # the bars are never protected
+        used[MASK].info[KEPT_DRAWING] = is_kept
 
 
 def _resize(image: Any, size: Size, how: str, *, bars: str) -> Any:

@@ -1,24 +1,36 @@
 """The samplers: one row for each of diffusers' schedulers, with the names and options that requests may use.
 
-A sampler with options is an object, `{"name": ..., option: ...}`. Without options it is a name.
+A sampler with options is an object, `{"name": ..., option: ...}`. Without options it is a name. sampler_names.py reads
+the spellings of other programs.
 
 tests/unit/test_samplers.py draws a known image with every row, prediction type and declared option.
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sdxl_server.schemas import Schema, choice, describe_schema, is_valid, load_json, shorten, switch, whole
+from sdxl_server.schemas import Schema, choice, switch, whole
 
 Options = Mapping[str, Schema]
 Samplers = Mapping[str, Options]  # the samplers that fit a model, each with its options
 
 SIGMA_SCHEDULES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 EXAMPLE = '{"name": "DPM++ 2M", "use_karras_sigmas": true}'
-KARRAS = {"use_karras_sigmas": True}
-SDE = {"algorithm_type": "sde-dpmsolver++"}
+KARRAS, EXPONENTIAL, BETA = ({name: True} for name in SIGMA_SCHEDULES[:3])
+LINSPACE, TRAILING = ({"timestep_spacing": each} for each in ("linspace", "trailing"))
+DDIM_UNIFORM = {"timestep_spacing": "leading", "steps_offset": 1}
+SCHEDULES: Mapping[str, Mapping[str, Any]] = {  # of A1111 and ComfyUI, which choose them apart from the sampler
+    **{"karras": KARRAS, "exponential": EXPONENTIAL, "polyexponential": EXPONENTIAL, "beta": BETA},
+    **{"normal": LINSPACE, "uniform": LINSPACE, "simple": TRAILING, "sgm_uniform": TRAILING},
+    **{"ddim": DDIM_UNIFORM, "ddim_uniform": DDIM_UNIFORM},
+}
+AUTOMATIC = "automatic"  # A1111's choice for a sampler
+ODE, SDE = (
+    {"algorithm_type": each, "solver_order": 2, "solver_type": "midpoint"}
+    for each in ("dpmsolver++", "sde-dpmsolver++")
+)
+SDE_3 = {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}
 
 _ALWAYS: Schema = {"type": "boolean", "enum": [True]}  # diffusers' other value draws a wrong image
 _SIGMAS: Options = {name: switch() for name in SIGMA_SCHEDULES[:3]}
@@ -49,6 +61,7 @@ class Sampler:
         zero_snr: it samples models with zero terminal SNR correctly.
         use: "any"; "own" if only models saved with it use it; "distilled" if only models distilled for it do; "edm".
         schedules: the fields that give the steps themselves and that it takes.
+        wrong: options that fail together, each right alone.
     """
 
     name: str
@@ -58,6 +71,7 @@ class Sampler:
     zero_snr: bool = False
     use: str = "any"
     schedules: tuple[str, ...] = ()
+    wrong: Mapping[str, Any] = field(default_factory=dict)
 
 
 _ROWS = (
@@ -73,12 +87,13 @@ _ROWS = (
     Sampler(
         "DPMSolverMultistepScheduler",
         {
-            "DPM++ 2M": {},
-            "DPM++ 2M Karras": KARRAS,
+            "DPM++ 2M": ODE,
+            "DPM++ 2M Karras": {**ODE, **KARRAS},
             "DPM++ 2M SDE": SDE,
-            "DPM++ 2M SDE Karras": {**KARRAS, **SDE},
-            "dpmpp_2m": {},
-            "dpmpp_2m_sde": SDE,
+            "DPM++ 2M SDE Karras": {**SDE, **KARRAS},
+            "DPM++ 2M SDE Heun": {**SDE, "solver_type": "heun"},
+            "DPM++ 3M SDE": {**SDE_3, "solver_type": "heun"},  # of the second step, which has order 2
+            "DPM++ 3M SDE Karras": {**SDE_3, "solver_type": "heun", **KARRAS},
         },
         {**_DPM, "euler_at_final": switch(), **_SIGMAS, "use_lu_lambdas": switch(), **_SPACING},
         zero_snr=True,
@@ -86,14 +101,19 @@ _ROWS = (
     ),
     Sampler(
         "DPMSolverSinglestepScheduler",
-        {"DPM++ SDE": SDE, "DPM++ SDE Karras": {**KARRAS, **SDE}, "dpmpp_sde": SDE},
+        {"DPM++ 2S": ODE, "DPM++ SDE": SDE, "DPM++ SDE Karras": {**SDE, **KARRAS}},
         {**_DPM, **_SIGMAS},
         schedules=("timesteps",),
+        wrong=SDE_3,  # diffusers subtracts a curvature where it should add one
     ),
-    Sampler("EDMDPMSolverMultistepScheduler", {}, {**_DPM, "euler_at_final": switch()}, use="edm"),
+    Sampler("EDMDPMSolverMultistepScheduler", {}, {**_DPM, "euler_at_final": switch()}, use="edm", wrong=SDE_3),
     Sampler("EDMEulerScheduler", {}, _FINAL, use="edm", schedules=("sigmas",)),
     Sampler(
-        "EulerAncestralDiscreteScheduler", {"Euler a": {}, "euler_ancestral": {}}, _SPACING, _NO_SAMPLE, zero_snr=True
+        "EulerAncestralDiscreteScheduler",
+        {"Euler a": {}, "Euler a Karras": KARRAS},
+        {**_SIGMAS, **_SPACING},
+        _NO_SAMPLE,
+        zero_snr=True,
     ),
     Sampler(
         "EulerDiscreteScheduler",
@@ -105,13 +125,13 @@ _ROWS = (
     Sampler("HeunDiscreteScheduler", {"Heun": {}}, {**_SIGMAS, **_SPACING}, schedules=("timesteps",)),
     Sampler(
         "KDPM2AncestralDiscreteScheduler",
-        {"DPM2 a": {}, "DPM2 a Karras": KARRAS, "dpm_2_ancestral": {}},
+        {"DPM2 a": {}, "DPM2 a Karras": KARRAS},
         {**_SIGMAS, **_SPACING},
         _NO_SAMPLE,
     ),
     Sampler(
         "KDPM2DiscreteScheduler",
-        {"DPM2": {}, "DPM2 Karras": KARRAS, "dpm_2": {}},
+        {"DPM2": {}, "DPM2 Karras": KARRAS},
         {**_SIGMAS, **_SPACING},
         _NO_SAMPLE,
     ),
@@ -127,7 +147,8 @@ _ROWS = (
     Sampler("TCDScheduler", {"TCD": {}}, _DISTILLED, zero_snr=True, use="distilled", schedules=("timesteps",)),
     Sampler(
         "UniPCMultistepScheduler",
-        {"UniPC": {}, "uni_pc": {}, "uni_pc_bh2": {"solver_type": "bh2"}},  # bh1 ends in NaN in diffusers
+        # Order 3 in A1111 and ComfyUI. Their default is bh1, which ends in NaN in diffusers.
+        {each: {"solver_order": 3, "solver_type": "bh2"} for each in ("UniPC", "uni_pc_bh2")},
         {
             "solver_order": whole(1, 3),
             "predict_x0": _ALWAYS,
@@ -162,6 +183,7 @@ def build_sampler_schema(samplers: Samplers) -> Schema:
                 options[option] = switch()
             else:
                 options[option] = {**schema, "enum": list(dict.fromkeys(words))} if words else schema
+    options["schedule"] = choice(AUTOMATIC, *SCHEDULES)
     with_options = {"type": "object", "required": ["name"], "additionalProperties": False}
     return {
         "type": ["string", "object"],
@@ -174,46 +196,6 @@ def describe_samplers(samplers: Samplers) -> str:
     """Say in words what a sampler may be."""
     names, aliases = ", ".join(samplers), ", ".join(list_aliases(samplers))
     return f"one of {names}; one of {aliases}; or an object of such a name and options, as {EXAMPLE}"
-
-
-def read_sampler(value: Any, samplers: Samplers) -> str | dict[str, Any]:
-    """Return a sampler by diffusers' name, with its options if there are any.
-
-    Args:
-        value: a name, an alias in upper or lower case, an object, or the JSON of an object, as forms send it.
-
-    Raises:
-        ValueError: says what is wrong and what is accepted. The caller puts the field's name in front.
-    """
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        value = load_json(value)
-    given = {"name": value} if isinstance(value, str) else value
-    name = given.get("name") if isinstance(given, Mapping) else None
-    sampler = {**_find_sampler(name, samplers, given=value), **{k: v for k, v in given.items() if k != "name"}}
-    name, options = split_sampler(sampler)
-    accepted = samplers[name]
-    for option, chosen in options.items():
-        if option not in accepted:
-            raise ValueError(f"takes for {name} the options {', '.join(accepted) or 'none'}, not {shorten(option)}")
-        if not is_valid(chosen, accepted[option]):
-            raise ValueError(f"takes for {option} {describe_schema(accepted[option])}, not {shorten(chosen)}")
-    schedules = [option for option in SIGMA_SCHEDULES if options.get(option)]
-    if len(schedules) > 1:
-        raise ValueError(f"takes one sigma schedule, not {' and '.join(schedules)}")
-    return sampler if options else name
-
-
-def _find_sampler(name: Any, samplers: Samplers, *, given: Any) -> Mapping[str, Any]:
-    """Return what a name or an alias stands for."""
-    spellings = {known.casefold(): known for known in (*samplers, *list_aliases(samplers))}
-    known = spellings.get(name.casefold()) if isinstance(name, str) else None
-    if known is not None:
-        return ALIASES.get(known, {"name": known})
-    close = difflib.get_close_matches(name[:60].casefold(), spellings) if isinstance(name, str) else []
-    nearest = ", ".join(spellings[each] for each in close) or ", ".join(list(samplers)[:3])
-    raise ValueError(
-        f"takes a sampler that suits this model, such as {nearest} (openapi.json lists all), not {shorten(given)}"
-    )
 
 
 def split_sampler(sampler: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -17,15 +17,18 @@ from sdxl_server.errors import RequestError
 MAX_FIELDS = 100  # of a form
 MAX_SEGMENTS = 10_000  # of a JPEG, chunks of a PNG or WebP, tags of a TIFF; 24 MB in chunks of 4 KB have 6,000
 MAX_SCANS = 40  # of a progressive JPEG; each scan visits all pixels, and encoders write 10 scans
-MAX_PIXELS = 50_000_000  # of an uploaded image; phones make up to 49 million
+MAX_PIXELS = 50_000_000  # that are decoded of an uploaded image
+MAX_JPEG_PIXELS = 200_000_000  # of a JPEG, which is decoded at 1/2 to 1/8 of its sides
+MAX_BUFFERED_PIXELS = 120_000_000  # of a JPEG that needs all coefficients in memory, 6 bytes a pixel: 0.7 GB
 MAX_UPLOAD_SIDE = 20_000  # pixels
 MAX_RUNS = 2**20  # bytes of a run-length-encoded BMP: Pillow decodes it in slow Python
 MAX_NUMBERS = 100_000  # in one tag of a TIFF, such as the offsets of its tiles
-READ_SECONDS = 20.0  # for one request; an image of 50 megapixels takes 2 s
+READ_SECONDS = 20.0  # for one request; 50 megapixels take 2 s, and 200 of a JPEG 3 s
 
 JPEG_MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")  # without the markers inside a scan
 BYTES = (1, 2, 6, 7)  # types of TIFF tags that Pillow does not convert
 SCAN, END = 0xDA, 0xD9
+FRAMES, PROGRESSIVE = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}, (0xC2, 0xC6, 0xCA, 0xCE)
 WITH_LENGTH = frozenset((*range(0xC0, 0xD0), *range(0xDA, 0xE0), *range(0xE0, 0xF0), 0xFE)) - {0xC8}
 
 
@@ -51,10 +54,14 @@ def check_segments(raw: bytes) -> None:
 
 def _check_jpeg(raw: bytes) -> None:
     """Walk over the markers. Before the first scan Pillow reads other bytes one by one."""
-    position, segments, scans = 2, 0, 0
+    position, segments, scans, frame = 2, 0, 0, b""
     while found := JPEG_MARKER.search(raw, position):
         code = raw[found.end() - 1]
         segments += 1 if scans else found.end() - position - 1
+        if code in FRAMES:
+            frame = raw[found.end() - 1 : found.end() + 8]
+        if code == SCAN and not scans:
+            _check_buffers(frame, parts=raw[found.end() + 2 : found.end() + 3])
         scans += code == SCAN
         if scans > MAX_SCANS:
             raise ValueError(f"it has more than {MAX_SCANS} scans")
@@ -67,6 +74,18 @@ def _check_jpeg(raw: bytes) -> None:
             position += max(int.from_bytes(raw[position : position + 2]), 2)
     if not scans and len(raw) - position > MAX_SEGMENTS:
         raise ValueError("it has no scan")
+
+
+def _check_buffers(frame: bytes, *, parts: bytes) -> None:
+    """Refuse a JPEG whose coefficients would take too much memory.
+
+    Args:
+        frame: the header of the image, from its marker's code on.
+        parts: the number of colours in the first scan.
+    """
+    pixels = int.from_bytes(frame[4:6]) * int.from_bytes(frame[6:8])
+    if pixels > MAX_BUFFERED_PIXELS and (frame[0] in PROGRESSIVE or parts != frame[8:9]):
+        raise ValueError(f"it is progressive, with more than {MAX_BUFFERED_PIXELS // 10**6} megapixels")
 
 
 def _check_png(raw: bytes) -> None:

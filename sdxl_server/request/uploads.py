@@ -4,6 +4,7 @@ import base64
 import binascii
 import contextlib
 import io
+import math
 import re
 import string
 import warnings
@@ -12,7 +13,7 @@ from typing import Any
 
 from sdxl_server.errors import RequestError
 from sdxl_server.request.fields import IMAGE_FORMATS
-from sdxl_server.request.upload_limits import MAX_PIXELS, MAX_UPLOAD_SIDE, check_segments
+from sdxl_server.request.upload_limits import MAX_JPEG_PIXELS, MAX_PIXELS, MAX_UPLOAD_SIDE, check_segments
 from sdxl_server.schemas import shorten
 
 MASK = "mask_image"
@@ -98,9 +99,11 @@ def read_upload(name: str, value: Any, *, max_side: int) -> Upload:
     try:
         check_segments(raw)
         with warnings.catch_warnings(action="ignore"):  # Pillow warns of each EXIF tag that it cannot read
+            Image.MAX_IMAGE_PIXELS = MAX_JPEG_PIXELS  # Pillow's own limit; _check_size knows the format
             image = Image.open(io.BytesIO(raw), formats=PILLOW_FORMATS)
-            _check_size(name, image.size)
-            image.draft(None, (max_side, max_side))
+            _check_size(name, image)
+            side = max_side if math.prod(image.size) <= MAX_PIXELS else min(max_side, min(image.size) // 2)
+            image.draft(None, (side, side))  # of a JPEG
             image.load()
             return _convert(_reduce(image, max_side))
     except RequestError:
@@ -113,11 +116,14 @@ def read_upload(name: str, value: Any, *, max_side: int) -> Upload:
         ) from error
 
 
-def _check_size(name: str, size: tuple[int, int]) -> None:
-    if min(size) < MIN_UPLOAD_SIDE or max(size) > MAX_UPLOAD_SIDE or size[0] * size[1] > MAX_PIXELS:
+def _check_size(name: str, image: Any) -> None:
+    size, is_jpeg = image.size, image.format in ("JPEG", "MPO")
+    most = MAX_JPEG_PIXELS if is_jpeg else MAX_PIXELS
+    if min(size) < MIN_UPLOAD_SIDE or max(size) > MAX_UPLOAD_SIDE or math.prod(size) > most:
+        hint = "" if is_jpeg else f"; a JPEG may have {MAX_JPEG_PIXELS // 10**6}"
         raise RequestError(
-            f"{name} takes sides of {MIN_UPLOAD_SIDE} to {MAX_UPLOAD_SIDE} pixels and at most {MAX_PIXELS // 10**6} "
-            f"megapixels, not {size[0]}x{size[1]}",
+            f"{name} takes sides of {MIN_UPLOAD_SIDE} to {MAX_UPLOAD_SIDE} pixels and at most {most // 10**6} "
+            f"megapixels, not {size[0]}x{size[1]}{hint}",
             param=name,
         )
 

@@ -7,15 +7,10 @@ from typing import Any
 
 from sdxl_server.errors import ConfigError, RequestError
 from sdxl_server.request.fields import SCHEDULE_FIELDS, GenerationRequest
-from sdxl_server.request.samplers import (
-    SAMPLERS,
-    SIGMA_SCHEDULES,
-    Samplers,
-    read_sampler,
-    split_sampler,
-)
+from sdxl_server.request.sampler_names import read_sampler
+from sdxl_server.request.samplers import SAMPLERS, SIGMA_SCHEDULES, Samplers, split_sampler
 from sdxl_server.sampling.few_steps import DISTILLED
-from sdxl_server.sampling.partial_schedules import build_partial_classes
+from sdxl_server.sampling.own_classes import build_own_classes, build_partial_classes
 from sdxl_server.schemas import is_valid, shorten
 
 MIN_SIGMA = 0.001  # below it a step divides by nearly 0
@@ -104,9 +99,7 @@ def build_scheduler(config: Mapping[str, Any], name: str, options: Mapping[str, 
     """
     import diffusers
 
-    chosen = getattr(diffusers, name)
-    if partial:
-        chosen = build_partial_classes().get(name, chosen)
+    chosen = {**build_own_classes(), **(build_partial_classes() if partial else {})}.get(name, getattr(diffusers, name))
     unaccepted = _list_unaccepted(config, name)
     settings = {key: value for key, value in config.items() if key not in unaccepted}
     changes: dict[str, Any] = {}
@@ -114,7 +107,9 @@ def build_scheduler(config: Mapping[str, Any], name: str, options: Mapping[str, 
         changes = {each: False for each in SIGMA_SCHEDULES if each in SAMPLERS[name].options}
     if "clip_sample" in inspect.signature(chosen.__init__).parameters:
         changes["clip_sample"] = False  # latents exceed the range of pixels
-    return chosen.from_config(settings, **{**changes, **options})
+    scheduler = chosen.from_config(settings, **{**changes, **options})
+    scheduler.register_to_config(**{**changes, **options})  # our own classes have more settings than arguments
+    return scheduler
 
 
 def build_request_scheduler(model_own: Any, request: GenerationRequest) -> Any:

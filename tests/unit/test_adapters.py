@@ -316,6 +316,9 @@ def chosen(tiny_model: Path, files: Mapping[str, Path], matrices: Matrices, tmp_
     return load(tiny_model, "openvino", adapters=adapters, max_adapter_rank=11, warm_up=True)
 
 
+ONE = {"name": "a", "scale": 0.75}
+
+
 def name_adapters(**scales: float) -> list[dict[str, Any]]:
     return [{"name": name, "scale": scale} for name, scale in scales.items()]
 
@@ -376,9 +379,9 @@ def test_an_adapter_brings_defaults(chosen: LoadedPipeline) -> None:
     assert (request.num_inference_steps, request.guidance_scale, request.scheduler) == (2, 0.0, "LCMScheduler")
     assert (plain.num_inference_steps, plain.guidance_scale) == (4, 5.0)
     assert request.adapters == ({"name": "few", "scale": 1.0},)
-    assert chosen.contract.check({"prompt": "a fox", "adapters": '[{"name": "a"}]'}).adapters == (
-        {"name": "a", "scale": 0.75},
-    )
+    assert chosen.contract.check({"prompt": "a fox", "adapters": '[{"name": "a"}]'}).adapters == (ONE,)
+    for name in ("a", ["a"], '["a"]', {"name": "a"}, '{"name": "a"}'):
+        assert chosen.contract.check({"prompt": "a fox", "adapters": name}).adapters == (ONE,)
     own = chosen.contract.check({"prompt": "a fox", "adapters": [{"name": "few"}], "num_inference_steps": 3})
     assert own.num_inference_steps == 3
 
@@ -386,8 +389,10 @@ def test_an_adapter_brings_defaults(chosen: LoadedPipeline) -> None:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ("a", "Expecting value"),
-        ({"name": "a"}, r"a list of names and scales such as .*, of the adapters a, b, few, not \{'name': 'a'\}"),
+        ("c", r"a list of names and scales such as .*, of the adapters a, b, few, .* not \{'name': 'c'\}"),
+        ("[a]", r"a list of names and scales such as .*, of the adapters a, b, few, not '\[a\]'"),
+        ('{"name": a}', "of the adapters a, b, few, not"),
+        ("a, b", "not {'name': 'a, b'}"),
         ([{"name": "c"}], r"of the adapters a, b, few, .* not \{'name': 'c'\}"),
         ([{"scale": 1}], r"not \{'scale': 1\}"),
         ([{"name": "a", "scale": float("nan")}], "each scale a number from -100 to 100, not .*nan"),

@@ -20,6 +20,8 @@ def test_strength_without_an_image_is_told(eager: LoadedPipeline) -> None:
     assert list_warnings(eager, request) == ["strength has no effect without an image"]
     request = eager.contract.check({"prompt": "x", "resize_mode": "pad"})
     assert list_warnings(eager, request) == ["resize_mode has no effect without an image"]
+    request = eager.contract.check({"prompt": "x", "invert_mask": True})
+    assert list_warnings(eager, request) == ["invert_mask has no effect without a mask"]
     assert np.array_equal(make_picture(eager, strength=0.5), make_picture(eager))
 
 

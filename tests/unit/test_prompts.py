@@ -17,14 +17,25 @@ from sdxl_server.api.warnings import warn_of_syntax
         ("a (red fox)++ in snow", ["'(red fox)++'"]),
         ("a fox BREAK snow", ["'BREAK'"]),
         ("a fox AND snow", ["'AND'"]),
-        ("a fox <lora:add_detail:0.8>", ["'<lora:add_detail:0.8>'"]),
-        ("a fox <hypernet:x>", ["'<hypernet:x>'"]),
+        ("a fox <ti:add_detail:0.8>", ["'<ti:add_detail:0.8>'"]),
+        (r"miku \(vocaloid\)", [r"'\\('"]),
+        ("a {red|blue} fox", ["'{red|blue}'"]),
+        ("a {2$$red|blue|green} fox", ["'{2$$red|blue|green}'"]),
+        ("{{masterpiece}}, a fox", ["'{{masterpiece}}'"]),
+        ("a __colour__ fox", ["'__colour__'"]),
+        ("a __animals/wild*__", ["'__animals/wild*__'"]),
+        ("a fox++ in snow", ["'fox++'"]),
+        ("a fox --ar 16:9 --v 6.1", ["'--ar 16:9'"]),
+        ("a fox --no snow", ["'--no'"]),
+        ("a fox \u2014ar 16:9", ["ar 16:9'"]),
+        ("fox::2 snow::-0.5", ["'::2'"]),
+        ("a fox ### ugly", ["'###'"]),
         ("a [fox:cat:0.5]", ["'[fox:cat:0.5]'"]),
         ("a [fox|cat]", ["'[fox|cat]'"]),
         ("ugly, embedding:EasyNegative", ["'embedding:EasyNegative'"]),
         (
-            "<lora:x:1> a (red:1.3) fox BREAK snow",
-            ["'<lora:x:1>', '(red:1.3)', 'BREAK' have no special meaning here and are"],
+            "<ti:x:1> a (red:1.3) fox BREAK snow",
+            ["'<ti:x:1>', '(red:1.3)', 'BREAK' have no special meaning here and are"],
         ),
         (f"a ({'x' * 150}:1.3) fox", ["...", "has no special meaning here and is read as plain words"]),
         ("a (f\u00fcchs\n:1.3)", ["\\xfc", "\\n"]),
@@ -53,9 +64,13 @@ def test_other_programs_syntax_is_told(prompt: str, shown: list[str]) -> None:
             "a poster that says [sic]",
             "portrait, 16:9",
             "break and and",
-            "a \\(red:1.3\\) fox",
             "ratio (16:9",
             "x < y > z",
+            "Disney+, 18+, a grade of A++, C++ and Notepad++",
+            "a fox--a red one--runs; wow-- it runs -- fast --- and far",
+            "a sign that says '--sale--' at 10::30, std::vector",
+            "fill in the ____, snake__case, a {frame}, a|b, #1, ## title",
+            "a shrug \u00af\\_(o)_/\u00af \u2014 so it goes",
         ),
     ],
 )
@@ -63,7 +78,29 @@ def test_plain_words_are_not(prompt: str) -> None:
     assert warn_of_syntax("prompt", prompt) == []
 
 
-@pytest.mark.parametrize("piece", ["(", "[", "(:", "[:", "[|", "(a", "<lora:", "[::", "((", "1", "embedding:", " AND"])
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "(",
+        "[",
+        "(:",
+        "[:",
+        "[|",
+        "(a",
+        "<lora:",
+        "[::",
+        "((",
+        "1",
+        "embedding:",
+        " AND",
+        "{",
+        "{a|",
+        "__a",
+        "--ar ",
+        "a+",
+        "::1",
+    ],
+)
 def test_no_prompt_takes_long(piece: str) -> None:
     start = time.process_time()
     warn_of_syntax("prompt", piece * (3000 // len(piece)))

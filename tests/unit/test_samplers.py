@@ -2,21 +2,28 @@
 
 import dataclasses
 import functools
+import inspect
 import json
+import re
 from typing import Any
 
 import diffusers
 import pytest
+import torch
 from PIL import Image
 
 from demo.measure import choose_prompts, draw_prompts, draw_with, load_eager_pipeline, score_pictures
+from demo.shapes import draw_scene
+from sdxl_server.api.native import NativeApi
+from sdxl_server.api.openai import OpenAIApi
 from sdxl_server.api.warnings import warn_of_sampling
 from sdxl_server.errors import ConfigError
-from sdxl_server.request.samplers import ALIASES, SAMPLERS, build_sampler_schema, read_sampler, split_sampler
+from sdxl_server.request.sampler_names import MISSING, PREFERRED, read_sampler
+from sdxl_server.request.samplers import ALIASES, SAMPLERS, SCHEDULES, build_sampler_schema, split_sampler
 from sdxl_server.sampling.schedulers import build_scheduler, choose_default, list_samplers
 from sdxl_server.schemas import is_valid
 from tests.known_image import find_fault, find_wrong_step, list_values
-from tests.unit.test_request import CONTRACT
+from tests.unit.test_request import CONTRACT, LIMITS, make_contract
 from tools.random_model import SCHEDULER
 from tools.server import ROOT
 
@@ -33,7 +40,9 @@ ZERO_SNR = (
     *("EulerDiscreteScheduler", "UniPCMultistepScheduler"),
 )
 KNOWN = list_samplers(SDXL, {})
+CONTRACT_OF_SDXL = make_contract(dataclasses.replace(LIMITS, samplers=KNOWN))
 PROMPTS = choose_prompts(8, seed=3)
+STRENGTHS = (None, 0.1, 0.2, 0.4, 0.6, 1.0)
 
 
 def make_own(name: str, **settings: Any) -> Any:
@@ -108,14 +117,14 @@ def test_every_declared_option_draws_a_known_image(name: str) -> None:
     for config in list_models(name):
         defaults = build_scheduler(config, name, {}).config
         for options in ({}, *({key: value} for key, value in values if defaults.get(key) != value)):
-            fault = find_fault(config, name, options, strengths=(None, 0.2, 0.4, 0.6))
+            fault = find_fault(config, name, options, strengths=STRENGTHS)
             assert not fault, (config["prediction_type"], options)
 
 
 @pytest.mark.parametrize("alias", ALIASES)
 def test_every_alias_draws_a_known_image(alias: str) -> None:
     name, options = split_sampler(ALIASES[alias])
-    assert not find_fault(SDXL.config, name, options, strengths=(None, 0.2, 1.0))
+    assert not find_fault(SDXL.config, name, options, strengths=STRENGTHS)
 
 
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
@@ -188,10 +197,104 @@ def test_each_fault_is_found(change: dict[str, Any], told: str) -> None:
     assert bool(wrong) is bool(told)
 
 
-@pytest.mark.parametrize("alias", [alias for alias in ALIASES if "SDE" in alias.upper()])
-def test_stochastic_samplers_add_noise(alias: str) -> None:
+# By the tables and functions of A1111 and k-diffusion: the sampler adds noise, its order, and the UNet calls of a step.
+KNOWN_SAMPLERS: dict[str, tuple[bool, int, int]] = {
+    "DDIM": (False, 1, 1),
+    "DDPM": (True, 1, 1),
+    "DEIS": (False, 2, 1),
+    "DPM++ 2M": (False, 2, 1),
+    "DPM++ 2M SDE": (True, 2, 1),
+    "DPM++ 2M SDE Heun": (True, 2, 1),
+    "DPM++ 3M SDE": (True, 3, 1),
+    "DPM++ 2S": (False, 2, 1),  # every second step of diffusers is the middle of one of k-diffusion
+    "DPM++ SDE": (True, 2, 1),
+    "Euler a": (True, 1, 1),
+    "Euler": (False, 1, 1),
+    "Heun": (False, 2, 2),
+    "DPM2 a": (True, 2, 2),
+    "DPM2": (False, 2, 2),
+    "LCM": (True, 1, 1),
+    "LMS": (False, 4, 1),
+    "PLMS": (False, 4, 1),
+    "TCD": (True, 1, 1),
+    "UniPC": (False, 3, 1),
+    "uni_pc_bh2": (False, 3, 1),
+}
+FIXED_ORDERS = {"LMSDiscreteScheduler": 4, "PNDMScheduler": 4}
+OTHER_OWN = [  # settings of models' own schedulers that a name overrules
+    {},
+    {"algorithm_type": "sde-dpmsolver++", "solver_order": 3, "solver_type": "heun"},
+    {"algorithm_type": "dpmsolver++", "solver_order": 1},
+]
+
+
+def sample(scheduler: Any, *, seed: int) -> torch.Tensor:
+    """Return what a model that is not right makes of fixed latents."""
+    scheduler.set_timesteps(10)
+    generator = torch.Generator().manual_seed(seed)
+    more = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        output = scheduler.scale_model_input(latents, timestep).sin()
+        latents = scheduler.step(output, timestep, latents, **more).prev_sample
+    return latents
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_every_alias_is_the_sampler_of_its_name(alias: str) -> None:
+    sampler = next(each for each in (alias, alias.removesuffix(" Karras")) if each in KNOWN_SAMPLERS)
+    adds_noise, order, calls = KNOWN_SAMPLERS[sampler]
     name, options = split_sampler(ALIASES[alias])
-    assert build_scheduler(SDXL.config, name, options).config.algorithm_type == "sde-dpmsolver++"
+    for own in OTHER_OWN if "DPMSolver" in name else OTHER_OWN[:1]:
+        scheduler = build_scheduler({**SDXL.config, **own}, name, options)
+        assert torch.equal(sample(scheduler, seed=1), sample(scheduler, seed=2)) is not adds_noise
+        config = scheduler.config
+        is_declared = "solver_order" in SAMPLERS[name].options
+        assert (config.solver_order if is_declared else FIXED_ORDERS.get(name, scheduler.order)) == order
+        assert scheduler.order == calls
+        assert bool(config.get("use_karras_sigmas")) is alias.endswith(" Karras")
+        is_heun = "Heun" in alias or "3M" in alias  # k-diffusion's 3M begins with a step of 2M Heun
+        assert "DPMSolver" not in name or config.solver_type == ("heun" if is_heun else "midpoint")
+
+
+def test_steps_of_order_3_with_noise_are_k_diffusions() -> None:
+    """diffusers' own have the wrong sign before the curvature."""
+    name, options = split_sampler(ALIASES["DPM++ 3M SDE"])
+    scheduler = build_scheduler(SDXL.config, name, options)
+    scheduler.set_timesteps(20)
+    scheduler._step_index = 8
+    generator = torch.Generator().manual_seed(0)
+    newest, older, oldest, latents, noise = (torch.randn(1, 4, 8, 8, generator=generator) for _ in range(5))
+    found = scheduler.multistep_dpm_solver_third_order_update(
+        [oldest, older, newest], sample=latents, noise=torch.zeros_like(noise)
+    )
+    # k-diffusion counts in sigmas, with latents that are not scaled down.
+    after, now, before, first = (scheduler.sigmas[9 - each].double() for each in range(4))
+    scale = (1 + now**2) ** 0.5
+    step, last, previous = (now / after).log(), (before / now).log(), (first / before).log()
+    one, two = (newest - older) / (last / step), (older - oldest) / (previous / step)
+    slope = one + (one - two) * last / (last + previous)
+    curvature = (one - two) * step / (last + previous)
+    second = (-2 * step).expm1() / (2 * step) + 1
+    third = second / (2 * step) - 0.5
+    expected = after / now * (-step).exp() * latents * scale - (-2 * step).expm1() * newest
+    expected = expected + second * slope - third * curvature
+    torch.testing.assert_close(found, (expected / (1 + after**2) ** 0.5).float(), rtol=1e-4, atol=1e-4)
+    wrong = diffusers.DPMSolverMultistepScheduler.multistep_dpm_solver_third_order_update(
+        scheduler, [oldest, older, newest], sample=latents, noise=torch.zeros_like(noise)
+    )
+    assert (wrong - found).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", [name for name, row in SAMPLERS.items() if row.wrong])
+def test_options_that_fail_together_are_refused(name: str) -> None:
+    samplers = {name: SAMPLERS[name].options}
+    with pytest.raises(
+        ValueError, match=r"does not take algorithm_type: sde-dpmsolver\+\+ and solver_order: 3 together"
+    ):
+        read_sampler({"name": name, **SAMPLERS[name].wrong}, samplers)
+    for option, value in SAMPLERS[name].wrong.items():
+        assert read_sampler({"name": name, option: value}, samplers) == {"name": name, option: value}
 
 
 def test_a_sampler_takes_one_sigma_schedule() -> None:
@@ -207,6 +310,7 @@ def test_names_of_other_programs_are_known(alias: str) -> None:
     samplers = {name: row.options for name, row in SAMPLERS.items()}
     sampler = read_sampler(alias.swapcase(), samplers)
     assert sampler in (ALIASES[alias], ALIASES[alias]["name"])
+    assert alias.removesuffix(" Karras") in KNOWN_SAMPLERS
     assert (sampler == ALIASES[alias]["name"]) is (len(ALIASES[alias]) == 1)
     assert read_sampler(sampler, samplers) == sampler
     assert all(is_valid(each, build_sampler_schema(samplers)) for each in (alias, sampler, {"name": alias}))
@@ -223,7 +327,94 @@ def test_names_of_other_programs_are_known(alias: str) -> None:
 )
 def test_options_are_read(value: Any, read: Any) -> None:
     sampler = read_sampler(value, KNOWN)
-    assert {**read, "name": sampler["name"]} == sampler if isinstance(read, dict) else sampler == read  # type: ignore[index]
+    assert read.items() <= sampler.items() if isinstance(read, dict) else sampler == read  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        *(("euler_a", "Euler a"), ("k_euler_a", "Euler a"), ("Euler Ancestral", "Euler a"), ("EULER-A", "Euler a")),
+        *(("sample_euler_ancestral", "Euler a"), ("EulerDiscrete", "Euler"), ("k_lms", "LMS"), ("k-heun", "Heun")),
+        *(("dpm++2m", "DPM++ 2M"), ("dpmpp_2m", "DPM++ 2M"), ("DPM++_2M", "DPM++ 2M"), ("k_dpmpp_2m", "DPM++ 2M")),
+        *(("dpmpp_2m_sde_gpu", "DPM++ 2M SDE"), ("dpmpp_2m_sde_heun_gpu", "DPM++ 2M SDE Heun")),
+        *(("dpmpp_sde_gpu", "DPM++ SDE"), ("dpmpp_3m_sde", "DPM++ 3M SDE"), ("dpm_2_ancestral", "DPM2 a")),
+        *(("k_dpm_2", "DPM2"), ("dpmpp_2s", "DPM++ 2S"), ("plms", "PLMS"), ("uni_pc", "UniPC"), ("UNIPC", "UniPC")),
+        *(("dpmpp_2m_karras", "DPM++ 2M Karras"), ("k_dpmpp_2m_ka", "DPM++ 2M Karras")),
+        *(("dpmpp_2m_k", "DPM++ 2M Karras"), ("dpmpp_2m_sde_gpu_karras", "DPM++ 2M SDE Karras")),
+        *(("Euler a Karras", "Euler a Karras"), ("euler_ancestral_karras", "Euler a Karras")),
+    ],
+)
+def test_spellings_of_other_programs_are_read(spelling: str, name: str) -> None:
+    assert read_sampler(spelling, KNOWN) == read_sampler(name, KNOWN)
+    assert read_sampler({"name": spelling}, KNOWN) == read_sampler(name, KNOWN)
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "option"),
+    [
+        *(("Euler", "Karras", "use_karras_sigmas"), ("Euler a", "exponential", "use_exponential_sigmas")),
+        *(("dpmpp_2m", "polyexponential", "use_exponential_sigmas"), ("Heun", "beta", "use_beta_sigmas")),
+        *(("DPM++ 2M SDE", "SGM Uniform", "timestep_spacing"), ("euler", "simple", "timestep_spacing")),
+        *(("euler", "normal", "timestep_spacing"), ("euler", "ddim_uniform", "steps_offset")),
+        *(("DPM++ 2M", "Automatic", "use_karras_sigmas"), ("DPM++ 3M SDE", "automatic", "use_exponential_sigmas")),
+    ],
+)
+def test_a_schedule_is_read_apart_or_at_the_end_of_the_name(name: str, schedule: str, option: str) -> None:
+    apart = read_sampler({"name": name, "schedule": schedule}, KNOWN)
+    assert isinstance(apart, dict)
+    assert option in apart
+    assert read_sampler(f"{name} {schedule}", KNOWN) == apart
+    assert read_sampler(json.dumps({"sampler_name": name, "scheduler": schedule}), KNOWN) == apart
+    for fields in ({"scheduler": schedule}, {"scheduler": schedule.upper()}):
+        request = CONTRACT_OF_SDXL.check({"prompt": "a", "sampler_name": name, **fields})
+        assert request.scheduler == apart
+
+
+def test_a1111s_sampler_is_read_in_every_api() -> None:
+    fields = {"prompt": "a", "sampler_name": "euler_a", "scheduler": "Karras"}
+    expected = read_sampler("Euler a Karras", KNOWN)
+    form = {name: value.encode() for name, value in fields.items()}
+    for api in (NativeApi(), OpenAIApi()):
+        for values, kind in (
+            (form, "multipart/form-data"),
+            ({"body": json.dumps(fields).encode()}, "application/json"),
+        ):
+            request, warnings = api.read(values, content_type=kind, contract=CONTRACT_OF_SDXL)
+            assert (request.scheduler, warnings) == (expected, [])
+    assert CONTRACT_OF_SDXL.check({"prompt": "a", "sampler_name": "Euler", "scheduler": None}).scheduler == (
+        "EulerDiscreteScheduler"
+    )
+    for name in PREFERRED:
+        automatic = read_sampler({"name": name, "schedule": "automatic"}, KNOWN)
+        assert automatic == read_sampler(f"{name} {PREFERRED[name]}", KNOWN) != read_sampler(name, KNOWN)
+    assert read_sampler("Euler automatic", KNOWN) == "EulerDiscreteScheduler"
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", ["Euler", "Euler a", "DPM++ 2M", "DPM++ 3M SDE", "UniPC", "LMS"])
+def test_every_schedule_draws_a_known_image(name: str, schedule: str) -> None:
+    chosen, options = split_sampler(read_sampler({"name": name, "schedule": schedule}, KNOWN))
+    assert not find_fault(SDXL.config, chosen, options, strengths=STRENGTHS)
+
+
+def test_ancestral_steps_follow_the_schedule() -> None:
+    plain, karras = (
+        build_scheduler(SDXL.config, *split_sampler(ALIASES[each])) for each in ("Euler a", "Euler a Karras")
+    )
+    euler = build_scheduler(SDXL.config, "EulerDiscreteScheduler", {"use_karras_sigmas": True})
+    for each in (plain, karras, euler):
+        each.set_timesteps(10)
+    assert torch.equal(karras.sigmas, euler.sigmas)
+    assert torch.equal(karras.timesteps, euler.timesteps)
+    assert not torch.allclose(karras.sigmas, plain.sigmas)
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_samplers_that_diffusers_lacks_are_named_with_the_nearest(name: str) -> None:
+    for spelling in (name, f"{name} Karras", f"k_{name}".replace(" ", "_")):
+        with pytest.raises(ValueError, match=rf"the nearest is {re.escape(MISSING[name])}$"):
+            read_sampler(spelling, KNOWN)
+    assert MISSING[name] in ALIASES
 
 
 @pytest.mark.parametrize(
@@ -231,14 +422,27 @@ def test_options_are_read(value: Any, read: Any) -> None:
     [
         (
             "Euler b",
-            "takes a sampler that suits this model, such as Euler a, Euler .openapi.json lists all., not 'Euler b'",
+            "takes a sampler that suits this model, such as Euler a, not 'Euler b'; did you mean Euler or Euler a[?]$",
         ),
-        ({}, "such as DDIMScheduler, .*, not {}$"),
+        ("dpm++ 2n", "did you mean .*DPM[+][+] 2M"),
+        ("{name: Euler}", "takes a name or JSON such as {.*}, not '{name: Euler}'$"),
+        ("{'name': 'Euler'}", "takes a name or JSON such as"),
+        ("Karras", "'Karras' is a schedule: send sampler_name too$"),
+        ("ddim_uniform", "'ddim_uniform' is a schedule"),
+        ("DDIM Karras", "takes no schedule karras with DDIM; leave it out, or name another sampler$"),
+        ({"name": "DDIM", "schedule": "normal"}, "takes no schedule normal with DDIM"),
+        (
+            {"name": "Euler", "schedule": "Align Your Steps"},
+            "takes for schedule one of automatic, karras, .* not 'Align",
+        ),
+        ({"name": "Euler", "schedule": 3}, "takes for schedule one of"),
+        ({"name": "euler_karras", "schedule": "beta"}, "takes one schedule, not 'karras' and 'beta'"),
+        ({}, "such as Euler a, not {}; openapi.json lists all$"),
         (3, "not 3"),
         ([["Euler"]], "not "),
-        ('{"name":', "Expecting value"),
+        ('{"name":', "takes a name or JSON such as"),
         ({"name": ["Euler"]}, "not {'name': "),
-        ({"name": "x" * 99_999}, r"not {'name': 'xxx.*\.\.\.$"),
+        ({"name": "x" * 99_999}, r"not {'name': 'xxx.*\.\.\.; openapi"),
         (
             {"name": "Euler", "solver_order": 2},
             "takes for EulerDiscreteScheduler the options .*not 'solver_ord",
@@ -258,7 +462,7 @@ def test_options_are_read(value: Any, read: Any) -> None:
 def test_other_options_are_told(value: Any, told: str) -> None:
     with pytest.raises(ValueError, match=f"(?s){told}") as caught:
         read_sampler(value, KNOWN)
-    assert len(str(caught.value)) < 400
+    assert len(str(caught.value)) < 300
 
 
 @functools.cache
@@ -288,6 +492,20 @@ def test_the_demonstration_model_is_drawn_right(sampler: Any) -> None:
     own |= {} if name in (*ZERO_SNR, "LCMScheduler", "TCDScheduler") else {"rescale_betas_zero_snr": False}
     pipeline.scheduler = build_scheduler(own, name, options)
     pictures: list[Image.Image] = list(draw_prompts(PROMPTS, draw_with(pipeline, num_inference_steps=8), batch=8))
+    assert score_pictures(PROMPTS, pictures)["all"] >= 7 / 8
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("name", ALL)
+def test_the_demonstration_model_is_drawn_right_from_images(name: str, strength: float) -> None:
+    """With one step left and more, by every sampler, with the noise levels that it has."""
+    own = {**DEMO.config, **({} if name in ZERO_SNR else {"rescale_betas_zero_snr": False})}
+    pipeline = diffusers.StableDiffusionXLImg2ImgPipeline.from_pipe(load_demo())
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = build_scheduler(own, name, {}, partial=True)
+    images = [draw_scene(each.scene) for each in PROMPTS]
+    draw = draw_with(pipeline, image=images, strength=strength, num_inference_steps=10)
+    pictures = list(draw_prompts(PROMPTS, draw, batch=8))
     assert score_pictures(PROMPTS, pictures)["all"] >= 7 / 8
 
 

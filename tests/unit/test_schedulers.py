@@ -15,6 +15,7 @@ from sdxl_server.diffusion.generation import generate, run_to_end
 from sdxl_server.errors import ConfigError, RequestError
 from sdxl_server.model.describe import describe_pipeline
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
+from sdxl_server.request.samplers import ALIASES
 from tests.unit.pipelines import load, make_picture
 from tools.server import ROOT
 
@@ -53,13 +54,13 @@ def test_distilled_models_have_their_own_scheduler(tmp_path: Path, name: str) ->
     (picture,) = run_to_end(generate(loaded, request))
     assert judge_picture(picture.image, prompt.scene).is_right
     with pytest.raises(
-        RequestError, match=f"^scheduler takes a sampler that suits this model, such as {name} .*, not 'Euler'"
+        RequestError, match=f"^scheduler takes a sampler that suits this model, such as {name[:3]}, not 'Euler'"
     ):
         loaded.contract.check({"prompt": "x", "scheduler": "Euler"})
 
 
 def test_scheduler_with_options_is_used_and_told(tiny_model: Path) -> None:
-    karras = {"name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}
+    karras = ALIASES["DPM++ 2M Karras"]
     loaded = load(tiny_model, scheduler="dpm++ 2m karras")
     assert describe_pipeline(loaded)["scheduler"] == karras
     request = loaded.contract.check({"prompt": "x", "seed": 1})

@@ -15,7 +15,13 @@ from sdxl_server.errors import RequestError
 from sdxl_server.request.limits import Limits
 from sdxl_server.request.masks import blend, cover_cells
 from sdxl_server.request.resizing import choose_size, list_sizes
-from sdxl_server.request.upload_limits import MAX_NUMBERS, MAX_RUNS, MAX_SEGMENTS, check_segments
+from sdxl_server.request.upload_limits import (
+    MAX_NUMBERS,
+    MAX_PIXELS,
+    MAX_RUNS,
+    MAX_SEGMENTS,
+    check_segments,
+)
 from sdxl_server.request.uploads import Upload, read_bytes, read_upload
 from tests.unit.test_request import CONTRACT
 
@@ -122,6 +128,53 @@ def test_photo_of_24_megapixels_is_made_smaller(kind: str) -> None:
     request = CONTRACT.check({"prompt": "a", "image": base64.b64encode(file).decode()})
     assert (request.width, request.height) == (152, 104)
     assert request.image.getpixel((50, 50))[0] > 250
+
+
+@pytest.mark.parametrize(
+    ("size", "is_progressive"),
+    [
+        ((8160, 6144), False),
+        ((9248, 6936), False),
+        ((12000, 9000), False),
+        ((12000, 9000), True),
+        ((16320, 12240), False),
+    ],
+)
+def test_photos_of_many_megapixels_are_decoded_smaller(size: tuple[int, int], is_progressive: bool) -> None:
+    """Upright, with the sides that a result needs, and within a bound of memory."""
+    ramp = Image.linear_gradient("L").resize(size)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = save(ramp, "JPEG", progressive=is_progressive, exif=exif, quality=50)
+    del ramp
+    upload = read(file)
+    assert min(upload.pixels.size) >= 2048
+    assert upload.pixels.width * upload.pixels.height <= MAX_PIXELS
+    assert abs(upload.pixels.width / upload.pixels.height - size[1] / size[0]) < 0.001
+    middle = upload.pixels.height // 2
+    left, right = (upload.pixels.getpixel((at, middle))[0] for at in (20, upload.pixels.width - 21))
+    assert (left > 240, right < 15) == (True, True)  # the quarter turn brings the black top of the ramp to the right
+
+
+def test_photos_are_bounded() -> None:
+    with pytest.raises(RequestError, match="at most 200 megapixels, not 16008x16000$"):
+        read(save(Image.new("L", (16_008, 16_000)), "JPEG"))
+    with pytest.raises(RequestError, match="at most 50 megapixels, not 8160x6144; a JPEG may have 200$"):
+        read(save(Image.new("1", (8160, 6144))))
+    wide = read(save(Image.new("L", (20_000, 6000)), "JPEG")).pixels.size
+    assert min(wide) >= 2048
+    many = read_upload("image", save(Image.new("L", (8160, 6144)), "JPEG"), max_side=4096).pixels.size
+    assert many == (4080, 3072)
+
+
+def test_colours_in_several_scans_count_as_progressive() -> None:
+    """Then libjpeg holds all coefficients too."""
+    frame = b"\xff\xc0\0\x11\x08" + struct.pack(">HH", 12_240, 16_320) + b"\3" + bytes(9)
+    scan = b"\xff\xda\0\x0c\3" + bytes(9)
+    check_segments(b"\xff\xd8" + frame + scan)
+    for file in (frame + scan.replace(b"\x0c\3", b"\x0c\1"), frame.replace(b"\xff\xc0", b"\xff\xc2") + scan):
+        with pytest.raises(ValueError, match="it is progressive, with more than 120 megapixels"):
+            check_segments(b"\xff\xd8" + file)
 
 
 @pytest.mark.parametrize("kind", [b"heic", b"mif1", b"hevc"])

@@ -110,7 +110,7 @@ def read_weights(prompt: str) -> list[list[tuple[str, float]]]:
         (r"a \(red:1.3\) \[fox\] \\ \x", [("a (red:1.3) [fox] \\ x", 1)]),
         ("(a:nan) (b:1e9) (c:)", [("a:nan", 1.1), (" ", 1), ("b:1e9", 1.1), (" ", 1), ("c:", 1.1)]),
         # other programs' words stay words
-        ("a [fox:cat:0.5] (<lora:x:0.8>:1.2)", [("a [fox:cat:0.5] ", 1), ("<lora:x:0.8>", 1.2)]),
+        ("a [fox:cat:0.5] (<ti:x:0.8>:1.2)", [("a [fox:cat:0.5] ", 1), ("<ti:x:0.8>", 1.2)]),
         ("a [fox|cat] AND break", [("a [fox|cat] AND break", 1)]),
     ],
 )
@@ -276,7 +276,9 @@ def test_static_graphs_weigh_one_chunk(tiny_model: Path, eager: LoadedPipeline, 
 def test_what_is_read_is_not_warned_of(eager: LoadedPipeline) -> None:
     fields = {"prompt": f"a (red:1.3) ((fox)) BREAK {LONG}", "negative_prompt": "[fox:cat:0.5], (a)1.3 AND b"}
     (warning,) = list_warnings(eager, eager.contract.check(fields))
-    assert warning == "negative_prompt: '[fox:cat:0.5]', 'AND' have no special meaning here and are read as plain words"
+    assert warning == (
+        "negative_prompt: '[fox:cat:0.5]', '(a)1.3', 'AND' have no special meaning here and are read as plain words"
+    )
 
 
 def test_chunks_are_bounded(eager: LoadedPipeline) -> None:

@@ -5,7 +5,7 @@ import { make, button } from "./dom.js";
 // The fields that are always shown, in this order. The others are folded.
 const FIRST = ["prompt", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale", "scheduler", "seed", "num_images_per_prompt", "adapters"];
 const WITH_IMAGE = ["strength", "resize_mode"]; // shown with the image to start from
-const OWN = ["image", "mask_image", "stream", "response_format"]; // set by the web UI itself
+const OWN = ["image", "mask_image", "invert_mask", "stream", "response_format"]; // set by the web UI itself
 const LABELS = {
   num_inference_steps: "Steps",
   guidance_scale: "Guidance",
