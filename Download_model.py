@@ -217,7 +217,7 @@ def is_single_file(model: str) -> bool:
 
 def check_no_pickle(name: str) -> None:
     """Refuse a pickle by its name, before it is downloaded."""
-    from sdxl_server.convert.recognition import PICKLES, explain_pickle
+    from sdxl_server.convert.weights_files import PICKLES, explain_pickle
 
     if name.lower().endswith(PICKLES):
         raise DownloadError(explain_pickle(Path(name), "a pickle"))
@@ -246,6 +246,20 @@ def open_single_file(model: str, revision: str | None) -> tuple[dict[str, str], 
     return {"model": f"{source.model}/{file.name}", "revision": source.revision}, source, file
 
 
+def find_original_config(path: Path, source: Source | None, file: SourceFile | None) -> SourceFile | None:
+    """Return the .yaml next to a model in one file, here or at its source."""
+    from sdxl_server.convert.original_config import check_config_size, find_config, is_config_of
+
+    config = None
+    if source and file:
+        config = next((each for each in source.files if is_config_of(Path(file.name), Path(each.name))), None)
+    elif own := find_config(path):
+        config = SourceFile(own.name, own.stat().st_size, digest_file(own))
+    if config:
+        check_config_size(config.name, config.size)
+    return config
+
+
 def make_from_single_file(
     model: str, revision: str | None, *, folder: Path, dtype: str, prediction: str | None, vae: Path | None
 ) -> None:
@@ -258,11 +272,14 @@ def make_from_single_file(
     record = {**origin, "dtype": dtype, **describe_vae(vae)}
     if prediction:
         record["prediction_type"] = prediction
+    path = Path(model)
+    config = None if prediction else find_original_config(path, source, file)
+    if config:  # another configuration can make another folder
+        record["config"] = " ".join(filter(None, (config.name, config.sha256)))
     check_folder(folder, record)
     if (folder / INDEX).exists():
         print(f"{folder} already holds {record['model']} ({dtype}): nothing to do")
         return
-    path = Path(model)
     if source and file:
         path = folder / "single_file.safetensors"
         partial = get_partial_path(path)
@@ -270,15 +287,20 @@ def make_from_single_file(
             # The converted model takes about the same space again
             check_disk_space(folder, 2 * file.size - (partial.stat().st_size if partial.exists() else 0))
             start_folder(folder, record)
+            if config:
+                fetch_file(source, config, path.with_suffix(Path(config.name).suffix))
             fetch_file(source, file, path)
     checkpoint = recognise_checkpoint(path, prediction=prediction)
     check_weight_counts(checkpoint, needs_vae=vae is None)
     check_disk_space(folder, count_bytes(checkpoint, folder, dtype))
     print(f"{record['model']}: {checkpoint.describe()}")
+    if checkpoint.note:
+        print(f"{record['model']}: {checkpoint.note}")
     start_folder(folder, record)
     convert_to_folder(checkpoint, folder, dtype=dtype, vae=vae, tell=print)
     if source:
-        path.unlink()
+        for each in folder.glob("single_file.*"):
+            each.unlink()
     if hint := describe_few_step_name(Path(record["model"]).name):
         print(hint)
     print(f"{folder} is complete")
@@ -412,7 +434,7 @@ def explain_errors(model: str, revision: str | None) -> Iterator[None]:
     """Turn the errors of a download into a DownloadError, whose message is one line."""
     from huggingface_hub import constants, errors
 
-    from sdxl_server.convert.recognition import CheckpointError
+    from sdxl_server.convert.weights_files import CheckpointError
 
     try:
         yield
@@ -449,7 +471,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--prediction-type",
         choices=("epsilon", "v_prediction", "v_prediction_ztsnr"),
         help="for a model in one file: the prediction type of its UNet; ztsnr: with zero terminal SNR (default: from "
-        "the file)",
+        "the file, or from a .yaml of its name next to it)",
     )
     add(
         "--vae",

@@ -9,15 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sdxl_server.convert.recognition import (
-    LAYOUTS,
-    SETTINGS_FOLDER,
-    UNET_PREFIX,
-    VAE_PREFIX,
-    Checkpoint,
-    CheckpointError,
-    read_safetensors_header,
-)
+from sdxl_server.convert.recognition import LAYOUTS, SETTINGS_FOLDER, UNET_PREFIX, VAE_PREFIX, Checkpoint
+from sdxl_server.convert.weights_files import CheckpointError, read_safetensors_header
 
 INDEX = "model_index.json"
 # Other components have a config.json.
@@ -170,18 +163,22 @@ def load_component(checkpoint: Checkpoint, part: str, described: Path, dtype: st
     """
     import diffusers
     import torch
+    import transformers
+    from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
 
-    index = json.loads((described / INDEX).read_text())
-    others = {name: None for name, value in index.items() if isinstance(value, list) and name != part}
+    prefix = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, **LAYOUTS[checkpoint.layout]}[part]
+    library, kind = json.loads((described / INDEX).read_text())[part]
+    wanted = getattr(torch, DTYPES[dtype])
+    options = {"config": str(described), "subfolder": part, "local_files_only": True}
     with reraise_as_checkpoint_error(checkpoint.path, part):
-        pipeline = getattr(diffusers, index["_class_name"]).from_single_file(
-            str(checkpoint.path),
-            config=str(described),
-            dtype=getattr(torch, DTYPES[dtype]),
-            local_files_only=True,
-            **others,
-        )
-    return check_all_loaded(getattr(pipeline, part), part, checkpoint.path)
+        header = read_safetensors_header(checkpoint.path)
+        tensors = header.load_tensors((name for name in header.shapes if name.startswith(prefix)), wanted)
+        if library == "diffusers":
+            module = getattr(diffusers, kind).from_single_file(tensors, dtype=wanted, **options)
+        else:
+            encoder = getattr(transformers, kind)
+            module = create_diffusers_clip_model_from_ldm(encoder, tensors, torch_dtype=wanted, **options)
+    return check_all_loaded(module, part, checkpoint.path)
 
 
 def load_replacement_vae(path: Path, described: Path, dtype: str) -> Any:
@@ -207,11 +204,12 @@ def load_replacement_vae(path: Path, described: Path, dtype: str) -> Any:
                 )
             vae = kind.from_pretrained(inside, dtype=wanted, use_safetensors=True, local_files_only=True)
         else:
-            names = [name.removeprefix(VAE_PREFIX) for name in read_safetensors_header(path).shapes]
-            if not any(name.startswith("decoder.conv_in.") for name in names):
+            header = read_safetensors_header(path)
+            if not any(name.removeprefix(VAE_PREFIX).startswith("decoder.conv_in.") for name in header.shapes):
                 raise CheckpointError(f"{path} holds no VAE; --vae takes one in .safetensors or a folder")
+            tensors = header.load_tensors(header.shapes, wanted)
             vae = kind.from_single_file(
-                str(path), config=str(described), subfolder="vae", dtype=wanted, local_files_only=True
+                tensors, config=str(described), subfolder="vae", dtype=wanted, local_files_only=True
             )
     return check_all_loaded(vae, "vae", path)
 

@@ -2,16 +2,16 @@
 
 import contextlib
 import json
-import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from sdxl_server.convert.original_config import find_config, read_prediction_type
+from sdxl_server.convert.weights_files import CheckpointError, Header, check_not_quantised, read_safetensors_header
+
 SETTINGS_FOLDER = Path(__file__).parent
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 INPUT_WEIGHT = "input_blocks.0.0.weight"
@@ -34,7 +34,7 @@ UNSERVED_CHANNELS = {
 PREDICTIONS = ("epsilon", "v_prediction", "v_prediction_ztsnr")
 # Other content of such files, by a pattern of its names. The first match counts, after whole models.
 UNSERVED_CONTENTS = {
-    "a LoRA or another adapter of a model": r"lora[_.](up|down|A|B)\b|\.lora\.|hada_w|lokr_w|oft_(blocks|diag)",
+    "a LoRA or another adapter of a model": r"^lora_|lora[_.](up|down|A|B)\b|\.lora\.|hada_w|lokr_w|oft_|\.on_input$",
     "a ControlNet": r"^control_model\.|^controlnet_",
     "an IP-Adapter": r"^(image_proj|ip_adapter)\.",
     "a textual inversion": r"^(emb_params|clip_[lg])$",
@@ -44,43 +44,6 @@ UNSERVED_CONTENTS = {
     "a VAE alone": r"^(first_stage_model\.)?(encoder|decoder)\.conv_in\.",
     "a text encoder alone": r"(^|\.)text_model\.|^transformer\.resblocks\.",
 }
-FIRST_BYTES = {  # of files in other formats
-    b"PK\x03\x04": "a pickle of PyTorch's",
-    b"\x80": "a pickle",
-    b"GGUF": "weights in GGUF",
-    b"<": "a web page, such as a login page",
-    b"version https://git-lfs": "a pointer of Git LFS (fetch the file by git lfs pull)",
-}
-
-
-class CheckpointError(ValueError):
-    """A file that cannot be converted. The message gives the reason in one line."""
-
-
-@dataclass(frozen=True)
-class Header:
-    """The header of a safetensors file.
-
-    Attributes:
-        shapes: by the tensor's name.
-        metadata: texts by key.
-    """
-
-    path: Path
-    shapes: Mapping[str, tuple[int, ...]]
-    metadata: Mapping[str, str]
-
-    def count(self, prefix: str, pattern: str = "") -> int:
-        """Return the number of weights under a prefix whose further name begins with the pattern."""
-        return sum(
-            math.prod(shape)
-            for name, shape in self.shapes.items()
-            if name.startswith(prefix) and re.match(pattern, name[len(prefix) :])
-        )
-
-    def has(self, prefix: str) -> bool:
-        """Say whether a tensor's name has this prefix."""
-        return any(name.startswith(prefix) for name in self.shapes)
 
 
 @dataclass(frozen=True)
@@ -93,6 +56,7 @@ class Checkpoint:
         prediction: the UNet's prediction type, one of PREDICTIONS.
         reason: how the prediction type is known.
         has_vae: the file holds a VAE.
+        note: a line about lost precision; empty if none is known.
     """
 
     path: Path
@@ -101,6 +65,7 @@ class Checkpoint:
     prediction: str
     reason: str
     has_vae: bool
+    note: str
 
     def describe(self) -> str:
         """Return the model in words."""
@@ -126,44 +91,11 @@ class Checkpoint:
         return settings
 
 
-def read_safetensors_header(path: Path) -> Header:
-    """Return the header of a safetensors file.
-
-    Raises:
-        CheckpointError: the file has another format or is damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if path.suffix.lower() in PICKLES:
-        raise CheckpointError(explain_pickle(path, "a pickle"))
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            return Header(path, shapes, file.metadata() or {})
-    except SafetensorError as error:
-        with path.open("rb") as stream:
-            beginning = stream.read(64).lstrip()
-        what = next((words for start, words in FIRST_BYTES.items() if beginning.startswith(start)), None)
-        if what is None:
-            raise CheckpointError(f"{path} is damaged, or was not fetched whole: {error}") from error
-        if "pickle" in what:
-            raise CheckpointError(explain_pickle(path, what)) from error
-        raise CheckpointError(f"{path} holds {what}, no weights in safetensors") from error
-
-
-def explain_pickle(path: Path, what: str) -> str:
-    """Return the message that refuses a pickle."""
-    return (
-        f"{path} is {what}, which can run code when it is read: use the model's .safetensors file. If there is none, "
-        "convert it with torch.load(..., weights_only=True) and safetensors.torch.save_file on a disposable machine"
-    )
-
-
 def recognise_checkpoint(path: Path, *, prediction: str | None = None) -> Checkpoint:
     """Return the model in a file.
 
     Args:
-        prediction: the prediction type that the user names; None reads it from the file.
+        prediction: the prediction type that the user names; None reads it from the file or the .yaml next to it.
 
     Raises:
         CheckpointError: names the content of another file.
@@ -176,6 +108,7 @@ def recognise_checkpoint(path: Path, *, prediction: str | None = None) -> Checkp
         raise CheckpointError(
             f"{path} holds {describe_content(header)}, not a whole model of {', '.join(LAYOUT_NAMES.values())}"
         )
+    check_not_quantised(header)
     for key, what in {"edm_mean": "Playground v2.5", "edm_vpred.sigma_max": "CosXL"}.items():
         if key in header.shapes:
             raise CheckpointError(f"{path} holds {what}, whose schedule of noise (EDM) is not served")
@@ -184,7 +117,20 @@ def recognise_checkpoint(path: Path, *, prediction: str | None = None) -> Checkp
         what = UNSERVED_CHANNELS.get(channels, "a model of another kind")
         raise CheckpointError(f"{path} holds {what} ({channels} channels), which is not served")
     found, reason = (prediction, "as asked") if prediction else find_prediction_type(header, layout, channels)
-    return Checkpoint(path, layout, channels, found, reason, header.has(f"{VAE_PREFIX}decoder."))
+    return Checkpoint(
+        path, layout, channels, found, reason, header.has(f"{VAE_PREFIX}decoder."), describe_precision(header)
+    )
+
+
+def describe_precision(header: Header) -> str:
+    """Say in a line that the file lost precision; empty if it has no weights in fp8."""
+    if not header.fp8:
+        return ""
+    scaled = "scaled fp8" if header.scales else "fp8"
+    return (
+        f"{len(header.fp8)} of {len(header.shapes)} tensors are in {scaled}. Precision was lost when the file was "
+        "made: prefer one in fp16"
+    )
 
 
 def describe_content(header: Header) -> str:
@@ -205,22 +151,28 @@ def describe_content(header: Header) -> str:
 
 
 def find_prediction_type(header: Header, layout: str, channels: int) -> tuple[str, str]:
-    """Return a model's prediction type, and how it is known."""
+    """Return a model's prediction type, and how it is known.
+
+    Raises:
+        CheckpointError: the .yaml next to the file is damaged or names another type.
+    """
     import torch
-    from safetensors import safe_open
 
     if "v_pred" in header.shapes:
         if "ztsnr" in header.shapes:
             return "v_prediction_ztsnr", "by the file's keys v_pred and ztsnr"
         return "v_prediction", "by the file's key v_pred"
+    config = find_config(header.path)
+    if config and (named := read_prediction_type(config)):
+        return named, f"by the {config.suffix} next to the file"
     stated = header.metadata.get("modelspec.prediction_type", "")
     if stated.startswith(("v", "eps")):
         return "v_prediction" if stated.startswith("v") else "epsilon", "by the file's modelspec.prediction_type"
     name = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
     if layout == "sd2" and channels == 4 and name in header.shapes:
         # SD 2.x files do not name it. ComfyUI separates the two kinds by how far training moved this bias.
-        with safe_open(header.path, framework="pt") as file:
-            spread = float(torch.std(file.get_tensor(name).float(), unbiased=False))
+        bias = header.load_tensors([name], torch.float32)[name]
+        spread = float(torch.std(bias.float(), unbiased=False))
         return (
             "v_prediction" if spread > 0.09 else "epsilon",
             "a guess by its weights; --prediction-type overrides it",

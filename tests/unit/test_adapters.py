@@ -17,14 +17,17 @@ from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.convert.ldm_names import list_ldm_names
 from sdxl_server.diffusion.generation import generate, run_to_end
 from sdxl_server.errors import ConfigError, RequestError
-from sdxl_server.model.adapters.layer_names import ATTENTION_PROCESSORS, Layer, list_layers
-from sdxl_server.model.adapters.lora_files import DIFFUSERS_KEY, PEFT_FILE
+from sdxl_server.model.adapters.layer_names import ATTENTION_PROCESSORS, Layer, index_layers, list_layers
+from sdxl_server.model.adapters.lora_files import DIFFUSERS_KEY, PEFT_FILE, LowRankChange, load_lora
 from sdxl_server.model.describe import describe_pipeline
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from tests.unit.pipelines import load, make_picture
 from tools.random_model import make_pipeline
 
 RANK, ALPHA = 4, 2.0
+LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+DOWN, UP = f"{LAYER}.lora_down.weight", f"{LAYER}.lora_up.weight"
+GOOD = {DOWN: (4, 64), UP: (64, 4)}
 PARTS = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 Matrices = Mapping[Layer, tuple[torch.Tensor, torch.Tensor]]
 
@@ -160,6 +163,147 @@ def test_each_naming_is_read_whole(
     assert describe_image(loaded, request, 0, unet_calls=1)["made_with"]["adapters"] == [told]
 
 
+@pytest.fixture(scope="module")
+def layers() -> Mapping[str, Layer]:
+    return index_layers(make_pipeline("tiny"), ("text_encoder", "text_encoder_2"))
+
+
+ONETRAINER = {"unet": "unet.", "text_encoder": "clip_l.", "text_encoder_2": "clip_g."}
+COMFYUI = {
+    "unet": "diffusion_model.",
+    "text_encoder": "text_encoders.clip_l.transformer.",
+    "text_encoder_2": "text_encoders.clip_g.transformer.",
+}
+
+
+def write_original_names(
+    matrices: Matrices, prefixes: Mapping[str, str], *, ends: tuple[str, str] = ("lora_down", "lora_up")
+) -> dict[str, torch.Tensor]:
+    """Return tensors with dots and the UNet's names in the original layout; without prefix the UNet's only."""
+    originals = list_ldm_names([each.weight for each in matrices if each.component == "unet"], 1)
+    tensors: dict[str, torch.Tensor] = {}
+    for layer, pair in matrices.items():
+        if layer.component in prefixes:
+            name = originals.get(layer.weight, "").removesuffix(".weight") if layer.component == "unet" else ""
+            stem = prefixes[layer.component] + (name or get_name(layer))
+            tensors |= {f"{stem}.{end}.weight": each for end, each in zip(ends, pair, strict=True)}
+            tensors[f"{stem}.alpha"] = torch.tensor(int(ALPHA))
+    return tensors
+
+
+def write_compiled(matrices: Matrices) -> dict[str, torch.Tensor]:
+    """Return kohya's names of a compiled UNet and diffusers' of compiled text encoders, one of them in parallel."""
+    unet = {layer: each for layer, each in matrices.items() if layer.component == "unet"}
+    flat = {
+        name.replace("lora_unet_", "lora_unet__orig_mod_"): each
+        for name, each in write_kohya(unet, is_original=False).items()
+    }
+    dotted = write_diffusers({layer: each for layer, each in matrices.items() if layer not in unet})
+    for new, old in {
+        "encoder.": "encoder._orig_mod.",
+        "encoder_2.": "encoder_2.module.",
+        ".mlp.": "._orig_mod.mlp.",
+    }.items():
+        dotted = {name.replace(new, old, 1): each for name, each in dotted.items()}
+    return {**flat, **dotted}
+
+
+def write_by_diffusers_for_kohya(matrices: Matrices) -> dict[str, torch.Tensor]:
+    from diffusers.utils import convert_state_dict_to_kohya
+
+    return dict(convert_state_dict_to_kohya(write_diffusers(matrices)))
+
+
+OTHER_NAMINGS: dict[str, tuple[Callable[[Matrices], dict[str, torch.Tensor]], float]] = {
+    "OneTrainer": (lambda each: write_original_names(each, ONETRAINER), ALPHA),
+    "OneTrainer for ComfyUI": (lambda each: write_original_names(each, COMFYUI, ends=("lora_A", "lora_B")), ALPHA),
+    "model.diffusion_model": (lambda each: write_original_names(each, {"unet": "model.diffusion_model."}), ALPHA),
+    "no prefix": (lambda each: write_original_names(each, {"unet": ""}), ALPHA),
+    "compiled": (write_compiled, RANK),
+    "diffusers for kohya": (write_by_diffusers_for_kohya, RANK),
+}
+
+
+@pytest.mark.parametrize("naming", OTHER_NAMINGS)
+def test_other_namings_give_each_layer_its_matrices(
+    layers: Mapping[str, Layer], matrices: Matrices, tmp_path: Path, naming: str
+) -> None:
+    write, alpha = OTHER_NAMINGS[naming]
+    tensors = write(matrices)
+    _, changes = load_lora(save(tensors, tmp_path / "lora.safetensors"), layers)
+    is_whole = naming not in ("model.diffusion_model", "no prefix")
+    assert changes.keys() == {layer for layer in matrices if is_whole or layer.component == "unet"}
+    for layer, change in changes.items():
+        down, up = matrices[layer]
+        assert torch.equal(change.down, down)
+        assert torch.equal(change.up, up.flatten(1))
+        stated = ALPHA if naming == "compiled" and layer.component == "unet" else alpha
+        assert change.factor == stated / RANK
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.float16, torch.float8_e5m2])
+def test_alpha_is_any_number(
+    layers: Mapping[str, Layer], tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    assert load_one(layers, tmp_path, {f"{LAYER}.alpha": torch.ones(shape).to(dtype)}).factor == 1 / RANK
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("scale", [None, torch.tensor(0.5), torch.arange(1.0, RANK + 1)])
+def test_fp8_matrices_become_wider(
+    layers: Mapping[str, Layer], tmp_path: Path, dtype: torch.dtype, scale: torch.Tensor | None
+) -> None:
+    down = torch.randn(RANK, 64).to(dtype)
+    scales = {} if scale is None else {f"{LAYER}.lora_down.weight_scale": scale}
+    change = load_one(layers, tmp_path, {DOWN: down, UP: torch.ones(64, RANK).to(dtype), **scales})
+    assert torch.equal(change.down, down.float() * (1 if scale is None else scale.reshape(-1, 1)))
+    assert torch.isfinite(change.up @ change.down).all()
+
+
+def load_one(layers: Mapping[str, Layer], folder: Path, tensors: Mapping[str, torch.Tensor]) -> LowRankChange:
+    """Return the change by a file for one layer."""
+    good = {name: torch.ones(shape) for name, shape in GOOD.items()}
+    _, changes = load_lora(save({**good, **tensors}, folder / "lora.safetensors"), layers)
+    (change,) = changes.values()
+    return change
+
+
+def test_textual_inversions_are_set_aside(
+    layers: Mapping[str, Layer], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    embeddings = {f"bundle_emb.{each}": torch.ones(2, 64) for each in ("fox.clip_l", "fox.clip_g", "<owl>.clip_l")}
+    load_one(layers, tmp_path, embeddings)
+    assert "lora.safetensors: its textual inversions are left out: '<owl>, fox'" in caplog.text
+    with pytest.raises(ConfigError, match="holds no tensor of a LoRA"):
+        load_lora(save(embeddings, tmp_path / "alone.safetensors"), layers)
+
+
+def test_patterns_of_a_compiled_model_find_their_layers(layers: Mapping[str, Layer], tmp_path: Path) -> None:
+    name = "mid_block.attentions.0._orig_mod.transformer_blocks.0.attn2.to_k"
+    tensors = {f"unet.{name}.lora_{end}.weight": torch.ones(shape) for end, shape in (("A", (4, 64)), ("B", (64, 4)))}
+    settings = {"unet.r": RANK, "unet.lora_alpha": RANK, "unet.alpha_pattern": {name: 8}}
+    path = save(tensors, tmp_path / "lora.safetensors", {DIFFUSERS_KEY: json.dumps(settings)})
+    assert [each.factor for each in load_lora(path, layers)[1].values()] == [8 / RANK]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "told"),
+    [
+        ({DOWN: torch.ones(RANK, 64, dtype=torch.int8)}, "takes floating-point numbers for unet.mid_block"),
+        ({f"{LAYER}.alpha": torch.ones(2)}, "takes one number as the alpha of unet.mid_block"),
+        ({f"{LAYER}.alpha": torch.tensor(torch.nan)}, "not finite: alpha"),
+        ({UP: torch.full((64, RANK), torch.nan).to(torch.float8_e4m3fn)}, "not finite: up"),
+        ({f"{LAYER}._orig_mod.lora_down.weight": torch.ones(RANK, 64)}, "two tensors for one name"),
+    ],
+)
+def test_unusable_numbers_are_refused(
+    layers: Mapping[str, Layer], tmp_path: Path, tensors: Mapping[str, torch.Tensor], told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        load_one(layers, tmp_path, tensors)
+
+
 @pytest.mark.parametrize("scale", [-1.0, 0.0, 0.5])
 def test_the_image_equals_diffusers_with_peft(tiny_model: Path, files: Mapping[str, Path], scale: float) -> None:
     own = load(tiny_model)
@@ -207,11 +351,6 @@ def test_distilled_schedulers_are_offered_with_adapters(tiny_model: Path, files:
     assert "TCDScheduler" in loaded.contract.limits.samplers
 
 
-LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
-DOWN, UP = f"{LAYER}.lora_down.weight", f"{LAYER}.lora_up.weight"
-GOOD = {DOWN: (4, 64), UP: (64, 4)}
-
-
 @pytest.mark.parametrize(
     ("shapes", "told"),
     [
@@ -223,6 +362,12 @@ GOOD = {DOWN: (4, 64), UP: (64, 4)}
         ({f"{LAYER}.hada_w1_a": (4, 64)}, "holds LoHa"),
         ({f"{LAYER}.lokr_w1": (4, 64)}, "holds LoKr"),
         ({f"{LAYER}.diff": (64, 64)}, "holds whole weights"),
+        ({**GOOD, f"{LAYER}.diff_b": (64,)}, "holds biases"),
+        ({f"{LAYER}.weight": (64,), f"{LAYER}.on_input": ()}, r"holds \(IA\)³, and only LoRA is served"),
+        ({"unet.mid_block.attentions.0.attn2.to_k.ia3_l": (64, 1)}, r"holds \(IA\)³"),
+        ({f"{LAYER}.{name}.weight": (64, 64) for name in ("a1", "a2", "b1", "b2")}, "holds GLoRA"),
+        ({f"{LAYER}.oft_blocks": (4, 16, 16)}, "holds OFT"),
+        ({f"diffusion_model.{LAYER}.lora_down.weight": (4, 64)}, "no layer: diffusion_model"),
         ({DOWN: (4, 768), UP: (64, 4)}, r"made for Stable Diffusion 1\.x: unet.* has weights of 64×64, .* down 4×768"),
         (
             {DOWN: (4, 768), UP: (64, 4), "lora_te_text_model_encoder_layers_9_mlp_fc1.lora_up.weight": (4, 4)},

@@ -21,6 +21,8 @@ UNET = "model.diffusion_model."
 INPUT = UNET + "input_blocks.0.0.weight"
 CLIP, OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 SIZES = {"sdxl": "tiny", "sd1": "tiny-sd", "sd2": "tiny-sd"}
+LDM_V = b'model:\n  target: ldm.models.diffusion.ddpm.LatentDiffusion\n  params:\n    parameterization: "v"\n'
+SCALING = "model: {params: {denoiser_config: {params: {scaling_config: {target: sgm.denoiser_scaling.%s}}}}}"
 ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
@@ -140,6 +142,86 @@ def test_user_names_the_prediction_type(make_file: Callable[..., Any], tmp_path:
     assert json.loads((tmp_path / "model/unet/config.json").read_text())["sample_size"] == 96
 
 
+WHOLE = {INPUT: (320, 4, 3, 3), f"{CLIP}a": (2, 2), f"{OPEN_CLIP}a": (2, 2)}
+BY_YAML = "by the .yaml next to the file"
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (LDM_V, f"v_prediction ({BY_YAML})"),
+        (b"model: {params: {parameterization: V}}", f"v_prediction ({BY_YAML})"),
+        (b"model: {params: {parameterization: eps}}", f"epsilon ({BY_YAML})"),
+        (b"model: {params: {parameterization: v, zero_terminal_snr: true}}", f"v_prediction_ztsnr ({BY_YAML})"),
+        (b"model: {params: {parameterization: v, ztsnr: false}}", f"v_prediction ({BY_YAML})"),
+        ((SCALING % "VScaling").encode("utf-16"), f"v_prediction ({BY_YAML})"),
+        ((SCALING % "EpsScaling").encode(), f"epsilon ({BY_YAML})"),
+        (b"model: {params: {scale_factor: 0.13}}", "v_prediction (by the file's modelspec.prediction_type)"),
+        (b"- a list", "v_prediction (by the file's modelspec.prediction_type)"),
+        (b"", "v_prediction (by the file's modelspec.prediction_type)"),
+    ],
+)
+def test_yaml_next_to_a_file_names_the_prediction_type(tmp_path: Path, config: bytes, told: str) -> None:
+    path = save_shapes(WHOLE, tmp_path / "a.b.safetensors", {"modelspec.prediction_type": "v"})
+    (tmp_path / "a.b.yaml").write_bytes(config)
+    (tmp_path / "a.yaml").write_bytes(b"[of another file")
+    assert recognition.recognise_checkpoint(path).describe() == f"Stable Diffusion XL, {told}"
+
+
+@pytest.mark.parametrize("name", ["model.yml", "model.YAML"])
+def test_yaml_has_other_endings(tmp_path: Path, name: str) -> None:
+    path = save_shapes(WHOLE, tmp_path / "model.safetensors")
+    (tmp_path / name).write_bytes(LDM_V)
+    assert recognition.recognise_checkpoint(path).prediction == "v_prediction"
+
+
+def test_keys_and_the_user_come_before_the_yaml(tmp_path: Path) -> None:
+    path = save_shapes({**WHOLE, "v_pred": (0,)}, tmp_path / "model.safetensors")
+    (tmp_path / "model.yaml").write_bytes(b"model: {params: {parameterization: eps}}")
+    assert recognition.recognise_checkpoint(path).reason == "by the file's key v_pred"
+    named = recognition.recognise_checkpoint(path, prediction="epsilon")
+    assert (named.prediction, named.reason) == ("epsilon", "as asked")
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (b"model: {params: [", "cannot be read as the configuration of the checkpoint next to it: 'while parsing"),
+        (b"model: \xff", "cannot be read"),
+        (b"!!python/object/apply:os.getcwd []", "cannot be read"),
+        (b"[" * 5000, "cannot be read"),
+        (b"a" * (1 << 20) + b"a", "has 1,048,577 bytes, and a checkpoint's configuration has at most 1,048,576"),
+        (b"model: {params: {parameterization: x0}}", "names the prediction type 'x0', and v and eps are served"),
+        (b"model: {params: {parameterization: [v]}}", "names the prediction type ['v']"),
+        ((SCALING % "VScalingWithEDMcNoise").encode(), "VScalingWithEDMcNoise', and v and eps are served"),
+    ],
+)
+def test_unusable_yaml_is_reported_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: bytes, told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = save_shapes(WHOLE, tmp_path / "file.safetensors")
+    (tmp_path / "file.yaml").write_bytes(config)
+    check_refused(capsys, told)
+    assert recognition.recognise_checkpoint(path, prediction="v_prediction").reason == "as asked"
+
+
+def test_a_yaml_that_comes_later_makes_another_folder(
+    make_file: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_file("sdxl")
+    arguments = ["--model", "tiny.safetensors", "--output-dir", "model"]
+    assert Download_model.main(arguments) == 0
+    (tmp_path / "tiny.yaml").write_bytes(LDM_V)
+    assert Download_model.main(arguments) == 1
+    assert "tiny.yaml" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "model")
+    assert Download_model.main(arguments) == 0
+    assert f"v_prediction ({BY_YAML})" in capsys.readouterr().out
+    scheduler = json.loads((tmp_path / "model/scheduler/scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "v_prediction"
+
+
 def test_source_is_recorded_and_a_second_run_does_nothing(
     make_file: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,6 +282,7 @@ def test_full_disk_is_refused_before_anything_is_made(
 
 @pytest.mark.parametrize("page", [False, True])
 def test_file_on_the_hub(make_file: Callable[..., Any], tmp_path: Path, page: bool) -> None:
+    """The page's repository also has a configuration next to the file, and one of another file."""
     pipeline = make_file("sdxl")
     content = (tmp_path / "tiny.safetensors").read_bytes()
     name, revision = "sub/tiny.safetensors", "a" * 40
@@ -208,7 +291,8 @@ def test_file_on_the_hub(make_file: Callable[..., Any], tmp_path: Path, page: bo
         "recognition.SETTINGS_FOLDER = pathlib.Path('settings'); sys.exit(Download_model.main(sys.argv[1:]))"
     )
     model = f"https://huggingface.co/somebody/model/blob/{revision}/{name}" if page else f"somebody/model/{name}"
-    with Hub("somebody/model", revision, {name: content, "README.md": b""}) as hub:
+    configs = {"sub/tiny.yml": LDM_V, "tiny.yaml": b"other"} if page else {}
+    with Hub("somebody/model", revision, {name: content, "README.md": b"", **configs}) as hub:
         result = subprocess.run(
             [sys.executable, "-c", program, "--model", model, "--dtype", "fp32", "--output-dir", "model"],
             cwd=tmp_path,
@@ -218,11 +302,12 @@ def test_file_on_the_hub(make_file: Callable[..., Any], tmp_path: Path, page: bo
             check=False,
         )
         assert result.returncode == 0, result.stderr
-        assert hub.get_fetched() == [name]
+        assert hub.get_fetched() == (["sub/tiny.yml", name] if page else [name])
+    assert ("v_prediction (by the .yml next to the file)" in result.stdout) == page
     check_same_weights(tmp_path / "model", pipeline)
     record = json.loads((tmp_path / "model/source.json").read_text())
     assert (record["model"], record["revision"]) == (f"somebody/model/{name}", revision)
-    assert not list((tmp_path / "model").glob("*.safetensors*"))
+    assert not list((tmp_path / "model").glob("single_file*"))
 
 
 @pytest.mark.parametrize("kind", ["file", "file of diffusers", "folder", "pipeline"])
@@ -245,6 +330,134 @@ def test_another_vae_takes_the_place(make_file: Callable[..., Any], tmp_path: Pa
     assert Download_model.main(arguments) == 0
     check_same_weights(tmp_path / "model", pipeline)
     assert json.loads((tmp_path / "model/source.json").read_text())["vae"].startswith(f"{other.name} ")
+
+
+def rewrite_file(change: Callable[[dict[str, Any]], dict[str, Any]], path: str = "tiny.safetensors") -> None:
+    """Change the tensors of a file."""
+    from safetensors.torch import load_file, save_file
+
+    save_file({name: each.contiguous() for name, each in change(load_file(path)).items()}, path)
+
+
+def test_names_of_wrappers_are_removed(make_file: Callable[..., Any], tmp_path: Path) -> None:
+    def wrap(tensors: dict[str, Any]) -> dict[str, Any]:
+        wrapped = {
+            UNET: f"{UNET}_orig_mod.",
+            CLIP: f"module.{CLIP}",
+            "encoder.": "encoder._orig_mod.",
+            "resblocks.0.": "resblocks.0._checkpoint_wrapped_module.",
+        }
+        for new, old in wrapped.items():
+            tensors = {name.replace(new, old, 1): each for name, each in tensors.items()}
+        return tensors
+
+    pipeline = make_file("sdxl")
+    rewrite_file(wrap)
+    assert Download_model.main(["--model", "tiny.safetensors", "--output-dir", "model", "--dtype", "fp32"]) == 0
+    check_same_weights(tmp_path / "model", pipeline)
+
+
+@pytest.mark.parametrize(("spread", "prediction"), [(0.05, "epsilon"), (0.2, "v_prediction")])
+def test_a_compiled_model_of_version_2_is_recognised_by_its_weight(
+    tmp_path: Path, spread: float, prediction: str
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    unet = f"{UNET}_orig_mod."
+    bias = torch.tensor([spread, -spread]).to(torch.float8_e5m2)
+    held = {f"{unet}input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3), "cond_stage_model.model.a": torch.zeros(2)}
+    held[f"{unet}output_blocks.11.1.transformer_blocks.0.norm1.bias"] = bias
+    save_file(held, tmp_path / "model.safetensors")
+    found = recognition.recognise_checkpoint(tmp_path / "model.safetensors")
+    assert (found.layout, found.prediction) == ("sd2", prediction)
+
+
+def test_two_tensors_of_one_name_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_shapes({"a.b": SMALL, "a._orig_mod.b": SMALL}, tmp_path / "file.safetensors")
+    check_refused(capsys, "holds two tensors for one name: a.")
+
+
+@pytest.mark.parametrize("kind", ["plain", "ComfyUI's old", "ComfyUI's", "for each output"])
+def test_fp8_is_read_with_its_scales(
+    make_file: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    import torch
+
+    fp8 = torch.float8_e5m2 if kind == "plain" else torch.float8_e4m3fn
+    scale_name = "scale_weight" if kind == "ComfyUI's old" else "weight_scale"
+    extras = {
+        "ComfyUI's old": {"scale_input": torch.ones(()), "scaled_fp8": torch.zeros(2, dtype=fp8)},
+        "ComfyUI's": {"input_scale": torch.ones(()), "comfy_quant": torch.tensor([123, 125], dtype=torch.uint8)},
+    }.get(kind, {})
+
+    def quantise(weight: Any) -> tuple[Any, Any]:
+        largest = weight.flatten(1).abs().amax(1) if kind == "for each output" else weight.abs().max()
+        scale = torch.ones(()) if kind == "plain" else largest.clamp(min=1e-6) / 448
+        return (weight / scale.reshape(-1, *[1] * (weight.ndim - 1))).to(fp8), scale
+
+    def is_quantised(name: str, weight: Any) -> bool:
+        return name.endswith(".weight") and weight.ndim > 1
+
+    def convert(tensors: dict[str, Any]) -> dict[str, Any]:
+        converted = dict(tensors)
+        for name, weight in tensors.items():
+            if name.startswith((UNET, CLIP)) and is_quantised(name, weight):
+                converted[name], scale = quantise(weight)
+                layer = name.removesuffix("weight")
+                converted |= {f"{layer}{mark}": each.clone() for mark, each in extras.items()}
+                if kind != "plain":
+                    converted[layer + scale_name] = scale
+        return converted
+
+    pipeline = make_file("sdxl")
+    for part in (pipeline.unet, pipeline.text_encoder):
+        for name, weight in part.named_parameters():
+            if is_quantised(name, weight):
+                held, scale = quantise(weight.data)
+                weight.data = held.float() * scale.reshape(-1, *[1] * (weight.ndim - 1))
+    rewrite_file(convert)
+    assert Download_model.main(["--model", "tiny.safetensors", "--output-dir", "model", "--dtype", "fp32"]) == 0
+    out = capsys.readouterr().out
+    assert f"tensors are in {'fp8' if kind == 'plain' else 'scaled fp8'}. Precision was lost" in out
+    check_same_weights(tmp_path / "model", pipeline)
+
+
+LAYER = f"{UNET}input_blocks.4.1.proj_in."
+
+
+@pytest.mark.parametrize(
+    ("tensors", "told"),
+    [
+        ({"weight": "uint8", "weight.absmax": "float32", "weight.quant_map": "float32"}, "NF4 or FP4 of bitsandbytes"),
+        ({"weight": "uint8", "weight.quant_state.bitsandbytes__nf4": "uint8"}, "NF4 or FP4 of bitsandbytes"),
+        ({"weight": "int8", "SCB": "float32"}, "int8 of bitsandbytes"),
+        ({"weight": "int8", "weight_scale": "float32"}, "int8"),
+        ({"weight": "int8"}, "int8"),
+        ({"weight": "uint8", "weight_scale": "float8_e4m3fn", "weight_scale_2": "float32"}, "NVFP4"),
+        ({"qweight": "int32", "qzeros": "int32"}, "GPTQ or AWQ"),
+        ({"qweight": "int8", "wscales": "float32"}, "SVDQuant of Nunchaku"),
+        ({"weight._data": "int8", "weight._scale": "float32"}, "Quanto"),
+        ({"weight": "float8_e4m3fn", "weight_scale": "float32"}, "8 bits with a scale for each block"),
+    ],
+)
+def test_quantised_weights_are_refused_by_name(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tensors: dict[str, str],
+    told: str,
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    monkeypatch.chdir(tmp_path)
+    held = {f"{LAYER}{name}": torch.zeros(4, 2).to(getattr(torch, dtype)) for name, dtype in tensors.items()}
+    save_file({**held, **{name: torch.zeros(shape) for name, shape in WHOLE.items()}}, "file.safetensors")
+    check_refused(capsys, f"holds quantised weights ({told}), which are not served: use the model's file in fp16")
 
 
 SMALL = (2, 2)
@@ -272,6 +485,7 @@ REFUSED: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
         "Playground v2.5",
     ),
     "cosxl": ({INPUT: (320, 4, 3, 3), f"{CLIP}a": SMALL, f"{OPEN_CLIP}a": SMALL, "edm_vpred.sigma_max": ()}, "CosXL"),
+    "ia3": ({"lora_unet_down_blocks_1_attentions_0_proj_in.on_input": SMALL}, "a LoRA or another adapter"),
     "unknown": ({"a.b": SMALL}, "1 tensors of unknown kind, such as a.b"),
     "empty": ({}, "0 tensors of unknown kind"),
     "no vae": ({INPUT: (320, 4, 3, 3), f"{CLIP}a": SMALL, f"{OPEN_CLIP}a": SMALL}, "no VAE: name one by --vae"),
@@ -292,13 +506,19 @@ REFUSED: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
 def test_other_contents_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
+    shapes, words = REFUSED[case]
+    monkeypatch.chdir(tmp_path)
+    save_shapes(shapes, tmp_path / "file.safetensors")
+    check_refused(capsys, words)
+
+
+def save_shapes(shapes: dict[str, tuple[int, ...]], path: Path, metadata: dict[str, str] | None = None) -> Path:
+    """Write a file with tensors of these shapes."""
     import torch
     from safetensors.torch import save_file
 
-    shapes, words = REFUSED[case]
-    monkeypatch.chdir(tmp_path)
-    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, "file.safetensors")
-    check_refused(capsys, words)
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, path, metadata)
+    return path
 
 
 def check_refused(capsys: pytest.CaptureFixture[str], words: str, model: str = "file.safetensors") -> None:
@@ -346,12 +566,9 @@ def test_pickle_is_refused_by_its_name(
 def test_file_that_lacks_tensors_is_refused(
     make_file: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from safetensors.torch import load_file, save_file
-
+    lost = f"{CLIP}text_model.encoder.layers.1.mlp.fc1.bias"
     make_file("sdxl")
-    weights = load_file("tiny.safetensors")
-    del weights[f"{CLIP}text_model.encoder.layers.1.mlp.fc1.bias"]
-    save_file(weights, "tiny.safetensors")
+    rewrite_file(lambda tensors: {name: each for name, each in tensors.items() if name != lost})
     assert Download_model.main(["--model", "tiny.safetensors", "--output-dir", "model"]) == 1
     assert "lacks 1 tensors of its text_encoder, such as encoder.layers.1.mlp.fc1.bias" in capsys.readouterr().err
     assert not (tmp_path / "model/model_index.json").exists()

@@ -24,23 +24,38 @@ MATRIX_BY_SUFFIX = {
     "_lora.up.weight": "up",
     ".alpha": "alpha",
 }
-# Text in a tensor's name that marks another kind of adapter.
+# Other kinds of adapters, by a pattern of their tensors' names.
 UNSERVED_ADAPTERS = {
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    ".hada_": "LoHa",
-    ".lokr_": "LoKr",
-    ".oft_": "OFT",
-    ".boft_": "BOFT",
-    ".diff": "whole weights (.diff)",
-    ".w_norm": "weights of normalisations",
-    ".lora_B.bias": "biases",
+    "DoRA": r"\.(dora_scale|lora_magnitude_vector)\b",
+    "LoHa": r"\.hada_",
+    "LoKr": r"\.lokr_",
+    "GLoRA": r"\.([ab][12]|bm)\.weight$",
+    "(IA)³": r"\.(on_input|ia3_l)\b",
+    "OFT": r"\.oft_",
+    "BOFT": r"\.boft_",
+    "VeRA": r"\.vera_",
+    "whole weights (.diff)": r"\.diff$",
+    "biases": r"\.(diff_b|lora_B\.bias)$",
+    "weights of normalisations": r"\.[bw]_norm$",
 }
-# The prefixes of a component's layers: with dots, and with underscores as in kohya's files.
+# The prefixes of a component's layers: with dots, and with underscores as in kohya's files. OneTrainer writes clip_l.,
+# or for ComfyUI diffusion_model. and text_encoders.; clip_h is the encoder of Stable Diffusion 2.x.
 LAYER_PREFIXES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    UNET: (("unet.", "base_model.model.", ""), ("lora_unet_",)),
-    "text_encoder": (("text_encoder.",), ("lora_te1_", "lora_te_")),
-    "text_encoder_2": (("text_encoder_2.",), ("lora_te2_",)),
+    UNET: (
+        ("unet.", "base_model.model.", "diffusion_model.", "model.diffusion_model.", "lora_unet.", ""),
+        ("lora_unet_", "lycoris_"),
+    ),
+    "text_encoder": (
+        (
+            *("text_encoder.", "lora_te1.", "lora_te.", "clip_l.", "clip_h."),
+            *("text_encoders.clip_l.transformer.", "text_encoders.clip_h.transformer."),
+        ),
+        ("lora_te1_", "lora_te_"),
+    ),
+    "text_encoder_2": (
+        ("text_encoder_2.", "lora_te2.", "clip_g.", "text_encoders.clip_g.transformer."),
+        ("lora_te2_",),
+    ),
 }
 # diffusers' attention processors name no layers.
 ATTENTION_PROCESSORS = {
@@ -108,10 +123,11 @@ def _list_file_names(layer: Layer, ldm_name: str | None) -> Iterator[str]:
     # Some versions of transformers put an encoder's layers into a `text_model`.
     short = layer.name.removeprefix("text_model.")
     names = [layer.name] if layer.component == UNET else [short, f"text_model.{short}"]
+    if ldm_name:
+        names.append(ldm_name.removesuffix(".weight"))
     for name in names:
         processors = name
         for new, old in ATTENTION_PROCESSORS.items():
             processors = processors.replace(new, old)
         yield from (prefix + each for prefix in dotted for each in (name, processors))
-    for name in [*names, *([ldm_name.removesuffix(".weight")] if ldm_name else [])]:
         yield from (prefix + name.replace(".", "_") for prefix in flat)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdxl_server.convert.recognition import CheckpointError, Header, read_safetensors_header
+from sdxl_server.convert.weights_files import CheckpointError, Header, read_safetensors_header, remove_wrappers
 from sdxl_server.errors import ConfigError
 from sdxl_server.model.adapters.layer_names import LAYER_PREFIXES, MATRIX_BY_SUFFIX, UNET, UNSERVED_ADAPTERS, Layer
 from sdxl_server.schemas import shorten
@@ -20,6 +21,9 @@ MODEL_BY_WIDTH = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 204
 MODEL_KEYS = ("modelspec.architecture", "ss_base_model_version")  # in a file's metadata
 DIFFUSERS_KEY = "lora_adapter_metadata"  # PEFT's settings there, as JSON
 PEFT_FILE = "adapter_config.json"  # PEFT's settings, next to its own file
+EMBEDDINGS = "bundle_emb."  # OneTrainer's textual inversions
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ def load_lora(path: Path, layers: Mapping[str, Layer]) -> tuple[str, dict[Layer,
     Raises:
         ConfigError: the file is damaged or does not fit the model.
     """
-    from safetensors import safe_open
+    import torch
 
     try:
         header = read_safetensors_header(path)
@@ -60,17 +64,33 @@ def load_lora(path: Path, layers: Mapping[str, Layer]) -> tuple[str, dict[Layer,
         raise ConfigError(str(error)) from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
-    places = {name: _find_layer(name, header, layers) for name in header.shapes}
+    _check_kind(header)
+    places = {name: _find_layer(name, header, layers) for name in header.shapes if not name.startswith(EMBEDDINGS)}
     if not places:
-        raise ConfigError(f"{path} holds no tensor")
+        raise ConfigError(f"{path} holds no tensor of a LoRA")
+    embeddings = sorted({name.split(".")[1] for name in header.shapes.keys() - places})
+    if embeddings:
+        logger.warning("%s: its textual inversions are left out: %s", path, shorten(", ".join(embeddings)))
     found: dict[Layer, dict[str, Any]] = {}
-    with safe_open(path, framework="pt") as file:
-        for name, (layer, matrix) in places.items():
-            if matrix in found.setdefault(layer, {}):
-                raise ConfigError(f"{path} holds two tensors for one matrix of {layer.component}.{layer.name}: {name}")
-            found[layer][matrix] = file.get_tensor(name)
+    for name, tensor in header.load_tensors(places, torch.float32).items():
+        layer, matrix = places[name]
+        if matrix in found.setdefault(layer, {}):
+            raise ConfigError(f"{path} holds two tensors for one matrix of {layer.component}.{layer.name}: {name}")
+        found[layer][matrix] = tensor
     settings = _read_settings(path, header)
     return digest, {layer: _build_change(path, header, layer, tensors, settings) for layer, tensors in found.items()}
+
+
+def _check_kind(header: Header) -> None:
+    """Refuse another kind of adapter than LoRA.
+
+    Raises:
+        ConfigError: names the kind and a tensor.
+    """
+    for kind, pattern in UNSERVED_ADAPTERS.items():
+        name = next((name for name in header.shapes if re.search(pattern, name)), None)
+        if name:
+            raise ConfigError(f"{header.path} holds {kind}, and only LoRA is served: {name}")
 
 
 def _find_layer(name: str, header: Header, layers: Mapping[str, Layer]) -> tuple[Layer, str]:
@@ -79,9 +99,6 @@ def _find_layer(name: str, header: Header, layers: Mapping[str, Layer]) -> tuple
     Raises:
         ConfigError: this model has no such layer.
     """
-    for mark, kind in UNSERVED_ADAPTERS.items():
-        if mark in name:
-            raise ConfigError(f"{header.path} holds {kind}, and only LoRA is served: {name}")
     for suffix, matrix in MATRIX_BY_SUFFIX.items():
         if name.endswith(suffix):
             layer = layers.get(name.removesuffix(suffix))
@@ -115,7 +132,11 @@ def _build_change(
     if missing:
         raise ConfigError(f"{path} lacks a matrix of {where}: {', '.join(sorted(missing))}")
     for matrix, tensor in tensors.items():
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        if matrix == "alpha" and tensor.numel() != 1:
+            raise ConfigError(f"{path} takes one number as the alpha of {where}, not {tensor.numel()}")
+        if not tensor.is_floating_point() and (matrix != "alpha" or tensor.is_complex()):
+            raise ConfigError(f"{path} takes floating-point numbers for {where}, not {tensor.dtype}: {matrix}")
+        if not torch.isfinite(tensor).all():
             raise ConfigError(f"{path} holds numbers for {where} that are not finite: {matrix}")
     down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
     outputs, inputs, *kernel = layer.shape
@@ -164,7 +185,7 @@ def _read_alpha(path: Path, layer: Layer, settings: Mapping[str, Any], rank: int
     """Return a layer's alpha by PEFT's settings; without settings it is the rank."""
     own = settings[layer.component]
     patterns = own.get("alpha_pattern") or {}
-    fits = (value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", layer.name))
+    fits = (value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({remove_wrappers(key)})", layer.name))
     alpha = next(fits, own.get("lora_alpha", rank))
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
         raise ConfigError(f"{path} takes a number as the alpha of {layer.component}.{layer.name}, not {alpha!r}")
