@@ -1,6 +1,6 @@
 """Export what the handler uses of the installed package sdxl_server. The guide gives this file its name."""
 
-from sdxl_server.api.http import HttpRequest, ReplyState, Response, read_id
+from sdxl_server.api.http import HttpRequest, ReplyState, Response, find_header, read_id
 from sdxl_server.config.settings import CompileConfig, HandlerConfig, check_is_text
 from sdxl_server.errors import ConfigError, RequestError, VersionError
 from sdxl_server.loading import load_pipeline
@@ -25,6 +25,7 @@ __all__ = [
     "VersionError",
     "check_is_text",
     "describe_error",
+    "find_header",
     "load_pipeline",
     "load_service",
     "measure_components",

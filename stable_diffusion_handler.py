@@ -181,7 +181,8 @@ class StableDiffusionHandler:
         except Exception as error:  # one request must not end the worker or its neighbours
             response = self.queue.requests.pop(request_id).response
             if queued.has_begun and self.is_continuous or response.images:
-                described, kind = self.describe_error(error, index), response.content_type
+                _, described = self.describe_error(error, index)
+                kind = response.content_type
                 failure = response.api.write_failure(described, kind=kind, images=response.images)
                 return failure, self.package.ReplyState.LAST
             return self.write_error(error, index), self.package.ReplyState.WHOLE
@@ -208,7 +209,8 @@ class StableDiffusionHandler:
         # An answer in one piece has no such header, and TorchServe ends the worker for it (GRPCJob.response, 0.12.0).
         self.context.set_response_header(index, "ts_stream_next", "false")
         error = self.package.RequestError(GRPC_MESSAGE, status=HTTPStatus.NOT_IMPLEMENTED)
-        return json.dumps(self.describe_error(error, index)).encode()
+        _, described = self.describe_error(error, index)
+        return json.dumps(described).encode()
 
     def set_headers(self, index: int, queued: "QueuedRequest") -> None:
         """Set a response's headers when it begins."""
@@ -217,16 +219,16 @@ class StableDiffusionHandler:
             for name, value in headers.items():
                 self.context.set_response_header(index, name, value)
 
-    def describe_error(self, error: Exception, index: int) -> dict[str, Any]:
-        """Return the error of a failed request for its client."""
+    def describe_error(self, error: Exception, index: int) -> tuple[int, dict[str, Any]]:
+        """Return the HTTP status of a failed request and the error for its client."""
         headers, own_id = self.context.get_all_request_header(index), self.context.get_request_id(index)
-        described: dict[str, Any] = self.package.describe_error(error, self.package.read_id(headers, own_id))
-        return described
+        request_id, path = self.package.read_id(headers, own_id), self.package.find_header(headers, "url_path")
+        status, described = self.package.describe_error(error, request_id, path=path)
+        return status, described
 
     def write_error(self, error: Exception, index: int) -> bytes:
         """Return an error as JSON, and set the status of its response, which has not begun."""
-        described = self.describe_error(error, index)
-        status = described["error"]["code"]
+        status, described = self.describe_error(error, index)
         self.context.set_response_status(status, HTTPStatus(status).phrase, index)
         self.context.set_response_content_type(index, "application/json")
         if status == HTTPStatus.SERVICE_UNAVAILABLE:

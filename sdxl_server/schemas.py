@@ -84,7 +84,7 @@ def is_valid(value: Any, schema: Schema) -> bool:
 
 
 def read_value(value: Any, schema: Schema) -> Any:
-    """Return a value that a schema accepts, whole numbers as int.
+    """Return a value that a schema accepts, whole numbers as int and others as float.
 
     Raises:
         ValueError: what is accepted and what was given. The message continues a key's name.
@@ -93,7 +93,9 @@ def read_value(value: Any, schema: Schema) -> Any:
         raise ValueError(f"takes {describe_schema(schema)}, not {shorten(value)}")
     if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
         raise ValueError("takes Unicode text, not a lone surrogate such as \\ud800")
-    return int(value) if "integer" in schema["type"] and value is not None else value
+    if value is None:
+        return None
+    return int(value) if "integer" in schema["type"] else float(value) if "number" in schema["type"] else value
 
 
 def describe_schema(schema: Mapping[str, Any]) -> str:
@@ -146,8 +148,14 @@ def _clip(value: Any, length: int, *, depth: int) -> Any:
     return value
 
 
+def read_number(text: str) -> int | float:
+    """Return a number, a whole one as int: some programs write 512 as 512.0."""
+    number = float(text)
+    return int(number) if number.is_integer() else number
+
+
 def load_json(source: str) -> Any:
-    """Return the JSON value of a text.
+    """Return the JSON value of a text, whole numbers as int.
 
     Raises:
         ValueError: it is not JSON, or has more values than a request needs. JSON has no NaN and no Infinity.
@@ -159,6 +167,6 @@ def load_json(source: str) -> Any:
         raise ValueError(f"{name} is not a number of JSON")
 
     try:
-        return json.loads(source, parse_constant=refuse)
+        return json.loads(source, parse_float=read_number, parse_constant=refuse)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error

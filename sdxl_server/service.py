@@ -19,7 +19,7 @@ from sdxl_server.api.http import HttpRequest, Response, build_headers
 from sdxl_server.api.image_files import encode_image
 from sdxl_server.api.image_metadata import describe_image
 from sdxl_server.api.native import JSON, EncodedImage, NativeApi, split_chunks
-from sdxl_server.api.openai import OpenAIApi, OpenAIEditApi, describe_model, list_models
+from sdxl_server.api.openai import OPENAI_PREFIX, OpenAIApi, OpenAIEditApi, describe_model, list_models
 from sdxl_server.api.openapi import build_openapi
 from sdxl_server.api.warnings import list_warnings
 from sdxl_server.config.settings import CompileConfig, HandlerConfig, check_server_keys
@@ -75,8 +75,9 @@ class Service:
         with _add_seconds(seconds, "preprocess"):
             with limit_time(READ_SECONDS):
                 values, content_type = http_request.values, http_request.content_type
-                check_form(values, content_type=content_type, length=http_request.content_length)
-                request, warnings = api.read(values, content_type=content_type, contract=self.loaded.contract)
+                warnings = check_form(values, content_type=content_type, length=http_request.content_length)
+                request, more = api.read(values, content_type=content_type, contract=self.loaded.contract)
+                warnings += more
                 warnings += list_warnings(self.loaded, request, earlier=warnings)
             # JSON escapes the line breaks of a prompt, so that it cannot forge a log line.
             logger.info("Request: %s", json.dumps({"id": http_request.request_id, **request.describe()}))
@@ -274,8 +275,11 @@ def load_service(settings: Mapping[str, Any], *, model_dir: Path, gpu_id: int | 
     return Service(loaded, archive=archive, patience=float(settings.get("responseTimeout", 120)))
 
 
-def describe_error(error: Exception, request_id: str) -> dict[str, Any]:
-    """Count a failed request and return the error for its client; `code` is the HTTP status."""
+def describe_error(error: Exception, request_id: str, *, path: str = "") -> tuple[int, dict[str, Any]]:
+    """Count a failed request; return the HTTP status and the error for its client.
+
+    The error's `code` is the status. On OpenAI's paths it is null: clients there expect a text or null.
+    """
     if isinstance(error, RequestError):
         kind = "server_busy" if error.status == HTTPStatus.SERVICE_UNAVAILABLE else "invalid_request_error"
         status, message = error.status, str(error)
@@ -288,4 +292,5 @@ def describe_error(error: Exception, request_id: str) -> dict[str, Any]:
         status, kind, message = 500, "server_error", "the image failed; the server's log says why"
         logger.error("The image failed: %s; request %s", format_error(error), request_id)
     metrics.count_failure(status)
-    return {"error": {"message": message, "type": kind, "param": getattr(error, "param", None), "code": status}}
+    code = None if path.partition("/")[0] == OPENAI_PREFIX else status
+    return status, {"error": {"message": message, "type": kind, "param": getattr(error, "param", None), "code": code}}

@@ -10,7 +10,7 @@ from typing import Any
 from sdxl_server.errors import RequestError
 from sdxl_server.request.fields import DECLARATIONS
 from sdxl_server.request.upload_limits import MAX_FIELDS
-from sdxl_server.schemas import load_json, shorten
+from sdxl_server.schemas import is_valid, load_json, read_number, shorten
 
 BODY_NAMES = ("body", "data")  # TorchServe's names for a body that is not a form
 URLENCODED = "application/x-www-form-urlencoded"
@@ -30,7 +30,15 @@ CHARSETS = (
     *("latin1", *(f"windows-{number}" for number in range(1250, 1259)), "koi8-r", "koi8-u"),
     *("shift_jis", "euc-jp", "iso-2022-jp", "euc-kr", "gb2312", "gbk", "gb18030", "big5"),
 )
-MAX_FILE_HEADERS, MAX_TEXT_HEADERS = 300, 64  # bytes for a file's name and more headers in a part of a form
+# Bytes in a part of a form, without its name. Clients write up to 98 for a text, and 364 with a file name of 255 bytes.
+TEXT_HEADERS, FILE_HEADERS = 128, 400
+MAX_UNEXPLAINED = 4096  # further bytes that a form's headers may have, such as long file names in two encodings
+ABSENT = ("", "none", "null", "undefined")  # how programs write a missing value into a form
+SWITCHES = {
+    **dict.fromkeys(("true", "on", "yes", "1"), True),
+    **dict.fromkeys(("false", "off", "no", "0"), False),
+}
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 
 def read_fields(
@@ -39,7 +47,7 @@ def read_fields(
     """Return the fields in TorchServe's parameters: a `body`, or the fields of a form.
 
     A body is a JSON object, or plain text, which is the prompt. Without a content type a body that starts with a brace
-    or a bracket is JSON.
+    or a bracket is JSON. An empty part of a form is null.
 
     Args:
         properties: the JSON Schema of each field.
@@ -54,16 +62,14 @@ def read_fields(
     if kind == URLENCODED:
         _check_names(values)
     fields = {
-        name: _read_part(name, value, properties.get(aliases.get(name, name), {}))
-        if not _is_upload(aliases.get(name, name))
-        else value
+        name: _read_part(name, value, own=aliases.get(name, name), properties=properties)
         for name, value in values.items()
         if name not in BODY_NAMES
     }
     body = next((values[name] for name in BODY_NAMES if name in values), None)
     if isinstance(body, (bytes, bytearray)) and (body or not fields):
         for name, value in _read_body(bytes(body), kind=kind, charset=_read_charset(content_type)).items():
-            if name in fields:
+            if fields.get(name) is not None:
                 raise RequestError(f"{shorten(name)} is given twice, in the body and in a form or the URL", param=name)
             fields[name] = value
     elif not fields:
@@ -71,30 +77,33 @@ def read_fields(
     return fields
 
 
-def check_form(values: Mapping[str, Any], *, content_type: str, length: str) -> None:
-    """Refuse a form that lost parts: TorchServe passes only the last part of each name.
+def check_form(values: Mapping[str, Any], *, content_type: str, length: str) -> list[str]:
+    """Refuse a form that lost an image: TorchServe passes only the last part of each name.
+
+    A text or a small image that is lost cannot be distinguished from headers. Then a warning is returned.
 
     Args:
         length: the header Content-Length. TorchServe sets it if the client does not.
 
     Raises:
-        RequestError: the form was longer than its parts with their file names and headers.
+        RequestError: the form was longer than its parts with any file names and headers.
     """
     boundary = re.search(r'(?i)^multipart/form-data\b.*\bboundary="?([^";]+)', content_type)
     if boundary is None or not (length.isdecimal() and len(length) < 20):
-        return
+        return []
     around = len(f'--{boundary[1]}\r\nContent-Disposition: form-data; name=""\r\n\r\n\r\n')
+    files = [name for name in values if _is_upload(name.removesuffix("[]")) or name == "mask"]
     left = int(length) - len(f"--{boundary[1]}--")
     for name, value in values.items():
-        room = MAX_FILE_HEADERS if "image" in name or "mask" in name else MAX_TEXT_HEADERS
         known = len(value) if isinstance(value, (bytes, bytearray)) else 0
-        left -= around + len(name.encode("utf-8", "replace")) + known + room
-    if left > 0:
+        headers = FILE_HEADERS if name in files else TEXT_HEADERS
+        left -= around + len(name.encode("utf-8", "replace")) + known + headers
+    if files and left > MAX_UNEXPLAINED:
         raise RequestError(
-            "the form has parts of equal names, and TorchServe keeps only the last: send one image and each field once "
-            "(a file's name may have 200 bytes)",
-            param=next((name for name in values if name.partition("[")[0] == "image"), None),
+            "the form has parts of equal names, and TorchServe keeps only the last: send one image and each field once",
+            param=min(files),  # an image rather than its mask
         )
+    return ["the form may have parts of equal names; only the last of them is read"] if left > 0 else []
 
 
 def rename_fields(fields: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
@@ -119,17 +128,30 @@ def _is_upload(name: str) -> bool:
     return name in DECLARATIONS and DECLARATIONS[name].is_upload
 
 
-def _read_part(name: str, value: Any, schema: Mapping[str, Any]) -> Any:
-    """Return a form's field in the type of its schema, or as text if it cannot be read so."""
+def _read_part(name: str, value: Any, *, own: str, properties: Mapping[str, Any]) -> Any:
+    """Return a form's field in the type of its schema, or as text if it cannot be read so. None: it is absent.
+
+    Args:
+        own: the field's own name.
+    """
     if not isinstance(value, (bytes, bytearray)):
         return value
-    content = decode_text(bytes(value), f"the field {shorten(name)}")
-    if "string" in schema.get("type", ["string"]):
+    raw = bytes(value)
+    if _is_upload(own):
+        return None if raw.strip().lower() in (each.encode() for each in ABSENT) else value
+    content = decode_text(raw, f"the field {shorten(name)}")
+    word, schema = content.strip().lower(), properties.get(own, {})
+    if not content or word in ABSENT and not (schema and is_valid(content, schema)):
+        return None
+    kinds = schema.get("type", "string")
+    if "string" in kinds:
         return content
+    if "boolean" in kinds and word in SWITCHES:
+        return SWITCHES[word]
     try:
         return load_json(content)
     except ValueError:
-        return content
+        return read_number(word) if NUMBER.fullmatch(word) else content
 
 
 def _check_names(values: Mapping[str, Any]) -> None:

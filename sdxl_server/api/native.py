@@ -145,11 +145,20 @@ def format_event(kind: str, data: Mapping[str, Any]) -> bytes:
 
 
 def _describe_item(request: GenerationRequest, image: EncodedImage) -> dict[str, Any]:
-    """Return an image as JSON has it."""
+    """Return an image as JSON has it.
+
+    Next to `url` there is `b64_json` too, for clients that cannot read a data: URL.
+    """
     content = base64.b64encode(image.file).decode()
-    name = request.response_format
-    shown = f"data:image/{request.output_format};base64,{content}" if name == "url" else content
-    return {name: shown, "seed": image.seed, "parameters": image.parameters, "unet_calls": image.unet_calls}
+    is_url = request.response_format == "url"
+    url = {"url": f"data:image/{request.output_format};base64,{content}"} if is_url else {}
+    return {
+        "b64_json": content,
+        **url,
+        "seed": image.seed,
+        "parameters": image.parameters,
+        "unet_calls": image.unet_calls,
+    }
 
 
 def _describe_event(request: GenerationRequest, file: bytes, *, seed: int) -> dict[str, Any]:
@@ -173,10 +182,10 @@ IMAGES_SCHEMA = {
             "type": "array",
             "items": {
                 "type": "object",
-                "required": ["seed", "parameters", "unet_calls"],
+                "required": ["b64_json", "seed", "parameters", "unet_calls"],
                 "properties": {
                     "b64_json": {"type": "string", "contentEncoding": "base64"},
-                    "url": {"type": "string", "description": "with response_format url: the image as a data: URL"},
+                    "url": {"type": "string", "description": "with response_format url: the same as a data: URL"},
                     "seed": {"type": "integer"},
                     "parameters": {"type": "object", "description": "the fields that generate this image again"},
                     "unet_calls": {"type": "string", "description": "UNet calls for it, such as 11 of 30"},
@@ -200,7 +209,10 @@ ERROR_SCHEMA = {
                 "message": {"type": "string"},
                 "type": {"type": "string"},
                 "param": {"type": ["string", "null"]},
-                "code": {"type": "integer", "description": "the HTTP status, even if the response began with 200"},
+                "code": {
+                    "type": ["integer", "null"],
+                    "description": "the HTTP status, even if the response began with 200; null on OpenAI's paths",
+                },
             },
         },
         "code": {"type": "integer"},

@@ -24,7 +24,7 @@ from sdxl_server.request.masks import has_holes
 from sdxl_server.request.prompts import PROMPTS
 from sdxl_server.request.sampler_names import SAMPLER_NAME
 from sdxl_server.request.uploads import MASK, read_upload
-from sdxl_server.schemas import shorten
+from sdxl_server.schemas import describe_schema, is_valid, shorten
 
 FIELD_ALIASES = {
     "n": "num_images_per_prompt",
@@ -42,6 +42,7 @@ NO_EQUIVALENT = {
     "style": ("vivid", "natural"),
 }
 IGNORED_TEXTS = ("model", "user")  # with any value
+OPENAI_PREFIX = "v1"  # of its paths
 OPENAI_FIELDS = (*NO_EQUIVALENT, *IGNORED_TEXTS, "size", SAMPLER_NAME)
 URL_MODELS = "dall-e"  # clients of models with this prefix read a URL by default
 
@@ -71,7 +72,11 @@ class OpenAIApi(NativeApi):
         )
         names, config = {*contract.properties, *FIELD_ALIASES, *OPENAI_FIELDS}, contract.limits.config
         most = config.max_prompt_characters
-        known = {name: value for name, value in given.items() if name in names and value is not None}
+        known = {
+            name: value
+            for name, value in given.items()
+            if name in names and value is not None and (value != "" or name in PROMPTS)
+        }
         without_effect = {name: known[name] for name in NO_EQUIVALENT if name in known and not _is_native(name, known)}
         warnings = [
             *warn_of_body(given),
@@ -86,37 +91,16 @@ class OpenAIApi(NativeApi):
             if name not in without_effect
         }
         defaults = {"output_format": "png", "response_format": _choose_response_format(kept.get("model"))}
-        fields = {**defaults, **self._translate(kept)}
-        if self.is_edit and "image" not in fields:
-            raise RequestError("image is missing; an edit needs one", param="image")
-        try:
-            if self.is_edit:
-                fields["image"] = image = read_upload("image", fields["image"], max_side=config.max_side)
-                fields |= {MASK: image} if MASK not in fields and has_holes(image) else {}
-            return contract.check(fields), warnings
-        except RequestError as error:
-            native = error.param or "body"
-            theirs = {own: name for name, own in FIELD_ALIASES.items() if name in kept}
-            if "size" in kept:
-                theirs |= {"width": "size", "height": "size"}
-            name = theirs.get(native, native)
-            message = str(error) if name == "size" else str(error).replace(native, name, 1)
-            raise RequestError(message, param=name) from error
-
-    def _translate(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the contract's fields for OpenAI's fields."""
-        kept: dict[str, Any] = {}
-        for name, value in given.items():
-            if name in IGNORED_TEXTS:
-                continue
-            if name == "size":
-                for side, pixels in _read_size(value).items():
-                    if side in given:
-                        raise RequestError(f"size and {side} are one field; give one of them", param="size")
-                    kept[side] = pixels
-            else:
-                kept[name] = max(value, 1) if name == "output_compression" and value == 0 else value
-        return rename_fields(kept, FIELD_ALIASES)
+        fields = {**defaults, **_translate(kept, contract)}
+        theirs = {MASK: "mask", "width": "size", "height": "size"} | {
+            FIELD_ALIASES.get(each, each): each for each in kept
+        }
+        if self.is_edit:
+            if "image" not in fields:
+                raise RequestError("image is missing; an edit needs one", param="image")
+            fields["image"] = image = read_upload(theirs["image"], fields["image"], max_side=config.max_side)
+            fields |= {MASK: image} if MASK not in fields and has_holes(image) else {}
+        return contract.check(fields, names=theirs), warnings
 
     def write_waiting(self, position: int, *, kind: str) -> bytes:
         """Return a comment instead of the native event, which OpenAI's clients do not know."""
@@ -150,6 +134,22 @@ def describe_model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "user"}
 
 
+def _translate(given: Mapping[str, Any], contract: Contract) -> dict[str, Any]:
+    """Return the contract's fields for OpenAI's fields."""
+    kept: dict[str, Any] = {}
+    for name, value in given.items():
+        if name in IGNORED_TEXTS:
+            continue
+        if name == "size":
+            for side, pixels in _read_size(value, contract).items():
+                if side in given:
+                    raise RequestError(f"size and {side} are one field; give one of them", param="size")
+                kept[side] = pixels
+        else:
+            kept[name] = 1 if name == "output_compression" and value == 0 and value is not False else value
+    return rename_fields(kept, FIELD_ALIASES)
+
+
 def _is_native(name: str, given: Mapping[str, Any]) -> bool:
     """Say whether a field is the contract's own: `quality` with a number."""
     return name == "quality" and isinstance(given[name], (int, float)) and not isinstance(given[name], bool)
@@ -159,10 +159,14 @@ def _choose_response_format(model: Any) -> str:
     return "url" if isinstance(model, str) and model.startswith(URL_MODELS) else "b64_json"
 
 
-def _read_size(value: Any) -> dict[str, int]:
-    if value in ("auto", ""):
+def _read_size(value: Any, contract: Contract) -> dict[str, int]:
+    if value == "auto":
         return {}
     found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", value) if isinstance(value, str) else None
     if found is None:
         raise RequestError(f"size takes auto or a size such as 1024x1024, not {shorten(value)}", param="size")
-    return {"width": int(found[1]), "height": int(found[2])}
+    sides = {"width": int(found[1]), "height": int(found[2])}
+    for side, pixels in sides.items():
+        if not is_valid(pixels, schema := contract.properties[side]):
+            raise RequestError(f"size: each side takes {describe_schema(schema)}, not {value}", param="size")
+    return sides

@@ -113,8 +113,7 @@ def _generate_image(
         if _is_graph_limit(error):
             raise RequestError(
                 f"{request.width}x{request.height} needs one more graph than this server may compile; request a size "
-                "that it has generated before, or ask the operator to change allowed_sizes and max_graphs",
-                param="width",
+                "that it has generated before, or ask the operator to change allowed_sizes and max_graphs"
             ) from error
         raise
     finally:

@@ -9,13 +9,16 @@ from typing import Any
 
 from sdxl_server.errors import RequestError
 from sdxl_server.request.adapters import take_tags
-from sdxl_server.request.fields import DECLARATIONS, MAX_SEED, RANDOM_SEED, GenerationRequest
+from sdxl_server.request.fields import DECLARATIONS, MAX_SEED, RANDOM_SEED, SCHEDULE_FIELDS, GenerationRequest
 from sdxl_server.request.limits import Limits
 from sdxl_server.request.prompt_weights import check_weights
 from sdxl_server.request.resizing import resize_images
 from sdxl_server.request.sampler_names import join_sampler_name
 from sdxl_server.request.uploads import MASK, build_white_image, read_upload
 from sdxl_server.schemas import read_value, shorten
+
+# The fields that decide the work on a request.
+WORK_FIELDS = ("num_inference_steps", *SCHEDULE_FIELDS, "num_images_per_prompt", "width", "height")
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,17 @@ class Contract:
         """The default width and height, in pixels."""
         return self.properties["width"]["default"], self.properties["height"]["default"]
 
-    def check(self, fields: Mapping[str, Any]) -> GenerationRequest:
+    def check(self, fields: Mapping[str, Any], *, names: Mapping[str, str] | None = None) -> GenerationRequest:
         """Return the request with these fields; null means the default.
+
+        Args:
+            names: by field, its name in the client's API, for errors. Others have their own name.
 
         Raises:
             RequestError: names the field, what is accepted and what was given.
         """
-        read = self._read_fields(fields)
+        named = {name: name for name in self.properties} | dict(names or {})
+        read = self._read_fields(fields, named)
         used = {name: schema["default"] for name, schema in self.properties.items() if "default" in schema}
         for each in reversed(read.get("adapters") or ()):  # the first adapter overrules the others
             used |= self.limits.adapters[each["name"]].defaults
@@ -59,21 +66,22 @@ class Contract:
             raise RequestError("prompt is missing; send a text", param="prompt")
         for name in self.needs:
             if name not in used:
+                needs = " and ".join(named[each] for each in self.needs)
                 raise RequestError(
-                    f"{name} is missing: this is an inpainting model; send {' and '.join(self.needs)}", param=name
+                    f"{named[name]} is missing: this is an inpainting model; send {needs}", param=named[name]
                 )
         if used.get("seed", RANDOM_SEED) == RANDOM_SEED:
             used["seed"] = secrets.randbelow(MAX_SEED + 1)
         if MASK in used and "image" not in used:
-            raise RequestError(f"{MASK} needs an image; send image too", param=MASK)
+            raise RequestError(f"{named[MASK]} needs an image; send image too", param=named[MASK])
         if "image" in used:
-            resize_images(used, read, self.limits)
+            resize_images(used, read, self.limits, named)
             used.setdefault("strength", 1.0 if MASK in used else 0.8)
         request = GenerationRequest(**used)
         if self.limits.config.weighted_prompts:
             check_weights(request)
-        self._check_size(request)
-        self._check_work(request)
+        self._check_size(request, named)
+        self._check_work(request, list(dict.fromkeys(named[name] for name in WORK_FIELDS if name in read)))
         return request
 
     def check_sample(self, fields: Mapping[str, Any]) -> GenerationRequest:
@@ -84,7 +92,7 @@ class Contract:
         """
         return self.check({**fields, **dict.fromkeys(self.needs, build_white_image())})
 
-    def _read_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def _read_fields(self, fields: Mapping[str, Any], named: Mapping[str, str]) -> dict[str, Any]:
         """Return the fields that a client has sent, each checked, without those that are null."""
         config = self.limits.config
         fields, tagged = take_tags(join_sampler_name(fields), self.limits.adapters, config)
@@ -97,39 +105,40 @@ class Contract:
                 raise RequestError(
                     f"{shorten(name)} is not a field; {hint}the fields are {', '.join(self.properties)}", param=name
                 )
-        read = {name: self._check_field(name, value) for name, value in fields.items() if value is not None}
+        read = {name: self._check_field(name, value, named) for name, value in fields.items() if value is not None}
         if tagged:
             given = list(read.get("adapters") or ())
-            named = [*given, *(each for each in tagged if each not in given)]
-            read["adapters"] = self._check_field("adapters", named)
+            together = [*given, *(each for each in tagged if each not in given)]
+            read["adapters"] = self._check_field("adapters", together, named)
         return read
 
-    def _check_field(self, name: str, value: Any) -> Any:
+    def _check_field(self, name: str, value: Any, named: Mapping[str, str]) -> Any:
         schema, declaration = self.properties[name], DECLARATIONS[name]
         if declaration.is_upload:
-            return read_upload(name, value, max_side=self.limits.config.max_side)
+            return read_upload(named[name], value, max_side=self.limits.config.max_side)
         try:
             read = read_value(value, schema) if declaration.read is None else declaration.read(value, self.limits)
         except ValueError as error:
-            raise RequestError(f"{name} {error}", param=name) from error
+            raise RequestError(f"{named[name]} {error}", param=named[name]) from error
         if isinstance(read, list):
             return tuple(map(int if schema["items"]["type"] == "integer" else float, read))
         return read
 
-    def _check_size(self, request: GenerationRequest) -> None:
+    def _check_size(self, request: GenerationRequest, named: Mapping[str, str]) -> None:
         size, allowed = (request.width, request.height), self.limits.allowed_sizes
         if allowed and size not in allowed:
             names = ", ".join(f"{width}x{height}" for width, height in allowed)
-            raise RequestError(f"width and height take one of {names} here, not {size[0]}x{size[1]}", param="width")
+            fields = " and ".join(dict.fromkeys((named["width"], named["height"])))
+            raise RequestError(f"{fields}: one of {names} here, not {size[0]}x{size[1]}", param=named["width"])
 
-    def _check_work(self, request: GenerationRequest) -> None:
+    def _check_work(self, request: GenerationRequest, given: Sequence[str]) -> None:
         calls = self.count_calls(request) * request.num_images_per_prompt
         work, most = calls * request.width * request.height / 1e6, self.limits.config.max_megapixel_steps
         if work > most:
             raise RequestError(
                 f"images x UNet calls x megapixels may be {most:g} at most, not {calls:g} UNet calls of "
-                f"{request.width}x{request.height} = {work:.4g}; ask for fewer or smaller images, or fewer steps",
-                param="num_inference_steps",
+                f"{request.width}x{request.height} = {work:.4g}; reduce {' or '.join(given) or WORK_FIELDS[0]}",
+                param=next(iter(given), WORK_FIELDS[0]),
             )
 
     def build_schema(self, *, is_form: bool = False) -> dict[str, Any]:

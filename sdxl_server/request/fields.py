@@ -166,7 +166,7 @@ class GenerationRequest:
     quality: int = declare(whole(1, 100), "quality of a JPEG or WebP", value=90, role=Role.FILE, is_argument=False)
     response_format: str = declare(
         choice("b64_json", "url"),
-        "an image in JSON: `b64_json` is base64, `url` is a data: URL",
+        "an image in JSON: `b64_json` is base64, `url` adds a data: URL and doubles the bytes",
         value="b64_json",
         role=Role.DELIVERY,
         is_argument=False,

@@ -22,12 +22,13 @@ SAME_ASPECT = 0.02  # difference of logarithms: 10 pixels of 500
 Size = tuple[int, int]  # width, height
 
 
-def resize_images(used: dict[str, Any], given: Mapping[str, Any], limits: Limits) -> None:
+def resize_images(used: dict[str, Any], given: Mapping[str, Any], limits: Limits, named: Mapping[str, str]) -> None:
     """Resize the image and its mask to the size of the result, without stretching.
 
     Args:
         used: the checked fields of the request; sizes and images are replaced.
-        given: the fields that the client sent.
+        given: the checked fields that the client sent.
+        named: each field's name in the client's API.
 
     Raises:
         RequestError: the mask has neither the aspect of the image nor the aspect of the result.
@@ -43,9 +44,9 @@ def resize_images(used: dict[str, Any], given: Mapping[str, Any], limits: Limits
         mask = read_mask(used[MASK], is_inverted=is_inverted)
         if min(abs(compute_aspect(mask.size) - compute_aspect(other)) for other in (image.size, size)) > SAME_ASPECT:
             raise RequestError(
-                f"{MASK} takes the aspect of the image, such as its {image.width}x{image.height} pixels, "
+                f"{named[MASK]} takes the aspect of the image, such as its {image.width}x{image.height} pixels, "
                 f"not {mask.width}x{mask.height}",
-                param=MASK,
+                param=named[MASK],
             )
         is_kept = not is_inverted and is_drawing(used[MASK])
         used[MASK] = binarize_mask(_resize(mask, size, how, bars="white"))  # the bars are never protected

@@ -223,7 +223,8 @@ def test_a_wait_is_told(server: LocalServer) -> None:
     places = [data["place"] for name, data in read_events(waiting[1]) if name == "queue"]
     assert (places[0], places[-1], places) == (4, 1, sorted(set(places), reverse=True))
     assert b": 5 requests are before this one\n\n" in waiting[2].content
-    assert (last.content[:1], last.json()["error"]["code"]) == (b" ", 504)
+    error = last.json()["error"]
+    assert (last.content[:1], error["code"], error["type"]) == (b" ", None, "timeout_error")
     assert server.log.count("The client has left the queue") == left
 
 

@@ -96,6 +96,25 @@ def test_of_several_images_in_a_form_none_is_silently_left_out(server: LocalServ
     assert "send one image" in answer.json()["error"]["message"]
 
 
+HTTPCLIENT = "Content-Type: text/plain; charset=ISO-8859-1\r\nContent-Transfer-Encoding: 8bit\r\n"
+
+
+def test_form_with_long_headers_and_empty_parts_is_read(server: LocalServer) -> None:
+    """As Apache's HttpClient writes texts, and curl a file of no bytes and no name."""
+    texts = {"prompt": "a red fox", "num_inference_steps": "2", "seed": "", "n": "", "strength": "", "stream": "off"}
+    parts = [f'Content-Disposition: form-data; name="{name}"\r\n{HTTPCLIENT}\r\n{texts[name]}' for name in texts]
+    file = 'Content-Disposition: form-data; name="mask"; filename=""\r\nContent-Type: application/octet-stream\r\n\r\n'
+    body = "".join(f"--b\r\n{part}\r\n" for part in (*parts, file)) + "--b--\r\n"
+    answer = requests.post(
+        f"{server.url}/1.0/v1/images/generations",
+        data=body.encode(),
+        headers={**server.get_headers(), "Content-Type": "multipart/form-data; boundary=b"},
+        timeout=60,
+    )
+    assert answer.status_code == 200, answer.text
+    assert (len(answer.json()["data"]), answer.json()["warnings"]) == (1, [])
+
+
 def test_request_without_a_body_gets_a_400(server: LocalServer) -> None:
     answer = requests.get(server.url, headers=server.get_headers(), timeout=60)
     assert answer.status_code == 400

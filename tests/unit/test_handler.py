@@ -34,6 +34,7 @@ class Context:
     """The context that TorchServe passes for the requests of one call."""
 
     model_name = "diffusion_fast"
+    path = ""
 
     def __init__(self, *ids: str, grpc: str = "") -> None:
         self.request_ids = dict(enumerate(ids))
@@ -46,7 +47,9 @@ class Context:
         return self.request_ids[index]
 
     def get_all_request_header(self, index: int) -> dict[str, Any]:
-        given = {} if self.request_ids[index] == self.grpc else {"Content-Type": "application/json"}
+        given = (
+            {"Content-Type": "application/json", "url_path": self.path} if self.request_ids[index] != self.grpc else {}
+        )
         return {"body": {"content-type": ""}, **given}
 
     def set_response_status(self, code: int, phrase: str, index: int) -> None:
@@ -317,6 +320,24 @@ def test_a_grpc_call_next_to_others_gets_an_error(is_continuous: bool) -> None:
     assert replies[0] == (b"end" if is_continuous else b"step 1 end")
     assert json.loads(replies[1])["error"]["code"] == 501
     assert (context.headers[1]["ts_stream_next"], states) == ("false", [True, True] if is_continuous else [])
+
+
+@pytest.mark.parametrize("path", ["v1/images/generations", "v1/images/edits", "v1/models/x"])
+def test_an_error_on_openais_paths_has_no_number(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """Typed clients read `code` as a text or null."""
+    monkeypatch.setattr(Context, "path", path)
+    handler = make_handler()
+    bodies = {"wrong": "wrong", "fails": "fails at once", **{f"id-{i}": "2" for i in range(8)}, "late": "2"}
+    replies, _, context = call(handler, **bodies)
+    assert context.statuses == {0: 400, 1: 504, 10: 503}
+    assert [json.loads(replies[index])["error"]["code"] for index in context.statuses] == [None] * 3
+    begun = make_handler()
+    call(begun, a="json in fails later")
+    error = json.loads(call(begun, a="json in fails later")[0][0])["error"]
+    assert (error["code"], error["type"]) == (None, "server_error")
+    whole = make_handler(is_continuous=False)
+    replies, _, context = call(whole, a="fails later")
+    assert (json.loads(replies[0])["error"]["code"], context.statuses) == (None, {0: 500})
 
 
 @pytest.mark.parametrize(("body", "code"), [("wrong", 400), ("fails at once", 504)])

@@ -1,17 +1,20 @@
 """Requests of OpenAI's images API in terms of the contract."""
 
 import base64
+import dataclasses
 import io
 import json
 from typing import Any
 
 import pytest
+from openai.types import ImagesResponse
 from PIL import Image
 
+from sdxl_server.api.native import JSON, EncodedImage
 from sdxl_server.api.openai import OpenAIApi, OpenAIEditApi
 from sdxl_server.errors import RequestError
 from tests.openai_clients import RECORDED
-from tests.unit.test_request import CONTRACT, RED, encode
+from tests.unit.test_request import CONTRACT, LIMITS, RED, encode, make_contract
 
 GENERATIONS, EDITS = OpenAIApi(), OpenAIEditApi()
 
@@ -125,7 +128,21 @@ def test_recorded_request_is_read(client: str) -> None:
     [
         ({"prompt": None}, "prompt", "prompt is missing"),
         ({"n": 9}, "n", "n takes a whole number from 1 to 3, not 9"),
-        ({"size": "3x4"}, "size", "width takes a whole number from 64"),
+        (
+            {"size": "3x4"},
+            "size",
+            "size: each side takes a whole number from 64 to 256 that is a multiple of 8, not 3x4",
+        ),
+        ({"size": "64x65"}, "size", "size: each side takes a whole number"),
+        ({"width": 3}, "width", "width takes a whole number from 64"),
+        ({"rng_seed": -2}, "rng_seed", "rng_seed takes a whole number from -1 to 4294967295, not -2"),
+        ({"num_images_per_prompt": 9}, "num_images_per_prompt", "num_images_per_prompt takes a whole number"),
+        ({"output_compression": False}, "output_compression", "output_compression takes a whole number from 1 to 100"),
+        ({"mask": RED}, "mask", "mask needs an image; send image too"),
+        ({"mask_image": RED}, "mask_image", "mask_image needs an image; send image too"),
+        ({"n": 3, "size": "256x256"}, "n", "= 1.376; reduce n or size"),
+        ({"size": "256x256", "num_inference_steps": 20}, "num_inference_steps", "reduce num_inference_steps or size"),
+        ({"width": 256, "height": 256, "num_images_per_prompt": 3}, "num_images_per_prompt", "or width or height"),
         ({"size": "big"}, "size", "size takes auto or a size such as 1024x1024, not 'big'"),
         ({"size": 64}, "size", "not 64"),
         ({"output_compression": 101}, "output_compression", "output_compression takes a whole number from 1 to 100"),
@@ -158,6 +175,9 @@ def test_mistake_is_told_in_openais_names(fields: dict[str, Any], param: str, me
         ),
         ({"image": RED, "mask": "AAAA"}, "mask", "cannot be read"),
         ({"image": RED, "mask": 3}, "mask", "mask takes an image in base64"),
+        ({"image": RED, "mask_image": 3}, "mask_image", "mask_image takes an image in base64"),
+        ({"image[]": 3}, "image[]", "image[] takes an image in base64"),
+        ({"image[]": "AAAA"}, "image[]", "image[] takes a whole image as JPEG"),
     ],
 )
 def test_edit_without_what_it_needs(fields: dict[str, Any], param: str, message: str) -> None:
@@ -165,6 +185,44 @@ def test_edit_without_what_it_needs(fields: dict[str, Any], param: str, message:
         parse(EDITS, **fields)
     assert message in str(caught.value)
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"size": "128x128"}, "size", "size: one of 128x64, 64x64 here, not 128x128"),
+        ({"height": 128, "width": 128}, "width", "width and height: one of 128x64, 64x64 here, not 128x128"),
+    ],
+)
+def test_size_that_is_not_allowed(fields: dict[str, Any], param: str, message: str) -> None:
+    contract = make_contract(dataclasses.replace(LIMITS, allowed_sizes=((128, 64), (64, 64))))
+    body = {"body": json.dumps({"prompt": "a red fox", **fields}).encode()}
+    with pytest.raises(RequestError) as caught:
+        GENERATIONS.read(body, content_type="application/json", contract=contract)
+    assert (str(caught.value), caught.value.param) == (message, param)
+
+
+def test_mask_that_an_inpainting_model_needs() -> None:
+    contract = dataclasses.replace(CONTRACT, needs=("image", "mask_image"))
+    with pytest.raises(
+        RequestError, match="mask is missing: this is an inpainting model; send image and mask"
+    ) as caught:
+        EDITS.read(
+            {"prompt": b"a", "image": base64.b64decode(RED)}, content_type="multipart/form-data", contract=contract
+        )
+    assert caught.value.param == "mask"
+
+
+@pytest.mark.parametrize("fields", [{"model": "dall-e-2"}, {"response_format": "url", "n": 2}])
+def test_url_has_base64_next_to_it(fields: dict[str, Any]) -> None:
+    """Most programs cannot fetch a data: URL."""
+    request, written = parse(**fields), b""
+    for index in range(request.num_images_per_prompt):
+        image = EncodedImage(f"file {index}".encode(), index, {}, "1 of 1")
+        written += GENERATIONS.write_image(request, image, index, kind=JSON, warnings=[])
+    for index, item in enumerate(ImagesResponse.model_validate_json(written).data or ()):
+        assert base64.b64decode(item.b64_json or "") == f"file {index}".encode()
+        assert item.url == f"data:image/png;base64,{item.b64_json}"
 
 
 def test_huge_mask_is_refused_before_its_pixels_are_read() -> None:

@@ -4,6 +4,7 @@ import base64
 import codecs
 import dataclasses
 import io
+import itertools
 import json
 import re
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from sdxl_server.api.native import NativeApi
+from sdxl_server.api.openai import OpenAIEditApi
 from sdxl_server.api.openapi import build_openapi
 from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.errors import RequestError
@@ -137,6 +139,56 @@ def test_form_is_read_as_json_is() -> None:
     }
     assert parse(form) == parse({"body": json.dumps(fields).encode()}, "application/json")
     assert parse(form).original_size == (32, 64)
+
+
+VALUES = (
+    *("null", "true", "0", "-0.0", "-1", "1.0", "64.0", "64.5", "1e3", "1e400", "-1e400", "9" * 400, "4e9", "0.3"),
+    *('""', '"64"', '"x"', '"None"', "[]", "[1.0, 0]", "[64.0, 1e400]", "[null]", "[[1]]", "{}", '{"name": 1.0}'),
+    *('{"name": "Euler", "use_karras_sigmas": 1.0}', '{"name": "DPM++ 2M", "solver_order": 2.0}', '[{"name": "a"}]'),
+)
+
+
+@pytest.fixture(scope="module")
+def real() -> Contract:
+    """A contract with real schedulers."""
+    return build_shipped_contract()
+
+
+def read_or_refuse(api: NativeApi, values: dict[str, bytes], kind: str, contract: Contract) -> Any:
+    try:
+        return api.read(values, content_type=kind, contract=contract)[0]
+    except RequestError as error:
+        return error
+
+
+@pytest.mark.parametrize("name", DECLARATIONS)
+def test_value_of_any_kind_is_read_or_refused(real: Contract, name: str) -> None:
+    """As JSON and as a form's text."""
+    fields = {"prompt": '"a red fox"', "num_inference_steps": "2", "width": "64", "image": f'"{RED}"'}
+    for value, api in itertools.product(VALUES, (NativeApi(), OpenAIEditApi())):
+        every = {**fields, name: value}
+        body = {"body": f"{{{', '.join(f'{json.dumps(name)}: {value}' for name, value in every.items())}}}".encode()}
+        form = {name: value.strip('"').encode() for name, value in every.items()}
+        for values, kind in ((body, "application/json"), (form, "multipart/form-data; boundary=x")):
+            read = read_or_refuse(api, values, kind, real)
+            if isinstance(read, RequestError):
+                assert str(read).isascii()
+                assert read.param is not None
+            else:
+                assert {type(read.width), type(read.seed), type(read.num_inference_steps)} == {int}
+                assert type(read.guidance_scale) is float
+
+
+@pytest.mark.parametrize("image", [{}, {"image": RED}])
+def test_whole_number_with_a_point_is_that_number(image: dict[str, Any]) -> None:
+    body = json.dumps({"prompt": "a", **image}).removesuffix("}")
+    numbers = '"seed": 1e3, "clip_skip": 1.0, "num_images_per_prompt": 2.0, "original_size": [64.0, 32], "strength": 1'
+    given = f'{body}, "width": 64.0, "num_inference_steps": 6.0, {numbers}}}'
+    plain = f'{body}, "width": 64, "num_inference_steps": 6, {numbers.replace("1e3", "1000").replace(".0", "")}}}'
+    read = [parse({"body": each.encode()}, "application/json") for each in (given, plain)]
+    assert read[0].describe() == read[1].describe()
+    assert json.dumps(read[0].describe()) == json.dumps(read[1].describe())  # equal requests get equal files
+    assert (read[0].width, read[0].height) == (64, 64)
 
 
 def test_seeds_are_random_unless_given() -> None:

@@ -111,7 +111,7 @@ def test_an_error_follows_the_finished_images(eager: LoadedPipeline, path: str, 
     parts: list[bytes | None] = []
     with pytest.raises(TimeoutError, match="planted") as failed:
         parts.extend(list_replies(response))
-    error, sent = service.describe_error(failed.value, "id"), b"".join(each or b"" for each in parts)
+    (_, error), sent = service.describe_error(failed.value, "id"), b"".join(each or b"" for each in parts)
     sent += response.api.write_failure(error, kind=response.content_type, images=response.images)
     assert response.images == failing
     if stream:

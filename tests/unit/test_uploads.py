@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from sdxl_server.api.bodies import check_form
 from sdxl_server.errors import RequestError
 from sdxl_server.request.limits import Limits
 from sdxl_server.request.masks import blend, cover_cells
@@ -293,31 +292,6 @@ def test_blending_lies_within_the_mask() -> None:
     assert np.array_equal(np.asarray(blend(black, white, mask))[..., 0], 255 - np.asarray(mask))  # no line of a hole
     cells = np.asarray(cover_cells(mask, 8))
     assert cells[0, :9].tolist() == [255] * 8 + [0]
-
-
-def make_form(*parts: tuple[str, bytes, str], boundary: str = "b" * 32) -> bytes:
-    return b"".join(
-        f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n'.encode() + content + b"\r\n"
-        for name, content, more in parts
-    ) + (f"--{boundary}--\r\n".encode())
-
-
-NAMED = '; filename="{}.png"\r\nContent-Type: image/png'
-
-
-@pytest.mark.parametrize("name", ["image", "image[]"])
-@pytest.mark.parametrize("file", [FILE + bytes(200), bytes(1000), bytes(100_000)])
-def test_several_images_in_a_form_are_refused(name: str, file: bytes) -> None:
-    kind = "multipart/form-data; boundary=" + "b" * 32
-    prompt = ("prompt", b"a fox" * 50, "")
-    one = make_form((name, file, NAMED.format("a" * 200)), prompt)
-    values = {name: bytearray(file), "prompt": bytearray(prompt[1])}
-    check_form(values, content_type=kind, length=str(len(one)))
-    check_form(values, content_type=kind, length="")
-    two = make_form((name, file, NAMED.format("a")), (name, file, NAMED.format("b")), prompt)
-    with pytest.raises(RequestError, match="send one image") as caught:
-        check_form(values, content_type=kind, length=str(len(two)))
-    assert caught.value.param == name
 
 
 def test_pieces_of_further_kinds_are_counted() -> None:
