@@ -223,8 +223,8 @@ class StableDiffusionHandler:
         """Return the HTTP status of a failed request and the error for its client."""
         headers, own_id = self.context.get_all_request_header(index), self.context.get_request_id(index)
         request_id, path = self.package.read_id(headers, own_id), self.package.find_header(headers, "url_path")
-        status, described = self.package.describe_error(error, request_id, path=path)
-        return status, described
+        described: tuple[int, dict[str, Any]] = self.package.describe_error(error, request_id, path=path)
+        return described
 
     def write_error(self, error: Exception, index: int) -> bytes:
         """Return an error as JSON, and set the status of its response, which has not begun."""

@@ -191,6 +191,13 @@ def test_whole_number_with_a_point_is_that_number(image: dict[str, Any]) -> None
     assert (read[0].width, read[0].height) == (64, 64)
 
 
+def test_whole_option_of_a_scheduler(real: Contract) -> None:
+    body = b'{"prompt": "a", "scheduler": {"name": "DPMSolverMultistepScheduler", "solver_order": 3.0}}'
+    request = NativeApi().read({"body": body}, content_type="application/json", contract=real)[0]
+    assert isinstance(request.scheduler, dict)
+    assert type(request.scheduler["solver_order"]) is int
+
+
 def test_seeds_are_random_unless_given() -> None:
     seeds = {CONTRACT.check({"prompt": "x", **seed}).seed for seed in ({}, {"seed": -1}, {"seed": None}) * 2}
     assert len(seeds) == 6
