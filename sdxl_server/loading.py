@@ -91,22 +91,24 @@ def reraise_as_config_error(start: str) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
-        notes = [note for note in getattr(error, "__notes__", ()) if note.startswith("while ")]
+        # The compiled functions add what they did.
+        doing = next((f" {note}" for note in getattr(error, "__notes__", ()) if note.startswith("while ")), "")
+        lack, remedy = _find_lack(error)
+        if lack:
+            start = f"{lack}{doing}. {remedy}"
+        elif doing:
+            start = f"pt2 failed{doing}"
         reason = shorten(" ".join(str(error).split()), length=600)
-        lack = _find_lack(error)
-        where = f" {notes[0]}" if notes else ""
-        if lack is not None:
-            raise ConfigError(f"{lack}{where}: {reason}") from error
-        raise ConfigError(f"{f'pt2 failed{where}' if notes else start}: {type(error).__name__}: {reason}") from error
+        raise ConfigError(f"{start}: {type(error).__name__}: {reason}") from error
 
 
-def _find_lack(error: BaseException) -> str | None:
-    """Return what the machine lacked, with a remedy, if that caused an error."""
+def _find_lack(error: BaseException) -> tuple[str, str]:
+    """Return what the machine lacked if that caused an error, and the remedy."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, MemoryError) or _OUT_OF_MEMORY.search(str(cause)):
-            return "out of memory (use a larger machine, smaller sizes, or graphs: dynamic)"
+            return "out of memory", "Use a larger machine, smaller sizes, or graphs: dynamic"
         if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(cause):
-            return "a disk is full (free space, or name another folder as cache_dir or TORCHINDUCTOR_CACHE_DIR)"
+            return "a disk is full", "Free space on it, or change cache_dir (openvino) or TORCHINDUCTOR_CACHE_DIR"
         cause = cause.__cause__ or cause.__context__
-    return None
+    return "", ""

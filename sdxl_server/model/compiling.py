@@ -1,5 +1,6 @@
 """Compile the components of a pipeline as `pt2` configures."""
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -245,14 +246,24 @@ class TorchFunction:
 
 
 def count_graphs(backend: str) -> tuple[int, int]:
-    """Return how many graphs a backend of torch.compile runs in this process, and how many it left to eager PyTorch."""
+    """Return how many graphs a backend of torch.compile runs in this process, and what it left to eager PyTorch.
+
+    Returns:
+        The number of its graphs, and the number of graphs and operators in eager PyTorch.
+    """
     import torch
 
     if backend == "openvino_stock":
         from openvino.frontend.pytorch.torchdynamo import execute
 
-        parts = (part for graph in execute.partitioned_modules.values() for part in graph.children())
-        return len(execute.compiled_cache), sum(getattr(part, "perm_fallback", False) for part in parts)
+        graphs = execute.partitioned_modules.values()
+        fallen = sum(getattr(part, "perm_fallback", False) for graph in graphs for part in graph.children())
+        outside = sum(
+            node.op == "call_function" and node.target is not operator.getitem
+            for graph in graphs
+            for node in graph.graph.nodes
+        )
+        return len(execute.compiled_cache), fallen + outside
     counters = torch._dynamo.utils.counters
     # Inductor compiles a graph also where it makes no graph of CUDA's of it.
     skipped = counters["inductor"]["cudagraph_skips"] if backend == "cudagraphs" else 0
