@@ -12,7 +12,7 @@ from torch.fx.passes.split_module import split_module
 
 from openvino_backend.cache import name_entry
 from openvino_backend.compression import compress_weights
-from openvino_backend.errors import UnsupportedOperatorsError
+from openvino_backend.errors import OpenVINOBackendError, UnsupportedOperatorsError
 from openvino_backend.graph_passes import bind_constants, label_parts, name_operators, name_precision, widen
 from openvino_backend.low_rank import name_layers
 from openvino_backend.models import CompiledModel, ModelReport, convert_graph
@@ -95,7 +95,13 @@ def compile_traced(
         except UnsupportedOperatorsError as error:
             if options.strict:
                 raise
-            outside |= error.operators
+            movable = set(name_operators(traced.graph.graph, error.operators)) - outside
+            if not movable:
+                raise OpenVINOBackendError(
+                    f"OpenVINO has no {', '.join(sorted(error.operators))}, and strict: false does not help: the graph "
+                    "has no further operator of that name to run in PyTorch"
+                ) from error
+            outside |= movable
 
 
 @dataclass(frozen=True)

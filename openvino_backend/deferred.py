@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -30,14 +31,16 @@ class Function(Protocol):
 
 # A function, its positional arguments and its keyword arguments.
 Call = tuple[Function, tuple[Any, ...], dict[str, Any]]
-_calls: list[Call] | None = None  # calls of the open block
+# The calls of the open block. Other threads and tasks have none, so their calls are made.
+_calls: ContextVar[list[Call] | None] = ContextVar("calls", default=None)
 
 
 def defer(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Note a call to prepare at the end of the open block. Return whether a block is open."""
-    if _calls is None:
+    calls = _calls.get()
+    if calls is None:
         return False
-    _calls.append((function, args, kwargs))
+    calls.append((function, args, kwargs))
     return True
 
 
@@ -45,18 +48,18 @@ def defer(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def compile_ahead() -> Iterator[None]:
     """Let all calls in the block return zeros. At its end compile what they need, in parallel.
 
+    Only calls in this context count. A greenlet or a thread has another one, unless it gets a copy of this one.
     OpenVINO compiles on one core. No call is made during a trace: torch would trace it too.
 
     Raises:
         OpenVINOBackendError: a call cannot be compiled; says why.
     """
-    global _calls
     calls: list[Call] = []
-    _calls = calls
+    token = _calls.set(calls)
     try:
         yield
     finally:
-        _calls = None
+        _calls.reset(token)
     # One of each kind.
     kinds = {
         (id(function), function.describe_call(args, kwargs)): (function, args, kwargs)

@@ -1,10 +1,11 @@
 """Methods that are traced once and kept in a file. A second start neither traces nor converts them."""
 
+import contextlib
 import inspect
 import logging
 import pickle
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ class CompiledFunction:
             these lengths.
         static_shapes: shapes by argument name. A call with these shapes gets a graph of its own.
         ranks: the largest sum of low-rank matrices' ranks, by the changed weight's name; see `bind`.
+        name: the method's name in the log, and in the note of an error.
 
     Attributes:
         backend: its `reports` show what runs.
@@ -110,12 +112,14 @@ class CompiledFunction:
         dynamic_shapes: Mapping[str, Any] | None = None,
         static_shapes: Iterable[Mapping[str, tuple[int, ...]]] = (),
         ranks: Mapping[str, int] | None = None,
+        *,
+        name: str | None = None,
     ) -> None:
         if not isinstance(getattr(method, "__self__", None), torch.nn.Module):
             raise TypeError(f"CompiledFunction takes a method of a torch.nn.Module, not {method!r}")
         self.backend = OpenVINOBackend(options, ranks=ranks)
         self._module, self._function = method.__self__, method.__func__  # type: ignore[attr-defined]
-        self._name = f"{self._function.__module__}.{self._function.__qualname__}"
+        self._name = name or f"{self._function.__module__}.{self._function.__qualname__}"
         self._parameters = list(inspect.signature(self._function).parameters)[1:]  # the first is the module
         self._dynamic_shapes, self._static_shapes = dict(dynamic_shapes or {}), tuple(static_shapes)
         self._entries: dict[str, CacheEntry] = {}
@@ -130,7 +134,7 @@ class CompiledFunction:
         kind = call.describe()
         if kind in self._warm:
             return self._entries[kind].run(call.tensors)
-        with self._lock:
+        with self._lock, self._add_note():
             entry = finish(self._find_or_prepare(call))
             # At the first run OpenVINO converts a dynamic graph's weights to its own form.
             files = [model.file for model in entry.graph.models]
@@ -141,7 +145,7 @@ class CompiledFunction:
 
     def prepare(self, *args: Any, **kwargs: Any) -> Steps[CacheEntry]:
         """Prepare such a call without making it; see deferred.py."""
-        with self._lock:
+        with self._lock, self._add_note():
             return (yield from self._find_or_prepare(self._read_call(args, kwargs)))
 
     def bind(self, products: Products) -> Callable[..., Any]:
@@ -156,6 +160,15 @@ class CompiledFunction:
                 return self(*args, **kwargs)
 
         return call
+
+    @contextlib.contextmanager
+    def _add_note(self) -> Iterator[None]:
+        """Add this method's name to an error of the block."""
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"while OpenVINO compiled or ran {self._name}")
+            raise
 
     def describe_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Return a description that all calls of one kind share."""

@@ -4,7 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from openvino_backend.precision import GROUP_SIZE, PRECISION, PRECISIONS, choose_arithmetic
+from openvino_backend.precision import (
+    EXECUTION_MODE,
+    GROUP_SIZE,
+    PRECISION,
+    PRECISIONS,
+    choose_arithmetic,
+    read_properties,
+)
 
 _LOSSY = ("weight_compression", "quantize_convolutions", "quantize_linear_layers")
 
@@ -77,7 +84,7 @@ class Options:
         Mapping,
         "OpenVINO properties by name",
         "OpenVINO properties for the compilation, such as {'INFERENCE_PRECISION_HINT': 'f32'}. Without that property "
-        "a graph runs in the precision of its weights.",
+        "a graph runs in the precision of its weights. {'EXECUTION_MODE_HINT': 'ACCURACY'} means the same as 'f32'.",
         default={},
     )
     aot_autograd: bool = _declare(
@@ -160,6 +167,10 @@ class Options:
         _check_device(options)
         if options.precision is not None:
             options = _expand(options, raw)
+        try:
+            options = replace(options, config=read_properties(options.config))
+        except ValueError as error:
+            raise OptionsError(f"OpenVINO option 'config' {error}") from None
         for name in _LOSSY[1:]:
             if getattr(options, name) and options.weight_compression != "int8_sym":
                 raise OptionsError(
@@ -171,6 +182,12 @@ class Options:
         _find_operators("disabled_ops", options.disabled_ops)
         options.find_decompositions()
         return options
+
+    @property
+    def arithmetic(self) -> str | None:
+        """The type of the arithmetic as OpenVINO names it. None: that of the weights."""
+        named: str | None = self.config.get(PRECISION)
+        return named
 
     @property
     def is_lossy(self) -> bool:
@@ -210,7 +227,7 @@ def _expand(options: Options, raw: Mapping[str, Any]) -> Options:
         OptionsError: some of these are given too, or the device does not compute in it.
     """
     beside = [name for name in _LOSSY if name in raw]
-    beside += [f"config's {name}" for name in (PRECISION, GROUP_SIZE) if name in options.config]
+    beside += [f"config's {name}" for name in (PRECISION, GROUP_SIZE, EXECUTION_MODE) if name in options.config]
     if beside:
         raise OptionsError(
             f"OpenVINO option 'precision' sets {', '.join(beside)} itself; leave that out, or 'precision'"

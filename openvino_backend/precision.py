@@ -10,8 +10,10 @@ from typing import Any
 
 PRECISION = "INFERENCE_PRECISION_HINT"
 GROUP_SIZE = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
+EXECUTION_MODE = "EXECUTION_MODE_HINT"
 PRECISIONS = ("f32", "f16", "bf16", "int8", "fastest")
 _CAPABILITIES = {"f32": "FP32", "f16": "FP16", "bf16": "BF16"}  # as OpenVINO calls them
+_LONG_NAMES = {"fp32": "f32", "float32": "f32", "fp16": "f16", "float16": "f16", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,29 @@ _KINDS = (
         "8 bits were never measured on such a CPU",
     ),
 )
+
+
+def read_properties(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return OpenVINO's properties, with the type of the arithmetic by its short name.
+
+    EXECUTION_MODE_HINT: ACCURACY means float32. OpenVINO ignores it next to INFERENCE_PRECISION_HINT, which every graph
+    sets.
+
+    Raises:
+        ValueError: a type is unknown, or the two hints differ.
+    """
+    read = dict(config)
+    if PRECISION in read:
+        given = read[PRECISION]
+        name = str(given.get_type_name() if hasattr(given, "get_type_name") else given).lower()
+        read[PRECISION] = _LONG_NAMES.get(name, name)
+        if read[PRECISION] not in _CAPABILITIES:
+            raise ValueError(f"takes for {PRECISION} one of {', '.join(_CAPABILITIES)}, not {given!r}")
+    if str(read.get(EXECUTION_MODE)).endswith("ACCURACY") and read.setdefault(PRECISION, "f32") != "f32":
+        raise ValueError(
+            f"takes {PRECISION}: f32 with {EXECUTION_MODE}: ACCURACY, not {read[PRECISION]}; leave one of them out"
+        )
+    return read
 
 
 def choose_arithmetic(precision: str, device: str) -> Arithmetic:

@@ -1,6 +1,8 @@
 """Load a pipeline: check the folder, read it, build the contract, compile, warm up."""
 
 import contextlib
+import errno
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from sdxl_server.model.folders import (
 )
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.schemas import shorten
+
+_OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can(?:'t|not) allocate memory|bad.alloc", re.IGNORECASE)
 
 
 def load_pipeline(
@@ -55,7 +59,7 @@ def load_pipeline(
         compiled = list_components_to_compile(family, config) if compilation.backend == "openvino" else []
         adapters = load_adapters(pipeline, family, config, model_dir=model_dir, compiled=compiled)
         contract = build_contract(pipeline, family, config, graphs=graphs, adapters=adapters)
-    with reraise_as_config_error(f"pt2.backend: {compilation.backend} cannot run this model"):
+    with reraise_as_config_error("the warm-up failed" if config.warm_up else "the model cannot be made ready"):
         functions, parts = compile_components(
             pipeline, family, config, compilation, contract=contract, ranks=compute_ranks(adapters, config)
         )
@@ -77,7 +81,7 @@ def reraise_as_config_error(start: str) -> Iterator[None]:
     """Turn any error of a block into a ConfigError. Each library raises classes of its own.
 
     Args:
-        start: how the message begins.
+        start: how the message begins, unless a compiled component failed or the machine lacks something.
 
     Raises:
         ConfigError: also the block's own ConfigError, unchanged.
@@ -87,5 +91,24 @@ def reraise_as_config_error(start: str) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
+        # The compiled functions add what they did.
+        doing = next((f" {note}" for note in getattr(error, "__notes__", ()) if note.startswith("while ")), "")
+        lack, remedy = _find_lack(error)
+        if lack:
+            start = f"{lack}{doing}. {remedy}"
+        elif doing:
+            start = f"pt2 failed{doing}"
         reason = shorten(" ".join(str(error).split()), length=600)
         raise ConfigError(f"{start}: {type(error).__name__}: {reason}") from error
+
+
+def _find_lack(error: BaseException) -> tuple[str, str]:
+    """Return what the machine lacked if that caused an error, and the remedy."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError) or _OUT_OF_MEMORY.search(str(cause)):
+            return "out of memory", "Use a larger machine, smaller sizes, or graphs: dynamic"
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(cause):
+            return "a disk is full", "Free space on it, or change cache_dir (openvino) or TORCHINDUCTOR_CACHE_DIR"
+        cause = cause.__cause__ or cause.__context__
+    return "", ""

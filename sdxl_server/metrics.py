@@ -3,8 +3,10 @@
 The service and the queue count requests, and the denoiser counts UNet calls. The graphs' figures come from the backend.
 """
 
+import contextlib
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, make_server
@@ -41,13 +43,14 @@ PREVIEW_SECONDS = Histogram(
 )
 UNET_CALL_SECONDS = Histogram(
     "sdxl_unet_call_seconds",
-    "A UNet call. The warm-up's count too and may include compilation",
+    "A UNet call. The warm-up's count too and may include compilation, unless they only infer shapes",
     buckets=(0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100),
 )
 UNET_CALLS_MADE = Counter("sdxl_unet_calls_made", "UNet calls, in whole ones, the warm-up's too")
 UNET_CALLS_SKIPPED = Counter(
     "sdxl_unet_calls_skipped", "UNet calls saved by extrapolation or without guidance, in whole ones"
 )
+_leaves_out_calls: ContextVar[bool] = ContextVar("leaves_out_calls", default=False)
 COMPONENT_GAUGES = {
     "OpenVINOModels": ("sdxl_graphs", "Graphs that OpenVINO runs"),
     "OpenVINOModelsFromCache": ("sdxl_graphs_from_cache", "Graphs that were read from the cache"),
@@ -83,6 +86,31 @@ class SilentHandler(WSGIRequestHandler):
 def register_components(measure: Callable[[], ComponentFigures]) -> None:
     """Add the figures of the model's components."""
     REGISTRY.register(ComponentCollector(measure))
+
+
+@contextlib.contextmanager
+def leave_out_calls() -> Iterator[None]:
+    """Count no UNet calls of the block, because they compute no numbers."""
+    token = _leaves_out_calls.set(True)
+    try:
+        yield
+    finally:
+        _leaves_out_calls.reset(token)
+
+
+def count_unet_call(cost: float, *, seconds: float) -> None:
+    """Count a UNet call.
+
+    Args:
+        cost: the part of a whole call that was made; 0 if its output was extrapolated.
+        seconds: the time that it took.
+    """
+    if _leaves_out_calls.get():
+        return
+    if cost:
+        UNET_CALL_SECONDS.observe(seconds)
+    UNET_CALLS_MADE.inc(cost)
+    UNET_CALLS_SKIPPED.inc(1 - cost)
 
 
 def count_failure(status: int) -> None:

@@ -28,6 +28,7 @@ from sdxl_server.diffusion.previews import choose_preview_steps, draw_preview
 from sdxl_server.errors import NotFiniteError, RequestError, VersionError, format_error
 from sdxl_server.loading import load_pipeline
 from sdxl_server.model.describe import describe_pipeline, list_uncompiled_components, measure_components
+from sdxl_server.model.dtypes import choose_device
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.request.fields import GenerationRequest
 from sdxl_server.request.masks import keep_protected
@@ -247,15 +248,13 @@ def load_service(settings: Mapping[str, Any], *, model_dir: Path, gpu_id: int | 
 
     Args:
         model_dir: the archive's folder.
-        gpu_id: the CUDA device that TorchServe chose, if any.
+        gpu_id: the GPU that TorchServe chose, if any.
         archive: the version that the archive was made for.
 
     Raises:
         VersionError: the archive was made for another version of this package.
         ConfigError: names the key, what is accepted and what was given.
     """
-    import torch
-
     from openvino_backend import find_processors, limit_torch
 
     if archive != __version__:
@@ -265,7 +264,7 @@ def load_service(settings: Mapping[str, Any], *, model_dir: Path, gpu_id: int | 
         )
     check_server_keys(settings)
     limit_torch(find_processors())
-    device = f"cuda:{gpu_id}" if gpu_id is not None and torch.cuda.is_available() else "cpu"
+    device = choose_device(settings.get("deviceType"), gpu_id=gpu_id)
     config, is_ready = HandlerConfig.parse(settings.get("handler")), threading.Event()
     if config.metrics_address is not None:
         metrics.serve_metrics(config.metrics_address, is_ready)

@@ -1,6 +1,7 @@
 """The `handler` and `pt2` sections of model-config.yaml, each setting declared once."""
 
 import dataclasses
+import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 MIN_SIDE, MAX_SIDE = 64, 4096  # pixels
 MIN_CALLS = 4  # UNet calls, if some steps are extrapolated
+DEVICE_TYPES = ("cpu", "gpu")  # of TorchServe, which takes another one for cpu or gpu
 TORCHSERVE_COUNT = whole(1, 2**31 - 1)  # TorchServe's integers
 PUBLISHED_KEYS_WITHOUT_EFFECT = {
     "change_comp_config": "Inductor's settings go in pt2: {options: ...}",
@@ -26,8 +28,14 @@ PUBLISHED_KEYS_WITHOUT_EFFECT = {
     "no_sdpa": "scaled_dot_product_attention is always used",
     "upcast_vae": "with weights in float16 the VAE is in float32 already",
 }
-# `openvino` is this project's backend. `openvino_stock` is OpenVINO's own, for comparison.
-BACKEND_NAMES = {"openvino": "openvino_backend", "openvino_stock": "openvino"}
+# The backends whose work can be checked, with torch.compile's names for them. `openvino` is this project's own.
+# `openvino_stock` is the one inside OpenVINO, for comparison.
+BACKENDS = {
+    "openvino": "openvino_backend",
+    "inductor": "inductor",
+    "cudagraphs": "cudagraphs",
+    "openvino_stock": "openvino",
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,8 @@ class HandlerConfig:
     dtype: str = declare(
         choice("auto", "float32", "bfloat16", "float16"),
         "type of the weights, and of the arithmetic unless `pt2` changes it; `auto`: float16 on a GPU and for OpenVINO "
-        "on a CPU (computed in bfloat16 or 8 bits), float32 for float32 arithmetic, bfloat16 for other backends",
+        "on a CPU (computed in bfloat16 or 8 bits), float32 for float32 arithmetic and openvino_stock, bfloat16 for "
+        "other backends",
         value="auto",
     )
     scheduler: str | Mapping[str, Any] | None = declare(
@@ -239,8 +248,8 @@ class CompileConfig:
     """The `pt2` section: keywords of torch.compile. Without a `backend` PyTorch runs eagerly."""
 
     backend: str | None = declare(
-        any_text("the name of a torch.compile backend"),
-        "openvino, inductor, openvino_stock, or another backend of torch.compile",
+        any_text(f"one of {', '.join(BACKENDS)}"),
+        "what compiles; `cudagraphs` needs `deviceType: gpu`",
         value=None,
     )
     mode: str | None = declare(
@@ -252,7 +261,11 @@ class CompileConfig:
         switch(), "torch.compile's keyword; openvino accepts only false", value=None, null="its default"
     )
     fullgraph: bool | None = declare(
-        switch(), "torch.compile's keyword; openvino accepts only true", value=None, null="its default"
+        switch(),
+        "torch.compile's keyword; `false`: what the backend cannot compile runs in eager PyTorch, and `describe` "
+        "counts `graph_breaks`; openvino accepts only true",
+        value=None,
+        null="true",
     )
     options: Mapping[str, Any] | None = declare(
         {"type": "object", "x-accepted": "the backend's options by name"},
@@ -285,15 +298,22 @@ class CompileConfig:
         if isinstance(raw, Mapping):
             raw = {"backend": "inductor", **raw}  # torch.compile's own default
         config: Self = read_section(cls, raw, section)
+        if config.backend == BACKENDS["openvino"]:
+            config = dataclasses.replace(config, backend="openvino")
         config._check_backend(section)
         return config
 
     def _check_backend(self, section: str) -> None:
         import torch
 
-        names = sorted({*torch._dynamo.list_backends(), *BACKEND_NAMES})
-        if self.backend not in names:
-            raise ConfigError(f"{section}.backend takes one of {', '.join(names)}, not {shorten(self.backend)}")
+        if self.backend not in BACKENDS:
+            near = difflib.get_close_matches(str(self.backend)[:60].lower(), BACKENDS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            if self.backend in torch._dynamo.list_backends(exclude_tags=None):
+                hint = f". {self.backend} cannot run this model: nothing would show whether it ran"
+            raise ConfigError(
+                f"{section}.backend takes one of {', '.join(BACKENDS)}, not {shorten(self.backend)}{hint}"
+            )
         if self.backend == "openvino":
             from openvino_backend import Options
 
@@ -310,6 +330,12 @@ class CompileConfig:
             raise ConfigError(f"{section} takes mode or options, not both: a mode is a set of options")
         if self.mode is not None and self.mode not in (modes := torch._inductor.list_mode_options()):
             raise ConfigError(f"{section}.mode takes one of {', '.join(modes)}, not {shorten(self.mode)}")
+        if self.backend == "inductor" and self.options is not None:
+            try:
+                torch.compile(lambda: None, options=dict(self.options))  # checks them, and compiles nothing yet
+            except Exception as error:  # of several classes
+                reason = shorten(str(error), length=200)
+                raise ConfigError(f"{section}.options: inductor cannot run this model with them: {reason}") from error
 
 
 def check_server_keys(settings: Any) -> None:
@@ -320,6 +346,12 @@ def check_server_keys(settings: Any) -> None:
     """
     if not isinstance(settings, Mapping):
         raise ConfigError(f"model-config.yaml takes keys and values, not {shorten(settings)}")
+    device = settings.get("deviceType")
+    if device is not None and str(device).lower() not in DEVICE_TYPES:
+        raise ConfigError(
+            f"deviceType takes {' or '.join(DEVICE_TYPES)}, not {shorten(device)}: gpu is one with CUDA. An Intel GPU "
+            "is chosen with pt2: {backend: openvino, options: {device: GPU}}"
+        )
     for key in ("jobQueueSize", "responseTimeout"):
         if key in settings and not is_valid(settings[key], TORCHSERVE_COUNT):
             raise ConfigError(

@@ -43,15 +43,13 @@ class Denoiser(StandIn):
     def forward(self, sample: Any, timestep: Any, *inputs: Any, **options: Any) -> Any:
         """Call the shared UNet, or extrapolate its output, as the step plan says."""
         cost, is_guided = self.plan.costs[self.done], self.plan.guided[self.done]
+        start = time.perf_counter()
         if cost:
-            start = time.perf_counter()
             output = self._call(sample, timestep, *inputs, is_guided=is_guided, **options)
-            metrics.UNET_CALL_SECONDS.observe(time.perf_counter() - start)
         else:
             output = self._extrapolate(sample, timestep, is_guided=is_guided)
+        metrics.count_unet_call(cost, seconds=time.perf_counter() - start)
         self.calls += cost
-        metrics.UNET_CALLS_MADE.inc(cost)
-        metrics.UNET_CALLS_SKIPPED.inc(1 - cost)
         self.done += 1
         check_finite(output, "the UNet's output" if cost else "the extrapolated output of the UNet")
         self._last = (sample, timestep, output)

@@ -1,5 +1,6 @@
 """Generate the images of a request, step by step."""
 
+import contextvars
 import inspect
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -103,6 +104,7 @@ def _generate_image(
     if chunks and (embedded := embed_prompts(pipeline, request, loaded.family, chunks=chunks)):
         arguments = {name: value for name, value in arguments.items() if name not in PROMPTS} | embedded
     work = greenlet(lambda: pipeline(callback_on_step_end=report_step, **arguments).images[0])
+    work.gr_context = contextvars.copy_context()  # a greenlet begins with an empty one
     try:
         with name_failed_step(request, index, unet):
             result = work.switch()

@@ -1,9 +1,10 @@
 """Compile the components of a pipeline as `pt2` configures."""
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sdxl_server.config.settings import BACKEND_NAMES, CompileConfig, HandlerConfig
+from sdxl_server.config.settings import BACKENDS, CompileConfig, HandlerConfig
 from sdxl_server.errors import ConfigError
 from sdxl_server.model.families import Family
 from sdxl_server.model.tiling import compute_tile_side, plan_tiles
@@ -125,6 +126,7 @@ def compile_components(
         functions[name] = compile_method(
             method,
             compilation,
+            name=name,
             dynamic_shapes=None if graphs == "static" else DYNAMIC_SHAPES.get(name),
             static_shapes=[shapes[name]] if name in shapes else [],
             ranks=ranks.get(name),
@@ -190,31 +192,111 @@ class FixedBatch:
         return (torch.cat(outputs)[:rows],)
 
 
+class TorchFunction:
+    """A method that torch.compile compiles at its first call. It fails where the backend has compiled nothing.
+
+    Args:
+        name: the method's name in messages.
+
+    Attributes:
+        graphs: the number of graphs that the backend runs.
+    """
+
+    def __init__(self, method: Callable[..., Any], compilation: CompileConfig, *, name: str) -> None:
+        import torch
+
+        self.graphs, self._backend, self._name = 0, str(compilation.backend), name
+        self._run = torch.compile(
+            method,
+            backend=BACKENDS[self._backend],
+            # Otherwise dynamo runs in eager PyTorch what it cannot compile.
+            fullgraph=compilation.fullgraph is not False,
+            dynamic=compilation.dynamic,
+            mode=compilation.mode,
+            options=None if compilation.options is None else dict(compilation.options),
+            isolate_recompiles=True,  # otherwise two modules of a class may share a graph, and one of them counts none
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the method returns.
+
+        Raises:
+            ConfigError: the backend has compiled nothing, or not the whole method.
+        """
+        import torch
+
+        graphs, in_pytorch = count_graphs(self._backend)
+        try:
+            result = self._run(*args, **kwargs)
+        except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
+            raise ConfigError(
+                f"pt2.backend: {self._backend} cannot compile {self._name} as one graph: {str(error).splitlines()[0]}. "
+                "pt2.fullgraph: false runs what is between graphs in eager PyTorch, and reports graph_breaks"
+            ) from error
+        except Exception as error:
+            error.add_note(f"while {self._backend} compiled or ran {self._name}")
+            raise
+        graphs_after, in_pytorch_after = count_graphs(self._backend)
+        self.graphs += graphs_after - graphs
+        if not self.graphs or in_pytorch_after > in_pytorch:
+            raise ConfigError(
+                f"pt2.backend: {self._backend} did not compile {self._name}: eager PyTorch ran it, or a part of it"
+            )
+        return result
+
+
+def count_graphs(backend: str) -> tuple[int, int]:
+    """Return how many graphs a backend of torch.compile runs in this process, and what it left to eager PyTorch.
+
+    Returns:
+        The number of its graphs, and the number of graphs and operators in eager PyTorch.
+    """
+    import torch
+
+    if backend == "openvino_stock":
+        from openvino.frontend.pytorch.torchdynamo import execute
+
+        graphs = execute.partitioned_modules.values()
+        fallen = sum(getattr(part, "perm_fallback", False) for graph in graphs for part in graph.children())
+        outside = sum(
+            node.op == "call_function" and node.target is not operator.getitem
+            for graph in graphs
+            for node in graph.graph.nodes
+        )
+        return len(execute.compiled_cache), fallen + outside
+    counters = torch._dynamo.utils.counters
+    # Inductor compiles a graph also where it makes no graph of CUDA's of it.
+    skipped = counters["inductor"]["cudagraph_skips"] if backend == "cudagraphs" else 0
+    return counters["stats"]["unique_graphs"], skipped
+
+
 def compile_method(
     method: Any,
     compilation: CompileConfig,
     *,
+    name: str = "the method",
     dynamic_shapes: Mapping[str, Any] | None = None,
     static_shapes: Sequence[Mapping[str, Any]] = (),
     ranks: Mapping[str, int] | None = None,
 ) -> Any:
-    """Return a module's method, compiled as configured. Shapes and ranks are for OpenVINO; see CompiledFunction."""
-    import torch
+    """Return a module's method, compiled as configured.
 
-    if compilation.backend == "openvino":
-        from openvino_backend import CompiledFunction
+    Args:
+        name: the method's name in messages.
+        dynamic_shapes, static_shapes, ranks: for OpenVINO; see CompiledFunction.
+    """
+    if compilation.backend != "openvino":
+        return TorchFunction(method, compilation, name=name)
+    from openvino_backend import CompiledFunction
 
-        options = {"release_weights": True, **(compilation.options or {})}
-        return CompiledFunction(
-            method,
-            options,
-            dynamic_shapes=dynamic_shapes,
-            static_shapes=static_shapes,
-            ranks=ranks,
-        )
-    keywords = {name: getattr(compilation, name) for name in ("mode", "dynamic", "options")}
-    backend = BACKEND_NAMES.get(str(compilation.backend), compilation.backend)
-    return torch.compile(method, backend=backend, fullgraph=compilation.fullgraph or False, **keywords)
+    return CompiledFunction(
+        method,
+        {"release_weights": True, **(compilation.options or {})},
+        dynamic_shapes=dynamic_shapes,
+        static_shapes=static_shapes,
+        ranks=ranks,
+        name=name,
+    )
 
 
 def check_cpp_compiler() -> None:

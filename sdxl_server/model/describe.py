@@ -30,7 +30,7 @@ def describe_pipeline(loaded: LoadedPipeline) -> dict[str, Any]:
         "preview": {"kind": config.preview, "lossy": config.preview != "exact"},
         "adapters": [each.describe() for each in loaded.adapters],
         "weighted_prompts": config.weighted_prompts,
-        "graphs": counters["stats"]["unique_graphs"],
+        "graphs": sum(count_component_graphs(loaded, name) for name in loaded.parts),
         "versions": {"sdxl_server": __version__, "openvino_backend": openvino_backend.__version__},
         "shortcuts": {
             "unet_calls": config.unet_calls,
@@ -44,7 +44,6 @@ def describe_pipeline(loaded: LoadedPipeline) -> dict[str, Any]:
         report["openvino"] = {
             name: [dataclasses.asdict(graph) for graph in backend.reports] for name, backend in loaded.parts.items()
         }
-        report["graphs"] = sum(len(graphs) for graphs in report["openvino"].values())
     return report
 
 
@@ -76,10 +75,17 @@ def list_applied_adapters(loaded: LoadedPipeline, request: GenerationRequest) ->
     ]
 
 
+def count_component_graphs(loaded: LoadedPipeline, name: str) -> int:
+    """Return how many graphs of a component the backend runs so far."""
+    backend = loaded.parts[name]
+    graphs: int = loaded.functions[name].graphs if backend is None else len(backend.reports)  # type: ignore[attr-defined]
+    return graphs
+
+
 def list_uncompiled_components(loaded: LoadedPipeline, request: GenerationRequest) -> list[str]:
-    """Return the components that OpenVINO compiles when this request is the first to need them."""
+    """Return the components that are compiled when this request is the first to need them."""
     needed = (name for name in loaded.parts if name != VAE_ENCODER or request.image is not None)
-    return [name for name in needed if loaded.parts[name] is not None and not loaded.parts[name].reports]
+    return [name for name in needed if not count_component_graphs(loaded, name)]
 
 
 def measure_components(loaded: LoadedPipeline) -> dict[str, dict[str, tuple[float, str]]]:

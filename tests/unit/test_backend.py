@@ -108,6 +108,31 @@ def test_without_strict_the_operator_runs_in_pytorch_and_is_reported(caplog: pyt
     assert "run in PyTorch, not on OpenVINO: aten.special_bessel_j0.default" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("reported", "disabled"),
+    [
+        ({"aten.renamed.default"}, []),
+        ({"aten.renamed.default", "aten.gelu.default"}, []),
+        ({"aten.gelu.default"}, ["aten.gelu.default"]),
+    ],
+    ids=["unknown", "one of two is known", "it runs in PyTorch already"],
+)
+def test_an_operator_that_cannot_move_to_pytorch_ends_the_compilation(
+    reported: set[str], disabled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No module is known whose operators OpenVINO reports by other names, so its answer is replaced."""
+    passes = iter(range(4))
+
+    def convert(_: Any) -> Any:
+        next(passes)  # ends an endless loop
+        raise UnsupportedOperatorsError(reported)
+
+    monkeypatch.setattr("openvino_backend.compiling.convert_graph", convert)
+    backend = OpenVINOBackend({"strict": False, "disabled_ops": disabled})
+    with pytest.raises(Exception, match="OpenVINO has no .*, and strict: false does not help"):
+        compile_module(make_module(), backend)(torch.randn(4, 16))
+
+
 def test_disabled_operators_run_in_pytorch() -> None:
     module, x = make_module(), torch.randn(4, 16)
     backend = OpenVINOBackend({"strict": False, "disabled_ops": ["aten.native_layer_norm.default"]})

@@ -1,5 +1,6 @@
 """CompiledFunction: what is traced once is neither traced nor converted at the next start, and stays right."""
 
+import asyncio
 import itertools
 import pkgutil
 import subprocess
@@ -266,6 +267,32 @@ def test_calls_ahead_return_zeros_and_leave_nothing_to_compile() -> None:
     assert (result["y"].shape, float(result["y"].abs().sum()), result["name"]) == (x.shape, 0, "table")
     assert read_origins(function) == [(True, [False])]
     assert measure_error(function(x, more=more)["y"], module(x, more=more)["y"]) < 1e-6
+    assert len(function.backend.reports) == 1
+
+
+def test_calls_ahead_are_those_of_the_block_alone() -> None:
+    """Another thread and another task make their calls, and an inner block leaves the outer one open."""
+    module, x = make_module(), torch.randn(4, 16)
+    function, expected = CompiledFunction(module.forward), module(x)
+
+    async def call_in_a_task() -> torch.Tensor:
+        go_on = asyncio.Event()
+        task = asyncio.create_task(call_later(go_on))
+        with compile_ahead():
+            go_on.set()
+            return await task
+
+    async def call_later(go_on: asyncio.Event) -> torch.Tensor:
+        await go_on.wait()
+        return function(x)
+
+    with ThreadPoolExecutor(1) as pool, compile_ahead():
+        assert measure_error(pool.submit(function, x).result(), expected) < 1e-6
+        assert not function(x).any()
+        with compile_ahead():
+            assert not function(x).any()
+        assert not function(x).any()
+    assert measure_error(asyncio.run(call_in_a_task()), expected) < 1e-6
     assert len(function.backend.reports) == 1
 
 

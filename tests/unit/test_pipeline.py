@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino
 import pytest
 import torch
 from PIL import Image
 
 from openvino_backend import CompiledFunction
+from openvino_backend.precision import find_kind, read_flags
 from sdxl_server.api.http import HttpRequest
 from sdxl_server.api.image_metadata import describe_image
 from sdxl_server.config.settings import CompileConfig, HandlerConfig
@@ -85,11 +87,31 @@ def test_auto_takes_the_devices_type(device: str) -> None:
     assert choose_dtype(HandlerConfig(), CompileConfig(), device="cuda:0") == ("float16", CompileConfig())
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("f32", "float32"), ("int8", "float16"), ("fastest", "float16")])
-def test_auto_leaves_the_arithmetic_to_precision(precision: str, dtype: str) -> None:
-    compilation = CompileConfig.parse({"backend": "openvino", "options": {"precision": precision}})
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({"precision": "f32"}, "float32"),
+        ({"config": {"INFERENCE_PRECISION_HINT": "f32"}}, "float32"),
+        ({"config": {"INFERENCE_PRECISION_HINT": "float32"}}, "float32"),
+        ({"config": {"INFERENCE_PRECISION_HINT": openvino.Type.f32}}, "float32"),
+        ({"config": {"EXECUTION_MODE_HINT": "ACCURACY"}}, "float32"),
+        ({"precision": "int8"}, "float16"),
+        ({"precision": "fastest"}, "float16" if find_kind(read_flags()).fastest == "int8" else "float32"),
+        # 8 bits lose more than float16 does
+        ({"config": {"INFERENCE_PRECISION_HINT": "f32"}, "weight_compression": "int8_sym"}, "float16"),
+    ],
+)
+def test_auto_suits_the_arithmetic_however_it_is_set(options: dict[str, Any], dtype: str) -> None:
+    compilation = CompileConfig.parse({"backend": "openvino", "options": options})
     assert choose_dtype(HandlerConfig(), compilation, device="cpu") == (dtype, compilation)
     assert choose_dtype(HandlerConfig(dtype="bfloat16"), compilation, device="cpu") == ("bfloat16", compilation)
+
+
+def test_a_hint_of_float32_draws_the_float32_image(tiny_model: Path) -> None:
+    pt2 = {"backend": "openvino", "options": {"config": {"INFERENCE_PRECISION_HINT": "float32"}}}
+    loaded = load(tiny_model, pt2, dtype="auto", graphs="static", warm_up=True)
+    assert (loaded.dtype, loaded.pipeline.unet.dtype) == ("float32", torch.float32)
+    assert np.abs(make_picture(loaded) - make_picture(load(tiny_model))).max() <= 1  # a rounding of the last bit
 
 
 def test_a_picture_tells_the_arithmetic_that_made_it(tiny_model: Path) -> None:
@@ -207,8 +229,8 @@ def test_inductor_needs_a_compiler(tiny_model: Path) -> None:
 @pytest.mark.parametrize(
     ("pt2", "message"),
     [
-        ("tvm", "tvm cannot run this model"),
-        ({"backend": "inductor", "options": {"no_such_option": 1}}, "inductor cannot run this model.*no_such_option"),
+        ("tvm", "pt2.backend takes one of openvino, .*, not 'tvm'"),
+        ({"backend": "inductor", "options": {"no_such_option": 1}}, "pt2.options: inductor .*no_such_option"),
     ],
 )
 def test_backend_that_fails_is_named(tiny_model: Path, pt2: Any, message: str) -> None:

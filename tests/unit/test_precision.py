@@ -150,6 +150,45 @@ def test_a_gpu_takes_what_is_usual(precision: str, weights: str | None, monkeypa
     assert "nothing was measured" in chosen.reason
 
 
+@pytest.mark.parametrize("given", ["f32", "FP32", "float32", openvino.Type.f32])
+def test_a_type_has_one_name(given: Any) -> None:
+    options = Options.parse({"config": {"INFERENCE_PRECISION_HINT": given}})
+    assert (options.arithmetic, options.describe_arithmetic()["INFERENCE_PRECISION_HINT"]) == ("f32", "f32")
+    backend = OpenVINOBackend({"config": {"INFERENCE_PRECISION_HINT": given}})
+    torch.compile(make_module().bfloat16(), backend=backend, dynamic=False)(torch.ones(4, 16).bfloat16())
+    assert backend.reports[0].models[0].precision == "f32"
+
+
+def test_accuracy_means_float32() -> None:
+    module, backend = make_module().bfloat16(), OpenVINOBackend({"config": {"EXECUTION_MODE_HINT": "ACCURACY"}})
+    torch.compile(module, backend=backend, dynamic=False)(torch.ones(4, 16).bfloat16())
+    assert backend.reports[0].models[0].precision == "f32"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"config": {"INFERENCE_PRECISION_HINT": "f31"}}, "INFERENCE_PRECISION_HINT one of f32, f16, bf16, not 'f31'"),
+        ({"config": {"INFERENCE_PRECISION_HINT": None}}, "one of f32, f16, bf16, not None"),
+        (
+            {"config": {"INFERENCE_PRECISION_HINT": "bfloat16", "EXECUTION_MODE_HINT": "ACCURACY"}},
+            "INFERENCE_PRECISION_HINT: f32 with EXECUTION_MODE_HINT: ACCURACY, not bf16",
+        ),
+        (
+            {"precision": "bf16", "config": {"INFERENCE_PRECISION_HINT": "float32"}},
+            "'precision' sets config's INFERENCE_PRECISION_HINT itself",
+        ),
+        (
+            {"precision": "fastest", "config": {"EXECUTION_MODE_HINT": "ACCURACY"}},
+            "'precision' sets config's EXECUTION_MODE_HINT itself",
+        ),
+    ],
+)
+def test_settings_of_the_arithmetic_that_differ_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionsError, match=message):
+        Options.parse(options)
+
+
 def test_options_of_experts_are_described_too() -> None:
     described = Options.parse({"weight_compression": "int8_asym"}).describe_arithmetic()
     assert described == {"weight_compression": "int8_asym", "lossy": True}
