@@ -145,7 +145,9 @@ class Service:
         if not request.stream:
             return b""
         events = api.write_step(done=progress.done, total=progress.total, seconds=seconds, share=progress.share)
-        due = choose_preview_steps(request.partial_images, steps=progress.steps)
+        # The safety checker reads finished images only.
+        count = request.partial_images if self.loaded.config.safety_checker is None else 0
+        due = choose_preview_steps(count, steps=progress.steps)
         numbers = [number for number, step in enumerate(due) if step == progress.step]
         if numbers:
             file = encode_image(keep_protected(draw_preview(self.loaded, progress), request), request)
