@@ -16,6 +16,7 @@ from sdxl_server.model.families import find_family
 from sdxl_server.model.folders import check_components, check_tokenizers, write_redownload_command
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.model.safety_checker import check_has_safety_checker
+from sdxl_server.model.sources import check_has_pipeline
 from sdxl_server.schemas import shorten
 
 
@@ -32,6 +33,7 @@ def load_pipeline(
         ConfigError: the configuration does not fit the model or the machine.
     """
     folder = model_dir / config.model_path
+    check_has_pipeline(config.model_path, model_dir)
     family = find_family(folder, is_xl=config.is_xl)
     vae = None if config.vae_path is None else model_dir / config.vae_path
     has_safety_checker = config.safety_checker is not None
