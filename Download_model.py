@@ -5,15 +5,17 @@ can then load the folder. The same command continues an interrupted download. mo
 with this file is complete. source.json names the model in the folder.
 
 --model also takes a whole model in one .safetensors, and converts it offline. --vae without --model downloads a VAE
-alone, for vae_path in model-config.yaml.
+alone, for vae_path in model-config.yaml. The safety checker of Stable Diffusion 1.x needs --safety-checker.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,27 +23,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from sdxl_server.model.folders import FP16_MARK, is_weights
+from sdxl_server.model.sources import (
+    GGUF,
+    INDEX,
+    SAFETENSORS,
+    SINGLE_FILES,
+    explain_address,
+    explain_folder,
+    explain_gguf,
+    explain_listing,
+    read_hub_page,
+)
+
 DEFAULT_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
 DEFAULT_REVISION = "462165984030d82259a11f4367a4eed129e94a7b"
 DEMO_FOLDER = Path(__file__).parent / "demo/model"
 DEFAULT_FOLDER, DEFAULT_VAE_FOLDER = Path("Base_Diffusion_model"), Path("VAE")
-INDEX = "model_index.json"
 CONFIG = "config.json"
 RECORD = "source.json"
 SETTINGS = (".json", ".txt", ".model")
 PICKLES = (".bin", ".ckpt", ".msgpack", ".pt", ".pth")
-VARIANT = ".fp16"
-# diffusers names shards `model.fp16-00001-of-00002.safetensors` or, older, `model-00001-of-00002.fp16.safetensors`. It
-# names their index `….safetensors.index.fp16.json` or `….safetensors.fp16.index.json`. The plain names have no variant.
-WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-# owner/name/file.safetensors, or the address of its page on the hub
-FILE_ON_HUB = re.compile(
-    r"(https://(huggingface\.co|hf\.co)/)?(?P<model>[\w.-]+/[\w.-]+)/((blob|resolve)/(?P<revision>[^/]+)/)?(?P<name>[^?]+)(\?.*)?"
-)
+SAFETY_CHECKER = ("safety_checker", "feature_extractor")
+FILE_ON_HUB = re.compile(r"(?P<model>[\w.-]+/[\w.-]+)/(?P<name>[^?]+)")  # owner/name/file.safetensors
 
 
 class DownloadError(Exception):
-    """The model cannot be downloaded; the message is one line."""
+    """The model cannot be downloaded; the message is one line.
+
+    Attributes:
+        instead: the value of --model that is probably meant.
+    """
+
+    def __init__(self, message: str, *, instead: str | None = None) -> None:
+        super().__init__(message)
+        self.instead = instead
 
 
 @dataclass(frozen=True)
@@ -52,16 +68,22 @@ class SourceFile:
         name: the path at the source, relative to the pipeline's folder.
         size: bytes.
         sha256: the digest of the content, if the source states it.
+        content: what is saved instead of the source's content.
     """
 
     name: str
     size: int
     sha256: str | None = None
+    content: bytes | None = dataclasses.field(default=None, repr=False)
 
     @property
     def saved_name(self) -> str:
         """The path in the output folder."""
-        return self.name.replace(VARIANT, "")
+        return self.name.replace(FP16_MARK, "")
+
+    def is_saved(self, target: Path) -> bool:
+        """Say whether a path holds the file."""
+        return target.exists() and (self.content is None or target.read_bytes() == self.content)
 
 
 @dataclass(frozen=True)
@@ -73,12 +95,14 @@ class Source:
         revision: the hub's commit or the local files' fingerprint.
         files: all files, needed or not.
         fetch: appends the missing bytes of a source file to an open file.
+        explain: says what is there instead of a pipeline, and returns the --model that is probably meant.
     """
 
     model: str
     revision: str
     files: Sequence[SourceFile]
     fetch: Callable[[SourceFile, BinaryIO], None]
+    explain: Callable[[], tuple[str, str | None]]
 
 
 def open_hub(model: str, revision: str) -> Source:
@@ -100,8 +124,12 @@ def open_hub(model: str, revision: str) -> Source:
             displayed_filename=file.name,
         )
 
+    def explain() -> tuple[str, str | None]:
+        what, name = explain_listing(each.rfilename for each in info.siblings)
+        return what, f"{model}/{name}" if name and is_single_file(name) else None
+
     files = [SourceFile(each.rfilename, each.size, each.lfs and each.lfs.sha256) for each in info.siblings]
-    return Source(model, info.sha, files, fetch)
+    return Source(model, info.sha, files, fetch, explain)
 
 
 def open_folder(folder: Path) -> Source:
@@ -112,16 +140,27 @@ def open_folder(folder: Path) -> Source:
             original.seek(stream.tell())
             shutil.copyfileobj(original, stream)
 
-    paths = sorted(path for path in (*folder.glob("*"), *folder.glob("*/*")) if path.is_file())
+    def explain() -> tuple[str, str | None]:
+        what, meant = explain_folder(folder)
+        return what, None if meant is None else str(meant)
+
+    paths = sorted(path for path in (*folder.glob("*"), *folder.glob("*/*")) if is_needed(path.name) and path.is_file())
     files = [SourceFile(path.relative_to(folder).as_posix(), path.stat().st_size) for path in paths]
     times = [path.stat().st_mtime_ns for path in paths]
-    return Source(folder.resolve().name, hashlib.sha256(repr((files, times)).encode()).hexdigest(), files, fetch)
+    fingerprint = hashlib.sha256(repr((files, times)).encode()).hexdigest()
+    return Source(folder.resolve().name, fingerprint, files, fetch, explain)
+
+
+def is_needed(name: str) -> bool:
+    """Say whether a file can be a part of a pipeline; hidden files cannot. Pickles are named in messages."""
+    return name.endswith((*SETTINGS, SAFETENSORS, *PICKLES)) and not name.startswith(".")
 
 
 def select_weights(names: Iterable[str], dtype: str) -> list[str]:
     """Return the names of one component's weights: the fp16 variant if wanted and present, or the plain ones."""
-    plain = [name for name in names if WEIGHTS.fullmatch(name)]
-    half = [name for name in names if VARIANT in name and WEIGHTS.fullmatch(name.replace(VARIANT, ""))]
+    weights = [name for name in names if is_weights(name)]
+    plain = [name for name in weights if FP16_MARK not in name]
+    half = [name for name in weights if FP16_MARK in name]
     return half or plain if dtype == "fp16" else plain
 
 
@@ -131,6 +170,8 @@ def select_files(index: dict[str, Any], files: Sequence[SourceFile], dtype: str)
     Raises:
         DownloadError: a component has no files, or a model has no weights in safetensors.
     """
+    from sdxl_server.convert.weights_files import explain_pickle
+
     # A component is an attribute of the pipeline. Other names, such as "..", are not accepted from a hub.
     components = [
         name
@@ -139,15 +180,17 @@ def select_files(index: dict[str, Any], files: Sequence[SourceFile], dtype: str)
     ]
     chosen, problems = [], []
     for component in components:
-        inside = {each.name.rpartition("/")[2]: each for each in files if each.name.rpartition("/")[0] == component}
+        held = {each.name.rpartition("/")[2]: each for each in files if each.name.rpartition("/")[0] == component}
+        inside = {name: each for name, each in held.items() if is_needed(name)}
         weights = select_weights(inside, dtype)
         chosen += [inside[name] for name in inside if name.endswith(SETTINGS) and ".index." not in name]
         chosen += [inside[name] for name in weights]
         if not inside:
             problems.append(f"{component} is missing")
         elif "config.json" in inside and not weights:  # only models have this file
-            pickles = ", ".join(name for name in inside if name.endswith(PICKLES)) or "none"
-            problems.append(f"{component} has no {dtype} weights in safetensors (in pickles: {pickles})")
+            pickles = [name for name in inside if name.endswith(PICKLES)]
+            advice = f": {explain_pickle(Path(component) / pickles[0], 'a pickle')}" if pickles else ""
+            problems.append(f"{component} has no {dtype} weights in safetensors{advice}")
     if problems or not components:
         raise DownloadError("; ".join(problems) or f"{INDEX} names no components")
     return chosen
@@ -155,7 +198,7 @@ def select_files(index: dict[str, Any], files: Sequence[SourceFile], dtype: str)
 
 def check_folder(folder: Path, record: dict[str, str]) -> None:
     """Refuse a folder that holds something else, so that two models never mix."""
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
         return
     path = folder / RECORD
     held = json.loads(path.read_text()) if path.exists() else {"model": "files of another origin"}
@@ -186,7 +229,7 @@ def get_partial_path(target: Path) -> Path:
 def rename_shards(index: Path) -> None:
     """Write the saved names of the shards into their index."""
     content = json.loads(index.read_text())
-    content["weight_map"] = {weight: name.replace(VARIANT, "") for weight, name in content["weight_map"].items()}
+    content["weight_map"] = {weight: name.replace(FP16_MARK, "") for weight, name in content["weight_map"].items()}
     index.write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -195,8 +238,12 @@ def fetch_file(source: Source, file: SourceFile, target: Path) -> None:
     partial = get_partial_path(target)
     target.parent.mkdir(exist_ok=True)
     is_shard_index = target.name.endswith(".index.json")
-    with partial.open("wb" if is_shard_index else "ab") as stream:  # it is edited below, so it cannot be continued
-        source.fetch(file, stream)
+    is_edited = is_shard_index or file.content is not None  # so it cannot be continued
+    with partial.open("wb" if is_edited else "ab") as stream:
+        if file.content is None:
+            source.fetch(file, stream)
+        else:
+            stream.write(file.content)
     if file.sha256 and digest_file(partial) != file.sha256:
         partial.unlink()
         raise DownloadError(f"{file.name} arrived damaged and was removed; run the same command again")
@@ -212,15 +259,17 @@ def digest_file(path: Path) -> str:
 
 def is_single_file(model: str) -> bool:
     """Say whether this is a model in one file, not a folder or an id."""
-    return Path(model).is_file() or model.partition("?")[0].lower().endswith((".safetensors", *PICKLES))
+    return Path(model).is_file() or model.lower().endswith(SINGLE_FILES)
 
 
 def check_no_pickle(name: str) -> None:
-    """Refuse a pickle by its name, before it is downloaded."""
+    """Refuse a pickle, and weights in GGUF, by the name and before the download."""
     from sdxl_server.convert.weights_files import PICKLES, explain_pickle
 
     if name.lower().endswith(PICKLES):
         raise DownloadError(explain_pickle(Path(name), "a pickle"))
+    if name.lower().endswith(GGUF):
+        raise DownloadError(explain_gguf(Path(name)))
 
 
 def open_single_file(model: str, revision: str | None) -> tuple[dict[str, str], Source | None, SourceFile | None]:
@@ -237,7 +286,7 @@ def open_single_file(model: str, revision: str | None) -> tuple[dict[str, str], 
             f"{model} is no local file, no owner/name/file.safetensors and no page of a file on the hub"
         )
     check_no_pickle(match["name"])
-    source = open_hub(match["model"], revision or match["revision"] or "main")
+    source = open_hub(match["model"], revision or "main")
     file = next((each for each in source.files if each.name == match["name"]), None)
     if file is None:
         names = (each.name for each in source.files if "/" not in each.name)
@@ -324,10 +373,23 @@ def start_folder(folder: Path, record: dict[str, str]) -> None:
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 
-def fetch_pipeline(source: Source, folder: Path, dtype: str) -> None:
+def fetch_pipeline(source: Source, folder: Path, dtype: str, *, safety_checker: bool = False) -> None:
     """Download the missing files of a pipeline."""
     index, content = read_json(source, INDEX, "a diffusers pipeline")
-    fetch_files(source, [*select_files(content, source.files, dtype), index], folder, dtype)
+    if safety_checker and not any(content.get(SAFETY_CHECKER[0]) or [None]):
+        raise DownloadError(f"{source.model} has no safety checker: leave out --safety-checker")
+    edited = leave_out_components(content, ("image_encoder", *(() if safety_checker else SAFETY_CHECKER)))
+    if edited != content or safety_checker:  # a saved index may lack it
+        index = dataclasses.replace(index, sha256=None, content=(json.dumps(edited, indent=2) + "\n").encode())
+    fetch_files(source, [*select_files(edited, source.files, dtype), index], folder, dtype)
+
+
+def leave_out_components(index: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return the content of model_index.json without some components. diffusers then loads the folder without them."""
+    absent: dict[str, Any] = {name: [None, None] for name in names if name in index}
+    if SAFETY_CHECKER[0] in absent and "requires_safety_checker" in index:
+        absent["requires_safety_checker"] = False
+    return {**index, **absent}
 
 
 def fetch_vae(source: Source, folder: Path, dtype: str) -> None:
@@ -349,7 +411,8 @@ def read_json(source: Source, name: str, what: str) -> tuple[SourceFile, Any]:
     """Return a JSON file of the source, and its content."""
     file = next((each for each in source.files if each.name == name), None)
     if file is None:
-        raise DownloadError(f"{source.model} is not {what}: it has no {name}")
+        held, instead = source.explain() if name == INDEX else ("", None)
+        raise DownloadError(f"{source.model} is not {what}: it has no {name}{held and f'; {held}'}", instead=instead)
     content = io.BytesIO()
     source.fetch(file, content)
     return file, json.loads(content.getvalue())
@@ -361,7 +424,7 @@ def fetch_files(source: Source, files: Sequence[SourceFile], folder: Path, dtype
     check_folder(folder, record)
 
     targets = {folder / each.saved_name: each for each in files}
-    missing = {target: each for target, each in targets.items() if not target.exists()}
+    missing = {target: each for target, each in targets.items() if not each.is_saved(target)}
     if not missing:
         print(f"{folder} already holds {source.model} ({dtype}): nothing to download")
         return
@@ -372,7 +435,7 @@ def fetch_files(source: Source, files: Sequence[SourceFile], folder: Path, dtype
     plain = {
         each.name.rpartition("/")[0] or "the VAE"
         for each in files
-        if each.name.endswith(".safetensors") and VARIANT not in each.name
+        if each.name.endswith(".safetensors") and FP16_MARK not in each.name
     }
     if dtype == "fp16" and plain:
         print(f"no fp16 variant of {', '.join(sorted(plain))}: using the plain weights")
@@ -391,6 +454,7 @@ def download_model(
     dtype: str,
     prediction: str | None = None,
     vae: str | None = None,
+    safety_checker: bool = False,
 ) -> None:
     """Download a pipeline from the hub, copy it from a local folder, or convert a model in one file.
 
@@ -398,15 +462,21 @@ def download_model(
         model: `demo` is the demonstration model. None is the default model, or no model if `vae` is given.
         folder: None is the default folder.
         vae: without a model the VAE to download; for a model in one file, the VAE that replaces its own.
+        safety_checker: whether to download the pipeline's safety checker, too.
 
     Raises:
         DownloadError: with the reason in one line.
     """
     is_vae = model is None and vae is not None
-    model = (vae if is_vae else model) or DEFAULT_MODEL
+    model, named_revision = read_hub_page((vae if is_vae else model) or DEFAULT_MODEL)
+    revision = revision or named_revision
     folder = folder or (DEFAULT_VAE_FOLDER if is_vae else DEFAULT_FOLDER)
     local = DEMO_FOLDER if model == "demo" else Path(model)
     with explain_errors(model, revision):
+        if explained := explain_address(model):
+            raise DownloadError(explained[0], instead=explained[1])
+        if safety_checker and (is_vae or is_single_file(model)):
+            raise DownloadError(f"--safety-checker is for a pipeline's folder, and {model} holds none: leave it out")
         if is_vae and is_single_file(model):
             raise DownloadError(f"--vae without --model takes a folder or a hub id, not {model}")
         if not is_vae and is_single_file(model):
@@ -426,7 +496,10 @@ def download_model(
             source = open_folder(local)
         else:
             source = open_hub(model, revision or (DEFAULT_REVISION if model == DEFAULT_MODEL else "main"))
-        (fetch_vae if is_vae else fetch_pipeline)(source, folder, dtype)
+        if is_vae:
+            fetch_vae(source, folder, dtype)
+        else:
+            fetch_pipeline(source, folder, dtype, safety_checker=safety_checker)
 
 
 @contextlib.contextmanager
@@ -462,7 +535,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--model",
         help="hub id, local folder, or demo for the demonstration model; or a model in one .safetensors: a local file, "
-        f"owner/name/file.safetensors on the hub, or the address of its page there (default: {DEFAULT_MODEL})",
+        f"or owner/name/file.safetensors on the hub; or the address of a page there (default: {DEFAULT_MODEL})",
     )
     add("--revision", help="the hub's branch, tag or commit (default: a pinned commit; other models: main)")
     add("--output-dir", type=Path, help=f"default: {DEFAULT_FOLDER}, or {DEFAULT_VAE_FOLDER} for a VAE alone")
@@ -478,10 +551,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="without --model: the hub id or folder of a VAE to download alone, such as madebyollin/sdxl-vae-fp16-fix "
         "or the tiny madebyollin/taesdxl; for a model in one file: a .safetensors or folder with another VAE",
     )
+    add(
+        "--safety-checker",
+        action="store_true",
+        help="also download the safety checker of Stable Diffusion 1.x, for handler.safety_checker: model",
+    )
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, retry: str = "python Download_model.py --model {}") -> int:
+    """Run the program.
+
+    Args:
+        retry: the command that a message proposes, with {} for another model.
+    """
     arguments = parse_arguments(argv)
     try:
         download_model(
@@ -491,9 +574,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             dtype=arguments.dtype,
             prediction=arguments.prediction_type,
             vae=arguments.vae,
+            safety_checker=arguments.safety_checker,
         )
     except DownloadError as error:
-        print(f"Download_model.py: {error}", file=sys.stderr)
+        hint = "" if error.instead is None else f". Run: {retry.format(shlex.quote(error.instead))}"
+        print(f"Download_model.py: {error}{hint}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command continues the download", file=sys.stderr)

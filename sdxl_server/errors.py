@@ -4,6 +4,7 @@ ValueError
 ├── ConfigError       the operator: a setting, or its file, cannot be used; the worker does not start
 │   └── VersionError  the archive was made for another version of this package
 └── RequestError      the client: no image can be made for this request
+    └── FlaggedError  the safety checker flagged the image
 TimeoutError          nobody: the timeout of a request has passed
 ArithmeticError
 └── NotFiniteError    the model: its output is not an image
@@ -37,6 +38,10 @@ class RequestError(ValueError):
         super().__init__(cut(message, MAX_MESSAGE))
         self.param = None if param is None else cut(param, MAX_PARAM)
         self.status = status
+
+
+class FlaggedError(RequestError):
+    """The safety checker flagged an image."""
 
 
 class NotFiniteError(ArithmeticError):

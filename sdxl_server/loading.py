@@ -15,14 +15,10 @@ from sdxl_server.model.contract_builder import build_contract
 from sdxl_server.model.diffusers_pipeline import load_diffusers_pipeline
 from sdxl_server.model.dtypes import check_device, choose_dtype
 from sdxl_server.model.families import find_family
-from sdxl_server.model.folders import (
-    check_complete,
-    check_file_types,
-    check_tokenizers,
-    write_copy_command,
-    write_redownload_command,
-)
+from sdxl_server.model.folders import check_components, check_tokenizers, write_redownload_command
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
+from sdxl_server.model.safety_checker import check_has_safety_checker
+from sdxl_server.model.sources import check_has_pipeline
 from sdxl_server.schemas import shorten
 
 _OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can(?:'t|not) allocate memory|bad.alloc", re.IGNORECASE)
@@ -41,18 +37,19 @@ def load_pipeline(
         ConfigError: the configuration does not fit the model or the machine.
     """
     folder = model_dir / config.model_path
+    check_has_pipeline(config.model_path, model_dir)
     family = find_family(folder, is_xl=config.is_xl)
-    check_file_types(folder, remedy=write_copy_command(folder))
-    check_complete(folder)
     vae = None if config.vae_path is None else model_dir / config.vae_path
-    if vae is not None:
-        check_file_types(vae, remedy=write_copy_command(vae, option="--vae"))
+    has_safety_checker = config.safety_checker is not None
     check_device(compilation, device=device)
     graphs = choose_graphs(config, compilation)
     dtype, compilation = choose_dtype(config, compilation, device=device)
     remedy = write_redownload_command(folder)
     with reraise_as_config_error(f"cannot read the pipeline in {folder} (download it again: {remedy})"):
-        pipeline = load_diffusers_pipeline(folder, dtype, family, vae=vae)
+        check_components(folder, [name for name in family.components if name != "vae" or vae is None])
+        if has_safety_checker:
+            check_has_safety_checker(folder, family)
+        pipeline = load_diffusers_pipeline(folder, dtype, family, vae=vae, has_safety_checker=has_safety_checker)
         check_tokenizers(pipeline, family.text_encoders, folder)
         if device != "cpu":
             pipeline.to(device)

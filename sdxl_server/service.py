@@ -178,7 +178,9 @@ class Service:
         """Return a stream's events after a step: progress, and the previews that are due. Failed ones are left out."""
         api, spent = response.api, response.seconds["inference"]
         events = api.write_step(done=progress.done, total=progress.total, seconds=spent, share=progress.share)
-        due = choose_preview_steps(request.partial_images, steps=progress.steps)
+        # The safety checker reads finished images only.
+        count = request.partial_images if self.loaded.config.safety_checker is None else 0
+        due = choose_preview_steps(count, steps=progress.steps)
         numbers = [number for number, step in enumerate(due) if step == progress.step]
         if numbers:
             try:

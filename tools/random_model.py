@@ -155,6 +155,25 @@ def make_pipeline(size: str, *, seed: int = 0) -> Any:
         torch.set_default_dtype(default_dtype)
 
 
+def make_safety_checker(threshold: float = 1.0) -> dict[str, Any]:
+    """Return the components of a pipeline that check its images.
+
+    Args:
+        threshold: the cosine with a concept above which an image is flagged: 1 flags none, -1 flags all.
+    """
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessorPil
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = {**sizes, "image_size": 32, "patch_size": 8}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(text_config=sizes, vision_config=vision, projection_dim=16))
+    for name in ("concept_embeds", "special_care_embeds"):
+        getattr(checker, name).data.normal_()
+        getattr(checker, f"{name}_weights").data.fill_(threshold)
+    extractor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return {"safety_checker": checker, "feature_extractor": extractor, "requires_safety_checker": True}
+
+
 def keep_variance(*models: Any) -> None:
     """Scale the weights of linear layers and convolutions from torch's variance of 1/3n to 1/n for n inputs."""
     import torch

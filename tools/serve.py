@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 import Download_model
+from sdxl_server.model.sources import read_hub_page
 from sdxl_server.serving.readiness import read_token
 from tools.server import ROOT, LocalServer, ServerError, make_archive, read_shipped
 from web.__main__ import serve
@@ -27,14 +28,18 @@ def main() -> int:
     parser.add_argument(
         "--model",
         default=Download_model.DEFAULT_MODEL,
-        help="a hub id, a folder, or a .safetensors file; see Download_model.py (default: %(default)s)",
+        help="a hub id or its page, a folder, or a .safetensors file; see Download_model.py (default: %(default)s)",
     )
     parser.add_argument("--port", type=int, default=PORT, help="of the web UI (default: %(default)s)")
     options = parser.parse_args()
-    model = ROOT / "build/models" / re.sub(r"[^\w.-]+", "--", options.model).strip("-.")
-    if status := Download_model.main(["--model", options.model, "--output-dir", str(model)]):
-        return status
+    name = "--".join(filter(None, read_hub_page(options.model)))
+    model = ROOT / "build/models" / re.sub(r"[^\w.-]+", "--", name).strip("-.")
     settings = read_shipped()
+    arguments = ["--model", options.model, "--output-dir", str(model)]
+    if settings["handler"].get("safety_checker"):
+        arguments.append("--safety-checker")
+    if status := Download_model.main(arguments, retry="make sdxl MODEL={}"):
+        return status
     settings["handler"]["model_path"] = str(model)
     with tempfile.TemporaryDirectory() as name:
         try:

@@ -46,6 +46,8 @@ def list_warnings(loaded: LoadedPipeline, request: GenerationRequest, *, earlier
             warnings.append(f"{name} has no effect without {'a mask' if upload == MASK else 'an image'}")
     if request.mask_image is not None:
         warnings += warn_of_mask(request.mask_image)
+    if request.stream and request.partial_images and loaded.config.safety_checker is not None:
+        warnings.append("partial_images has no effect here: the safety checker cannot check previews")
     described = describe_image(loaded, request, 0, unet_calls=0, warnings=[*earlier, *warnings])
     if loaded.config.embed_parameters and not has_room(request, described):
         warnings.append("the prompts are too long for a JPEG's metadata, which is left out; use PNG or WebP")

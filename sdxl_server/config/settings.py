@@ -54,6 +54,13 @@ class HandlerConfig:
         value=None,
         null="the model's own",
     )
+    safety_checker: str | None = declare(
+        choice("model"),
+        "`model`: the model's own safety checker (Stable Diffusion 1.x) checks each image; a flagged one is an error; "
+        "previews are off; see docs/models.md",
+        value=None,
+        null="no check",
+    )
     weights_sha256: str | None = declare(
         {"type": "string", "pattern": "^[0-9a-f]{64}$", "x-accepted": "a SHA-256 in 64 hexadecimal digits"},
         "required digest of the weights, as `describe` reports it; it depends on `dtype`",

@@ -8,10 +8,12 @@ from typing import Any
 
 from sdxl_server.diffusion.denoiser import Denoiser, name_failed_step
 from sdxl_server.diffusion.prompt_embedding import choose_chunks, embed_prompts
+from sdxl_server.diffusion.safety import check_safety
 from sdxl_server.diffusion.stand_ins import Functions, TextEncoderStandIn, build_vae, check_finite
 from sdxl_server.errors import RequestError
 from sdxl_server.model.adapters.registry import build_low_rank_matrices
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
+from sdxl_server.model.safety_checker import SAFETY_CHECKER
 from sdxl_server.request.fields import DECLARATIONS, GenerationRequest
 from sdxl_server.request.masks import cover_cells, keep_protected
 from sdxl_server.request.prompts import PROMPTS
@@ -66,6 +68,7 @@ def generate(loaded: LoadedPipeline, request: GenerationRequest) -> Generator[Pr
 
     Raises:
         RequestError: this size would need one compiled graph too many.
+        FlaggedError: the safety checker flagged an image.
         NotFiniteError: the model returned NaN or infinity; names the step and the seed.
     """
     functions = bind_adapters(loaded, request)  # large matrices: once for all images, and dropped with this generator
@@ -121,7 +124,9 @@ def _generate_image(
     finally:
         if not work.dead:
             work.throw()
-    image = GeneratedImage(keep_protected(result, request), unet.calls, len(unet.plan.costs))
+    finished = keep_protected(result, request)
+    check_safety(loaded, finished, seed=request.get_seed(index))
+    image = GeneratedImage(finished, unet.calls, len(unet.plan.costs))
     yield measure(pipeline.num_timesteps, image)
     return image
 
@@ -163,6 +168,7 @@ def build_image_pipeline(loaded: LoadedPipeline, request: GenerationRequest, fun
         "unet": Denoiser(pipeline.unet, functions["unet"], request, scheduler, plan),
         "vae": build_vae(loaded),
         **{each: TextEncoderStandIn(getattr(pipeline, each), functions[each]) for each in family.text_encoders},
+        SAFETY_CHECKER: None,  # it would blacken flagged images; `check_safety` refuses them
     }
     given = {**pipeline.config, **pipeline.components, **stand_ins}
     accepted = inspect.signature(chosen.__init__).parameters

@@ -11,7 +11,7 @@ from sdxl_server import metrics
 from sdxl_server.config.settings import MIN_SIDE
 from sdxl_server.diffusion.generation import generate, run_to_end
 from sdxl_server.diffusion.previews import fit_preview
-from sdxl_server.errors import ConfigError, NotFiniteError, RequestError
+from sdxl_server.errors import ConfigError, FlaggedError, NotFiniteError, RequestError
 from sdxl_server.model.compiling import VAE_ENCODER
 from sdxl_server.model.describe import count_component_graphs, describe_pipeline
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
@@ -41,9 +41,9 @@ def warm_up(loaded: LoadedPipeline) -> None:
         request = _choose_warm_up(loaded, {"prompt": "warm-up", "width": width, "height": height, **kind})
         if loaded.compilation.backend == "openvino":
             with compile_ahead(), metrics.leave_out_calls():
-                run_to_end(generate(loaded, request))
+                _draw(loaded, request)
         with _blame_numbers(loaded):
-            run_to_end(generate(loaded, request))
+            _draw(loaded, request)
     if loaded.config.preview == "fast":
         with _blame_numbers(loaded):
             logger.info("Fast previews: %.1f levels of 255 from what the VAE decodes", fit_preview(loaded).error)
@@ -54,6 +54,12 @@ def warm_up(loaded: LoadedPipeline) -> None:
         raise ConfigError(f"pt2.backend: {report['backend']} did not compile {', '.join(idle)}: {report}")
     if report["graph_breaks"]:
         logger.warning("Eager PyTorch runs a part of the model, at %d graph breaks", report["graph_breaks"])
+
+
+def _draw(loaded: LoadedPipeline, request: GenerationRequest) -> None:
+    """Generate an image for nobody. It may be flagged: the safety checker is the last component to run."""
+    with contextlib.suppress(FlaggedError):
+        run_to_end(generate(loaded, request))
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 from sdxl_server.config.settings import BACKENDS, CompileConfig, HandlerConfig
 from sdxl_server.errors import ConfigError
 from sdxl_server.model.families import Family
+from sdxl_server.model.safety_checker import SAFETY_CHECKER
 from sdxl_server.model.tiling import compute_tile_side, plan_tiles
 from sdxl_server.model.vaes import choose_vae_methods
 from sdxl_server.request.contract import Contract
@@ -67,6 +68,7 @@ def list_components_to_compile(family: Family, config: HandlerConfig) -> list[st
         "vae": config.compile_vae,
         VAE_ENCODER: config.compile_vae,
         **dict.fromkeys(family.text_encoders, config.compile_text_encoders),
+        SAFETY_CHECKER: config.safety_checker is not None,
     }
     return [name for name, is_wanted in wanted.items() if is_wanted]
 
@@ -80,7 +82,7 @@ def compile_components(
     contract: Contract,
     ranks: Mapping[str, Mapping[str, int]],
 ) -> tuple[Mapping[str, Callable[..., Any]], Mapping[str, Any]]:
-    """Compile the UNet, the VAE's encoder and decoder, and the text encoders as configured.
+    """Compile the UNet, the VAE's encoder and decoder, the text encoders and the safety checker as configured.
 
     Lossless: each component computes the same, in the type of its weights.
 
@@ -112,6 +114,8 @@ def compile_components(
         VAE_ENCODER: encode,
         **{name: getattr(pipeline, name).forward for name in family.text_encoders},
     }
+    if config.safety_checker is not None:
+        methods[SAFETY_CHECKER] = pipeline.safety_checker.vision_model.forward
     wanted = list_components_to_compile(family, config)
     functions: dict[str, Callable[..., Any]] = {}
     backends: dict[str, Any] = {}

@@ -27,6 +27,7 @@ def describe_pipeline(loaded: LoadedPipeline) -> dict[str, Any]:
         "compiled_parts": list(loaded.parts),
         "weights_sha256": loaded.weights_sha256,
         "vae": describe_vae(loaded),
+        "safety_checker": config.safety_checker,
         "preview": {"kind": config.preview, "lossy": config.preview != "exact"},
         "adapters": [each.describe() for each in loaded.adapters],
         "weighted_prompts": config.weighted_prompts,

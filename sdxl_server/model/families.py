@@ -37,6 +37,17 @@ class Family:
         """Say whether it is Stable Diffusion XL, and not 1.x or 2.x."""
         return len(self.text_encoders) > 1
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The components with weights."""
+        return ("unet", "vae", *self.text_encoders)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """All components that are loaded."""
+        tokenizers = (name.replace("text_encoder", "tokenizer") for name in self.text_encoders)
+        return ("scheduler", *self.models, *tokenizers)
+
 
 def _make_inpainting(family: Family) -> Family:
     """Return the kind whose UNet takes the mask and the masked image with the latents."""

@@ -1,106 +1,133 @@
-"""A model's folder: which files it may hold, whether it is complete, and which command repairs it."""
+"""A model's folder: which of its files are loaded, whether they are complete, and which command repairs it."""
 
 import json
-import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdxl_server.convert.weights_files import PICKLES, explain_pickle
 from sdxl_server.errors import ConfigError
+from sdxl_server.schemas import shorten
 
 FP16_MARK = ".fp16"  # as in model.fp16.safetensors
 LFS_POINTER = b"version https://git-lfs"
-# An index of shards may name files of any suffix. diffusers reads all but safetensors as pickles.
-ACCEPTED_SUFFIXES = frozenset((".jpeg", ".jpg", ".json", ".md", ".model", ".png", ".safetensors", ".txt", ".webp"))
-ACCEPTED_FILES = frozenset((".gitattributes", ".gitignore", "LICENSE", "NOTICE"))
+HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+PEFT_FILE = "adapter_config.json"
+LIBRARIES = ("diffusers", "transformers")  # whose classes a component may have
+WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
-def write_redownload_command(folder: Path) -> str:
-    """Return the command that downloads a folder again, next to it, from the source that it names."""
-    record = load_json_object(folder / "source.json")
-    model = record.get("model") or load_json_object(folder / "model_index.json").get("_name_or_path")
-    words = ["python", "Download_model.py"]
-    if isinstance(model, str) and re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", model):
-        words += ["--model", model]
-        revision = record.get("revision")
-        words += ["--revision", revision] if isinstance(revision, str) and re.fullmatch(r"\w{1,64}", revision) else []
-    else:
-        words += ["--model", "<its id on the hub>"]
-    return shlex.join([*words, "--output-dir", f"{folder}-whole"])
-
-
-def write_copy_command(folder: Path, *, option: str = "--model") -> str:
-    """Return the command that copies only the needed files of a folder.
+def write_redownload_command(folder: Path, *, option: str = "--model") -> str:
+    """Return the command that downloads a folder again, next to it, from the source that it names.
 
     Args:
         option: --model for a pipeline, --vae for a VAE.
     """
-    return shlex.join(["python", "Download_model.py", option, str(folder), "--output-dir", f"{folder}-whole"])
+    record = load_json_object(folder / "source.json")
+    model = record.get("model") or load_json_object(folder / "model_index.json").get("_name_or_path")
+    words = ["python", "Download_model.py"]
+    if isinstance(model, str) and HUB_ID.fullmatch(model):
+        words += [option, model]
+        revision = record.get("revision")
+        words += ["--revision", revision] if isinstance(revision, str) and re.fullmatch(r"\w{1,64}", revision) else []
+    else:
+        words += [option, "<its id on the hub>"]
+    return shlex.join([*words, "--output-dir", f"{folder}-whole"])
 
 
-def check_file_types(folder: Path, *, remedy: str) -> None:
-    """Refuse a folder with file types that no pipeline needs: they could run code when they are loaded.
+def check_components(folder: Path, components: Sequence[str]) -> None:
+    """Refuse a pipeline's folder that is incomplete, or whose components could run code when they are loaded.
 
-    Subfolders behind links are checked too.
+    Only the components that are loaded are checked, and of these only the files that are read.
+
+    Raises:
+        ConfigError: names the component or the file, and what to do.
+    """
+    index, remedy = load_json_object(folder / "model_index.json"), write_redownload_command(folder)
+    for name in components:
+        held = index.get(name)
+        if not isinstance(held, list) or [type(each) for each in held] != [str, str]:
+            raise ConfigError(f"cannot read the pipeline in {folder}: its model_index.json names no {name}; {remedy}")
+        if held[0] not in LIBRARIES:
+            raise ConfigError(
+                f"{folder}/model_index.json names a class of the Python module {shorten(held[0])} for {name}. A "
+                f"model's own code is not run: use a model with classes of {' and '.join(LIBRARIES)}"
+            )
+        if held[0] == "transformers" and (folder / name / PEFT_FILE).exists():
+            raise ConfigError(
+                f"{folder / name / PEFT_FILE} would add an adapter to {name} when it is loaded. Remove this file, and "
+                "name the adapter in handler.adapters"
+            )
+        check_component(folder / name, remedy=remedy)
+
+
+def check_component(folder: Path, *, remedy: str) -> None:
+    """Refuse a component's folder that is incomplete, or whose weights could run code when they are loaded.
 
     Args:
-        remedy: the command that copies the needed files.
+        remedy: the command that makes a whole folder.
 
     Raises:
-        ConfigError: names the file.
+        ConfigError: names the file and what to do.
     """
-
-    def fail(error: OSError) -> None:
-        raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from error
-
-    seen = set()
-    accepted = ", ".join(sorted(ACCEPTED_SUFFIXES))
-    for place, folders, names in os.walk(folder, followlinks=True, onerror=fail):
-        seen.add(os.path.realpath(place))
-        folders[:] = sorted(each for each in folders if os.path.realpath(os.path.join(place, each)) not in seen)
-        for name in sorted(names):
-            if os.path.splitext(name)[1] not in ACCEPTED_SUFFIXES and name not in ACCEPTED_FILES:
-                raise ConfigError(
-                    f"{os.path.join(place, name)} could run code when it is loaded. A model's folder takes {accepted}. "
-                    f"The needed files are copied by: {remedy}"
-                )
-
-
-def check_complete(folder: Path) -> None:
-    """Refuse a folder that lacks weights.
-
-    Raises:
-        ConfigError: names the file or the component, and the command that repairs it.
-    """
-    for path in sorted(folder.glob("*/*")):
-        if path.suffix in (".safetensors", ".json", ".txt") and path.is_file() and path.stat().st_size < 1000:
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is missing. Make the whole folder by: {remedy}")
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    pickles = [path for path in files if path.suffix.lower() in PICKLES]
+    if pickles and not any(is_weights(path.name) for path in files):
+        own = next((path for path in pickles if "pytorch_model" in path.name), pickles[0])
+        raise ConfigError(explain_pickle(own, "a pickle"))
+    for path in files:
+        if path.suffix in (".safetensors", ".json", ".txt") and path.stat().st_size < 1000:
             with path.open("rb") as file:
                 if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                    command = shlex.join(["git", "-C", str(folder), "lfs", "pull"])
+                    clone = folder if (folder / ".git").exists() else folder.parent
+                    command = shlex.join(["git", "-C", str(clone), "lfs", "pull"])
                     raise ConfigError(f"{path} is a pointer of Git LFS, not the file itself. Fetch it by: {command}")
-    for index in sorted(folder.glob("*/*.safetensors.index*.json")):
-        named = load_json_object(index).get("weight_map")
-        shards = set(named.values()) if isinstance(named, Mapping) else set()
-        missing = sorted(name for name in shards if isinstance(name, str) and not (index.parent / name).exists())
-        if missing:
-            raise ConfigError(f"{index} names {missing[0]}, which is not there: {write_redownload_command(folder)}")
+    for source, name in _list_named_weights(folder):
+        if not name.endswith((".safetensors", ".safetensors.index.json")):
+            raise ConfigError(f"{source}: {explain_pickle(folder / name, 'read as a pickle')}")
+        if not (folder / name).exists():
+            raise ConfigError(f"{source} names {name}, which is not there: {remedy}")
+
+
+def _list_named_weights(folder: Path) -> list[tuple[Path, str]]:
+    """Return the weights files that a component's settings name, each after the file that names it."""
+    config, is_half = folder / "config.json", find_variant(folder) is not None
+    named = [(config, load_json_object(config).get("transformers_weights"))]
+    for index in sorted(folder.glob("*.safetensors*.json")):
+        shards = load_json_object(index).get("weight_map") if (FP16_MARK in index.name) is is_half else None
+        named += [(index, name) for name in sorted(set(shards.values()))] if isinstance(shards, Mapping) else []
+    return [(source, name) for source, name in named if isinstance(name, str)]
+
+
+def is_weights(name: str) -> bool:
+    """Say whether diffusers or transformers read weights in safetensors under this name, or the index of their shards.
+
+    diffusers names shards `model.fp16-00001-of-00002.safetensors` or, older, `model-00001-of-00002.fp16.safetensors`.
+    It names their index `….safetensors.index.fp16.json` or `….safetensors.fp16.index.json`. Plain names lack `.fp16`.
+    """
+    return WEIGHTS.fullmatch(name.replace(FP16_MARK, "")) is not None
 
 
 def find_variant(folder: Path) -> str | None:
     """Return `fp16` if a component has its weights under that name only, else None."""
-    for name in load_json_object(folder / "model_index.json"):
-        variant = find_component_variant(folder.glob(f"{name}/*.safetensors")) if name.isidentifier() else None
-        if variant is not None:
-            return variant
-    return None
-
-
-def find_component_variant(weights: Iterable[Path]) -> str | None:
-    """Return `fp16` if there are files and all are of that variant, else None."""
-    names = [path.name for path in weights]
+    names = [path.name for path in folder.glob("*.safetensors") if is_weights(path.name)]
     return FP16_MARK.removeprefix(".") if names and all(FP16_MARK in name for name in names) else None
+
+
+def load_weights(kind: Any, folder: Path, dtype: Any) -> Any:
+    """Load a component from its safetensors. Nothing is downloaded, and no code of the folder runs.
+
+    Args:
+        kind: the component's class, of diffusers or transformers.
+        dtype: torch's type for its weights.
+    """
+    return kind.from_pretrained(
+        folder, dtype=dtype, variant=find_variant(folder), use_safetensors=True, local_files_only=True
+    )
 
 
 def check_tokenizers(pipeline: Any, text_encoders: Sequence[str], folder: Path) -> None:

@@ -54,11 +54,11 @@ class LoadedPipeline:
 
     @functools.cached_property
     def weights_sha256(self) -> str:
-        """The digest of all weights, as loaded. OpenVINO's components have theirs already."""
+        """The digest of all weights that draw, as loaded. OpenVINO's components have theirs already."""
         from openvino_backend import digest_weights
 
         digests = []
-        for name in ("unet", "vae", *self.family.text_encoders):
+        for name in self.family.models:
             backend, module = self.parts.get(name), getattr(self.pipeline, name, None)
             if backend and backend.reports:
                 digests.append(backend.reports[0].weights_sha256)

@@ -7,7 +7,7 @@ from types import MethodType
 from typing import Any
 
 from sdxl_server.errors import ConfigError
-from sdxl_server.model.folders import find_component_variant, load_json_object
+from sdxl_server.model.folders import check_component, load_json_object, load_weights, write_redownload_command
 from sdxl_server.schemas import shorten
 
 FULL_VAE, TINY_VAE = "AutoencoderKL", "AutoencoderTiny"  # diffusers' classes
@@ -57,6 +57,8 @@ def read_vae_class(folder: Path) -> str:
     try:
         held = json.loads((folder / "config.json").read_text()).get("_class_name")
     except (OSError, ValueError, RecursionError, AttributeError) as error:
+        if (folder / "vae/config.json").is_file():
+            raise ConfigError(f"handler.vae_path takes the folder of a VAE, and it is in {folder / 'vae'}") from error
         raise ConfigError(
             f"handler.vae_path takes the folder of a VAE in diffusers' layout, but {folder} has no readable "
             f"config.json; python Download_model.py --vae downloads one ({error})"
@@ -75,13 +77,13 @@ def load_vae(folder: Path, dtype: Any) -> Any:
         dtype: torch's type for its weights.
 
     Raises:
-        ConfigError: the folder holds no VAE.
+        ConfigError: the folder holds no VAE, or only one that could run code when it is loaded.
     """
     import diffusers
 
     kind = getattr(diffusers, read_vae_class(folder))
-    variant = find_component_variant(folder.glob("diffusion_pytorch_model*.safetensors"))
-    return kind.from_pretrained(folder, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True)
+    check_component(folder, remedy=write_redownload_command(folder, option="--vae"))
+    return load_weights(kind, folder, dtype)
 
 
 def check_vae(vae: Any, *, channels: int, own: Path) -> None:

@@ -16,6 +16,7 @@ from sdxl_server.diffusion.previews import draw_preview
 from sdxl_server.errors import ConfigError
 from sdxl_server.model.describe import describe_pipeline
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
+from sdxl_server.model.vaes import is_tiny_vae
 from sdxl_server.request.masks import cover_cells
 from tests.unit.pipelines import encode, load, make_picture
 
@@ -147,8 +148,17 @@ def test_vae_of_another_model_is_refused(tiny_model: Path, tmp_path: Path, setti
     path.write_text(json.dumps(json.loads(path.read_text()) | settings) if settings else "")
     with pytest.raises(ConfigError, match=f"^handler.vae_path takes .*{told}"):
         load(tiny_model, vae_path=str(tmp_path / "vae"))
-    (tmp_path / "vae/x.bin").touch()
-    with pytest.raises(
-        ConfigError, match=r"x.bin could run code .* copied by: python Download_model.py --vae \S+/vae "
-    ):
-        load(tiny_model, vae_path=str(tmp_path / "vae"))
+
+
+def test_vae_in_another_place_or_form_is_refused(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(folder, tmp_path / "vae")
+    (own / "x.bin").touch()
+    assert is_tiny_vae(load(tiny_model, vae_path=str(own)).pipeline.vae)
+    with pytest.raises(ConfigError, match=rf"^handler.vae_path takes .* it is in {tiny_model}/vae$"):
+        load(tiny_model, vae_path=str(tiny_model))
+    weights = own / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(ConfigError, match=r"^handler.vae_path takes .* python Download_model.py --vae downloads one"):
+        load(tiny_model, vae_path=str(weights))
+    weights.rename(own / "diffusion_pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"diffusion_pytorch_model.bin is a pickle, which can run code"):
+        load(tiny_model, vae_path=str(own))

@@ -329,6 +329,126 @@ def test_local_folder_without_a_pipeline(download: Download, tmp_path: Path) -> 
     check_refused(download("--model", "local"), "local is not a diffusers pipeline", "model_index.json")
 
 
+CHECKED = {
+    **FILES,
+    "model_index.json": json.dumps(
+        INDEX
+        | {
+            "feature_extractor": ["transformers", "CLIPImageProcessor"],
+            "requires_safety_checker": True,
+            "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        }
+    ).encode(),
+    "feature_extractor/preprocessor_config.json": b"{}",
+    "safety_checker/config.json": b"{}",
+    "safety_checker/model.fp16.safetensors": b"checker, half",
+    "safety_checker/pytorch_model.bin": b"not needed",
+}
+CHECKER = {"feature_extractor/preprocessor_config.json", "safety_checker/config.json"}
+CHECKER_WEIGHTS = "safety_checker/model.safetensors"
+
+
+def test_safety_checker_is_left_out(hub: Hub, download: Download, tmp_path: Path) -> None:
+    hub.files = dict(CHECKED)
+    result = download()
+    assert result.returncode == 0, result.stderr
+    held = read_folder(tmp_path / "Base_Diffusion_model")
+    assert not any(name.startswith(("safety_checker", "feature_extractor")) for name in held)
+    absent = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    assert json.loads(held["model_index.json"]) == INDEX | absent
+    assert "nothing to download" in download().stdout
+
+
+def test_safety_checker_is_downloaded_on_request(hub: Hub, download: Download, tmp_path: Path) -> None:
+    """A later request adds it to the folder, and the next one without it takes it out of the index."""
+    hub.files = dict(CHECKED)
+    assert download().returncode == 0
+    hub.requests.clear()
+    result = download("--safety-checker")
+    assert result.returncode == 0, result.stderr
+    assert not any(name.startswith("unet/") for name in hub.get_fetched())
+    held = read_folder(tmp_path / "Base_Diffusion_model")
+    assert held[CHECKER_WEIGHTS] == b"checker, half"
+    assert held.keys() >= CHECKER
+    assert json.loads(held["model_index.json"]) == json.loads(CHECKED["model_index.json"])
+    assert "nothing to download" in download("--safety-checker").stdout
+    assert download().returncode == 0
+    index = json.loads((tmp_path / "Base_Diffusion_model/model_index.json").read_text())
+    assert index["safety_checker"] == [None, None]
+
+
+def test_models_without_a_safety_checker(hub: Hub, download: Download, tmp_path: Path) -> None:
+    check_refused(download("--safety-checker"), f"{hub.model} has no safety checker: leave out --safety-checker")
+    told = "--safety-checker is for a pipeline's folder, and x.safetensors holds none"
+    check_refused(download("--model", "x.safetensors", "--safety-checker"), told)
+    assert not (tmp_path / "Base_Diffusion_model").exists()
+
+
+def test_page_of_a_model(hub: Hub, download: Download, tmp_path: Path) -> None:
+    result = download("--model", f"https://huggingface.co/{hub.model}/tree/main")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "Base_Diffusion_model/source.json").read_text())["model"] == hub.model
+    page = f"https://huggingface.co/{hub.model}/tree/v0"
+    check_refused(download("--model", page, "--output-dir", "other"), f"{hub.model} has no revision v0")
+
+
+def test_page_with_models_in_one_file(hub: Hub, download: Download) -> None:
+    hub.files = {"README.md": b"", "photo.safetensors": b"", "images/01.png": b""}
+    hub.model = "owner/name"
+    told = "owner/name is not a diffusers pipeline: it has no model_index.json; it holds a model in one file, photo"
+    command = "Run: python Download_model.py --model owner/name/photo.safetensors\n"
+    check_refused(download("--model", "owner/name"), f"{told}.safetensors. {command}")
+    hub.files["photo-v2.safetensors"] = b""
+    several = "it holds models in one file each, photo-v2.safetensors, photo.safetensors. Run: "
+    check_refused(download("--model", "owner/name"), several)
+    hub.files = {"inner/model_index.json": b"{}"}
+    check_refused(download("--model", "owner/name"), "the pipeline is in inner\n")
+    hub.files = {"config.json": b"{}", "model.safetensors": b""}
+    check_refused(download("--model", "owner/name"), "it holds one component of a pipeline")
+
+
+@pytest.mark.parametrize(
+    ("model", "parts"),
+    [
+        ("https://civitai.com/models/1", ["is no page of a model on huggingface.co", "--model model.safetensors"]),
+        ("https://example.org/a.safetensors", ["is no page of a model on huggingface.co", "--model a.safetensors"]),
+        ("owner/name/photo.gguf", ["photo.gguf is in GGUF, which is not read"]),
+        ("photo.gguf", ["photo.gguf is in GGUF, which is not read"]),
+    ],
+)
+def test_sources_that_are_not_read(hub: Hub, download: Download, tmp_path: Path, model: str, parts: list[str]) -> None:
+    (tmp_path / "photo.gguf").write_bytes(b"GGUF")
+    check_refused(download("--model", model), *parts)
+    assert hub.requests == []
+
+
+def test_local_folders_in_another_place(download: Download, tmp_path: Path) -> None:
+    for name in ("outer/inner/model_index.json", "outer/inner/unet/config.json", "single/photo.safetensors"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    told = "is not a diffusers pipeline: it has no model_index.json; "
+    run = "Run: python Download_model.py --model"
+    check_refused(download("--model", "outer"), told, f"the pipeline is in inner. {run} outer/inner\n")
+    check_refused(download("--model", "outer/inner/unet"), told, f"{run} {tmp_path}/outer/inner\n")
+    check_refused(download("--model", "single"), told, f"photo.safetensors. {run} single/photo.safetensors\n")
+
+
+def test_files_of_file_managers_do_no_harm(hub: Hub, download: Download, pipeline: Any, tmp_path: Path) -> None:
+    """They are not copied, and later ones do not make the folder another one."""
+    pipeline.save_pretrained(tmp_path / "local", safe_serialization=True)
+    (tmp_path / "Base_Diffusion_model").mkdir()
+    names = (".DS_Store", "unet/._config.json", "unet/Thumbs.db", ".git/config", "LICENSE.TXT")
+    for name in (*names, "../Base_Diffusion_model/.DS_Store"):
+        (tmp_path / "local" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "local" / name).write_bytes(b"x")
+    result = download("--model", "local")
+    assert result.returncode == 0, result.stderr
+    assert not any((tmp_path / "Base_Diffusion_model" / name).exists() for name in names[1:])
+    for name in (*names, "desktop.ini"):
+        (tmp_path / "local" / name).write_bytes(b"changed")
+    assert "nothing to download" in download("--model", "local").stdout
+
+
 VAE_FILES = {
     "config.json": json.dumps({"_class_name": "AutoencoderTiny"}).encode(),
     "diffusion_pytorch_model.safetensors": b"tiny",
