@@ -19,13 +19,13 @@ from sdxl_server.api.http import HttpRequest, Response, build_headers
 from sdxl_server.api.image_files import encode_image
 from sdxl_server.api.image_metadata import describe_image
 from sdxl_server.api.native import JSON, EncodedImage, NativeApi, split_chunks
-from sdxl_server.api.openai import OPENAI_PREFIX, OpenAIApi, OpenAIEditApi, describe_model, list_models
+from sdxl_server.api.openai import FLAGGED_CODE, OPENAI_PREFIX, OpenAIApi, OpenAIEditApi, describe_model, list_models
 from sdxl_server.api.openapi import build_openapi
 from sdxl_server.api.warnings import list_warnings
 from sdxl_server.config.settings import CompileConfig, HandlerConfig, check_server_keys
 from sdxl_server.diffusion.generation import GeneratedImage, Progress, generate
 from sdxl_server.diffusion.previews import choose_preview_steps, draw_preview
-from sdxl_server.errors import NotFiniteError, RequestError, VersionError, format_error
+from sdxl_server.errors import FlaggedError, NotFiniteError, RequestError, VersionError, format_error
 from sdxl_server.loading import load_pipeline
 from sdxl_server.model.describe import describe_pipeline, list_uncompiled_components, measure_components
 from sdxl_server.model.dtypes import choose_device
@@ -279,7 +279,7 @@ def load_service(settings: Mapping[str, Any], *, model_dir: Path, gpu_id: int | 
 def describe_error(error: Exception, request_id: str, *, path: str = "") -> tuple[int, dict[str, Any]]:
     """Count a failed request; return the HTTP status and the error for its client.
 
-    The error's `code` is the status. On OpenAI's paths it is null: clients there expect a text or null.
+    The error's `code` is the status. On OpenAI's paths it is a text or null, which clients there expect.
     """
     if isinstance(error, RequestError):
         kind = "server_busy" if error.status == HTTPStatus.SERVICE_UNAVAILABLE else "invalid_request_error"
@@ -293,5 +293,7 @@ def describe_error(error: Exception, request_id: str, *, path: str = "") -> tupl
         status, kind, message = 500, "server_error", "the image failed; the server's log says why"
         logger.error("The image failed: %s; request %s", format_error(error), request_id)
     metrics.count_failure(status)
-    code = None if path.partition("/")[0] == OPENAI_PREFIX else status
+    code: int | str | None = status
+    if path.partition("/")[0] == OPENAI_PREFIX:
+        code = FLAGGED_CODE if isinstance(error, FlaggedError) else None
     return status, {"error": {"message": message, "type": kind, "param": getattr(error, "param", None), "code": code}}

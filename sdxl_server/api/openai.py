@@ -43,6 +43,7 @@ NO_EQUIVALENT = {
 }
 IGNORED_TEXTS = ("model", "user")  # with any value
 OPENAI_PREFIX = "v1"  # of its paths
+FLAGGED_CODE = "content_policy_violation"  # of an error
 OPENAI_FIELDS = (*NO_EQUIVALENT, *IGNORED_TEXTS, "size", SAMPLER_NAME)
 URL_MODELS = "dall-e"  # clients of models with this prefix read a URL by default
 

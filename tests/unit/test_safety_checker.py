@@ -18,7 +18,7 @@ from sdxl_server.diffusion.safety import check_safety
 from sdxl_server.errors import ConfigError, FlaggedError, NotFiniteError, RequestError
 from sdxl_server.model.describe import describe_pipeline, measure_components
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
-from sdxl_server.service import APIS, Service
+from sdxl_server.service import APIS, Service, describe_error
 from tests.unit.pipelines import encode, load, make_picture
 from tools.random_model import make_safety_checker
 
@@ -199,7 +199,8 @@ def test_flagged_image_is_an_error_of_every_api(
     photo = {"image": encode(Image.new("RGB", (128, 128), "red"))} if path.endswith("edits") else {}
     with pytest.raises(RequestError, match="flagged the image of seed 3") as caught:
         ask(loaded, path, **photo, **more)
-    assert caught.value.status == 400
+    status, described = describe_error(caught.value, "id", path=path)
+    assert (status, described["error"]["code"]) == (400, "content_policy_violation" if path else 400)
 
 
 @pytest.mark.parametrize("preview", ["fast", "exact"])
