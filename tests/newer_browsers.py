@@ -1,4 +1,4 @@
-"""What browsers gained after Safari 15.4, Firefox 115 and Chrome 100, the oldest that docs/web-ui.md names."""
+"""Features that browsers gained after Safari 15.4, Firefox 115 and Chrome 100, which docs/web-ui.md names."""
 
 import re
 
@@ -19,7 +19,7 @@ APIS = (
     *("StorageManager.prototype.estimate", "DataTransferItem.prototype.getAsFileSystemHandle", "CSSScopeRule"),
     *("PointerEvent.prototype.getCoalescedEvents", "HTMLInputElement.prototype.showPicker", "Float16Array"),
 )
-# A browser that has them cannot forget them: they are searched for in the files.
+# No script can delete them from a browser. A test searches the files for them.
 SYNTAX = {
     ".js": r"^await |^\s*static \{|\(\?<[=!]|/[dgimsuy]*v[dgimsuy]*[;,).\]]|"
     r"\bwith \{ type|\busing \w+ =|for await \([^)]* of [\w.]*\.body\)",

@@ -39,9 +39,9 @@ RECORD_READING = """
 """
 
 
-def find_sent(page: Page) -> list[dict[str, Any]]:
+def record_sent(page: Page) -> list[Any]:
     """Return the list of the requests that the page will send from now on."""
-    sent: list[dict[str, Any]] = []
+    sent: list[Any] = []
     page.on("request", lambda each: sent.append(each.post_data_json) if each.method == "POST" else None)
     return sent
 
@@ -51,8 +51,14 @@ def expect_chosen(page: Page) -> None:
 
 
 def expect_refused(page: Page, words: str) -> None:
-    expect(page.locator("#start-error")).to_contain_text(words)
+    error = page.locator("#start-error")
+    expect(error).to_contain_text(words)
     expect(page.locator("#chosen")).to_be_hidden()
+    script = """(node) => {
+        const { x, bottom } = node.getBoundingClientRect();
+        return node.contains(document.elementFromPoint(x + 5, bottom - 5));
+    }"""
+    assert error.evaluate(script)  # nothing covers it
 
 
 def test_older_browser_draws_paints_and_keeps(context: BrowserContext, nginx: LocalProxy) -> None:
@@ -99,7 +105,7 @@ def make_large() -> bytes:
 
 @pytest.mark.parametrize("kind", ["BMP", "GIF", "TIFF", "AVIF", "WEBP"])
 def test_file_that_the_server_takes_is_sent_unchanged(page: Page, kind: str) -> None:
-    sent, file = find_sent(page), save(kind)
+    sent, file = record_sent(page), save(kind)
     drop(page, "image", file)
     if kind == "TIFF":
         expect(page.locator("#start-error")).to_have_text("This browser cannot show TIFF. The server can read it.")
@@ -125,7 +131,7 @@ def test_file_that_the_server_takes_is_sent_unchanged(page: Page, kind: str) -> 
 def test_file_that_only_the_browser_reads_is_converted(
     page: Page, tmp_path: Path, make: Callable[[], bytes], size: tuple[int, int], kind: str
 ) -> None:
-    sent, path = find_sent(page), tmp_path / "image.bin"
+    sent, path = record_sent(page), tmp_path / "image.bin"
     path.write_bytes(make())
     page.locator("#start-file").set_input_files(path)
     expect_chosen(page)
@@ -159,6 +165,7 @@ def test_file_that_only_the_browser_reads_is_converted(
         ("a", "", b"", "a is no image"),
         ("a.tif", "", b"II*\0" + bytes(MEGABYTES_23), "a.tif has 23 MB, and this browser cannot reduce it."),
     ],
+    ids=["heic", "heif", "jxl", "pdf", "cut png", "mp4", "mov", "mkv", "text", "empty", "large tiff"],
 )
 def test_other_file_is_refused_with_its_kind(page: Page, name: str, type_: str, content: bytes, words: str) -> None:
     drop(page, name, content, type_)
@@ -250,6 +257,7 @@ def test_pasted_text_goes_into_the_prompt(clipboard: BrowserContext, page: Page)
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [("a.png", make_file(), None), ("a.heic", HEIC, "is HEIC"), ("a.mov", b"\0\0\0\x08wide", "is a video")],
+    ids=["png", "heic", "mov"],
 )
 def test_copied_file_is_pasted(page: Page, name: str, content: bytes, words: str | None) -> None:
     """A file manager copies the name as text, too."""
@@ -348,7 +356,7 @@ def test_file_that_vanishes_after_its_choice_is_sent(page: Page, tmp_path: Path)
     wait_for_image(page)
 
 
-def test_dark_and_light_have_their_colours_without_new_css(browser: Browser, nginx: LocalProxy) -> None:
+def test_dark_and_light_have_their_colours(browser: Browser, nginx: LocalProxy) -> None:
     for scheme, ground in (("light", "rgb(247, 247, 245)"), ("dark", "rgb(21, 22, 24)")):
         with open_context(browser, color_scheme=scheme) as context:
             page = open_page(context, nginx, token=nginx.token)

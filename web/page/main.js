@@ -108,6 +108,7 @@ async function takeFile(transfer) {
     const { parameters, image, note } = await readUpload(file);
     if (parameters) return recall({ parameters });
     useStart(image);
+    find("start-image").scrollIntoView({ block: "nearest" });
     if (note) tellStart(note, "note");
     else announce(`${file.name} is the image to start from.`);
   } catch (error) {
