@@ -1,4 +1,4 @@
-"""Judge from an image's pixels whether it shows the requested scene: colours, shape, size and position."""
+"""Judge from pixels whether an image shows the requested colours, shape, size and position."""
 
 from dataclasses import astuple, dataclass
 from functools import cache
@@ -9,11 +9,11 @@ from PIL import Image
 
 from demo.shapes import COLOURS, POSITIONS, SHAPES, Scene, Thing, draw_shape
 
-FARTHEST_COLOUR = 75.0  # distance in RGB beyond which a pixel has none of the colours
+FARTHEST_COLOUR = 75.0  # in RGB; beyond it a pixel has no colour
 LEAST_BACKGROUND = 0.5  # share of the image
 LEAST_THING = 0.004  # share of the image; less is a speck
-LARGEST_SECOND = 0.2  # of the thing's own area; more is a second thing
-BOUNDS = {"small": (0.075, 0.157), "large": (0.157, 0.29)}  # half the extent, as a share of the shorter side
+LARGEST_SECOND = 0.2  # of the thing; more is a second thing
+BOUNDS = {"small": (0.075, 0.157), "large": (0.157, 0.29)}  # half the extent, in shorter sides
 FARTHEST_POSITION = 0.12  # share of width and height
 LEAST_OVERLAP = 0.65
 LEAST_ASPECT = 0.7
@@ -41,7 +41,7 @@ NOTHING = Thing("", "", "", "")
 
 
 def name_pixels(image: Image.Image) -> Pixels:
-    """Return each pixel's colour as an index into COLOURS, -1 where it is near none."""
+    """Return each pixel's colour as an index into COLOURS; -1: near none."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     palette = np.array(list(COLOURS.values()), dtype=np.float32)
     distances = np.linalg.norm(pixels[:, :, None] - palette, axis=-1)
@@ -49,7 +49,7 @@ def name_pixels(image: Image.Image) -> Pixels:
 
 
 def list_components(mask: Pixels) -> list[Pixels]:
-    """Return the connected parts of a mask, each as a mask, the biggest first."""
+    """Return the connected parts of a mask as masks, the biggest first."""
     numbers = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:  # each pixel takes its neighbours' greatest number until nothing changes
         spread = numbers.copy()
@@ -92,7 +92,7 @@ def name_shape(mask: Pixels) -> str:
 
 
 def find_thing(colours: Pixels, background: int, *, columns: slice) -> Thing:
-    """Return the thing on the background in some columns of an image; an unclear feature is empty."""
+    """Return the thing in some columns of an image. Unclear features are empty."""
     height, width = colours.shape
     mask = np.zeros(colours.shape, dtype=bool)
     mask[:, columns] = colours[:, columns] != background
@@ -120,7 +120,7 @@ def find_thing(colours: Pixels, background: int, *, columns: slice) -> Thing:
 
 
 def judge_picture(image: Image.Image, scene: Scene) -> Verdict:
-    """Compare an image with the requested scene; an empty feature of the scene may be any.
+    """Compare an image with the requested scene. An empty feature accepts any value.
 
     A scene of two things has one in each half of the image.
     """

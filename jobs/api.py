@@ -132,7 +132,7 @@ class Jobs:
                 HTTPStatus.NOT_FOUND, f"there is no job {job}; a job is removed some time after its end", "id"
             )
         state, attempt = known["state"], int(known["attempt"])
-        pictures = self.results.list_pictures(job, attempt) if state == "done" else []
+        images = self.results.list_images(job, attempt) if state == "done" else []
         has_preview = state == "running" and self.results.find_preview(job) is not None
         named = {name: known[name] for name in ("step", "total", "seconds_left", "ended") if name in known}
         return JobState(
@@ -143,7 +143,7 @@ class Jobs:
             message=known.get("message") or None,
             created=float(known["created"]),
             preview=f"/jobs/{job}/preview" if has_preview else None,
-            pictures=[f"/jobs/{job}/pictures/{index}" for index in range(len(pictures))],
+            pictures=[f"/jobs/{job}/pictures/{index}" for index in range(len(images))],
             **named,  # type: ignore[arg-type]
         )
 
@@ -226,7 +226,7 @@ def get_picture(request: Request, job: Id, index: int) -> FileResponse:
     """Return an image of a finished job."""
     jobs: Jobs = request.app.state.jobs
     state = jobs.describe(job)
-    found = jobs.results.list_pictures(job, state.attempt) if state.state == "done" else []
+    found = jobs.results.list_images(job, state.attempt) if state.state == "done" else []
     return send(found[index] if 0 <= index < len(found) else None)
 
 

@@ -82,8 +82,8 @@ def work_on(claim: Claim, store: Store, results: Results, settings: Settings) ->
     """Make one attempt at a job and store its outcome."""
     with Pulse(store, claim):
         try:
-            pictures = draw(claim, store, results, settings)
-            results.write_pictures(claim.job, claim.attempt, pictures)
+            images = draw(claim, store, results, settings)
+            results.write_images(claim.job, claim.attempt, images)
             store.end(claim, "done")
         except JobError as error:
             store.end(claim, "failed", str(error))
@@ -124,21 +124,21 @@ def follow(answer: requests.Response, claim: Claim, store: Store, results: Resul
     Raises:
         JobError, LostError, StoppedError, requests.RequestException: there are none.
     """
-    pictures: dict[int, bytes] = {}
+    images: dict[int, bytes] = {}
     for event in read_events(answer):
         kind = str(event["type"])
         if kind == "error":
             raise JobError(event["error"]["message"])
         if kind.endswith(".completed"):
-            pictures[event["index"]] = base64.b64decode(event["b64_json"])
+            images[event["index"]] = base64.b64decode(event["b64_json"])
         elif kind.endswith(".partial_image"):
             results.write_preview(claim.job, base64.b64decode(event["b64_json"]))
         figures = {name: event[name] for name in ("step", "total", "seconds_left") if kind == "progress"}
         if not store.beat(claim, figures):
             raise StoppedError
-    if not pictures:
+    if not images:
         raise LostError("the stream ended before the image")
-    return [pictures[index] for index in sorted(pictures)]
+    return [images[index] for index in sorted(images)]
 
 
 def read_events(answer: requests.Response) -> Iterator[Mapping[str, Any]]:

@@ -33,16 +33,16 @@ class Results:
         fields: dict[str, Any] = json.loads((self.folder / job / f"{digest}.json").read_bytes())
         return fields
 
-    def write_preview(self, job: str, picture: bytes) -> None:
+    def write_preview(self, job: str, image: bytes) -> None:
         """Store a preview."""
-        self._write(job, PREVIEW, picture)
+        self._write(job, PREVIEW, image)
 
-    def write_pictures(self, job: str, attempt: int, pictures: Sequence[bytes]) -> None:
+    def write_images(self, job: str, attempt: int, images: Sequence[bytes]) -> None:
         """Store the images of one attempt."""
-        for index, picture in enumerate(pictures):
-            self._write(job, f"{attempt}-{index}", picture)
+        for index, image in enumerate(images):
+            self._write(job, f"{attempt}-{index}", image)
 
-    def list_pictures(self, job: str, attempt: int) -> list[Path]:
+    def list_images(self, job: str, attempt: int) -> list[Path]:
         """Return the image files of one attempt, in order."""
         found = (self.folder / job).glob(f"{attempt}-*[0-9]")
         return sorted(found, key=lambda path: int(path.name.partition("-")[2]))

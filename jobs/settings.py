@@ -21,10 +21,10 @@ class Settings:
 
     redis: str = _variable("redis://127.0.0.1:6379/0", "Redis' address")
     predictions: str = _variable(
-        "http://127.0.0.1:8080/predictions/diffusion_fast", "where a worker has pictures made: its own TorchServe's"
+        "http://127.0.0.1:8080/predictions/diffusion_fast", "the model's address in the worker's own TorchServe"
     )
     key_file: str = _variable("", "TorchServe's key_file.json; empty: it asks for no token")
-    results: str = _variable("results", "the folder of requests and pictures; API and workers share it")
+    results: str = _variable("results", "the folder of requests and images; API and workers share it")
     max_waiting: int = _variable(1000, "jobs that wait; one more is answered with 503")
     keep_bytes: int = _variable(10_000_000_000, "of the folder; past it, the jobs that ended first are removed")
     keep_seconds: int = _variable(86_400, "after its end a job is removed")

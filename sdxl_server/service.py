@@ -197,17 +197,17 @@ class Service:
         self,
         http_request: HttpRequest,
         request: GenerationRequest,
-        picture: GeneratedImage,
+        generated: GeneratedImage,
         index: int,
         warnings: Sequence[str],
     ) -> EncodedImage:
         """Return an image's file, with the parameters that make it again."""
-        described = describe_image(self.loaded, request, index, unet_calls=picture.unet_calls, warnings=warnings)
+        described = describe_image(self.loaded, request, index, unet_calls=generated.unet_calls, warnings=warnings)
         if http_request.is_id_given:
             described["request_id"] = http_request.request_id
         embedded = described if self.loaded.config.embed_parameters else None
-        file = encode_image(picture.image, request, parameters=embedded)
-        unet_calls = f"{picture.unet_calls:g} of {picture.calls_of_all}"
+        file = encode_image(generated.image, request, parameters=embedded)
+        unet_calls = f"{generated.unet_calls:g} of {generated.calls_of_all}"
         return EncodedImage(file, request.get_seed(index), described["request"], unet_calls)
 
 

@@ -1,14 +1,13 @@
-"""Train the demonstration model from scratch: a tiny Stable Diffusion XL that draws coloured shapes.
+"""Train the demonstration model, a tiny Stable Diffusion XL of coloured shapes, from scratch.
 
-Training has six stages. Each stage keeps its state in the work folder, so the same command continues an interrupted
-run:
+Training has six stages. Each stage keeps its state in the work folder. The same command continues an interrupted run.
 
-1. the VAE;
-2. the text encoders, which learn to name what a prompt says;
-3. the latents of the scenes, encoded once;
-4. the UNet together with the text encoders;
-5. latents that the averaged weights make of prompts;
-6. the VAE's decoder, on these latents.
+1. Train the VAE.
+2. Train the text encoders to name what a prompt says.
+3. Encode the scenes once.
+4. Train the UNet together with the text encoders.
+5. Make latents of prompts with the averaged weights.
+6. Train the VAE's decoder on these latents.
 
 The result is saved as fp16 safetensors in diffusers' format.
 

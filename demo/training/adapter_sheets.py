@@ -1,4 +1,6 @@
-"""Draw the sheets of the adapters' cards: a row for each choice of adapters, each with the same prompts and seeds.
+"""Draw the sheets of the adapters' cards.
+
+Each row has other adapters, with the same prompts and seeds.
 
 python -m demo.training.adapter_sheets
 """

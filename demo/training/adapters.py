@@ -1,11 +1,11 @@
 """Train an adapter (LoRA) of the demonstration model. The model itself does not change.
 
-    python -m demo.training.adapters inverted     inverted colours, learnt from drawings whose prompts name these
-    python -m demo.training.adapters few-steps    four UNet calls without guidance, each after those before it
+    python -m demo.training.adapters inverted     inverted colours, from drawings whose prompts name them
+    python -m demo.training.adapters few-steps    four UNet calls without guidance, one after another
 
-A prompt may mean many drawings. The model's own training pairs any of them with any noise. So the model predicts their
-mean from noise alone, and needs many steps from there to one of them. The training of few-steps pairs each noise with
-the nearest drawing. So the first call can know which drawing is meant.
+A prompt may mean many drawings. The model's own training pairs any of them with any noise. So from noise alone
+the model predicts their mean. It needs many steps from there to one drawing. The training of few-steps pairs each noise
+with the nearest drawing. So the first call can know which drawing is meant.
 """
 
 import argparse
@@ -33,13 +33,13 @@ from demo.training.steps import (
 from demo.training.unet import compute_focus, compute_loss, encode_scenes, weigh_pixels
 
 TIMESTEPS = (999, 749, 499, 249)  # of a trailing scheduler with four steps
-CALL_WEIGHTS = (2, 1, 1, 1)  # the first decides most
-DRAWINGS = 4  # of each scene, each with moves of its own
+CALL_WEIGHTS = (2, 1, 1, 1)  # the first call decides most
+DRAWINGS = 4  # of each scene, moved differently
 PAIR_COUNT = 1500  # scenes with two things, of two drawings each
-VAGUE_SHARE = 0.4  # of the prompts leave something unsaid
-UNSAID = {"background": 0.15, "size": 0.1, "position": 0.85}  # how often these do
+VAGUE_SHARE = 0.4  # of prompts that leave something unsaid
+UNSAID = {"background": 0.15, "size": 0.1, "position": 0.85}  # how often each is unsaid
 FEW_FOCUS = 2
-SMOOTH = 0.1  # below it the loss is square; above it is absolute, whose best is one of two drawings, not their mean
+SMOOTH = 0.1  # above it the loss is absolute: its best is one of two drawings, not their mean
 
 Compute = Callable[[int], torch.Tensor]
 
@@ -62,7 +62,7 @@ def fit(changes: dict[str, LowRankChange], compute: Compute, *, steps: int, rate
 
 
 def prepare_inverted(models: Models, vae: Any, options: argparse.Namespace) -> Compute:
-    """Return the loss of the model's own training, on drawings whose prompts name the inverted colours."""
+    """Return the model's own loss on drawings whose prompts name the inverted colours."""
     groups = [
         keep_training((latents, [shapes.invert_scene(scene) for scene in scenes], conditions))
         for latents, scenes, conditions in encode_scenes(
@@ -100,7 +100,7 @@ class Pool:
     features: torch.Tensor
 
     def find_nearest(self, scene: shapes.Scene, noise: torch.Tensor) -> torch.Tensor:
-        """Return the latents of a scene that are most like a noise; an empty feature of the scene may be any."""
+        """Return a scene's latents that are most like a noise. An empty feature accepts any."""
         asked = list_asked(scene).to(self.features.device)
         fitting = self.latents[((self.features == asked) | (asked < 0)).all(1)]
         directions = torch.nn.functional.normalize(fitting.flatten(1), dim=1)
@@ -108,7 +108,7 @@ class Pool:
 
 
 def list_asked(scene: shapes.Scene) -> torch.Tensor:
-    """Return what a scene asks for as class numbers, one for each of FEATURES; -1 where it leaves one empty."""
+    """Return a scene's class number for each of FEATURES; -1: left empty."""
     filled = shapes.Scene(
         scene.background or FEATURES[0][0],
         tuple(
@@ -126,7 +126,7 @@ def list_asked(scene: shapes.Scene) -> torch.Tensor:
 
 @torch.no_grad()
 def make_pool(vae: Any, folder: Path, *, seed: int, device: str) -> Pool:
-    """Draw and encode every scene of one thing that is not held out, and random ones of two."""
+    """Draw and encode random scenes of two things, and every scene of one, without the held-out ones."""
     path = folder / "pool.pt"
     if not path.exists():
         random = Random(f"pool {seed}")
@@ -157,7 +157,7 @@ def leave_unsaid(scene: shapes.Scene, random: Random) -> shapes.Scene:
 
 
 def prepare_few_steps(models: Models, vae: Any, options: argparse.Namespace) -> Compute:
-    """Return the loss of one of the four calls, each after those before it, as DDIM and Euler make them."""
+    """Return the loss of one of the four calls. It follows the earlier calls, as with DDIM and Euler."""
     pool = make_pool(vae, options.work, seed=options.seed, device=options.device)
     small_stars = [
         i

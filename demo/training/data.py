@@ -23,7 +23,7 @@ FEATURES = (_COLOURS, *(_COLOURS, shapes.SHAPES, _SIZES) * 2, tuple(shapes.POSIT
 
 
 def choose_training_scene(random: Random) -> shapes.Scene:
-    """Return a scene to learn from; the hard ones come more often than by chance."""
+    """Return a scene to learn from. Hard ones come more often than by chance."""
     is_hard = random.random() < HARD_SHARE
     while True:
         scene = shapes.choose_scene(random)
@@ -63,10 +63,10 @@ def read_scene(fields: tuple[Any, ...]) -> shapes.Scene:
 
 
 def blur_image(image: Image.Image, random: Random) -> tuple[Image.Image, tuple[int, int]]:
-    """Return an image as if enlarged from a smaller original, and the height and width of that original.
+    """Return an image as enlarged from a smaller original, and the original's height and width.
 
-    The VAE sharpens it again. Corners and small things are lost. That shows in the smallest originals only, so these
-    come as often as the larger ones.
+    The VAE sharpens it again. Corners and small things are lost. Only the smallest originals show it. So they come as
+    often as larger ones.
     """
     scale = math.exp(random.uniform(math.log(0.06), math.log(0.5)))
     original = (round(image.height * scale), round(image.width * scale))
@@ -79,7 +79,7 @@ class Sample:
     """An image with SDXL's micro-conditioning.
 
     Args:
-        conditions: original height and width, crop's top and left, target height and width, in pixels.
+        conditions: in pixels: original height and width, top and left, target height and width.
     """
 
     scene: shapes.Scene
@@ -110,7 +110,7 @@ def draw_training_image(random: Random) -> Image.Image:
 
 
 def draw_crop(random: Random) -> Image.Image:
-    """Draw a scene and cut out one of its things, so that small ones are not lost in the background."""
+    """Draw a scene and cut out one thing. The background would hide small ones."""
     scene = choose_training_scene(random)
     moves = [shapes.choose_move(random) for _ in scene.things]
     thing, move = random.choice(list(zip(scene.things, moves, strict=True)))
@@ -131,7 +131,7 @@ def to_image(tensor: torch.Tensor) -> Image.Image:
 
 
 def save_grid(path: Path, images: Sequence[Any], *, columns: int) -> None:
-    """Write images side by side; each is an image or a tensor from -1 to 1."""
+    """Write images, or tensors from -1 to 1, side by side."""
     images = [image if isinstance(image, Image.Image) else to_image(image) for image in images]
     width, height = max(each.width for each in images) + 4, max(each.height for each in images) + 4
     grid = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), (128, 128, 128))

@@ -27,11 +27,11 @@ from demo.training.vae import VAE_WEIGHT_DECAY, compute_difference
 
 DECODER_RATE = 5e-4
 FARTHEST_GROUND = 50  # of 255 levels, in any channel
-LEAST_SAMPLE_OVERLAP = 0.5  # of a thing with what was asked for; less is something else
+LEAST_SAMPLE_OVERLAP = 0.5  # with the requested thing; less is something else
 
 
 def find_move(thing: shapes.Thing, mask: Any) -> tuple[shapes.Move, float]:
-    """Return the move that lays a thing best over a mask, and the overlap from 0 to 1."""
+    """Return a thing's move of the best overlap with a mask, and this overlap."""
     height, width = mask.shape
     best: tuple[float, shapes.Move] = (0.0, (0.0, 0.0, 0.0))
     for scale in np.linspace(-1, 1, 5):
@@ -48,7 +48,7 @@ def find_move(thing: shapes.Thing, mask: Any) -> tuple[shapes.Move, float]:
 
 
 def find_moves(scene: shapes.Scene, image: Image.Image) -> tuple[list[shapes.Move], float]:
-    """Return the moves that make the drawing of a scene most like an image, and the worst overlap of its things."""
+    """Return the moves that draw a scene most like an image, and the worst overlap."""
     ground = np.array(shapes.COLOURS[scene.background])
     mask = np.abs(np.asarray(image).astype(int) - ground).max(-1) > FARTHEST_GROUND
     moves, overlaps = [], []
@@ -64,9 +64,9 @@ def find_moves(scene: shapes.Scene, image: Image.Image) -> tuple[list[shapes.Mov
 
 @torch.no_grad()
 def sample_latents(models: Models, vae: Any, folder: Path, *, count: int, seed: int) -> list[Any]:
-    """Return latents that the pipeline makes of prompts, each with its scene and how to draw it most alike.
+    """Return latents that the pipeline makes of prompts, with their scenes and moves.
 
-    Latents that show something else than their prompt says are left out.
+    Latents that do not show their prompt are left out.
     """
     pipeline, path = build_pipeline(models, vae), folder / "samples.pt"
     parts: list[Any] = torch.load(path)["parts"] if path.exists() else []
@@ -91,10 +91,9 @@ def sample_latents(models: Models, vae: Any, folder: Path, *, count: int, seed: 
 
 
 def train_decoder(vae: Any, samples: Sequence[Any], folder: Path, *, steps: int, seed: int) -> None:
-    """Train the decoder to draw what was asked for from the latents that the UNet makes of it.
+    """Train the decoder on the UNet's latents of prompts, to draw the requested scenes.
 
-    These latents are a little wrong, and the latents of true images never showed the decoder how. The encoder stays,
-    and so does the meaning of latents.
+    These latents are a little wrong, unlike latents of true images. The encoder and the meaning of latents stay.
     """
     torch.manual_seed(seed)
     path, start = folder / "decoder.pt", 0

@@ -10,7 +10,7 @@ from sdxl_server.model.adapters.layer_names import UNET, list_layers
 
 
 class LowRankChange(torch.nn.Module):
-    """The term that is added to the result of a layer: up · (down · x), in float32."""
+    """The term that is added to a layer's result: up · (down · x), in float32."""
 
     def __init__(self, layer: Any, rank: int) -> None:
         super().__init__()
@@ -30,13 +30,13 @@ class LowRankChange(torch.nn.Module):
 
     def change(self, layer: Any, inputs: tuple[torch.Tensor], result: torch.Tensor) -> torch.Tensor:
         """Return a layer's result with the added term, as a forward hook does."""
-        # In bfloat16 the gradients of a convolution's weights take ten times as long on a CPU without AMX
+        # On a CPU without AMX a convolution's gradients take ten times as long in bfloat16
         with torch.autocast(result.device.type, enabled=False):
             return result + self.up(self.down(inputs[0].float())).to(result.dtype)
 
 
 def add_low_rank(unet: Any, rank: int) -> dict[str, LowRankChange]:
-    """Let each layer of a UNet learn a change of this rank and nothing else; return the changes by the layer's name."""
+    """Let a UNet learn only low-rank changes. Return them by the layer's name."""
     unet.requires_grad_(False)
     changes = {}
     for layer in list_layers(UNET, unet):

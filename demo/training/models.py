@@ -53,7 +53,7 @@ SCHEDULER_SETTINGS = {
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
     "prediction_type": "v_prediction",
-    # Without a last step of pure noise, sampling starts from a mean colour that training never showed
+    # Otherwise sampling starts from pure noise, which training never showed
     "rescale_betas_zero_snr": True,
     "timestep_spacing": "trailing",
 }
@@ -79,14 +79,14 @@ class Models:
         return ids.to(self.unet.device)
 
     def encode(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the hidden states of both encoders and the second one's pooled projection, as SDXL takes them."""
+        """Return both encoders' hidden states and the second's pooled projection, as for SDXL."""
         first = self.text_encoder(ids, output_hidden_states=True)
         second = self.text_encoder_2(ids, output_hidden_states=True)
         return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1), second.text_embeds
 
 
 def build_tokenizer() -> Any:
-    """Return a CLIP tokenizer that reads any bytes, and each word of the shapes' world as one token."""
+    """Return a CLIP tokenizer of any bytes. Each word of the shapes' world is one token."""
     from transformers import CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 

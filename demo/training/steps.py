@@ -1,4 +1,4 @@
-"""Code that all stages of training share: the learning rate, one optimizer step, checkpoints, progress."""
+"""Share learning rate, optimizer step, checkpoints and progress between the stages of training."""
 
 import math
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ def build_optimizer(parameters: Iterable[Any], *, weight_decay: float = 0.01) ->
 
 
 def take_step(optimizer: torch.optim.Optimizer, loss: Any) -> None:
-    """Move all parameters against the gradient of the loss, whose norm is clipped to 1."""
+    """Move all parameters against the loss's gradient. Its norm is clipped to 1."""
     loss.backward()
     torch.nn.utils.clip_grad_norm_([each for group in optimizer.param_groups for each in group["params"]], 1.0)
     optimizer.step()
@@ -27,7 +27,7 @@ def take_step(optimizer: torch.optim.Optimizer, loss: Any) -> None:
 
 
 def compute_rate(step: int, *, steps: int, peak: float, warm_up: int = 100) -> float:
-    """Return the learning rate of a step: a linear rise, then half a cosine down."""
+    """Return a step's learning rate: a linear rise, then half a cosine down."""
     return peak * min(1.0, (step + 1) / warm_up) * (0.01 + 0.99 * (1 + math.cos(math.pi * min(1.0, step / steps))) / 2)
 
 
@@ -39,7 +39,7 @@ def save_state(path: Path, **state: Any) -> None:
 
 
 def compute_short(device: str) -> Any:
-    """Return a context that computes in bfloat16, unless the CPU would only emulate it."""
+    """Return a context for bfloat16, unless the CPU would only emulate it."""
     is_slow = device == "cpu" and not torch.cpu._is_avx512_bf16_supported()
     return torch.autocast(device, torch.bfloat16, enabled=not is_slow)
 

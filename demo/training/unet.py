@@ -38,14 +38,14 @@ from demo.training.steps import (
 logger = logging.getLogger(__name__)
 
 MAX_SNR = 5
-FOCUS = 5  # how much more a latent pixel of a thing weighs at first than one of the background
-FOCUSED_SHARE = 0.7  # of the steps; the last ones weigh all pixels alike
+FOCUS = 5  # extra weight of a thing's latent pixels at first
+FOCUSED_SHARE = 0.7  # of the steps; the others weigh all pixels alike
 TEXT_RATE = 0.3  # of the UNet's learning rate
 SIZE_SHARES = {(128, 128): 0.91, (96, 96): 0.03, (192, 128): 0.03, (128, 192): 0.03}
 
 
 def train_text(models: Models, folder: Path, *, steps: int, seed: int, device: str) -> None:
-    """Let the text encoders name what a prompt says, so that the UNet can follow prompts from its first step."""
+    """Teach the text encoders to name what a prompt says. The UNet then follows prompts from its first step."""
     torch.manual_seed(seed)
     path = folder / "text.pt"
     encoders = torch.nn.ModuleList([models.text_encoder, models.text_encoder_2])
@@ -80,7 +80,7 @@ def train_text(models: Models, folder: Path, *, steps: int, seed: int, device: s
 
 @torch.no_grad()
 def encode_scenes(vae: Any, folder: Path, *, count: int, seed: int, device: str) -> list[Any]:
-    """Return for each image size the latents, the scenes and the micro-conditions of the training's images."""
+    """Return latents, scenes and micro-conditions of the training images, by image size."""
     path = folder / "latents.pt"
     if not path.exists():
         groups = []
@@ -103,7 +103,7 @@ def encode_scenes(vae: Any, folder: Path, *, count: int, seed: int, device: str)
 
 
 def weigh_pixels(latents: torch.Tensor, *, focus: float) -> torch.Tensor:
-    """Return a weight for each latent pixel: 1 + focus where a thing is, or it is lost in the background."""
+    """Return a weight per latent pixel: 1 + focus on things, which the background would outweigh."""
     middle = latents.flatten(2).median(2).values[:, :, None, None]  # the background's, for it is most of the image
     return 1 + focus * ((latents - middle).square().sum(1, keepdim=True) > 1)
 
@@ -118,7 +118,7 @@ def compute_loss(
     prompts = [choose_training_prompt(scenes[i], random) for i in chosen]
     clean = latents[chosen].float().to(device)
     noise = torch.randn_like(clean)
-    # Spread evenly over the steps, and one at the very start, where only the prompt shows the colours
+    # Spread evenly over the steps. One is the first, where only the prompt shows the colours
     steps = ((torch.randperm(batch) + torch.rand(batch)) / batch * len(alphas)).long().clamp(max=len(alphas) - 1)
     steps[0] = len(alphas) - 1
     steps = steps.to(device)
@@ -130,13 +130,13 @@ def compute_loss(
         is_said = torch.tensor([prompt is not None for prompt in prompts], device=device)
         added = {"text_embeds": pooled * is_said[:, None], "time_ids": conditions[chosen].to(device)}
         predicted = models.unet(noisy, steps, hidden * is_said[:, None, None], added_cond_kwargs=added).sample
-    # Min-SNR's idea for velocities, less its zero weight where the noise is all there is
+    # Min-SNR for velocities, without its zero weight for pure noise
     weight = ((1 + MAX_SNR) * (1 - alpha)).clamp(max=1) * weigh_pixels(clean, focus=focus)
     return (weight * (predicted.float() - velocity).square()).mean()
 
 
 def compute_focus(step: int, *, steps: int) -> float:
-    """Return how much more a latent pixel of a thing weighs in a step than one of the background."""
+    """Return the extra weight of a thing's latent pixels in a step."""
     return FOCUS * max(0.0, 1 - step / (FOCUSED_SHARE * steps))
 
 
@@ -182,7 +182,7 @@ def train_unet(
 
 
 def save_snapshot_grid(folder: Path, path: Path, *, device: str) -> None:
-    """Draw scenes that were held out of training, each next to the drawing to compare with."""
+    """Draw held-out scenes, each next to the right drawing."""
     prompts = choose_prompts(16)
     drawn = draw_prompts(prompts, draw_with(load_eager_pipeline(folder, device=device), num_inference_steps=10))
     pairs = zip(prompts, drawn, strict=True)

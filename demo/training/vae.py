@@ -18,23 +18,23 @@ VAE_WEIGHT_DECAY = 1e-3
 def compute_difference(decoded: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     """Return how far decoded images are from the true ones."""
     distance = decoded - images
-    # Edges are a small part of an image, yet they alone distinguish a star from a circle
+    # Edges are a small part of an image. They alone distinguish a star from a circle
     edges = functional.max_pool2d(images, 5, 1, 2) + functional.max_pool2d(-images, 5, 1, 2) > 0.1
     weight = 1 + 4 * edges.any(1, keepdim=True)
     return (weight * (distance.abs() + distance.square())).mean()
 
 
 def compute_misplacement(latents: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Return how far three latent channels are from the mean colours of their blocks, and the fourth out of its range.
+    """Return how far three latent channels are from their blocks' mean colours, and the fourth out of range.
 
-    Left to itself, a VAE lays the few colours on one line, and a latent between two of them is a third.
+    Otherwise a VAE lays the few colours on one line. A latent between two colours is then a third.
     """
     colours = (latents[:, :3] - functional.avg_pool2d(images, 8)).square().mean()
     return colours + (latents[:, 3].abs() - 1).clamp(min=0).square().mean()
 
 
 def train_vae(folder: Path, *, steps: int, seed: int, device: str) -> Any:
-    """Train the VAE on crops, then on whole images, and bring its latents to unit variance."""
+    """Train the VAE on crops, then on whole images. Normalise its latents."""
     torch.manual_seed(seed)
     vae, path, start = build_vae().to(device, memory_format=torch.channels_last), folder / "vae.pt", 0
     optimizer = build_optimizer(vae.parameters(), weight_decay=VAE_WEIGHT_DECAY)
@@ -55,7 +55,7 @@ def train_vae(folder: Path, *, steps: int, seed: int, device: str) -> Any:
         with compute_short(device):
             posterior = vae.encode(images).latent_dist
             latents = posterior.sample()
-            # The UNet's latents are a little wrong; the decoder learns to see past it
+            # The UNet's latents are a little wrong. The decoder learns to ignore it
             noise = LATENT_NOISE * torch.rand(len(latents), 1, 1, 1, device=device) * torch.randn_like(latents)
             decoded = vae.decode(latents + noise).sample.float()
         loss = compute_difference(decoded, images) + compute_misplacement(posterior.mean.float(), images)
@@ -72,9 +72,9 @@ def train_vae(folder: Path, *, steps: int, seed: int, device: str) -> Any:
 
 @torch.no_grad()
 def normalise_latents(vae: Any, *, seed: int) -> None:
-    """Fold the latents' mean and spread into the convolutions next to them: zero mean, unit variance per channel.
+    """Give each latent channel zero mean and unit variance through the convolutions next to it.
 
-    Only some of SDXL's pipelines apply a mean of latents in the configuration, so none is needed.
+    Only some of SDXL's pipelines apply a configured mean of latents.
     """
     random = Random(f"latents {seed}")
     images = to_tensor([draw_training_image(random) for _ in range(256)]).to(vae.device)

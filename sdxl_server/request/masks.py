@@ -65,7 +65,7 @@ def cover_cells(mask: Any, cell: int) -> Any:
     return small.point(lambda value: 255 if value else 0).resize(mask.size, Image.Resampling.NEAREST)
 
 
-def blend(picture: Any, image: Any, mask: Any) -> Any:
+def blend(generated: Any, image: Any, mask: Any) -> Any:
     """Return the generated pixels inside the mask, and the exact pixels of the image outside.
 
     The seam is blended inside the mask, a few pixels wide. Thin parts of the mask are not blended. White pixels of the
@@ -83,9 +83,9 @@ def blend(picture: Any, image: Any, mask: Any) -> Any:
     ramp = np.mean([np.asarray(layer) for layer in layers], axis=0).astype(np.uint8)
     is_blended = (np.asarray(thick) > 0) & (np.asarray(image).min(axis=-1) < 255)
     share = np.where(is_blended, ramp, np.asarray(mask))
-    return Image.composite(picture, image, Image.fromarray(share))
+    return Image.composite(generated, image, Image.fromarray(share))
 
 
-def keep_protected(picture: Any, request: GenerationRequest) -> Any:
+def keep_protected(generated: Any, request: GenerationRequest) -> Any:
     """Return a result, or a preview, with the protected pixels of the uploaded image."""
-    return picture if request.mask_image is None else blend(picture, request.image, request.mask_image)
+    return generated if request.mask_image is None else blend(generated, request.image, request.mask_image)

@@ -1,12 +1,16 @@
-"""What holds for all servers of the tests, and the one that three files share."""
+"""What holds for all servers of the tests, the one that several files share, and the browser."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
+from tests.server.browser import CHROMIUM, open_context, open_page
 from tests.server.eager import KEPT, PASSED_ON, EagerServer
 from tests.server.test_backends import ask_for_picture
+from tools.proxy import LocalProxy
+from tools.server import LocalServer
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -28,3 +32,28 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
             yield running
             ask_for_picture(running)
             assert running.find_worker() == worker  # it outlived every request
+
+
+@pytest.fixture(scope="module")
+def nginx(server: LocalServer) -> Iterator[LocalProxy]:
+    with LocalProxy(server.ports["inference_address"], key_file=server.key_file) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM)
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    with open_context(browser) as made:
+        yield made
+
+
+@pytest.fixture
+def page(context: BrowserContext, nginx: LocalProxy) -> Page:
+    return open_page(context, nginx, token=nginx.token)

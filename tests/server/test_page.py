@@ -1,12 +1,8 @@
 """The web UI in a real browser, behind the nginx of deploy/, with the demonstration model."""
 
-import base64
-import contextlib
 import io
 import re
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,26 +10,33 @@ import pytest
 import requests
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
-from playwright.sync_api import Browser, BrowserContext, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, Route, expect
 
 from demo.measure import GUIDANCE
 from demo.oracle import judge_picture
 from demo.shapes import Scene, Thing
+from tests.server.browser import (
+    PROMPT,
+    SIDE,
+    download,
+    draw,
+    drop,
+    make_file,
+    needs_browser,
+    open_context,
+    open_page,
+    paint_mask,
+    read_form,
+    wait_for_image,
+)
 from tests.server.eager import wait_for
 from tests.server.test_backends import make_settings
-from tools.proxy import LocalProxy, find_nginx
+from tools.proxy import LocalProxy
 from tools.server import ROOT, LocalServer, make_archive
 
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(
-    None in (CHROMIUM, find_nginx()), reason="chromium, nginx and openssl are not all installed"
-)
-PROMPT = "a large yellow star on a blue background, left"
+pytestmark = needs_browser
 SCENE = Scene("blue", (Thing("yellow", "star", "large", "left"),))
 LONG = 149  # steps: some seconds, in which a test does something else
-PATIENCE = 20_000  # ms
-expect.set_options(timeout=PATIENCE)
-SIDE = 128  # pixels of the model's own pictures
 
 
 @pytest.fixture(scope="module")
@@ -42,97 +45,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     make_archive(folder, ROOT / "demo/model", make_settings(None, guidance_scale=GUIDANCE, num_inference_steps=30))
     with LocalServer(folder) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def nginx(server: LocalServer) -> Iterator[LocalProxy]:
-    with LocalProxy(server.ports["inference_address"], key_file=server.key_file) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM)
-        yield running
-        running.close()
-
-
-@pytest.fixture
-def context(browser: Browser) -> Iterator[BrowserContext]:
-    with open_context(browser) as made:
-        yield made
-
-
-@contextlib.contextmanager
-def open_context(browser: Browser, **options: Any) -> Iterator[BrowserContext]:
-    """Open a browser that was never here; what it asks of elsewhere, and each error in a page, fails the test."""
-    chosen: dict[str, Any] = {"viewport": {"width": 1280, "height": 860}, **options}
-    context = browser.new_context(ignore_https_errors=True, reduced_motion="reduce", **chosen)
-    context.set_default_timeout(PATIENCE)
-    problems: list[str] = []
-    context.on("weberror", lambda error: problems.append(str(error.error)))
-    context.on("dialog", lambda dialog: problems.append(f"somebody's script ran: {dialog.message}"))
-    context.on("request", lambda request: problems.extend(find_foreign(request.url)))
-    yield context
-    context.close()
-    assert problems == []
-
-
-def find_foreign(url: str) -> list[str]:
-    return [] if url.startswith(("https://localhost:", "blob:https://localhost:", "data:,")) else [url]
-
-
-@pytest.fixture
-def page(context: BrowserContext, nginx: LocalProxy) -> Page:
-    return open_page(context, nginx, token=nginx.token)
-
-
-def open_page(context: BrowserContext, nginx: LocalProxy, *, token: str | None) -> Page:
-    page = context.new_page()
-    page.goto(f"https://localhost:{nginx.port}/" + (f"#token={token}" if token else ""))
-    return page
-
-
-def draw(page: Page, prompt: str = PROMPT, **fields: Any) -> None:
-    page.get_by_label("Prompt", exact=True).fill(prompt)
-    for name, value in fields.items():
-        page.locator(f"#field-{name}").fill(str(value))
-    page.get_by_role("button", name="Draw", exact=True).click()
-
-
-def wait_for_picture(page: Page, count: int = 1) -> None:
-    """Wait until the gallery holds so many pictures and nothing is in work."""
-    expect(page.locator("#images li")).to_have_count(count, timeout=30_000)
-    expect(page.locator("#work li")).to_have_count(0)
-
-
-def download(page: Page) -> bytes:
-    """Return the file of the picture that is shown."""
-    with page.expect_download() as coming:
-        page.get_by_role("link", name="Download").click()
-    return Path(coming.value.path()).read_bytes()
-
-
-def read_form(page: Page) -> dict[str, str]:
-    names = ("prompt", "negative_prompt", "width", "num_inference_steps", "guidance_scale", "seed")
-    return {name: page.locator(f"#field-{name}").input_value() for name in names}
-
-
-def make_file(kind: str = "PNG", *, side: int = SIDE) -> bytes:
-    buffer = io.BytesIO()
-    Image.effect_noise((side, side), 60).convert("RGB").save(buffer, kind)
-    return buffer.getvalue()
-
-
-def drop(page: Page, name: str, content: bytes) -> None:
-    """Drop a file onto the page, as from a folder."""
-    script = """([name, text]) => {
-        const files = new DataTransfer();
-        files.items.add(new File([Uint8Array.from(atob(text), (each) => each.charCodeAt(0))], name));
-        document.body.dispatchEvent(new DragEvent("drop", { dataTransfer: files, bubbles: true, cancelable: true }));
-    }"""
-    page.evaluate(script, [name, base64.b64encode(content).decode()])
 
 
 def test_new_user_draws_in_two_actions(context: BrowserContext, nginx: LocalProxy) -> None:
@@ -145,10 +57,10 @@ def test_new_user_draws_in_two_actions(context: BrowserContext, nginx: LocalProx
     page.keyboard.press("Control+Enter")
     expect(page.get_by_role("img", name=f"In work: {PROMPT}")).to_be_visible()
     expect(page.locator("#work .said")).to_have_text(re.compile(r"Step \d+ of 30, \d+ s left"))
-    wait_for_picture(page)
+    wait_for_image(page)
     expect(page.locator("#shown > img")).to_have_attribute("alt", PROMPT)
-    picture = Image.open(io.BytesIO(download(page)))
-    verdict = judge_picture(picture, SCENE)
+    image = Image.open(io.BytesIO(download(page)))
+    verdict = judge_picture(image, SCENE)
     assert verdict.background
     assert verdict.colour
 
@@ -212,7 +124,7 @@ def test_cancel_ends_the_work_on_the_server(page: Page, server: LocalServer) -> 
     page.get_by_role("button", name="Cancel").click()
     expect(page.locator("#work li")).to_have_count(0)
     draw(page, num_inference_steps=2)
-    wait_for_picture(page)
+    wait_for_image(page)
     # the handler learns of it with the next request
     wait_for(lambda: server.log.count("The client has left; its work has ended") > ended)
 
@@ -228,11 +140,11 @@ def test_several_wait_in_a_queue_with_their_place(page: Page) -> None:
     expect(said.nth(5)).to_have_text("Waits in this page")
     page.locator("#work li").nth(5).get_by_role("button", name="Cancel").click()
     page.locator("#work li").nth(0).get_by_role("button", name="Cancel").click()
-    wait_for_picture(page, 4)
+    wait_for_image(page, 4)
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
-def test_dropped_picture_brings_its_settings_back(page: Page, server: LocalServer, kind: str) -> None:
+def test_dropped_image_brings_its_settings_back(page: Page, server: LocalServer, kind: str) -> None:
     fields = {"prompt": 'a ring "ä" 🦊', "seed": 7, "num_inference_steps": 2, "negative_prompt": "snow", "width": 64}
     body = {**fields, "output_format": kind, "scheduler": {"name": "DPM++ 2M", "use_karras_sigmas": True}}
     made = requests.post(server.url, json=body, headers=server.get_headers(), timeout=60).content
@@ -240,18 +152,18 @@ def test_dropped_picture_brings_its_settings_back(page: Page, server: LocalServe
     expect(page.get_by_label("Prompt", exact=True)).to_have_value(str(fields["prompt"]))
     assert read_form(page) == {name: str(value) for name, value in {**fields, "guidance_scale": GUIDANCE}.items()}
     page.get_by_role("button", name="Draw", exact=True).click()
-    wait_for_picture(page)
+    wait_for_image(page)
     assert Image.open(io.BytesIO(download(page))).tobytes() == Image.open(io.BytesIO(made)).tobytes()
 
 
 def test_gallery_survives_a_reload_and_gives_all_back(page: Page) -> None:
     draw(page, num_inference_steps=3, seed=5, negative_prompt="snow")
-    wait_for_picture(page)
+    wait_for_image(page)
     first = download(page)
     made = page.locator("figcaption summary")
     expect(made).to_contain_text("Seed 5,")
     page.get_by_role("button", name="New seed").click()
-    wait_for_picture(page, 2)
+    wait_for_image(page, 2)
     expect(made).not_to_contain_text("Seed 5,")
     page.reload()
     expect(page.locator("#images li")).to_have_count(2)
@@ -259,7 +171,7 @@ def test_gallery_survives_a_reload_and_gives_all_back(page: Page) -> None:
     page.get_by_role("button", name="Use settings").click()
     assert read_form(page)["seed"] == "5"
     page.get_by_role("button", name="Draw", exact=True).click()
-    wait_for_picture(page, 3)
+    wait_for_image(page, 3)
     assert Image.open(io.BytesIO(download(page))).tobytes() == Image.open(io.BytesIO(first)).tobytes()
     assert count_action_rows(page, 375, 812) == 2
     assert count_action_rows(page, 1280, 600) == 1
@@ -290,18 +202,12 @@ def test_full_gallery_says_so(page: Page) -> None:
     expect(page.locator("#images li")).to_have_count(200)
 
 
-def test_any_other_picture_is_where_to_start_from_and_a_mask_is_painted(page: Page) -> None:
+def test_any_other_image_is_where_to_start_from_and_a_mask_is_painted(page: Page) -> None:
     """What the mask protects comes back bit by bit."""
     photo = make_file()
     drop(page, "photo.png", photo)
     expect(page.get_by_alt_text("The image to start from")).to_be_visible()
-    page.get_by_role("button", name="Paint a mask").click()
-    box = page.locator("#mask-canvas").bounding_box()
-    assert box is not None
-    page.mouse.move(box["x"] + 0.25 * box["width"], box["y"] + 5)
-    page.mouse.down()
-    page.mouse.move(box["x"] + 0.25 * box["width"], box["y"] + box["height"] - 5, steps=5)
-    page.mouse.up()
+    paint_mask(page)
     page.get_by_role("button", name="Clear").click()
     page.get_by_role("button", name="Undo").click()
     page.get_by_role("button", name="Use the mask").click()
@@ -309,7 +215,7 @@ def test_any_other_picture_is_where_to_start_from_and_a_mask_is_painted(page: Pa
     page.locator("summary", has_text="More settings").click()
     page.locator("#field-output_format").select_option("png")
     draw(page, num_inference_steps=6)
-    wait_for_picture(page)
+    wait_for_image(page)
     before, after = (Image.open(io.BytesIO(file)).convert("RGB") for file in (photo, download(page)))
     right, middle = (SIDE // 2, 0, SIDE, SIDE), (28, 20, 36, 108)
     assert after.crop(right).tobytes() == before.crop(right).tobytes()
@@ -355,7 +261,7 @@ def test_wrong_and_missing_tokens_are_told_plainly(context: BrowserContext, ngin
     dialog.get_by_role("textbox").fill(nginx.token)
     dialog.get_by_role("button", name="Use it").click()
     draw(page, num_inference_steps=2)
-    wait_for_picture(page)
+    wait_for_image(page)
     assert page.evaluate("JSON.stringify(localStorage)") == "{}"  # for this tab only
     assert not any(nginx.token in line for line in nginx.log)
 
@@ -363,7 +269,7 @@ def test_wrong_and_missing_tokens_are_told_plainly(context: BrowserContext, ngin
 def test_hostile_texts_stay_texts(page: Page) -> None:
     hostile = "<img src=x onerror=alert(1)><script>alert(2)</script>\"'><b>a ring</b>"
     draw(page, hostile, num_inference_steps=3)
-    wait_for_picture(page)
+    wait_for_image(page)
     page.get_by_role("button", name="Use settings").click()
     assert read_form(page)["prompt"] == hostile
     draw(page, hostile, width=100)
@@ -394,7 +300,7 @@ def test_axe_finds_nothing(browser: Browser, nginx: LocalProxy) -> None:
         page.get_by_role("textbox", name="Token").fill(nginx.token)
         page.keyboard.press("Enter")
         draw(page, num_inference_steps=3)
-        wait_for_picture(page)
+        wait_for_image(page)
         for summary in page.locator("summary").all():
             summary.click()
         drop(page, "photo.png", make_file())
@@ -446,7 +352,7 @@ def test_addresses_of_the_page_are_open_without_a_token(nginx: LocalProxy) -> No
     assert requests.get(contract, verify=str(nginx.certificate), timeout=10).status_code == 401
 
 
-def test_worker_that_dies_in_mid_picture_is_told_and_asked_again(page: Page, server: LocalServer) -> None:
+def test_worker_that_dies_in_mid_image_is_told_and_asked_again(page: Page, server: LocalServer) -> None:
     """It ends when another worker is ready."""
     draw(page, num_inference_steps=LONG)
     expect(page.locator("#work .said")).to_contain_text("Step")

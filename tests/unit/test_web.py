@@ -9,11 +9,14 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 
+from sdxl_server.request.fields import IMAGE_FORMATS
+from tests.newer_browsers import find_newer
 from tools.server import ROOT, find_free_ports
 from web.server import HEADERS, MAX_REQUEST, PAGE, PASSED, PREDICTIONS, PageServer
 
@@ -88,6 +91,34 @@ def test_page_holds_nothing_inline_and_nothing_from_elsewhere() -> None:
     for path in PAGE.iterdir():
         text = path.read_text().replace("http://www.w3.org/2000/svg", "")
         assert not re.search(r"https?:|innerHTML|\bstyle=|<script>|\son\w+=\"|eval\(", text), path
+
+
+@pytest.mark.parametrize("path", sorted(PAGE.iterdir()), ids=lambda path: path.name)
+def test_page_needs_no_newer_browser_than_it_names(path: Path) -> None:
+    assert find_newer(path.name, path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.js", "const { promise } = Promise.withResolvers();"),
+        ("a.js", "names.toSorted()"),
+        ("a.js", "class A {\n  static {\n"),
+        ("a.js", "text.match(/(?<=a)b/)"),
+        ("a.js", "for await (const chunk of answer.body) {"),
+        ("a.css", "color: light-dark(red, blue);"),
+        ("a.css", "#drop:has(input) {"),
+        ("a.css", "height: 58dvh;"),
+        ("a.html", "<div popover>"),
+    ],
+)
+def test_newer_features_are_found(name: str, text: str) -> None:
+    assert find_newer(name, text)
+
+
+def test_page_knows_the_formats_that_the_server_takes() -> None:
+    (listed,) = re.findall(r"ACCEPTED = (\[.*\]);", (PAGE / "uploads.js").read_text())
+    assert tuple(json.loads(listed)) == IMAGE_FORMATS
 
 
 def test_nginx_sends_the_same_headers_and_passes_on_as_much() -> None:

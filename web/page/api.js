@@ -1,5 +1,7 @@
 // The server's API: the contract, and the events of a request.
 
+import { findText, keepText } from "./session.js";
+
 const MODEL = "/predictions/diffusion_fast";
 const TOKEN = "token";
 
@@ -24,7 +26,7 @@ export function takeToken() {
 }
 
 export function keepToken(token) {
-  sessionStorage.setItem(TOKEN, token);
+  keepText(TOKEN, token);
 }
 
 export async function readContract() {
@@ -47,7 +49,7 @@ export async function* draw(fields, signal) {
 }
 
 async function ask(path, options = {}) {
-  const token = sessionStorage.getItem(TOKEN);
+  const token = findText(TOKEN);
   const headers = { ...options.headers, ...(token ? { Authorization: `Bearer ${token}` } : {}) };
   const answer = await fetch(path, { ...options, headers, cache: "no-store", credentials: "omit" });
   if (!answer.ok) throw await readError(answer);

@@ -1,46 +1,70 @@
 // The gallery of images in this browser's IndexedDB: {id, file, parameters, uploads, calls}.
 
 export const MAX_IMAGES = 200;
-const STORE = "pictures";
+export const MAX_BYTES = 500e6; // with the uploads of each image; Safari asks its user above 1 GB
+const STORE = "pictures"; // named so by earlier versions
 
+// Fails where the browser keeps no data of this page.
 export async function openGallery() {
-  const request = indexedDB.open("gallery", 1);
-  request.onupgradeneeded = () => request.result.createObjectStore(STORE, { keyPath: "id", autoIncrement: true });
-  return new Gallery(await finish(request));
+  await use("readonly", (store) => store.count());
+  return { list, add, remove };
 }
 
-class Gallery {
-  constructor(database) {
-    this.database = database;
-  }
-
-  // Returns all images, the newest first.
-  async list() {
-    return (await finish(this.#use("readonly").getAll())).reverse();
-  }
-
-  // Returns the image with its id, and the ids of the removed ones.
-  async add(image) {
-    const store = this.#use("readwrite");
-    const id = await finish(store.add(image));
-    const ids = await finish(store.getAllKeys());
-    const leaving = ids.slice(0, Math.max(0, ids.length - MAX_IMAGES));
-    await Promise.all(leaving.map((each) => finish(store.delete(each))));
-    return { kept: { ...image, id }, leaving };
-  }
-
-  remove(id) {
-    return finish(this.#use("readwrite").delete(id));
-  }
-
-  #use(mode) {
-    return this.database.transaction(STORE, mode).objectStore(STORE);
-  }
+// Returns all images, the newest first.
+async function list() {
+  return (await use("readonly", (store) => store.getAll())).reverse();
 }
 
-function finish(request) {
-  return new Promise((resolve, reject) => {
-    request.onsuccess = () => resolve(request.result);
-    request.onerror = () => reject(request.error);
+// Returns the image's id, and the ids of the removed ones.
+async function add(image) {
+  const leaving = [];
+  const id = await use("readwrite", (store) => {
+    store.getAll().onsuccess = ({ target }) => {
+      leaving.push(...findLeaving([...target.result, image]));
+      leaving.forEach((each) => store.delete(each));
+    };
+    return store.add(image);
   });
+  return { id, leaving };
+}
+
+function remove(id) {
+  return use("readwrite", (store) => store.delete(id));
+}
+
+// Returns the ids of the oldest images that exceed a limit. The newest image stays.
+function findLeaving(images) {
+  const newest = [...images].reverse();
+  let bytes = 0;
+  const first = newest.findIndex((image, index) => {
+    bytes += measure(image);
+    return index > 0 && (index >= MAX_IMAGES || bytes > MAX_BYTES);
+  });
+  return first < 0 ? [] : newest.slice(first).map(({ id }) => id);
+}
+
+function measure({ file, uploads = {} }) {
+  return [file, ...Object.values(uploads)].reduce((bytes, { size }) => bytes + size, 0);
+}
+
+// Runs one transaction. Its end, not the request's, says that the data is kept. Browsers close idle connections, so each
+// transaction opens its own.
+async function use(mode, act) {
+  const opening = indexedDB.open("gallery", 1);
+  opening.onupgradeneeded = () => opening.result.createObjectStore(STORE, { keyPath: "id", autoIncrement: true });
+  const database = await new Promise((resolve, reject) => {
+    opening.onsuccess = () => resolve(opening.result);
+    opening.onerror = () => reject(opening.error);
+  });
+  try {
+    const transaction = database.transaction(STORE, mode);
+    const request = act(transaction.objectStore(STORE));
+    await new Promise((resolve, reject) => {
+      transaction.oncomplete = resolve;
+      transaction.onabort = () => reject(transaction.error ?? new Error("it was interrupted"));
+    });
+    return request.result;
+  } finally {
+    database.close();
+  }
 }

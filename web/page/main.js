@@ -3,18 +3,18 @@
 import { keepToken, readContract, ServerError, takeToken } from "./api.js";
 import { announce, button, find, make } from "./dom.js";
 import { Form } from "./form.js";
-import { MAX_IMAGES, openGallery } from "./gallery.js";
+import { MAX_BYTES, MAX_IMAGES, openGallery } from "./gallery.js";
 import { paintMask } from "./mask.js";
-import { readRequest } from "./metadata.js";
+import { pickFile, readUpload } from "./uploads.js";
 import { isOpen, sentence, Work } from "./work.js";
 
 const UPLOADS = ["image", "mask_image"];
-const MAX_UPLOAD = 22e6; // bytes; in base64 and with a mask they stay below the server's 32 MiB
 
 const start = { image: null, mask_image: null }; // the uploads, which are not fields of the form
 const rows = new Map(); // of the list of work, by job
 let form, gallery, connecting = null, images = [], selected = null;
-const { promise: formIsMade, resolve: tellFormIsMade } = Promise.withResolvers();
+let tellFormIsMade;
+const formIsMade = new Promise((resolve) => (tellFormIsMade = resolve));
 const work = new Work({ onChange: showJob, onImage: keepImage });
 
 // The server
@@ -92,21 +92,37 @@ function useStart(image, mask = null) {
   tellStart(null);
 }
 
-function tellStart(message) {
-  find("start-error").textContent = message ?? "";
-  find("start-error").hidden = message === null;
+function tellStart(message, kind = "error") {
+  Object.assign(find("start-error"), { textContent: message ?? "", className: kind, hidden: message === null });
+  if (message === null) return;
+  announce(message);
+  find("start-error").scrollIntoView({ block: "nearest" });
 }
 
-async function takeFile(file) {
-  if (!file) return;
-  await formIsMade;
-  const parameters = await readRequest(file);
-  if (parameters) return recall({ parameters });
-  if (file.size > MAX_UPLOAD) return tellStart(`${file.name} has ${(file.size / 1e6).toFixed(1)} MB; an image to start from has at most ${MAX_UPLOAD / 1e6} MB.`);
-  const image = await createImageBitmap(file).catch(() => null);
-  if (!image) return tellStart(`${file.name} is no image that this browser can read.`);
-  useStart(file);
-  announce(`${file.name} is the image to start from.`);
+// `transfer` is from a drop, a paste or an input of files.
+async function takeFile(transfer) {
+  if (find("mask").open) return; // it is painted on the image before
+  try {
+    const file = pickFile(transfer); // at once: a transfer is empty after its event
+    await formIsMade;
+    const { parameters, image, note } = await readUpload(file);
+    if (parameters) return recall({ parameters });
+    useStart(image);
+    find("start-image").scrollIntoView({ block: "nearest" });
+    if (note) tellStart(note, "note");
+    else announce(`${file.name} is the image to start from.`);
+  } catch (error) {
+    tellStart(error.message);
+  }
+}
+
+async function paint() {
+  try {
+    const mask = await paintMask(start.image, start.mask_image);
+    if (mask) useStart(start.image, mask);
+  } catch {
+    tellStart("This browser cannot show the image, so no mask can be painted.");
+  }
 }
 
 function showFile(image, file) {
@@ -167,20 +183,22 @@ function tellFailure(job) {
 
 async function keepImage(job, { warnings, ...image }) {
   const uploads = Object.fromEntries(UPLOADS.filter((name) => job.fields[name]).map((name) => [name, job.fields[name]]));
-  const entry = { ...image, uploads, made: Date.now() };
-  const news = [...warnings.map(sentence)];
+  const kept = { ...image, uploads, made: Date.now() };
+  const entry = { ...kept };
+  addTile(entry);
+  showStage();
+  const news = warnings.map(sentence);
   try {
     if (!gallery) throw new Error("it keeps no data of this page");
-    const { kept, leaving } = await gallery.add(entry);
-    Object.assign(entry, kept);
-    images.filter(({ id }) => leaving.includes(id)).forEach(removeTile);
-    if (leaving.length) news.push(`The gallery holds ${MAX_IMAGES} images: the oldest was removed. Download the ones that you want to keep`);
+    const { id, leaving } = await gallery.add(kept);
+    entry.id = id;
+    images.filter((each) => leaving.includes(each.id)).forEach(removeTile);
+    const limit = images.length < MAX_IMAGES ? `${MAX_BYTES / 1e6} MB` : `${MAX_IMAGES} images`;
+    if (leaving.length) news.push(`The gallery holds ${limit}: the oldest was removed. Download the ones that you want to keep`);
   } catch (error) {
-    news.push(`This browser keeps no more images (${error.message}): download this one`);
+    news.push(`This browser has not kept the image (${explainStorage(error)}): download it before you leave the page`);
   }
-  addTile(entry);
   tellGallery(news.join(". "));
-  showStage();
 }
 
 function addTile(entry) {
@@ -210,8 +228,14 @@ function tellGallery(text) {
   find("gallery-news").hidden = !text;
 }
 
+const explainStorage = (error) => (error.name === "QuotaExceededError" ? "its storage is full" : error.message);
+
 async function discard(entry) {
-  if (entry.id !== undefined) await gallery.remove(entry.id); // undefined if it was not kept
+  try {
+    if (entry.id !== undefined) await gallery.remove(entry.id); // undefined if it was not kept
+  } catch (error) {
+    return tellGallery(`This browser has not deleted the image (${explainStorage(error)})`);
+  }
   removeTile(entry);
   selected = null;
   showStage();
@@ -272,41 +296,49 @@ function makeName({ file, parameters: { prompt, seed } }) {
 
 // Events
 
+const isField = (node) => node.matches?.("input, textarea") ?? false;
+
 function listen() {
   find("form").addEventListener("submit", (event) => (event.preventDefault(), submit()));
   find("form").addEventListener("reset", (event) => (event.preventDefault(), form.write({}), useStart(null)));
   find("form").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) submit();
   });
-  find("start-file").addEventListener("change", ({ target }) => takeFile(target.files[0]).then(() => (target.value = "")));
+  find("start-file").addEventListener("change", ({ target }) => target.files.length && takeFile(target).then(() => (target.value = "")));
   find("start-remove").addEventListener("click", () => (useStart(null), find("start-file").focus()));
   find("start-unmask").addEventListener("click", () => (useStart(start.image), find("start-paint").focus()));
-  find("start-paint").addEventListener("click", async () => {
-    const mask = await paintMask(start.image, start.mask_image);
-    if (mask) useStart(start.image, mask);
-  });
+  find("start-paint").addEventListener("click", paint);
   find("token-change").addEventListener("click", () => askForToken());
   find("token-cancel").addEventListener("click", () => find("token").close());
   find("token").querySelector("form").addEventListener("submit", () => (keepToken(find("token-input").value.trim()), connect()));
   for (const kind of ["dragover", "dragleave", "drop"]) {
     addEventListener(kind, (event) => {
-      if (!event.dataTransfer.types.includes("Files")) return; // a text, for a field
+      const { types } = event.dataTransfer;
+      if (!types.includes("Files") && (!types.includes("text/uri-list") || isField(event.target))) return; // a text
       event.preventDefault();
       find("over").hidden = kind !== "dragover";
-      if (kind === "drop") takeFile(event.dataTransfer.files[0]);
+      if (kind === "drop") takeFile(event.dataTransfer);
     });
   }
+  addEventListener("paste", (event) => {
+    const { types } = event.clipboardData;
+    const isText = types.includes("text/plain") && ["text/html", "text/rtf"].some((kind) => types.includes(kind)); // with its image
+    if (!types.includes("Files") || (isText && isField(event.target))) return;
+    event.preventDefault();
+    takeFile(event.clipboardData);
+  });
   addEventListener("hashchange", () => (takeToken(), connect()));
 }
 
 async function begin() {
+  find("server").textContent = "Asking the server what it can do";
   takeToken();
   listen();
   try {
     gallery = await openGallery();
     (await gallery.list()).reverse().forEach(addTile);
   } catch (error) {
-    tellGallery(`This browser keeps no images (${error.message})`);
+    tellGallery(`This browser keeps no images (${explainStorage(error)})`);
   }
   await connect();
   work.recoverLost();

@@ -1,15 +1,16 @@
 // Paints a mask, white on black, at the size of the image. White is drawn anew.
 
 import { find } from "./dom.js";
+import { loadImage, makeCanvas, saveCanvas } from "./uploads.js";
 
 const MAX_SIDE = 2048; // of the mask; it needs the image's aspect ratio, not its size
 const MAX_UNDO = 20;
 const PAINT = "#ff2d78"; // seen on most images; the mask itself is white
 
 // Returns a PNG, or null if painting was cancelled. `earlier` is a mask to continue.
-export async function paintMask(picture, earlier) {
-  const image = await createImageBitmap(picture);
-  const painting = new Painting(image, earlier && (await createImageBitmap(earlier)));
+export async function paintMask(start, earlier) {
+  const image = await loadImage(start);
+  const painting = new Painting(image, earlier && (await loadImage(earlier)));
   return painting.run();
 }
 
@@ -21,7 +22,7 @@ class Painting {
     Object.assign(this.canvas, { width: Math.round(image.width * scale), height: Math.round(image.height * scale) });
     this.context = this.canvas.getContext("2d");
     this.image = image;
-    this.layer = new OffscreenCanvas(this.canvas.width, this.canvas.height);
+    this.layer = makeCanvas(this.canvas.width, this.canvas.height);
     this.paint = this.layer.getContext("2d", { willReadFrequently: true });
     this.paint.lineCap = this.paint.lineJoin = "round";
     if (earlier) this.#load(earlier);
@@ -160,12 +161,12 @@ class Painting {
   }
 
   #export() {
-    const whole = new OffscreenCanvas(this.layer.width, this.layer.height);
+    const whole = makeCanvas(this.layer.width, this.layer.height);
     const context = whole.getContext("2d");
     context.drawImage(this.layer, 0, 0);
     fill(context, "white", "source-in");
     fill(context, "black", "destination-over");
-    return whole.convertToBlob();
+    return saveCanvas(whole);
   }
 }
 

@@ -5,9 +5,9 @@ const EXIF_POINTER = 0x8769;
 const USER_COMMENT = 0x9286;
 
 // Returns the fields of the request, or null if the file has none.
-export async function readRequest(blob) {
+export function readRequest(view) {
   try {
-    const text = findText(new DataView(await blob.arrayBuffer()));
+    const text = findText(view);
     const found = text === null ? null : JSON.parse(text);
     return typeof found?.request?.prompt === "string" ? found.request : null;
   } catch (error) {

@@ -1,6 +1,7 @@
 // Requests in work. Each is a job from the press of the button to its images, its failure or its end.
 
 import { decode, draw, ServerError } from "./api.js";
+import { findText, keepText } from "./session.js";
 
 const KEY = "work";
 // A browser opens six connections to an HTTP/1.1 server, and nginx allows eight per address. Leave some to other tabs.
@@ -35,7 +36,7 @@ export class Work {
 
   // The jobs that were in work when the page was left. Their connections and their work have ended.
   recoverLost() {
-    for (const { fields, uploads, said } of JSON.parse(sessionStorage.getItem(KEY) ?? "[]")) {
+    for (const { fields, uploads, said } of JSON.parse(findText(KEY) ?? "[]")) {
       const job = { fields, uploads, state: "lost", share: null, preview: null };
       job.said = `The page was left during this request (${said}). The server has ended it: there is no image.`;
       this.jobs.push(job);
@@ -55,7 +56,7 @@ export class Work {
       const others = Object.entries(fields).filter(([name]) => !names.includes(name));
       return { fields: Object.fromEntries(others), uploads: names, said };
     });
-    sessionStorage.setItem(KEY, JSON.stringify(kept));
+    keepText(KEY, JSON.stringify(kept));
   }
 
   #sendNext() {
