@@ -126,19 +126,23 @@ def test_long_prompt_is_told(server: LocalServer) -> None:
 
 def test_prompts_in_other_programs_words_are_told_everywhere(server: LocalServer) -> None:
     fields: dict[str, Any] = {"prompt": "a (red:1.3) fox BREAK <lora:x:1>", "output_format": "png", "seed": 1}
-    told = "prompt: '(red:1.3)', 'BREAK', '<lora:x:1>' have no special meaning here and are read as plain words"
+    warnings = [
+        "prompt: '<lora:x:1>' left out; this server has no adapters",
+        "prompt: '(red:1.3)', 'BREAK' have no special meaning here and are read as plain words",
+    ]
+    told = "; ".join(warnings)
     plain = ask(server, **fields)
     assert plain.headers["X-Warning"] == told
-    assert json.loads(Image.open(io.BytesIO(plain.content)).info["parameters"])["warnings"] == [told]
+    assert json.loads(Image.open(io.BytesIO(plain.content)).info["parameters"])["warnings"] == warnings
     whole = ask(server, accept="application/json", **fields)
-    assert (whole.headers["X-Warning"], whole.json()["warnings"]) == (told, [told])
+    assert (whole.headers["X-Warning"], whole.json()["warnings"]) == (told, warnings)
     assert base64.b64decode(whole.json()["data"][0]["b64_json"]) == plain.content
     stream = ask(server, stream=True, **fields)
-    assert (stream.headers["X-Warning"], read_events(stream)[-1][1]["warnings"]) == (told, [told])
+    assert (stream.headers["X-Warning"], read_events(stream)[-1][1]["warnings"]) == (told, warnings)
     for more in ({}, {"stream": True}):
         url = f"{server.url}/1.0/v1/images/generations"
         answer = requests.post(url, json={**fields, **more}, headers=server.get_headers(), timeout=60)
-        assert (answer.headers["X-Warning"], told in answer.text) == (told, True)
+        assert (answer.headers["X-Warning"], warnings[1] in answer.text) == (told, True)
 
 
 def test_form_with_an_image(server: LocalServer) -> None:
