@@ -128,8 +128,10 @@ class Contract:
         size, allowed = (request.width, request.height), self.limits.allowed_sizes
         if allowed and size not in allowed:
             names = ", ".join(f"{width}x{height}" for width, height in allowed)
-            fields = " and ".join(dict.fromkeys((named["width"], named["height"])))
-            raise RequestError(f"{fields}: one of {names} here, not {size[0]}x{size[1]}", param=named["width"])
+            fields = list(dict.fromkeys((named["width"], named["height"])))
+            verb = "take" if fields[1:] else "takes"
+            message = f"{' and '.join(fields)} {verb} one of {names} here, not {size[0]}x{size[1]}"
+            raise RequestError(message, param=fields[0])
 
     def _check_work(self, request: GenerationRequest, given: Sequence[str]) -> None:
         calls = self.count_calls(request) * request.num_images_per_prompt

@@ -190,8 +190,8 @@ def test_edit_without_what_it_needs(fields: dict[str, Any], param: str, message:
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
-        ({"size": "128x128"}, "size", "size: one of 128x64, 64x64 here, not 128x128"),
-        ({"height": 128, "width": 128}, "width", "width and height: one of 128x64, 64x64 here, not 128x128"),
+        ({"size": "128x128"}, "size", "size takes one of 128x64, 64x64 here, not 128x128"),
+        ({"height": 128, "width": 128}, "width", "width and height take one of 128x64, 64x64 here, not 128x128"),
     ],
 )
 def test_size_that_is_not_allowed(fields: dict[str, Any], param: str, message: str) -> None:
