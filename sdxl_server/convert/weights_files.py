@@ -20,6 +20,7 @@ FIRST_BYTES = {  # of files in other formats
 WRAPPERS = re.compile(r"_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)[._]|(?<![^.])module\.")
 # The names of a layer's scale in scaled fp8, and of tensors that only fp8 arithmetic needs.
 SCALES = ("scale_weight", "weight_scale", "scale")
+BLOCK_SCALE = re.compile(r"(scale_weight|weight_scale(_inv)?)$")  # where it is none of SCALES that fit
 FP8_EXTRAS = re.compile(r"(^|\.)(scaled_fp8|scale_input|input_scale|comfy_quant)$")
 # Other quantised weights, by a pattern of their names. The first match counts.
 QUANTISED = {
@@ -144,9 +145,9 @@ def check_not_quantised(header: Header) -> None:
     typed = (
         dtype.replace("I", "int").replace("U", "uint")
         for name, dtype in header.dtypes.items()
-        if name.endswith("weight") and re.match(r"[IU]\d|F[46]", dtype)
+        if name.endswith("weight") and re.match(r"[IU]\d|F4|F6_", dtype)
     )
-    in_blocks = ("8 bits with a scale for each block" for name in header.shapes if name.endswith(SCALES[:2]))
+    in_blocks = ("8 bits with a scale for each block" for name in header.shapes if BLOCK_SCALE.search(name))
     kind = next(chain(named, typed, in_blocks), None)
     if kind:
         raise CheckpointError(

@@ -1,13 +1,21 @@
 """A model's folder: which of its files are loaded, whether they are complete, and which command repairs it."""
 
 import json
+import logging
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdxl_server.convert.weights_files import PICKLES, explain_pickle
+from sdxl_server.convert.recognition import describe_precision
+from sdxl_server.convert.weights_files import (
+    PICKLES,
+    CheckpointError,
+    check_not_quantised,
+    explain_pickle,
+    read_safetensors_header,
+)
 from sdxl_server.errors import ConfigError
 from sdxl_server.schemas import shorten
 
@@ -17,6 +25,8 @@ HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 PEFT_FILE = "adapter_config.json"
 LIBRARIES = ("diffusers", "transformers")  # whose classes a component may have
 WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+logger = logging.getLogger(__name__)
 
 
 def write_redownload_command(folder: Path, *, option: str = "--model") -> str:
@@ -91,6 +101,34 @@ def check_component(folder: Path, *, remedy: str) -> None:
             raise ConfigError(f"{source}: {explain_pickle(folder / name, 'read as a pickle')}")
         if not (folder / name).exists():
             raise ConfigError(f"{source} names {name}, which is not there: {remedy}")
+    _check_precision(folder)
+
+
+def _check_precision(folder: Path) -> None:
+    """Refuse a component with quantised weights, and warn of plain fp8.
+
+    Raises:
+        ConfigError: names the format, or a file that is no safetensors.
+    """
+    method = load_json_object(folder / "config.json").get("quantization_config")
+    if method is not None:
+        raise ConfigError(
+            f"{folder}/config.json has a quantization_config ({shorten(method)}), and quantised weights are not "
+            "served: use the model's folder in fp16, bf16 or fp32"
+        )
+    is_half = find_variant(folder) is not None
+    for path in sorted(folder.glob("*.safetensors")):
+        if not is_weights(path.name) or (FP16_MARK in path.name) is not is_half:
+            continue  # not loaded
+        try:
+            header = read_safetensors_header(path)
+            check_not_quantised(header)
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from error
+        if header.scales:
+            raise ConfigError(f"{path} is in scaled fp8, which is read from models in one file only: use one in fp16")
+        if header.fp8:
+            logger.warning("%s: %s", path, describe_precision(header))
 
 
 def _list_named_weights(folder: Path) -> list[tuple[Path, str]]:
@@ -124,10 +162,25 @@ def load_weights(kind: Any, folder: Path, dtype: Any) -> Any:
     Args:
         kind: the component's class, of diffusers or transformers.
         dtype: torch's type for its weights.
+
+    Raises:
+        ConfigError: weights are missing. Both libraries would draw with random ones.
     """
-    return kind.from_pretrained(
-        folder, dtype=dtype, variant=find_variant(folder), use_safetensors=True, local_files_only=True
+    component, read = kind.from_pretrained(
+        folder,
+        dtype=dtype,
+        variant=find_variant(folder),
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
     )
+    if missing := sorted(read["missing_keys"]):
+        others = f", and has others such as {min(read['unexpected_keys'])}" if read["unexpected_keys"] else ""
+        raise ConfigError(
+            f"{folder} lacks {len(missing)} weights of its {kind.__name__}, such as {missing[0]}{others}. Its "
+            "files are incomplete or another model's: download the model again"
+        )
+    return component
 
 
 def check_tokenizers(pipeline: Any, text_encoders: Sequence[str], folder: Path) -> None:

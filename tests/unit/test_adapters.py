@@ -102,6 +102,12 @@ def save(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, st
     return path
 
 
+def describe(path: Path, settings: Any) -> None:
+    """Write a file with PEFT's settings in its metadata."""
+    tensors = {f"unet.mid_block.attentions.0.proj_in.lora_{each}.weight": torch.ones(64, 64) for each in "AB"}
+    save(tensors, path, {DIFFUSERS_KEY: json.dumps(settings)})
+
+
 @pytest.fixture(scope="module")
 def files(matrices: Matrices, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return the file of each naming."""
@@ -367,6 +373,12 @@ def test_distilled_schedulers_are_offered_with_adapters(tiny_model: Path, files:
         ({"unet.mid_block.attentions.0.attn2.to_k.ia3_l": (64, 1)}, r"holds \(IA\)³"),
         ({f"{LAYER}.{name}.weight": (64, 64) for name in ("a1", "a2", "b1", "b2")}, "holds GLoRA"),
         ({f"{LAYER}.oft_blocks": (4, 16, 16)}, "holds OFT"),
+        ({"clip_l": (2, 32), "clip_g": (2, 32)}, "holds a textual inversion, and only LoRA is served"),
+        ({"decoder.conv_in.weight": (4, 4, 3, 3)}, "holds a VAE alone"),
+        (
+            {f"{each}.x.weight": (4, 4) for each in ("model.diffusion_model", "first_stage_model")},
+            "holds a whole model, and only LoRA is served",
+        ),
         ({f"diffusion_model.{LAYER}.lora_down.weight": (4, 64)}, "no layer: diffusion_model"),
         ({DOWN: (4, 768), UP: (64, 4)}, r"made for Stable Diffusion 1\.x: unet.* has weights of 64×64, .* down 4×768"),
         (
@@ -396,6 +408,13 @@ def test_a_file_that_does_not_fit_is_reported_in_a_line(
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "is damaged, or was not fetched whole"),
         (lambda path: path.write_bytes(b"PK\x03\x04"), "pickle"),
         (lambda path: path.unlink(), "cannot be read"),
+        (lambda path: (path.unlink(), path.mkdir()), r"is a folder: name a \.safetensors file in it \(it has none\)"),
+        (lambda path: describe(path, []), r"the metadata of .* takes a JSON object with PEFT's settings, not \[\]"),
+        (
+            lambda path: describe(path, {"unet.alpha_pattern": {"(": 1}}),
+            r"as alpha_pattern, not \{'\(': 1\}: missing \)",
+        ),
+        (lambda path: describe(path, {"unet.alpha_pattern": [8]}), r"as alpha_pattern, not \[8\]"),
         (lambda path: save({DOWN: torch.full((4, 64), torch.nan), UP: torch.ones(64, 4)}, path), "not finite: down"),
         (lambda path: save({DOWN: torch.ones(4, 64), UP: torch.full((64, 4), 1e38)}, path), "is too large for torch"),
     ],
@@ -405,8 +424,9 @@ def test_an_unusable_file_is_reported_in_a_line(
 ) -> None:
     path = save({name: torch.ones(shape) for name, shape in GOOD.items()}, tmp_path / "wrong.safetensors")
     spoil(path)
-    with pytest.raises(ConfigError, match=rf"handler\.adapters\[0\]\.path: .*{told}"):
+    with pytest.raises(ConfigError, match=rf"handler\.adapters\[0\]\.path: .*{told}") as error:
         adapt(tiny_model, path, scale=100)
+    assert "\n" not in str(error.value)
 
 
 def test_a_file_of_peft_needs_its_settings(tiny_model: Path, files: Mapping[str, Path], tmp_path: Path) -> None:

@@ -442,6 +442,7 @@ LAYER = f"{UNET}input_blocks.4.1.proj_in."
         ({"qweight": "int8", "wscales": "float32"}, "SVDQuant of Nunchaku"),
         ({"weight._data": "int8", "weight._scale": "float32"}, "Quanto"),
         ({"weight": "float8_e4m3fn", "weight_scale": "float32"}, "8 bits with a scale for each block"),
+        ({"weight": "float8_e4m3fn", "weight_scale_inv": "float32"}, "8 bits with a scale for each block"),
     ],
 )
 def test_quantised_weights_are_refused_by_name(
@@ -458,6 +459,15 @@ def test_quantised_weights_are_refused_by_name(
     held = {f"{LAYER}{name}": torch.zeros(4, 2).to(getattr(torch, dtype)) for name, dtype in tensors.items()}
     save_file({**held, **{name: torch.zeros(shape) for name, shape in WHOLE.items()}}, "file.safetensors")
     check_refused(capsys, f"holds quantised weights ({told}), which are not served: use the model's file in fp16")
+
+
+def test_float64_is_no_quantised_type(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    path = tmp_path / "file.safetensors"
+    save_file({name: torch.zeros(shape).double() for name, shape in WHOLE.items()}, path)
+    assert recognition.recognise_checkpoint(path).note == ""
 
 
 SMALL = (2, 2)

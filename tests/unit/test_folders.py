@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from sdxl_server.errors import ConfigError
 from sdxl_server.model.families import FAMILIES, find_family
@@ -111,6 +113,52 @@ def test_pointers_of_git_lfs(folder: Path) -> None:
     message = refuse(folder)
     assert message.startswith(f"{path} is a pointer of Git LFS")
     assert message.endswith(f"git -C {folder} lfs pull")
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "unet", "vae"])
+@pytest.mark.parametrize("prefix", [None, "_orig_mod."])
+def test_weights_that_are_missing(folder: Path, part: str, prefix: str | None) -> None:
+    """Both libraries would fill them with random numbers."""
+    (path,) = (folder / part).glob("*.safetensors")
+    weights = load_file(path)
+    lost = weights.pop(max(weights))
+    save_file({f"{prefix or ''}{name}": each for name, each in weights.items()}, path, {"format": "pt"})
+    assert lost.numel()
+    others = ", and has others such as _orig_mod" if prefix else r"\. Its files are incomplete"
+    assert re.search(rf"{part} lacks [\d]+ weights of its \w+, such as [\w.]+{others}", refuse(folder))
+
+
+def save_quantised(path: Path, **more: torch.Tensor) -> None:
+    weights = load_file(path)
+    name = next(name for name, each in weights.items() if name.endswith("weight") and each.dim() > 1)
+    weights[name] = weights[name].to(torch.float8_e4m3fn)
+    more = {name.removesuffix("weight") + key: each for key, each in more.items()}
+    save_file({**weights, **more}, path, {"format": "pt"})
+
+
+def test_fp8(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is read, with a note. Its scales are not read from folders, and diffusers would leave them out."""
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    save_quantised(path)
+    make_picture(load(folder))
+    assert f"{path}: 1 of " in caplog.text
+    assert "tensors are in fp8. Precision was lost" in caplog.text
+    save_quantised(path, scale_weight=torch.tensor(2.0))
+    assert refuse(folder).startswith(f"{path} is in scaled fp8")
+    save_quantised(path, **{"weight.absmax": torch.ones(1)})
+    assert "holds quantised weights (NF4 or FP4 of bitsandbytes)" in refuse(folder)
+
+
+def test_a_damaged_file_that_is_not_loaded_does_no_harm(folder: Path, tiny_model: Path) -> None:
+    (folder / "unet/diffusion_pytorch_model.fp16.safetensors").write_bytes(b"x")
+    assert np.array_equal(make_picture(load(folder)), make_picture(load(tiny_model)))
+    (folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"x")
+    assert "is damaged, or was not fetched whole" in refuse(folder)
+
+
+def test_quantization_config(folder: Path) -> None:
+    edit(folder / "unet/config.json", quantization_config={"quant_method": "bitsandbytes"})
+    assert "unet/config.json has a quantization_config ({'quant_method': 'bitsandbytes'})" in refuse(folder)
 
 
 def test_shard_that_is_missing(folder: Path) -> None:

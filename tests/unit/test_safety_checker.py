@@ -164,6 +164,20 @@ def test_folder_without_one_is_refused(make_folder: Callable[[float], Path], mis
         load(folder, **CHECKED)
 
 
+@pytest.mark.parametrize("missing", ["concept_embeds_weights", "special_care_embeds", "visual_projection.weight"])
+def test_a_checker_with_missing_weights_is_refused(make_folder: Callable[[float], Path], missing: str) -> None:
+    """transformers would fill them with random numbers, and flagged images could pass."""
+    from safetensors.torch import load_file, save_file
+
+    folder = make_folder(ALWAYS)
+    path = folder / "safety_checker/model.safetensors"
+    weights = load_file(path)
+    del weights[missing]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=f"safety_checker lacks 1 weights of its .*, such as {missing}"):
+        load(folder, **CHECKED)
+
+
 def test_pickled_checker_is_refused_where_it_is_loaded(make_folder: Callable[[float], Path]) -> None:
     folder = make_folder(NEVER)
     path = folder / "safety_checker/model.safetensors"

@@ -14,8 +14,6 @@ MATRIX_BY_SUFFIX = {
     ".lora_mid.weight": "mid",
     ".lora_A.weight": "down",  # PEFT's and diffusers'
     ".lora_B.weight": "up",
-    ".lora_A.default.weight": "down",
-    ".lora_B.default.weight": "up",
     ".lora_linear_layer.down.weight": "down",  # diffusers' before PEFT
     ".lora_linear_layer.up.weight": "up",
     ".lora.down.weight": "down",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdxl_server.convert.recognition import UNET_PREFIX, VAE_PREFIX, describe_content
 from sdxl_server.convert.weights_files import CheckpointError, Header, read_safetensors_header, remove_wrappers
 from sdxl_server.errors import ConfigError
 from sdxl_server.model.adapters.layer_names import LAYER_PREFIXES, MATRIX_BY_SUFFIX, UNET, UNSERVED_ADAPTERS, Layer
@@ -17,6 +18,7 @@ from sdxl_server.schemas import shorten
 
 # A matrix whose inputs are text embeddings, and the model by their width.
 CROSS_ATTENTION = re.compile(r"attn2[._](processor\.)?to_k(_lora)?\.(lora\.)?(lora_)?(down|A)\b")
+OWN_NAME = re.compile(r"(?<=\.lora_[AB])\.[^.]+(?=\.weight$)")  # PEFT's name of the adapter, such as .default
 MODEL_BY_WIDTH = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
 MODEL_KEYS = ("modelspec.architecture", "ss_base_model_version")  # in a file's metadata
 DIFFUSERS_KEY = "lora_adapter_metadata"  # PEFT's settings there, as JSON
@@ -56,6 +58,9 @@ def load_lora(path: Path, layers: Mapping[str, Layer]) -> tuple[str, dict[Layer,
     """
     import torch
 
+    if path.is_dir():
+        held = ", ".join(sorted(each.name for each in path.glob("*.safetensors"))[:3])
+        raise ConfigError(f"{path} is a folder: name a .safetensors file in it ({held or 'it has none'})")
     try:
         header = read_safetensors_header(path)
         with path.open("rb") as stream:
@@ -91,6 +96,11 @@ def _check_kind(header: Header) -> None:
         name = next((name for name in header.shapes if re.search(pattern, name)), None)
         if name:
             raise ConfigError(f"{header.path} holds {kind}, and only LoRA is served: {name}")
+    if header.shapes and not any("lora" in name or name.startswith(EMBEDDINGS) for name in header.shapes):
+        is_whole = header.has(UNET_PREFIX) and header.has(VAE_PREFIX)
+        raise ConfigError(
+            f"{header.path} holds {'a whole model' if is_whole else describe_content(header)}, and only LoRA is served"
+        )
 
 
 def _find_layer(name: str, header: Header, layers: Mapping[str, Layer]) -> tuple[Layer, str]:
@@ -99,9 +109,10 @@ def _find_layer(name: str, header: Header, layers: Mapping[str, Layer]) -> tuple
     Raises:
         ConfigError: this model has no such layer.
     """
+    plain = OWN_NAME.sub("", name)
     for suffix, matrix in MATRIX_BY_SUFFIX.items():
-        if name.endswith(suffix):
-            layer = layers.get(name.removesuffix(suffix))
+        if plain.endswith(suffix):
+            layer = layers.get(plain.removesuffix(suffix))
             if layer is not None:
                 return layer, matrix
     base = _describe_base_model(header)
@@ -162,15 +173,14 @@ def _read_settings(path: Path, header: Header) -> dict[str, Any]:
     Raises:
         ConfigError: they describe another kind than LoRA, or PEFT's file is missing.
     """
-    try:
-        stated = json.loads(header.metadata.get(DIFFUSERS_KEY, "{}"))
-        peft_file = path.with_name(PEFT_FILE)
-        if any(name.startswith("base_model.model.") for name in header.shapes):
-            if not peft_file.exists():
-                raise ConfigError(f"{path} needs PEFT's settings: put its {PEFT_FILE} next to it")
-            stated = {f"{UNET}.{key}": value for key, value in json.loads(peft_file.read_text()).items()}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the settings of {path} cannot be read: {error}") from error
+    stated = _read_object(header.metadata.get(DIFFUSERS_KEY, "{}"), f"the metadata of {path}")
+    peft_file = path.with_name(PEFT_FILE)
+    if any(name.startswith("base_model.model.") for name in header.shapes):
+        try:
+            text = peft_file.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} needs PEFT's settings: put its {PEFT_FILE} next to it ({error})") from error
+        stated = {f"{UNET}.{key}": value for key, value in _read_object(text, str(peft_file)).items()}
     settings = {
         name: {key.removeprefix(f"{name}."): value for key, value in stated.items() if key.startswith(f"{name}.")}
         for name in LAYER_PREFIXES
@@ -181,12 +191,34 @@ def _read_settings(path: Path, header: Header) -> dict[str, Any]:
     return settings
 
 
+def _read_object(text: str, where: str) -> dict[str, Any]:
+    """Return a JSON object.
+
+    Args:
+        where: the text's place, in messages.
+    """
+    try:
+        content = json.loads(text)
+    except (RecursionError, ValueError) as error:
+        raise ConfigError(f"{where} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where} takes a JSON object with PEFT's settings, not {shorten(content)}")
+    return content
+
+
 def _read_alpha(path: Path, layer: Layer, settings: Mapping[str, Any], rank: int) -> float:
     """Return a layer's alpha by PEFT's settings; without settings it is the rank."""
     own = settings[layer.component]
     patterns = own.get("alpha_pattern") or {}
-    fits = (value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({remove_wrappers(key)})", layer.name))
-    alpha = next(fits, own.get("lora_alpha", rank))
+    try:
+        fits = [
+            alpha for key, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({remove_wrappers(key)})", layer.name)
+        ]
+    except (AttributeError, re.error) as error:
+        raise ConfigError(
+            f"{path} takes alphas by the pattern of a name as alpha_pattern, not {shorten(patterns)}: {error}"
+        ) from error
+    alpha = next(iter(fits), own.get("lora_alpha", rank))
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
         raise ConfigError(f"{path} takes a number as the alpha of {layer.component}.{layer.name}, not {alpha!r}")
     return float(alpha) * (rank**0.5 if own.get("use_rslora") else 1)
