@@ -159,13 +159,20 @@ class Service:
     def _compute(
         self, seconds: dict[str, float], stage: str, function: Callable[..., _T], *arguments: Any
     ) -> Generator[None, None, _T]:
-        """Call a function in the compute thread; yield now and then until it returns."""
-        future, started = self._thread.submit(function, *arguments), time.monotonic()
+        """Call a function in the compute thread; yield now and then until it returns.
+
+        Its time alone counts. It may wait for the step of another request, whose client has left.
+        """
+
+        def call() -> _T:
+            with _add_seconds(seconds, stage):
+                return function(*arguments)
+
+        future, started = self._thread.submit(call), time.monotonic()
         try:
             while not future.done():
                 is_slow = time.monotonic() - started > self._patience
-                with _add_seconds(seconds, stage):
-                    concurrent.futures.wait([future], timeout=None if is_slow else PAUSE_SECONDS)
+                concurrent.futures.wait([future], timeout=None if is_slow else PAUSE_SECONDS)
                 if not future.done():
                     yield None
             return future.result()

@@ -13,8 +13,9 @@ from sdxl_server.request.upload_limits import MAX_FIELDS
 from sdxl_server.schemas import is_valid, load_json, read_number, shorten
 
 BODY_NAMES = ("body", "data")  # TorchServe's names for a body that is not a form
-URLENCODED = "application/x-www-form-urlencoded"
+URLENCODED, FORM = "application/x-www-form-urlencoded", "multipart/form-data"
 SEND_JSON = "send Content-Type: application/json"
+UNREAD_FORM = re.compile(rb"\s*--\S+\r?\ncontent-", re.IGNORECASE)  # TorchServe passes it as a body
 # The longest first: UTF-32's mark begins with UTF-16's. These codecs remove the mark.
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
@@ -67,6 +68,11 @@ def read_fields(
         if name not in BODY_NAMES
     }
     body = next((values[name] for name in BODY_NAMES if name in values), None)
+    if isinstance(body, (bytes, bytearray)) and UNREAD_FORM.match(body) or not values and kind == FORM:
+        raise RequestError(
+            "the form was not read: its boundary is missing or wrong in the Content-Type; leave this header to the "
+            "library that writes the form"
+        )
     if isinstance(body, (bytes, bytearray)) and (body or not fields):
         for name, value in _read_body(bytes(body), kind=kind, charset=_read_charset(content_type)).items():
             if fields.get(name) is not None:
@@ -139,7 +145,8 @@ def _read_part(name: str, value: Any, *, own: str, properties: Mapping[str, Any]
     raw = bytes(value)
     if _is_upload(own):
         return None if raw.strip().lower() in (each.encode() for each in ABSENT) else value
-    content = decode_text(raw, f"the field {shorten(name)}")
+    # An unknown field is refused or ignored by its name, even if it is a file.
+    content = decode_text(raw, f"the field {shorten(name)}") if own in properties else raw.decode(errors="replace")
     word, schema = content.strip().lower(), properties.get(own, {})
     if not content or word in ABSENT and not (schema and is_valid(content, schema)):
         return None

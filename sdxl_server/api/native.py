@@ -66,7 +66,7 @@ class NativeApi:
         """
         if request.stream:
             return EVENTS
-        if self.takes_json_only or request.num_images_per_prompt > 1 or JSON in accepted:
+        if self.takes_json_only or request.num_images_per_prompt > 1 or JSON in accepted.lower():
             return JSON
         return f"image/{request.output_format}"
 

@@ -31,6 +31,7 @@ FIELD_ALIASES = {
     "rng_seed": "seed",
     "output_compression": "quality",
     "image[]": "image",
+    "image[0]": "image",
     "mask": MASK,
 }
 # Fields without an equivalent here, with the values that have no effect anyway; other values get a warning.

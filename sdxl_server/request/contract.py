@@ -13,7 +13,7 @@ from sdxl_server.request.fields import DECLARATIONS, MAX_SEED, RANDOM_SEED, SCHE
 from sdxl_server.request.limits import Limits
 from sdxl_server.request.prompt_weights import check_weights
 from sdxl_server.request.resizing import resize_images
-from sdxl_server.request.sampler_names import join_sampler_name
+from sdxl_server.request.sampler_names import SAMPLER_NAME, join_sampler_name
 from sdxl_server.request.uploads import MASK, build_white_image, read_upload
 from sdxl_server.schemas import read_value, shorten
 
@@ -57,6 +57,7 @@ class Contract:
             RequestError: names the field, what is accepted and what was given.
         """
         named = {name: name for name in self.properties} | dict(names or {})
+        named |= {} if fields.get(SAMPLER_NAME) is None else {"scheduler": SAMPLER_NAME}
         read = self._read_fields(fields, named)
         used = {name: schema["default"] for name, schema in self.properties.items() if "default" in schema}
         for each in reversed(read.get("adapters") or ()):  # the first adapter overrules the others

@@ -20,8 +20,14 @@ def read_mask(upload: Upload, *, is_inverted: bool = False) -> Any:
     from PIL import ImageOps
 
     is_transparent = upload.alpha is not None
-    mask = upload.alpha if is_transparent else upload.pixels.convert("L")
+    mask = _read_opacity(upload.alpha) if is_transparent else upload.pixels.convert("L")
     return ImageOps.invert(mask) if is_inverted != is_transparent else mask
+
+
+def _read_opacity(alpha: Any) -> Any:
+    """Return the opacity of a mask. A brush may be half transparent: then its strokes are the opaque pixels."""
+    low, high = alpha.getextrema()
+    return alpha.point(lambda value: value * 255 // high) if low < high < MIN_PAINTED else alpha
 
 
 def is_drawing(upload: Upload) -> bool:
@@ -34,8 +40,9 @@ def is_drawing(upload: Upload) -> bool:
     if upload.alpha is None:
         return False
     step = max(upload.alpha.size) // MAX_JUDGED + 1
-    alpha, pixels = (np.asarray(each)[::step, ::step] for each in (upload.alpha, upload.pixels))
-    is_drawn = alpha >= MIN_PAINTED
+    layers = (upload.alpha, _read_opacity(upload.alpha), upload.pixels)
+    alpha, opacity, pixels = (np.asarray(each)[::step, ::step] for each in layers)
+    is_drawn = opacity >= MIN_PAINTED
     edge = np.concatenate([is_drawn[0], is_drawn[-1], is_drawn[:, 0], is_drawn[:, -1]])
     if not is_drawn.any() or edge.mean() > 0.5:
         return False

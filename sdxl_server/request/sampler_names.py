@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from sdxl_server.errors import RequestError
 from sdxl_server.request.samplers import (
     ALIASES,
     AUTOMATIC,
@@ -17,7 +18,7 @@ from sdxl_server.request.samplers import (
     list_aliases,
     split_sampler,
 )
-from sdxl_server.schemas import describe_schema, is_valid, load_json, shorten
+from sdxl_server.schemas import is_valid, load_json, read_value, shorten
 
 SAMPLER_NAME = "sampler_name"  # A1111's and ComfyUI's field. Then `scheduler` names the schedule.
 OBJECT_ALIASES = {SAMPLER_NAME: "name", "scheduler": "schedule"}
@@ -47,17 +48,25 @@ def normalize_name(name: str) -> str:
     words = [each for each in re.findall(r"[^\W_]+", plain) if each != "gpu"]
     if len(words) > 1 and words[0] in ("k", "sample"):
         words = words[1:]
-    return "".join(words).removesuffix("scheduler")
+    return "".join(words).removesuffix("scheduler").removesuffix("discrete")
 
 
 SCHEDULE_NAMES = {**{normalize_name(each): each for each in (AUTOMATIC, *SCHEDULES)}, **SHORT}
 
 
 def join_sampler_name(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a request's fields with `sampler_name` and its `scheduler` as one `scheduler`."""
+    """Return a request's fields with `sampler_name` and its `scheduler` as one `scheduler`.
+
+    Raises:
+        RequestError: this `scheduler` is no schedule.
+    """
     joined = {name: value for name, value in fields.items() if name != SAMPLER_NAME}
     if fields.get(SAMPLER_NAME) is not None:
         joined["scheduler"] = {name: fields[name] for name in OBJECT_ALIASES if fields.get(name) is not None}
+        try:
+            _read_schedule_name(joined["scheduler"].get("scheduler") or AUTOMATIC)
+        except ValueError as error:
+            raise RequestError(f"scheduler next to {SAMPLER_NAME} {error}", param="scheduler") from error
     return joined
 
 
@@ -72,14 +81,17 @@ def read_sampler(value: Any, samplers: Samplers) -> str | dict[str, Any]:
     """
     given = _read_object(value)
     schedule = given.pop("schedule", None)
-    meaning = _find_sampler(given.pop("name", None), schedule, samplers, given=value)
+    name = given.pop("name", None)
+    meaning = _find_sampler(name, schedule, samplers, given=value if name is None else name)
     name, options = split_sampler({**meaning, **given})
     accepted = samplers[name]
     for option, chosen in options.items():
         if option not in accepted:
             raise ValueError(f"takes for {name} the options {', '.join(accepted) or 'none'}, not {shorten(option)}")
-        if not is_valid(chosen, accepted[option]):
-            raise ValueError(f"takes for {option} {describe_schema(accepted[option])}, not {shorten(chosen)}")
+        try:
+            options[option] = read_value(chosen, accepted[option])
+        except ValueError as error:
+            raise ValueError(f"takes for {option} {str(error).removeprefix('takes ')}") from error
     schedules = [option for option in SIGMA_SCHEDULES if options.get(option)]
     if len(schedules) > 1:
         raise ValueError(f"takes one sigma schedule, not {' and '.join(schedules)}")
@@ -119,15 +131,20 @@ def _find_sampler(name: Any, schedule: Any, samplers: Samplers, *, given: Any) -
 
 def _read_schedule(schedule: Any, sampler: str, accepted: Options) -> Mapping[str, Any]:
     """Return the options that a schedule stands for."""
-    name = SCHEDULE_NAMES.get(normalize_name(schedule)) if isinstance(schedule, str) else None
-    if name is None:
-        raise ValueError(f"takes for schedule one of {', '.join((AUTOMATIC, *SCHEDULES))}, not {shorten(schedule)}")
+    name = _read_schedule_name(schedule)
     if name == AUTOMATIC:
         name = PREFERRED.get(sampler, "")
     options = SCHEDULES.get(name, {})
     if not all(option in accepted and is_valid(value, accepted[option]) for option, value in options.items()):
         raise ValueError(f"takes no schedule {name} with {sampler}; leave it out, or name another sampler")
     return options
+
+
+def _read_schedule_name(schedule: Any) -> str:
+    name = SCHEDULE_NAMES.get(normalize_name(schedule)) if isinstance(schedule, str) else None
+    if name is None:
+        raise ValueError(f"takes a schedule, one of {', '.join((AUTOMATIC, *SCHEDULES))}, not {shorten(schedule)}")
+    return name
 
 
 def _describe_unknown(key: str, known: Mapping[str, str], *, given: Any) -> str:
@@ -139,6 +156,7 @@ def _describe_unknown(key: str, known: Mapping[str, str], *, given: Any) -> str:
     lost = next((missing[each] for each in sorted(missing, key=len, reverse=True) if key.startswith(each)), None)
     if lost is not None and (nearest := MISSING[lost]) in known.values():
         return f"takes no {lost}, which diffusers does not have; the nearest is {nearest}"
-    near = [known[each] for each in difflib.get_close_matches(key, known)]
+    is_typo = key not in map(normalize_name, (*SAMPLERS, *ALIASES))  # otherwise it exists, for other models
+    near = [known[each] for each in difflib.get_close_matches(key, known)] if is_typo else []
     hint = f"did you mean {' or '.join(near)}?" if near else "openapi.json lists all"
     return f"takes a sampler that suits this model, such as {example}, not {shorten(given)}; {hint}"

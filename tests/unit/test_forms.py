@@ -237,6 +237,32 @@ def test_openais_part_without_a_value_is_absent(name: str, value: bytes, kind: s
     assert warnings == []
 
 
+@pytest.mark.parametrize("writer", [WRITERS["curl"], WRITERS[".NET"]], ids=["curl", ".NET"])
+@pytest.mark.parametrize("kind", ["multipart/form-data", "multipart/mixed; boundary=x", "text/plain", ""])
+@pytest.mark.parametrize("api", [NativeApi(), OpenAIApi()], ids=["native", "openai"])
+def test_form_without_its_boundary_is_no_prompt(writer: FormWriter, kind: str, api: NativeApi) -> None:
+    """TorchServe passes it as a body. Programs that set the Content-Type themselves leave out the boundary."""
+    for parts in (write_texts(TEXTS), [("image", FILE, "a.png")]):
+        with pytest.raises(RequestError, match="the form was not read: its boundary is missing or wrong"):
+            api.read({"body": writer.write(*parts)[1]}, content_type=kind, contract=CONTRACT)
+    with pytest.raises(RequestError, match="its boundary is missing or wrong"):
+        api.read({}, content_type="multipart/form-data; boundary=other", contract=CONTRACT)
+
+
+def test_file_in_an_unknown_field_is_no_wrong_text() -> None:
+    with pytest.raises(RequestError, match="'images' is not a field; did you mean 'image'"):
+        parse({"prompt": b"a", "images": FILE})
+    _, warnings = OpenAIApi().read({"prompt": b"a", "image[1]": FILE}, content_type=KIND, contract=CONTRACT)
+    assert warnings == ["ignored, since there is no such field: 'image[1]'"]
+
+
+@pytest.mark.parametrize("name", ["image", "image[]", "image[0]"])
+def test_names_of_an_edits_image(name: str) -> None:
+    """PHP numbers the files of a list."""
+    request, _ = OpenAIEditApi().read({"prompt": b"a", name: FILE}, content_type=KIND, contract=CONTRACT)
+    assert request.image is not None
+
+
 def test_text_keeps_such_words() -> None:
     """Only an empty text is absent: `None` and `null` are words of a prompt."""
     request = parse({"prompt": b"None", "negative_prompt": b"null", "prompt_2": b""})

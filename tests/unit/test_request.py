@@ -204,6 +204,13 @@ def test_seeds_are_random_unless_given() -> None:
     assert all(0 <= seed < 2**32 for seed in seeds)
 
 
+def test_media_types_have_no_case() -> None:
+    request = CONTRACT.check({"prompt": "x"})
+    for accepted in ("application/json", "Application/JSON, */*;q=0.5"):
+        assert NativeApi().choose_type(request, accepted) == "application/json"
+    assert NativeApi().choose_type(request, "image/*") == "image/jpeg"
+
+
 def test_description_makes_the_request_again() -> None:
     request = CONTRACT.check({"prompt": "x", "seed": 3, "num_images_per_prompt": 3, "original_size": [9, 8]})
     again = CONTRACT.check(json.loads(json.dumps(request.describe(2))))

@@ -17,7 +17,7 @@ from demo.shapes import draw_scene
 from sdxl_server.api.native import NativeApi
 from sdxl_server.api.openai import OpenAIApi
 from sdxl_server.api.warnings import warn_of_sampling
-from sdxl_server.errors import ConfigError
+from sdxl_server.errors import ConfigError, RequestError
 from sdxl_server.request.sampler_names import MISSING, PREFERRED, read_sampler
 from sdxl_server.request.samplers import ALIASES, SAMPLERS, SCHEDULES, build_sampler_schema, split_sampler
 from sdxl_server.sampling.schedulers import build_scheduler, choose_default, list_samplers
@@ -390,6 +390,47 @@ def test_a1111s_sampler_is_read_in_every_api() -> None:
     assert read_sampler("Euler automatic", KNOWN) == "EulerDiscreteScheduler"
 
 
+@pytest.mark.parametrize("api", [NativeApi(), OpenAIApi()], ids=["native", "openai"])
+@pytest.mark.parametrize(
+    ("sent", "param", "told"),
+    [
+        ({"sampler_name": "eular"}, "sampler_name", "^sampler_name takes .* not 'eular'; did you mean Euler"),
+        ({"sampler_name": ["Euler"], "scheduler": "karras"}, "sampler_name", r"not \['Euler'\]"),
+        (
+            {"sampler_name": "Euler", "scheduler": "DPM++ 2M"},
+            "scheduler",
+            "^scheduler next to sampler_name takes a sche",
+        ),
+        ({"sampler_name": "Euler", "scheduler": 3}, "scheduler", "one of automatic, karras, .* not 3"),
+        ({"sampler_name": "DDIM", "scheduler": "karras"}, "sampler_name", "takes no schedule karras with DDIM"),
+    ],
+)
+def test_errors_of_a1111s_sampler_name_its_fields(api: NativeApi, sent: dict[str, Any], param: str, told: str) -> None:
+    body = {"body": json.dumps({"prompt": "a", **sent}).encode()}
+    with pytest.raises(RequestError, match=told) as caught:
+        api.read(body, content_type="application/json", contract=CONTRACT_OF_SDXL)
+    assert caught.value.param == param
+
+
+def test_whole_options_with_a_point_are_whole_numbers() -> None:
+    """In YAML 2.0 is no integer, and diffusers compares and counts with it."""
+    read = read_sampler({"name": "UniPC", "solver_order": 2.0, "steps_offset": 1.0}, KNOWN)
+    assert isinstance(read, dict)
+    assert [type(read[option]) for option in ("solver_order", "steps_offset")] == [int, int]
+
+
+@pytest.mark.parametrize(
+    ("name", "same"),
+    [
+        *(("kdpm_2", "DPM2"), ("kdpm_2_k", "DPM2 Karras"), ("kdpm_2_a", "DPM2 a"), ("kdpm_2_a_k", "DPM2 a Karras")),
+        *(("EulerDiscrete", "Euler"), ("euler_ancestral_discrete", "Euler a"), ("LMSDiscreteScheduler", "LMS")),
+    ],
+)
+def test_names_of_invokeai_and_of_classes(name: str, same: str) -> None:
+    read, expected = split_sampler(read_sampler(name, KNOWN)), split_sampler(read_sampler(same, KNOWN))
+    assert read == expected
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", ["Euler", "Euler a", "DPM++ 2M", "DPM++ 3M SDE", "UniPC", "LMS"])
 def test_every_schedule_draws_a_known_image(name: str, schedule: str) -> None:
@@ -424,6 +465,7 @@ def test_samplers_that_diffusers_lacks_are_named_with_the_nearest(name: str) -> 
             "Euler b",
             "takes a sampler that suits this model, such as Euler a, not 'Euler b'; did you mean Euler or Euler a[?]$",
         ),
+        ("TCD", "such as Euler a, not 'TCD'; openapi.json lists all$"),  # no typo: distilled models have it
         ("dpm++ 2n", "did you mean .*DPM[+][+] 2M"),
         ("{name: Euler}", "takes a name or JSON such as {.*}, not '{name: Euler}'$"),
         ("{'name': 'Euler'}", "takes a name or JSON such as"),
@@ -433,16 +475,16 @@ def test_samplers_that_diffusers_lacks_are_named_with_the_nearest(name: str) -> 
         ({"name": "DDIM", "schedule": "normal"}, "takes no schedule normal with DDIM"),
         (
             {"name": "Euler", "schedule": "Align Your Steps"},
-            "takes for schedule one of automatic, karras, .* not 'Align",
+            "takes a schedule, one of automatic, karras, .* not 'Align",
         ),
-        ({"name": "Euler", "schedule": 3}, "takes for schedule one of"),
+        ({"name": "Euler", "schedule": 3}, "takes a schedule, one of"),
         ({"name": "euler_karras", "schedule": "beta"}, "takes one schedule, not 'karras' and 'beta'"),
         ({}, "such as Euler a, not {}; openapi.json lists all$"),
         (3, "not 3"),
         ([["Euler"]], "not "),
         ('{"name":', "takes a name or JSON such as"),
-        ({"name": ["Euler"]}, "not {'name': "),
-        ({"name": "x" * 99_999}, r"not {'name': 'xxx.*\.\.\.; openapi"),
+        ({"name": ["Euler"]}, r"not \['Euler'\]"),
+        ({"name": "x" * 99_999}, r"not 'xxx.*\.\.\.; openapi"),
         (
             {"name": "Euler", "solver_order": 2},
             "takes for EulerDiscreteScheduler the options .*not 'solver_ord",

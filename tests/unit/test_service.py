@@ -162,3 +162,28 @@ def test_a_client_that_leaves_during_a_long_step_ends_the_work(eager: LoadedPipe
     assert last is not None
     assert last.startswith(b"\xff\xd8")
     assert len(calls) == 1 + 4
+
+
+def test_time_of_another_requests_step_does_not_count(eager: LoadedPipeline) -> None:
+    """A request waits for the step of a client that has left. Its own timeout has not begun."""
+    calls, entered = [], threading.Event()
+
+    def run(*inputs: Any, **options: Any) -> Any:
+        calls.append(1)
+        entered.set()
+        if len(calls) == 1:
+            time.sleep(4 * SLOW_SECONDS)
+        return eager.functions["unet"](*inputs, **options)
+
+    drawing = Service(dataclasses.replace(eager, functions={**eager.functions, "unet": run}))
+    body = json.dumps({"prompt": "a red fox", "timeout": 1}).encode()
+    request = HttpRequest({"body": body}, content_type="application/json")
+    left = drawing.answer(request).steps
+    next(left)
+    assert entered.wait(5)
+    left.close()
+    response, before = drawing.answer(request), time.monotonic()
+    *_, last = list_replies(response)
+    assert last is not None
+    assert last.startswith(b"\xff\xd8")
+    assert response.seconds["inference"] < time.monotonic() - before - SLOW_SECONDS

@@ -107,6 +107,8 @@ WHITE_ON_BLACK.paste(255, (20, 20, 100, 100))
         (draw_strokes("#ff2d78"), True),
         (draw_strokes("white", opacity=160), True),
         (draw_strokes("black", opacity=160), True),
+        (draw_strokes("white", opacity=100), True),
+        (draw_strokes("#ff2d78", opacity=60), True),
         (SPECKLED, False),  # a cut-out of a photo
         (cut_hole(NOISE), False),
         (cut_hole(Image.new("L", (128, 128))), False),
