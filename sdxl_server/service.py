@@ -54,13 +54,21 @@ class Service:
         archive: the version that the model archive was made for.
         patience: seconds of one computation during which the handler's calls return. After them a call lasts as long as
             the computation, so that TorchServe can find a worker that hangs.
+        thread: the thread that has loaded the pipeline.
     """
 
-    def __init__(self, loaded: LoadedPipeline, *, archive: str = __version__, patience: float = 120.0) -> None:
+    def __init__(
+        self,
+        loaded: LoadedPipeline,
+        *,
+        archive: str = __version__,
+        patience: float = 120.0,
+        thread: concurrent.futures.ThreadPoolExecutor | None = None,
+    ) -> None:
         self.loaded, self.archive, self._patience = loaded, archive, patience
         # One thread makes the steps of all requests, because greenlets stay in their thread. The handler can reply
         # meanwhile.
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "compute")
+        self._thread = thread or make_thread()
 
     def answer(self, http_request: HttpRequest) -> Response:
         """Read a request and return its response. Nothing is drawn yet.
@@ -277,10 +285,17 @@ def load_service(settings: Mapping[str, Any], *, model_dir: Path, gpu_id: int | 
     config, is_ready = HandlerConfig.parse(settings.get("handler")), threading.Event()
     if config.metrics_address is not None:
         metrics.serve_metrics(config.metrics_address, is_ready)
-    loaded = load_pipeline(config, CompileConfig.parse(settings.get("pt2")), model_dir=model_dir, device=device)
+    thread, compilation = make_thread(), CompileConfig.parse(settings.get("pt2"))
+    # CUDA graphs belong to the thread that has made them.
+    loaded = thread.submit(load_pipeline, config, compilation, model_dir=model_dir, device=device).result()
     metrics.register_components(functools.partial(measure_components, loaded))
     is_ready.set()
-    return Service(loaded, archive=archive, patience=float(settings.get("responseTimeout", 120)))
+    return Service(loaded, archive=archive, patience=float(settings.get("responseTimeout", 120)), thread=thread)
+
+
+def make_thread() -> concurrent.futures.ThreadPoolExecutor:
+    """Return the thread that computes."""
+    return concurrent.futures.ThreadPoolExecutor(1, "compute")
 
 
 def describe_error(error: Exception, request_id: str, *, path: str = "") -> tuple[int, dict[str, Any]]:
