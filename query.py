@@ -719,7 +719,7 @@ def show_line(text: str, *, file: Any) -> None:
 
 
 def save_image(image: bytes, path: Path, *, overwrite: bool) -> Path:
-    """Write the whole image or nothing, and return its file; a name that is taken gets -1, -2, …"""
+    """Write the whole image or nothing, and return its file; without `overwrite`, a taken name gets -1, -2, …"""
     if not image.startswith(IMAGE_STARTS):
         raise QueryError("the server sends a file that is no JPEG, PNG or WebP")
     temporary = path.with_name(f".query-{uuid.uuid4().hex}.part")
