@@ -31,6 +31,7 @@ JOB_PAUSE_SECONDS = 1.0
 # A server must not fill the memory or disk of this machine. Only an image in base64 makes an event large.
 MAX_EVENT_BYTES = 64 * 2**20
 MAX_EVENT_PARTS = 50_000
+MAX_IMAGES = 99
 MAX_STEPS = 4000  # per image: the server allows 1000, and a second-order scheduler makes two of each
 MAX_PIXELS = 4096 * 4096
 MAX_ERROR_BYTES = 2**16
@@ -114,21 +115,22 @@ class RefusedTokenError(QueryError):
     """The server refuses this token."""
 
 
-class NotRunError(QueryError):
-    """The server has not begun this request, so it may be sent again."""
+class RepeatableError(QueryError):
+    """This request may be sent again: the server has not begun it, or it belongs to a job."""
 
 
 @dataclass(eq=False)
 class Job:
     """One request and its progress.
 
-    The job's thread writes `token`, `step`, `total`, `place` and `awaited`.
+    The job's thread writes all from `token` on, but for `saved`.
 
     Attributes:
         label: the start of its messages, such as the line in the file of prompts.
         paths: the file of each image.
         step, total: denoising steps.
         place: in the queue.
+        report, preview, loaded: the last ones of a job on the server, and its images so far.
         awaited: each image by index, and each preview by index and number.
         is_over: makes the thread leave the server.
     """
@@ -142,6 +144,9 @@ class Job:
     total: int = 0
     saved: int = 0
     place: int | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+    preview: bytes = b""
+    loaded: int = 0
     awaited: set[tuple[int, int | None]] = field(init=False)
     is_over: threading.Event = field(default_factory=threading.Event)
 
@@ -152,7 +157,11 @@ class Job:
 
 def read_count(value: Any, default: int, *, most: int) -> int:
     """Return a number of images, or the default for a value that the server will refuse."""
-    return value if type(value) is int and 0 < value <= most else default
+    return value if value and is_count(value, most) else default
+
+
+def is_count(value: Any, most: Any = float("inf")) -> bool:
+    return type(value) is int and 0 <= value <= most
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -174,9 +183,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("the files").add_argument
     add("--filename", type=Path, help="default: output-<date>-<time>.jpg; several images get -1, -2, …")
     add("--overwrite", action="store_true", help="replace a file of that name")
-    add(
-        "--preview", type=int, nargs="?", const=3, metavar="N", help="also save N previews of each image (without N: 3)"
-    )
+    add("--preview", type=int, nargs="?", const=3, metavar="N", help="also save N (or 3) previews of each image")
     add = parser.add_argument_group("the server").add_argument
     add("--url", default="http://localhost:8080/predictions/diffusion_fast", help="default: %(default)s")
     add("--token", help=f"the server's inference key (default: {TOKEN_VARIABLE}, then the key file)")
@@ -224,7 +231,7 @@ def plan_jobs(options: argparse.Namespace) -> list[Job]:
         suffix = {"png": ".png", "webp": ".webp"}.get(str(fields.get("output_format")), ".jpg")
         path = options.filename or start.with_suffix(suffix)
         stem = f"{path.stem}-{i:0{len(str(len(orders)))}}" if options.prompts else path.stem
-        count = read_count(fields.get("num_images_per_prompt"), 1, most=99)
+        count = read_count(fields.get("num_images_per_prompt"), 1, most=MAX_IMAGES)
         paths = [path.with_stem(f"{stem}-{k}" if count > 1 else stem) for k in range(1, count + 1)]
         for path in paths:
             check_target(path, is_chosen=options.filename is not None, overwrite=options.overwrite)
@@ -324,26 +331,29 @@ def load_key(key_file: Path) -> str | None:
 
 
 def request_events(job: Job, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Send a request and yield the events of its answer.
+    """Send requests and yield the events of their answers.
 
-    It is sent again while it has not run, and once with a new token.
+    A request is sent again while that does no harm, for --retry after its first failure, and once with a new token.
     """
     given = options.token or os.environ.get(TOKEN_VARIABLE)
     job.token, has_new_token = given or load_key(options.key_file), False
-    start, tries = time.monotonic(), 0
+    start, tries = 0.0, 0
     while True:
         try:
-            yield from (follow_order if options.job else follow_stream)(job, options)
+            for event in (follow_order if options.job else follow_stream)(job, options):
+                yield event
+                tries, has_new_token = 0, False
             return
         except RefusedTokenError:
             new_token = None if given else load_key(options.key_file)  # a restarted server writes new keys
             if has_new_token or not new_token or new_token == job.token:
                 raise
             job.token, has_new_token = new_token, True
-        except NotRunError as error:
+        except RepeatableError as error:
             if not options.retry:
                 raise
             now, tries, has_new_token = time.monotonic(), tries + 1, False
+            start = now if tries == 1 else start
             wait = choose_wait(error.retry_after, tries=tries, left=start + options.retry - now)
             if wait is None or now + wait >= job.deadline:
                 limit = f"--retry {options.retry:g}" if wait is None else f"--timeout {options.timeout:g}"
@@ -379,92 +389,118 @@ def follow_stream(job: Job, options: argparse.Namespace) -> Iterator[dict[str, A
 
 
 def follow_order(job: Job, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Order a job, or return to it, and yield its progress as events of a stream."""
-    url = urllib.parse.urljoin(options.url, f"/jobs/{options.job}")
-    report = load_report(job, options, "PUT" if job.fields.get("prompt") else "GET", url)
-    while (state := report.get("state")) in ("waiting", "running"):
-        if options.leave:
-            job.saved = len(job.paths)
+    """Order a job, or return to it, and yield its progress as events; a repetition goes on from the last report."""
+    while job.report.get("state") != "done":
+        if job.report and job.is_over.wait(JOB_PAUSE_SECONDS):
+            return
+        job.report = load_report(job, options)
+        state, place = job.report["state"], job.report.get("place")
+        if state in ("failed", "cancelled"):
+            raise QueryError(f"the job is {state}: {job.report.get('message') or 'no reason is given'}"[:1000])
+        if options.leave and state != "done":
+            job.saved, url = len(job.paths), urllib.parse.urljoin(options.url, f"/jobs/{options.job}")
             yield {"type": "warning", "message": f"{url}: {state}; --job {options.job} returns to it"}
             return
-        if state == "waiting" and report.get("place") != job.place:
-            job.place = report.get("place")
-            yield {"type": "queue", "place": job.place}
-        if report.get("step"):
-            job.step, job.total = report["step"], report["total"]
-            yield {"type": "progress"}
-        if job.is_over.wait(JOB_PAUSE_SECONDS):
-            return
-        report = load_report(job, options, "GET", url)
-    if state != "done":
-        raise QueryError(f"the job is {state}: {str(report.get('message'))[:1000]}")
-    first, addresses = job.paths[0], report["pictures"]
+        is_moved, job.place = state == "waiting" and place not in (None, job.place), place
+        yield {"type": "queue" if is_moved else "progress", "place": place}
+        with contextlib.suppress(QueryError, ValueError):  # a preview is no loss, and the job may have ended meanwhile
+            yield from load_preview(job, options)
+    first, addresses = job.paths[0], job.report["pictures"]
+    if len(addresses) > (most := len(job.paths) if job.fields.get("prompt") else MAX_IMAGES):
+        raise QueryError(f"the server sends {len(addresses)} images, and {most} were ordered")
     job.paths += [first.with_stem(f"{first.stem}-{k}") for k in range(len(job.paths), len(addresses))]
-    for index, address in enumerate(addresses):
-        with open_answer(job, options, "GET", urllib.parse.urljoin(url, address), kind="image/") as response:
-            image = read_start(response, MAX_EVENT_BYTES + 1)
-        if len(image) > MAX_EVENT_BYTES:
-            raise QueryError(f"the server sends an image of more than {MAX_EVENT_BYTES} bytes")
-        yield {"type": "job.completed", "index": index, "file": image}
+    while job.loaded < len(addresses):
+        image = load(job, options, addresses[job.loaded])
+        job.loaded += 1
+        yield {"type": "job.completed", "index": job.loaded - 1, "file": image}
 
 
-def load_report(job: Job, options: argparse.Namespace, method: str, url: str) -> dict[str, Any]:
-    """Return what the jobs API reports of a job; PUT orders it first."""
-    fields = job.fields if method == "PUT" else None
-    with open_answer(job, options, method, url, kind="application/json", fields=fields) as response:
-        return read_object(read_start(response))
+def load_report(job: Job, options: argparse.Namespace) -> dict[str, Any]:
+    """Return what the jobs API reports of a job; the first request orders it."""
+    report, most = {"pictures": [], **read_object(load(job, options))}, MAX_STEPS * MAX_IMAGES
+    state, place, step, total, pictures = map(report.get, ("state", "place", "step", "total", "pictures"))
+    are_right = {
+        f"state {state!r:.50}": state in ("waiting", "running", "done", "failed", "cancelled"),
+        f"place {place!r:.50}": place is None or is_count(place),
+        f"step {step!r:.50} of {total!r:.50}": step is None or (is_count(total, most) and is_count(step, total)),
+        f"pictures {pictures!r:.50}": isinstance(pictures, list),
+    }
+    for shown, is_right in are_right.items():
+        if not is_right:
+            raise QueryError(f"the server reports a job with {shown}")
+    if type(step) is type(total) is int:
+        job.step, job.total = step, total
+    return report
+
+
+def load_preview(job: Job, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield a job's newest preview as an event, if one is awaited and it has not come before."""
+    index = max(job.step - 1, 0) * len(job.paths) // max(job.total, 1)  # one image is drawn after the other
+    numbers = sorted(number for i, number in job.awaited if i == index and number is not None)
+    if numbers and job.report.get("preview") and (file := load(job, options, job.report["preview"])) != job.preview:
+        job.preview = file
+        job.awaited.remove((index, numbers[0]))
+        yield {"type": "job.partial_image", "index": index, "partial_image_index": numbers[0], "file": file}
+
+
+def load(job: Job, options: argparse.Namespace, address: Any = "") -> bytes:
+    """Return the image at an address that the server sends, or a job's report."""
+    base = urllib.parse.urlsplit(urllib.parse.urljoin(options.url, f"/jobs/{options.job}"))
+    url = urllib.parse.urlsplit(urllib.parse.urljoin(base.geturl(), str(address)))
+    if not isinstance(address, str) or url[:2] != base[:2]:
+        raise QueryError(f"the server sends {address!r:.200}, which is no address on this server")
+    kind, most = ("image/", MAX_EVENT_BYTES) if address else ("application/json", MAX_ERROR_BYTES)
+    fields = job.fields if job.fields.get("prompt") and not (address or job.report) else None
+    with open_answer(job, options, "PUT" if fields else "GET", url.geturl(), kind=kind, fields=fields) as response:
+        content = read_start(response, most + 1)
+    if len(content) > most:
+        raise QueryError(f"the server sends more than {most} bytes from {url.geturl()}")
+    return content
 
 
 @contextlib.contextmanager
 def open_answer(
     job: Job, options: argparse.Namespace, method: str, url: str, *, kind: str, fields: Mapping[str, Any] | None = None
 ) -> Iterator[Any]:
-    """Send one request and check the head of its answer.
-
-    Args:
-        kind: the start of the content type to expect.
-    """
+    """Send one request and check its answer's status, and its content type, which begins with `kind`."""
     import requests
     from urllib3.exceptions import HTTPError
 
     if job.token and not (job.token.isascii() and job.token.isprintable()):
         raise QueryError("the token holds a character that cannot be sent", code=REFUSED)
-    headers = {"Authorization": f"Bearer {job.token}"} if job.token else {}
+    data = None if fields is None else json.dumps(fields)
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {job.token}"} if job.token else {})
+    timeout = CONNECT_SECONDS, min(options.timeout, MAX_WAIT_SECONDS) if options.job else options.timeout
     has_answer = False
     try:
         with requests.Session() as session:
             session.trust_env = False  # no proxy, and no ~/.netrc instead of the token
             session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
-            with session.request(
-                method,
-                url,
-                data=None if fields is None else json.dumps(fields),
-                headers={**headers, "Content-Type": "application/json"},
-                timeout=(CONNECT_SECONDS, options.timeout),
-                allow_redirects=False,  # the token is for this address only
-                stream=True,
+            with session.request(  # without redirects, because the token is for this address only
+                method, url, data=data, headers=headers, timeout=timeout, allow_redirects=False, stream=True
             ) as response:
                 check_status(response, kind, options)
                 has_answer = True
                 yield response
     except (requests.RequestException, HTTPError) as error:
-        if has_answer:
-            place = f"after step {job.step} of {job.total}" if job.step else "before the first step"
-            raise QueryError(f"the connection broke {place}; the server's log says why", code=TRY_LATER) from error
-        raise explain_silence(error, url) from error
+        place = f"after step {job.step} of {job.total}" if job.step else "before the first step"
+        broken = f"the connection broke {place}; the server's log says why" if has_answer else None
+        raise explain_failure(error, url, broken, is_repeatable=bool(options.job)) from error
 
 
-def explain_silence(error: Exception, url: str) -> QueryError:
-    """Return the failure of a request without an answer; NotRunError if nothing was sent."""
+def explain_failure(error: Exception, url: str, broken: str | None, *, is_repeatable: bool) -> QueryError:
+    """Return the failure of a request whose answer broke, or never came; one that was not sent may be repeated."""
     from urllib3.exceptions import ConnectTimeoutError
 
     cause: BaseException = error
     while cause.__context__:  # the first failure is the plain one: "Connection refused"
         cause = cause.__context__
-    message = f"no answer from {url}: {getattr(cause, 'strerror', None) or cause}"
+    message = broken or f"no answer from {url}: {getattr(cause, 'strerror', None) or cause}"
     # urllib3 uses this class for every failure to connect, also for an unknown host name
     was_sent = not isinstance(getattr(next(iter(error.args), None), "reason", None), ConnectTimeoutError)
-    return QueryError(message, code=TRY_LATER) if was_sent else NotRunError(message, code=TRY_LATER)
+    is_final = isinstance(cause, ValueError) and not broken  # a wrong address or certificate
+    kind = RepeatableError if not is_final and (is_repeatable or not was_sent) else QueryError
+    return kind(message, code=TRY_LATER)
 
 
 def check_status(response: Any, kind: str, options: argparse.Namespace) -> None:
@@ -486,10 +522,11 @@ def check_status(response: Any, kind: str, options: argparse.Namespace) -> None:
     line = f"the server answered {status}{redirect}: {str(message or shown)[:1000]}"
     reason, wait = content.get("type"), response.headers.get("Retry-After")
     # A worker may cause TorchServe's other failures, even with a proxy's header. A proxy's own answer has no type.
-    if status in (429, 503) and (reason == BUSY_TYPE or (wait is not None and not reason)):
-        line = "the server is busy, or its model is still loading" if reason else line
+    is_busy = status in (429, 503) and (reason == BUSY_TYPE or (wait is not None and not reason))
+    if is_busy or (options.job and status in (429, 502, 503, 504)):
+        line = "the server is busy, or its model is still loading" if reason == BUSY_TYPE else line
         is_number = wait is not None and wait.isascii() and wait.isdigit()
-        raise NotRunError(line, code=TRY_LATER, retry_after=float(wait) if is_number else None)
+        raise RepeatableError(line, code=TRY_LATER, retry_after=float(wait) if is_number else None)
     raise QueryError(line, code=choose_code(status))
 
 
@@ -533,13 +570,12 @@ def check_event(event: dict[str, Any], job: Job) -> bool:
     kind = str(event.get("type"))
     if kind == "progress":
         step, total = event["step"], event["total"]
-        known = type(step) is int and type(total) is int and step <= total <= MAX_STEPS * len(job.paths)
-        if not known or step <= job.step:
+        if not (is_count(total, MAX_STEPS * len(job.paths)) and is_count(step, total) and step > job.step):
             raise QueryError(f"the server sends step {step!r:.50} of {total!r:.50} after step {job.step}")
         job.step, job.total = step, total
     elif kind == "queue":
         place = event["place"]
-        if type(place) is not int or place < 0 or job.place is not None and place >= job.place:
+        if not is_count(place) or job.place is not None and place >= job.place:
             raise QueryError(f"the server sends place {place!r:.50} in its queue after place {job.place}")
         job.place = place
     elif kind.endswith((".partial_image", ".completed")):
@@ -616,12 +652,7 @@ def wait_for_event(
 
 
 def handle_event(job: Job, event: Any, *, overwrite: bool) -> None:
-    """Show a warning or a place in the queue, or save an image.
-
-    Raises:
-        QueryError: the event is an error, or holds no image.
-        OSError: the image cannot be saved.
-    """
+    """Show a warning or a place in the queue, save an image, or raise a failure."""
     if isinstance(event, BaseException):
         raise event
     kind = str(event.get("type")) if event else ""
@@ -648,11 +679,11 @@ def handle_event(job: Job, event: Any, *, overwrite: bool) -> None:
 
 def find_tqdm() -> Any:
     """Return tqdm's class, or None if it is not installed."""
-    try:
+    with contextlib.suppress(ImportError):
         from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm
+
+        return tqdm
+    return None
 
 
 def open_bar() -> contextlib.AbstractContextManager[Any]:
@@ -688,15 +719,7 @@ def show_line(text: str, *, file: Any) -> None:
 
 
 def save_image(image: bytes, path: Path, *, overwrite: bool) -> Path:
-    """Write the whole image or nothing.
-
-    Returns:
-        The file. A name that is taken gets -1, -2, … unless it may be overwritten.
-
-    Raises:
-        QueryError: the bytes are no image.
-        OSError: the file cannot be written.
-    """
+    """Write the whole image or nothing, and return its file; without `overwrite`, a taken name gets -1, -2, …"""
     if not image.startswith(IMAGE_STARTS):
         raise QueryError("the server sends a file that is no JPEG, PNG or WebP")
     temporary = path.with_name(f".query-{uuid.uuid4().hex}.part")

@@ -1097,25 +1097,222 @@ def test_job_is_ordered_and_followed(client: Client, server: Server, monkeypatch
     assert set(get_tokens(server)) == {"Bearer key"}
 
 
+@pytest.fixture
+def job_client(client: Client, monkeypatch: pytest.MonkeyPatch) -> Client:
+    """A client that orders a job and asks for its state without a pause."""
+    monkeypatch.setattr(query, "JOB_PAUSE_SECONDS", 0.0)
+    client.options += ["--job", "my-fox-1", "--filename", "fox.jpg"]
+    return client
+
+
+done = report(state="done", pictures=["/jobs/my-fox-1/pictures/0"])
+send_image = answer(IMAGE, kind="image/jpeg")
+NO_IMAGE = {"error": {"message": "there is no such image"}}
+
+
 @pytest.mark.parametrize(
     ("steps", "line"),
     [
         ([report(state="failed", message="no memory")], "the job is failed: no memory"),
+        ([report(state="cancelled", message=None)], "the job is cancelled: no reason is given"),
+        ([report(state="failed", message=["x" * 5000])], "the job is failed: ['xxx"),
         ([answer({"error": {"message": "there is no job"}}, 404)], "the server answered 404: there is no job"),
-        ([report(state="done", pictures=["/a"]), answer(b"{}", 200, "application/json")], "instead of image/: {}"),
-        (
-            [
-                report(state="done", pictures=["/a"]),
-                answer(IMAGE, kind="image/jpeg", headers={"Content-Length": "99999"}),
-            ],
-            "the connection broke before the first step",
-        ),
+        ([done, answer(NO_IMAGE, 404, "image/jpeg")], "the server answered 404: there is no such image"),
+        ([done, answer(IMAGE, 410, "image/jpeg")], "the server answered 410: "),
+        ([done, answer(IMAGE, 500, "image/jpeg")], "the server answered 500: "),
+        ([done, answer(b"{}", 200, "application/json")], "instead of image/: {}"),
+        ([done, answer(b"<html>", 200, "image/svg+xml")], "a file that is no JPEG, PNG or WebP"),
+        ([done, answer(b"", 302, headers={"Location": "/other"})], "302 (redirects are not followed)"),
+        ([answer(b"", 308, headers={"Location": "/other"})], "308 (redirects are not followed)"),
+        ([report(state="done", pictures=[])], "the answer ended before the last image"),
+        ([report(state="done", pictures=["/a", "/b"])], "the server sends 2 images, and 1 were ordered"),
     ],
 )
-def test_job_without_an_image(client: Client, server: Server, steps: list[Step], line: str) -> None:
+def test_job_without_an_image(job_client: Client, server: Server, steps: list[Step], line: str) -> None:
     server.steps = steps
-    status, out, err = client.run("--job", "my-fox-1")
-    assert (status > 0, out, line in err, read_folder()) == (True, "", True, {})
+    status, out, err = job_client.run()
+    assert (status in (1, 2), out, line in err, err.count("\n"), read_folder()) == (True, "", True, 1, {})
+    assert len(err) < 1100
+    assert len(server.requests) == len(steps)
+
+
+@pytest.mark.parametrize(
+    ("state", "line"),
+    [
+        *[({"state": state}, f"with state {state!r}\n") for state in (None, 7, ["done"], "lost", True)],
+        *[({"state": "waiting", "place": place}, f"with place {place!r}\n") for place in ("1", -1, 1.5, True, "")],
+        *[
+            ({"state": "running", "step": step, "total": 9}, f"with step {step!r} of 9\n")
+            for step in ("3", -1, 10, True, 1.5, [1], float("nan"))
+        ],
+        *[
+            ({"state": "running", "step": 1, "total": total}, f"with step 1 of {total!r}\n")
+            for total in ("9", None, 0, True, 10**9, 10.5)
+        ],
+        *[({"state": "done", "pictures": addresses}, "with pictures ") for addresses in (None, "/a", {"0": "/a"}, 1)],
+        *[({"state": "done", "pictures": [address]}, f"the server sends {address!r}") for address in (None, 1, ["/a"])],
+        ("waiting", "with state None\n"),
+        ([], "with state None\n"),
+    ],
+)
+def test_report_of_a_job_that_is_wrong(job_client: Client, server: Server, state: object, line: str) -> None:
+    server.steps = [answer(state, 200, "application/json")]
+    assert line in job_client.fail()
+
+
+@pytest.mark.parametrize("what", ["pictures", "preview"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://127.0.0.1:{port}/a",
+        "//127.0.0.1:{port}/a",
+        "https://{own}/a",
+        "http://localhost:{own_port}/a",
+        "http://{own}@127.0.0.1:{port}/a",
+        "http://{own}\\@127.0.0.1:{port}/a",
+        " http://127.0.0.1:{port}/a",
+        "file:///etc/hostname",
+        "http://[",
+    ],
+)
+def test_addresses_on_another_server(job_client: Client, server: Server, what: str, address: str) -> None:
+    with Server() as other:
+        other.listen()
+        own = f"127.0.0.1:{server.server_port}"
+        address = address.format(port=other.server_port, own=own, own_port=server.server_port)
+        running = report(state="running", step=1, total=2, preview=address)
+        server.steps = [report(state="done", pictures=[address])] if what == "pictures" else [running, done, send_image]
+        status, out, err = job_client.run("--preview", "--token", "key")
+        if what == "pictures":
+            assert (status, out, err.count("\n"), read_folder()) == (1, "", 1, {})
+        else:
+            assert (status, out, list(read_folder())) == (0, "fox.jpg\n", ["fox.jpg"])
+        assert other.requests == []
+        assert [request.path for request in server.requests][1:] == (
+            [] if what == "pictures" else ["/jobs/my-fox-1", "/jobs/my-fox-1/pictures/0"]
+        )
+
+
+def test_address_on_the_same_server(job_client: Client, server: Server) -> None:
+    server.steps = [report(state="done", pictures=[f"http://127.0.0.1:{server.server_port}/a?b"]), send_image]
+    assert job_client.run()[0] == 0
+    assert server.requests[1].path == "/a?b"
+
+
+TRANSIENT = [
+    refuse(429),
+    refuse(502),
+    refuse(503),
+    refuse(504),
+    refuse(503, body={"error": {"message": "Redis is away", "type": "server_busy"}}),
+    be_busy,
+    reset,
+    lambda handler: None,
+]
+CUT_REPORT = answer(b'{"state": ', kind="application/json", headers={"Content-Length": "99"})
+CUT_IMAGE = answer(IMAGE[:9], kind="image/jpeg", headers={"Content-Length": "99"})
+
+
+@pytest.mark.parametrize(
+    ("at", "fault"),
+    [(at, fault) for at in range(4) for fault in (*TRANSIENT, CUT_IMAGE if at == 3 else CUT_REPORT)],
+)
+def test_failure_of_any_request_of_a_job(
+    job_client: Client, server: Server, clock: Clock, at: int, fault: Step
+) -> None:
+    """The order, both reports and the image are each asked for again; much time has passed before."""
+    running = after(lambda: setattr(clock, "now", clock.now + 500), report(state="running", step=1, total=2))
+    steps = [report(state="waiting", place=0), running, done, send_image]
+    server.steps = [*steps[:at], fault, fault, *steps[at:]]
+    status, out, err = job_client.run()
+    assert (status, out, err.count("asking again")) == (0, "fox.jpg\n", 2)
+    assert clock.ranges == [(0, 1), (0, 2)]
+    paths = [request.path for request in server.requests]
+    assert paths == ["/jobs/my-fox-1"] * (3 if at == 3 else 5) + ["/jobs/my-fox-1/pictures/0"] * (3 if at == 3 else 1)
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_giving_up_on_a_job(job_client: Client, server: Server, clock: Clock, at: int) -> None:
+    steps = [report(state="waiting", place=0), done, send_image]
+    server.steps = [*steps[:at], *[refuse(503)] * 9]
+    status, out, err = job_client.run("--retry", "100")
+    assert (status, out, read_folder()) == (3, "", {})
+    assert err.endswith("query.py: the server answered 503: too many; given up after 120 s (--retry 100)\n")
+    assert len(server.requests) == at + 5
+
+
+def test_job_waits_as_long_as_the_server_asks(job_client: Client, server: Server, clock: Clock) -> None:
+    times: list[float] = []
+    steps = [report(state="waiting"), refuse(502, retry_after="1"), done, refuse(503, retry_after="1"), send_image]
+    server.steps = [after(lambda: times.append(time.monotonic()), step) for step in steps]
+    status, _, err = job_client.run()
+    assert (status, err.count("; asking again in 1 s\n")) == (0, 2)
+    assert min(times[2] - times[1], times[4] - times[3]) >= 1
+    server.requests.clear()
+    server.steps = [report(state="waiting"), refuse(503, retry_after="61")]
+    assert "given up after 0 s (--retry 60, Retry-After: 61)" in job_client.run("--overwrite")[2]
+
+
+def test_silent_server_of_a_job(job_client: Client, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(query, "MAX_WAIT_SECONDS", 0.2)
+    server.steps = [hang, report(state="waiting"), hang, done, hang, send_image]
+    status, out, err = job_client.run()
+    assert (status, out, err.count("timed out; asking again")) == (0, "fox.jpg\n", 3)
+
+
+@pytest.mark.parametrize("url", ["localhost/x", "nothing://localhost/x"])
+def test_wrong_address_of_a_job_is_final(job_client: Client, url: str) -> None:
+    assert "no answer from" in job_client.fail("--url", url, code=3)
+
+
+def test_job_with_new_keys_more_than_once(job_client: Client, server: Server) -> None:
+    write_key("one")
+    keys = iter(["2", "3"])
+    refuse_token = after(lambda: write_key(next(keys)), answer(TOKEN_ERROR, 400, "application/json"))
+    server.steps = [refuse_token, report(state="waiting"), refuse_token, done, send_image]
+    assert job_client.run()[0] == 0
+    assert get_tokens(server) == [f"Bearer {key}" for key in ("one", "2", "2", "3", "3")]
+
+
+def test_previews_of_a_job(job_client: Client, server: Server) -> None:
+    """Each new preview is saved once, as far as it was asked for; a failure of one ends nothing."""
+    previews = [make_image(), make_image(), make_image(), make_image()]
+    steps: list[Step] = []
+    gone = answer(NO_IMAGE, 404, "application/json")
+    for number, step in [(0, 1), (None, 1), (0, 1), (1, 2), (2, 4), (3, 5)]:
+        steps.append(report(state="running", step=step, total=6, preview="/jobs/my-fox-1/preview"))
+        steps.append(gone if number is None else answer(previews[number], kind="image/jpeg"))
+    both = report(state="done", pictures=["/jobs/my-fox-1/pictures/0", "/jobs/my-fox-1/pictures/1"])
+    server.steps = [report(state="running", preview=None), *steps, both, send_image, send_image]
+    status, out, _ = job_client.run("-n", "2", "--preview", "2")
+    assert (status, out) == (0, "fox-1.jpg\nfox-2.jpg\n")
+    saved = read_folder()
+    assert [saved.pop(f"fox-{i}-preview-{k}.jpg") for i in (1, 2) for k in (1, 2)] == previews
+    assert set(saved) == {"fox-1.jpg", "fox-2.jpg"}
+    assert json.loads(server.requests[0].body)["partial_images"] == 2
+
+
+def test_no_more_previews_of_a_job_than_asked_for(job_client: Client, server: Server) -> None:
+    running = report(state="running", step=1, total=6, preview="/jobs/my-fox-1/preview")
+    server.steps = [running, answer(make_image(), kind="image/jpeg"), running, running, done, send_image]
+    assert job_client.run("--preview", "1")[0] == 0
+    assert set(read_folder()) == {"fox.jpg", "fox-preview-1.jpg"}
+
+
+def test_restarted_job_begins_again(job_client: Client, server: Server) -> None:
+    states = [report(state="running", step=step, total=9) for step in (7, 0, 3)]
+    server.steps = [states[0], report(state="waiting", place=0), *states[1:], done, send_image]
+    assert job_client.run()[:2] == (0, "fox.jpg\n")
+
+
+def test_return_to_a_job_of_several_images(job_client: Client, server: Server) -> None:
+    job_client.options = ["--job", "my-fox-1", "--filename", "fox.jpg"]
+    server.steps = [report(state="done", pictures=["/a", "/b", "/c"]), *[send_image] * 3]
+    assert job_client.run()[:2] == (0, "fox.jpg\nfox-1.jpg\nfox-2.jpg\n")
+    assert [request.path for request in server.requests] == ["/jobs/my-fox-1", "/a", "/b", "/c"]
+    server.requests.clear()
+    server.steps = [report(state="done", pictures=["/a"] * 100)]
+    assert "the server sends 100 images" in job_client.run("--overwrite")[2]
 
 
 def test_job_that_is_left(client: Client, server: Server) -> None:
