@@ -47,7 +47,7 @@ class Instance(LocalServer):
 class LocalBalancer:
     """HAProxy with deploy/haproxy.cfg before these instances, started on entry and stopped on exit.
 
-    Only the ports, the socket's path and the log's target differ.
+    Only the ports, the socket's path and the log's target differ. Without root, so does the account.
 
     Attributes:
         port: of its front end.
@@ -63,6 +63,8 @@ class LocalBalancer:
         text = text.replace("/run/haproxy/admin.sock", str(self.socket)).replace(
             "log /dev/log local0", "log stdout format raw local0"
         )
+        if os.geteuid():
+            text = re.sub(r"^    (user|group|chroot) .*\n", "", text, flags=re.MULTILINE)
         for name, instance in zip(NAMES, instances, strict=True):
             port = instance.ports["inference_address"]
             text = re.sub(

@@ -1,19 +1,27 @@
 """The files for HAProxy, containers and Kubernetes, checked without a cluster."""
 
+import os
 import re
 import shutil
 import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import factorial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jsonschema
 import kubernetes_validate
+import psutil
 import pytest
+import requests
 import yaml
 from cloudcoil.models.keda.v1alpha1 import ScaledObject
 
-from tools.instances import find_haproxy
+from sdxl_server.serving.rolling_restart import Haproxy
+from tools.instances import NAMES, LocalBalancer, find_haproxy
 from tools.server import ROOT, read_shipped
 
 DEPLOY = ROOT / "deploy"
@@ -93,6 +101,116 @@ def test_numbers_of_the_balancers_agree() -> None:
 def test_haproxy_takes_its_configuration(path: Path) -> None:
     done = subprocess.run([find_haproxy() or "", "-c", "-f", path], capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+class Instance(ThreadingHTTPServer):
+    """What HAProxy sees of a TorchServe: it answers each POST with `status`, or hangs up when that is 0."""
+
+    def __init__(self, address: str = "127.0.0.1", port: int = 0) -> None:
+        super().__init__((address, port), InstanceHandler)
+        self.metrics_port = self.server_port
+        self.ports = {"inference_address": self.server_port}
+        self.status, self.is_ready, self.seconds, self.answered = 200, True, 0.0, 0
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class InstanceHandler(BaseHTTPRequestHandler):
+    server: Instance
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.server.is_ready else 503)
+        self.end_headers()
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        time.sleep(self.server.seconds)
+        self.server.answered += 1
+        if self.server.status:
+            self.send_response(self.server.status)
+            self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def site() -> Iterator[tuple[dict[str, Instance], LocalBalancer]]:
+    """Three instances behind the shipped HAProxy."""
+    if find_haproxy() is None:
+        pytest.skip("haproxy is not installed")
+    with Instance() as one, Instance() as two, Instance() as three:
+        instances = dict(zip(NAMES, (one, two, three), strict=True))
+        with LocalBalancer(list(instances.values())) as balancer:
+            wait_until(lambda: balancer.socket.exists())
+            yield instances, balancer
+
+
+def wait_until(condition: Any) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def read_states(balancer: LocalBalancer) -> dict[str, str]:
+    return {name: row["status"] for name, row in Haproxy(balancer.socket, "pictures").read_servers().items()}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give up its rights")
+def test_haproxy_gives_up_its_rights(site: tuple[dict[str, Instance], LocalBalancer]) -> None:
+    """It logs and takes commands as before."""
+    _, balancer = site
+    requests.post(balancer.url, data="a red fox", timeout=30)
+    process = psutil.Process(balancer.process.pid)
+    assert (process.username(), os.readlink(f"/proc/{process.pid}/root")) == ("haproxy", "/var/lib/haproxy")
+    wait_until(lambda: "entrance pictures/" in balancer.log)
+    assert set(read_states(balancer)) == set(NAMES)
+
+
+@pytest.mark.parametrize("status", [500, 504, 507])
+def test_request_that_fails_removes_no_instance(site: tuple[dict[str, Instance], LocalBalancer], status: int) -> None:
+    instances, balancer = site
+    for each in instances.values():
+        each.status = status
+    for _ in NAMES:
+        assert requests.post(balancer.url, data="a red fox", timeout=30).status_code == status
+        assert set(read_states(balancer).values()) == {"UP"}
+    assert sum(each.answered for each in instances.values()) == len(NAMES)  # none was asked twice
+
+
+def test_instance_without_a_connection_is_removed(site: tuple[dict[str, Instance], LocalBalancer]) -> None:
+    """At the first request, without waiting for the next check."""
+    instances, balancer = site
+    for name in ("one", "two"):
+        instances[name].shutdown()
+        instances[name].server_close()
+        assert requests.post(balancer.url, data="a red fox", timeout=30).status_code == 200
+    wait_until(lambda: list(read_states(balancer).values()) == ["DOWN", "DOWN", "UP"])
+
+
+@pytest.mark.parametrize("path", ["/predictions/diffusion_fast", "/v1/images/generations"])
+@pytest.mark.parametrize("status", [502, 503])
+def test_haproxys_own_errors_are_json(site: tuple[dict[str, Instance], LocalBalancer], status: int, path: str) -> None:
+    instances, balancer = site
+    for each in instances.values():
+        each.status, each.is_ready = 0, status == 502
+    if status == 503:
+        wait_until(lambda: set(read_states(balancer).values()) == {"DOWN"})
+    answer = requests.post(f"http://127.0.0.1:{balancer.port}{path}", data="a red fox", timeout=30)
+    error = answer.json()["error"]
+    assert (answer.status_code, answer.headers["Content-Type"]) == (status, "application/json")
+    assert (error["type"], error["code"]) == (
+        {502: "server_error", 503: "server_busy"}[status],
+        None if path.startswith("/v1") else status,
+    )
+    assert answer.headers["Retry-After"] == "10"
 
 
 def test_the_image_is_made_of_what_there_is() -> None:
