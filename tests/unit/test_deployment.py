@@ -3,10 +3,14 @@
 import os
 import re
 import shutil
+import socket
+import socketserver
+import struct
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import factorial
 from pathlib import Path
@@ -22,7 +26,7 @@ from cloudcoil.models.keda.v1alpha1 import ScaledObject
 
 from sdxl_server.serving.rolling_restart import Haproxy
 from tools.instances import NAMES, LocalBalancer, find_haproxy
-from tools.server import ROOT, read_shipped
+from tools.server import ROOT, find_free_ports, read_shipped
 
 DEPLOY = ROOT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
@@ -99,7 +103,9 @@ def test_numbers_of_the_balancers_agree() -> None:
 @pytest.mark.skipif(find_haproxy() is None, reason="haproxy is not installed")
 @pytest.mark.parametrize("path", [DEPLOY / "haproxy.cfg", KUBERNETES / "base/haproxy.cfg"])
 def test_haproxy_takes_its_configuration(path: Path) -> None:
-    done = subprocess.run([find_haproxy() or "", "-c", "-f", path], capture_output=True, text=True, timeout=30)
+    environment = {"NAMESPACE": "drawing"}  # balancer.yaml sets it
+    command = [find_haproxy() or "", "-c", "-f", path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -211,6 +217,104 @@ def test_haproxys_own_errors_are_json(site: tuple[dict[str, Instance], LocalBala
         None if path.startswith("/v1") else status,
     )
     assert answer.headers["Retry-After"] == "10"
+
+
+class Dns(socketserver.ThreadingUDPServer):
+    """A cluster's DNS: it knows complete names only, and answers with the addresses of all pods."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(("127.0.0.1", 0), DnsHandler)
+        self.name, self.addresses = name, ["127.0.0.2"]
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class DnsHandler(socketserver.BaseRequestHandler):
+    server: Dns
+
+    def handle(self) -> None:
+        query, reply = self.request
+        labels, end = [], 12
+        while length := query[end]:
+            labels.append(query[end + 1 : end + 1 + length].decode())
+            end += 1 + length
+        question, kind = query[12 : end + 5], query[end + 1 : end + 3]
+        is_known = ".".join(labels) == self.server.name
+        addresses = self.server.addresses if is_known and kind == b"\0\1" else []
+        flags = 0x8580 if is_known else 0x8583  # authoritative; no such name
+        records = b"".join(
+            b"\xc0\x0c" + struct.pack("!HHIH", 1, 1, 5, 4) + socket.inet_aton(address) for address in addresses
+        )
+        head = query[:2] + struct.pack("!5H", flags, 1, len(addresses), 0, 0)
+        reply.sendto(head + question + records, self.client_address)
+
+
+@contextmanager
+def balance_pods(folder: Path, dns: Dns, port: int) -> Iterator[str]:
+    """Run HAProxy with the cluster's configuration; yield its address. Only ports and the DNS server differ."""
+    own, metrics_port = find_free_ports(2)
+    text = (KUBERNETES / "base/haproxy.cfg").read_text()
+    for shipped, changed in {
+        "parse-resolv-conf": f"nameserver dns 127.0.0.1:{dns.server_address[1]}",
+        "check port 9108": f"check port {port}",
+        ":8080": f":{port}",
+        "bind :8079": f"bind 127.0.0.1:{own}",
+        "bind :8405": f"bind 127.0.0.1:{metrics_port}",
+    }.items():
+        assert shipped in text
+        text = text.replace(shipped, changed)
+    (folder / "haproxy.cfg").write_text(text)
+    balancer = yaml.safe_load((KUBERNETES / "base/balancer.yaml").read_text().partition("---")[0])
+    (container,) = balancer["spec"]["template"]["spec"]["containers"]
+    fields = {"metadata.namespace": "drawing"}  # what the cluster would fill in
+    environment = {
+        each["name"]: fields[each["valueFrom"]["fieldRef"]["fieldPath"]] for each in container.get("env", [])
+    }
+    command = [find_haproxy() or "haproxy", "-db", "-f", str(folder / "haproxy.cfg")]
+    with (
+        (folder / "log").open("w") as log,
+        subprocess.Popen(command, env=environment, stdout=log, stderr=log) as process,
+    ):
+        try:
+            yield f"http://127.0.0.1:{own}/predictions/diffusion_fast"
+        finally:
+            process.kill()
+
+
+@pytest.mark.skipif(find_haproxy() is None, reason="haproxy is not installed")
+def test_haproxy_finds_the_pods_of_its_namespace(tmp_path: Path) -> None:
+    """The first one, one that comes, and none that has gone."""
+    (port,) = find_free_ports(1)
+
+    def ask(method: str = "POST") -> int:
+        try:
+            return requests.request(method, url, data="a red fox", timeout=30).status_code
+        except requests.ConnectionError:  # HAProxy is starting
+            return 0
+
+    def reaches(pod: Instance) -> bool:
+        before = pod.answered
+        return [ask() for _ in range(4)] == [200] * 4 and pod.answered > before
+
+    with (
+        Dns("instances.drawing.svc.cluster.local") as dns,
+        Instance("127.0.0.2", port) as first,
+        Instance("127.0.0.3", port) as second,
+        balance_pods(tmp_path, dns, port) as url,
+    ):
+        wait_until(lambda: reaches(first))
+        assert ask("GET") == 200  # the documents' backend finds it too
+        dns.addresses = ["127.0.0.2", "127.0.0.3"]
+        wait_until(lambda: reaches(second))
+        dns.addresses = ["127.0.0.3"]
+        wait_until(lambda: not reaches(first))
+        assert reaches(second)
 
 
 def test_the_image_is_made_of_what_there_is() -> None:
