@@ -46,7 +46,7 @@ class LocalProxy:
         self.upstream, self.key_file = upstream, key_file
         self.jobs = jobs or find_free_ports(1)[0]
         self.token = secrets.token_hex(32)
-        self.port, self.busy = find_free_ports(2)
+        (self.port,) = find_free_ports(1)
         # Other temporary folders, such as pytest's, are closed to the account that nginx's workers run as.
         self.folder = Path(tempfile.mkdtemp(prefix="nginx-"))
         self.folder.chmod(0o755)
@@ -116,8 +116,6 @@ class LocalProxy:
         )
         for shipped, changed in {
             "server 127.0.0.1:8080 ": f"server 127.0.0.1:{self.upstream} ",
-            "server 127.0.0.1:8078 ": f"server 127.0.0.1:{self.busy} ",
-            "listen 127.0.0.1:8078;": f"listen 127.0.0.1:{self.busy};",
             "server 127.0.0.1:8090;": f"server 127.0.0.1:{self.jobs};",
             "        listen 443 ": f"        listen 127.0.0.1:{self.port} ",
             "/etc/nginx/tls/fullchain.pem": str(self.certificate),
