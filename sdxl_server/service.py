@@ -269,7 +269,7 @@ def load_service(settings: Mapping[str, Any], *, model_dir: Path, gpu_id: int | 
     device = choose_device(settings.get("deviceType"), gpu_id=gpu_id)
     config, is_ready = HandlerConfig.parse(settings.get("handler")), threading.Event()
     if config.metrics_address is not None:
-        metrics.serve_metrics(config.metrics_address, is_ready)
+        metrics.serve_metrics(config.metrics_address, is_ready, drain_file=config.drain_file)
     loaded = load_pipeline(config, CompileConfig.parse(settings.get("pt2")), model_dir=model_dir, device=device)
     metrics.register_components(functools.partial(measure_components, loaded))
     is_ready.set()

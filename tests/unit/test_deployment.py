@@ -9,8 +9,9 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import factorial
 from pathlib import Path
@@ -23,7 +24,10 @@ import pytest
 import requests
 import yaml
 from cloudcoil.models.keda.v1alpha1 import ScaledObject
+from prometheus_client import REGISTRY
 
+from sdxl_server.metrics import REQUESTS_IN_FLIGHT, serve_metrics
+from sdxl_server.serving import container
 from sdxl_server.serving.rolling_restart import Haproxy
 from tools.instances import NAMES, LocalBalancer, find_haproxy
 from tools.server import ROOT, find_free_ports, read_shipped
@@ -104,7 +108,7 @@ def test_numbers_of_the_balancers_agree() -> None:
 @pytest.mark.parametrize("path", [DEPLOY / "haproxy.cfg", KUBERNETES / "base/haproxy.cfg"])
 def test_haproxy_takes_its_configuration(path: Path) -> None:
     environment = {"NAMESPACE": "drawing"}  # balancer.yaml sets it
-    command = [find_haproxy() or "", "-c", "-f", path]
+    command = [find_haproxy() or "", "-c", "-f", str(path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -112,11 +116,12 @@ def test_haproxy_takes_its_configuration(path: Path) -> None:
 class Instance(ThreadingHTTPServer):
     """What HAProxy sees of a TorchServe: it answers each POST with `status`, or hangs up when that is 0."""
 
-    def __init__(self, address: str = "127.0.0.1", port: int = 0) -> None:
+    def __init__(self, address: str = "127.0.0.1", port: int = 0, *, metrics_port: int | None = None) -> None:
         super().__init__((address, port), InstanceHandler)
-        self.metrics_port = self.server_port
+        self.metrics_port = metrics_port or self.server_port
         self.ports = {"inference_address": self.server_port}
         self.status, self.is_ready, self.seconds, self.answered = 200, True, 0.0, 0
+        self.count: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __enter__(self) -> Self:
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -133,10 +138,12 @@ class InstanceHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_response(200 if self.server.is_ready else 503)
         self.end_headers()
+        self.wfile.write(b"sdxl_requests_in_flight 0.0\n")
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
-        time.sleep(self.server.seconds)
+        with self.server.count():
+            time.sleep(self.server.seconds)
         self.server.answered += 1
         if self.server.status:
             self.send_response(self.server.status)
@@ -217,6 +224,72 @@ def test_haproxys_own_errors_are_json(site: tuple[dict[str, Instance], LocalBala
         None if path.startswith("/v1") else status,
     )
     assert answer.headers["Retry-After"] == "10"
+
+
+@pytest.mark.skipif(find_haproxy() is None, reason="haproxy is not installed")
+def test_drain_under_load_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that never pause. HAProxy sees the drain by the worker's /ready, within half a second."""
+    monkeypatch.chdir(tmp_path)
+    statuses, is_over, is_ready = [], threading.Event(), threading.Event()
+    is_ready.set()
+    drain_file = str(container.DRAIN_FILE.resolve())
+    metrics_port = serve_metrics("127.0.0.1:0", is_ready, drain_file=drain_file)
+
+    def keep_asking() -> None:
+        while not is_over.is_set():
+            statuses.append(requests.post(balancer.url, data="a red fox", timeout=30).status_code)
+
+    with (
+        Instance(metrics_port=metrics_port) as one,
+        Instance() as two,
+        Instance() as three,
+        LocalBalancer([one, two, three]) as balancer,
+        ThreadPoolExecutor(5) as pool,
+        subprocess.Popen(["sleep", "60"]) as server,
+        ExitStack() as stack,
+    ):
+        stack.callback(server.kill)
+        stack.callback(is_over.set)
+        for each in (one, two, three):
+            each.seconds = 0.3
+        one.count = REQUESTS_IN_FLIGHT.track_inprogress
+        wait_until(lambda: balancer.socket.exists())
+        asked = [pool.submit(keep_asking) for _ in range(4)]
+        wait_until(lambda: one.answered > 2)
+        started = time.monotonic()
+        drained = pool.submit(container.drain, server, "127.0.0.1", one.metrics_port, seconds=25)
+        wait_until(
+            lambda: read_states(balancer)["one"] == "DOWN" and REGISTRY.get_sample_value("sdxl_requests_in_flight") == 0
+        )
+        before, seen = one.answered, len(statuses)
+        drained.result()
+        seconds = time.monotonic() - started
+        assert one.answered == before
+        wait_until(lambda: len(statuses) > seen + 10)
+    assert [each.result() for each in asked] == [None] * 4
+    assert set(statuses) == {200}
+    assert seconds < 20  # an image, and the seconds without one
+
+
+def test_server_that_cannot_be_asked_is_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It drains until its limit, or until TorchServe has ended. A worker at another address is asked there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(container, "IDLE_SECONDS", 0)
+    (port,) = find_free_ports(1)
+    for command, is_cut in (("sleep 60", True), ("sleep 1", False)):
+        with subprocess.Popen(command.split()) as server:
+            started = time.monotonic()
+            container.drain(server, "127.0.0.1", port, seconds=3)
+            assert ("still in flight" in caplog.text) == is_cut
+            assert (time.monotonic() - started > 2.5) == is_cut
+            server.kill()
+        caplog.clear()
+    with Instance("127.0.0.2") as elsewhere, subprocess.Popen(["sleep", "60"]) as server:
+        container.drain(server, "127.0.0.2", elsewhere.metrics_port, seconds=20)
+        server.kill()
+    assert "still in flight" not in caplog.text
 
 
 class Dns(socketserver.ThreadingUDPServer):
