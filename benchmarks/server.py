@@ -16,6 +16,7 @@ import yaml
 
 from benchmarks.turns import Figures, MeasuringError, Row, format_spread, format_starts, measure_in_turns
 from scorecard.clients import Watch, measure_server
+from sdxl_server.serving.client import send_request
 from tools.server import ROOT, LocalServer, ServerError, make_archive, read_shipped, run_command
 
 INDUCTOR = {"backend": "inductor", "mode": "reduce-overhead"}
@@ -73,7 +74,7 @@ class MeasuredServer:
         started = time.perf_counter()
         headers = self._server.get_headers()
         try:
-            answer = requests.post(self._server.url, data="a red fox", headers=headers, timeout=self._timeout)
+            answer = send_request("POST", self._server.url, data="a red fox", headers=headers, timeout=self._timeout)
             answer.raise_for_status()
         except requests.RequestException as error:
             raise MeasuringError(f"{self._name}: {error}") from error

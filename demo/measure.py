@@ -19,7 +19,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import requests
 import yaml
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -35,6 +34,7 @@ from demo.shapes import (
     is_held_out,
     iterate_scenes,
 )
+from sdxl_server.serving.client import send_request
 from tools.server import LocalServer, make_archive, read_shipped
 
 logger = logging.getLogger(__name__)
@@ -148,8 +148,12 @@ def draw_through_server(
             def prepare(**settings: Any) -> DrawPrompts:
                 def draw_one(prompt: str, seed: int) -> Image.Image:
                     fields = {"guidance_scale": GUIDANCE, **settings, "prompt": prompt, "seed": seed, "adapters": named}
-                    answer = requests.post(
-                        server.url, json=fields | {"output_format": "png"}, headers=server.get_headers(), timeout=600
+                    answer = send_request(
+                        "POST",
+                        server.url,
+                        json=fields | {"output_format": "png"},
+                        headers=server.get_headers(),
+                        timeout=600,
                     )
                     answer.raise_for_status()
                     return Image.open(io.BytesIO(answer.content))

@@ -24,6 +24,7 @@ from jobs.store import Store
 from jobs.sweeping import Sweeper
 from jobs.tasks import work
 from sdxl_server.schemas import describe_schema, is_valid, shorten
+from sdxl_server.serving.client import send_request
 
 FEW_TRIES = 3  # the client retries, and the sweeper must notice that Redis was away
 SCHEMA_SECONDS = 60  # the server's fields are cached this long
@@ -74,7 +75,7 @@ class Jobs:
         if time.monotonic() - at > SCHEMA_SECONDS:
             with contextlib.suppress(requests.RequestException, LostError, ValueError, LookupError):
                 address = f"{self.settings.predictions}/1.0/openapi.json"
-                document = requests.get(address, headers=make_headers(self.settings), timeout=5).json()
+                document = send_request("GET", address, headers=make_headers(self.settings), timeout=5).json()
                 fields = document["components"]["schemas"]["GenerationRequest"]["properties"]
                 self._schema = time.monotonic(), fields
         return fields

@@ -15,6 +15,7 @@ import requests
 from jobs.results import Results
 from jobs.settings import Settings
 from jobs.store import Claim, Store
+from sdxl_server.serving.client import send_request
 from sdxl_server.serving.readiness import NotReadyError, read_token
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,9 @@ def make_headers(settings: Settings) -> dict[str, str]:
 def is_free(settings: Settings) -> bool:
     """Say whether TorchServe answers. Its worker may be busy with other requests."""
     try:
-        answer = requests.get(f"{settings.predictions}/1.0/v1/models", headers=make_headers(settings), timeout=30)
+        answer = send_request(
+            "GET", f"{settings.predictions}/1.0/v1/models", headers=make_headers(settings), timeout=30
+        )
     except (requests.RequestException, LostError):
         return False
     return answer.status_code == HTTPStatus.OK
@@ -108,8 +111,8 @@ def draw(claim: Claim, store: Store, results: Results, settings: Settings) -> li
     while True:
         if not store.beat(claim):
             raise StoppedError
-        with requests.post(
-            settings.predictions, json=fields, headers=headers, stream=True, timeout=(10, SILENT_SECONDS)
+        with send_request(
+            "POST", settings.predictions, json=fields, headers=headers, stream=True, timeout=(10, SILENT_SECONDS)
         ) as answer:
             if answer.status_code == HTTPStatus.OK:
                 return follow(answer, claim, store, results)

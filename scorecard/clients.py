@@ -20,6 +20,7 @@ import psutil
 import requests
 from PIL import Image
 
+from sdxl_server.serving.client import send_request
 from tools.proxy import LocalProxy
 from tools.server import LocalServer
 
@@ -49,8 +50,8 @@ def request_image(server: LocalServer, *, proxy: LocalProxy | None = None, **fie
     kind, detail = "cut", ""
     place, verify = proxy or server, str(proxy.certificate) if proxy else True
     try:
-        with requests.post(
-            place.url, json=fields, headers=place.get_headers(), timeout=PATIENCE, verify=verify, stream=True
+        with send_request(
+            "POST", place.url, json=fields, headers=place.get_headers(), timeout=PATIENCE, verify=verify, stream=True
         ) as answer:
             kind, detail = judge_answer(answer, read_body(answer, start + PATIENCE), fields)
     except requests.Timeout:

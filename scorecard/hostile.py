@@ -24,6 +24,7 @@ from scorecard.fuzz import (
 )
 from scorecard.generated import run_schemathesis
 from scorecard.site import Line, Scale, Site, connect, find_workers, is_open
+from sdxl_server.serving.client import send_request
 from tools.proxy import LocalProxy, find_nginx
 from tools.server import LocalServer
 
@@ -230,11 +231,11 @@ def check_tokens(site: Site, _scale: Scale) -> list[Line]:
     with site.serve() as server:
         for (api, method, path), headers in itertools.product(CLOSED, ({}, {"Authorization": "Bearer wrong"})):
             url = f"http://127.0.0.1:{server.ports[f'{api}_address']}{path}"
-            answer = requests.request(method, url, headers=headers, timeout=10)
+            answer = send_request(method, url, headers=headers, timeout=10)
             if answer.status_code != 400 or answer.json().get("type") != "InvalidKeyException":
                 answered.append(f"{method} {path}: {answer.status_code}")
         opened = [
-            requests.request(method, f"http://127.0.0.1:{server.ports[f'{api}_address']}{path}", timeout=10).status_code
+            send_request(method, f"http://127.0.0.1:{server.ports[f'{api}_address']}{path}", timeout=10).status_code
             for api in ("inference", "management")
             for method, path in OPEN
         ]

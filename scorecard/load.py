@@ -9,8 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-import requests
-
 from scorecard.clients import (
     IMAGE_SIZES,
     PATIENCE,
@@ -24,6 +22,7 @@ from scorecard.clients import (
     request_image,
 )
 from scorecard.site import Line, Scale, Site, find_workers
+from sdxl_server.serving.client import send_request
 from tools.server import read_shipped
 
 FEWEST_FOR_GROWTH = 500  # requests: fewer do not show whether memory grows
@@ -102,8 +101,8 @@ def check_leavers(site: Site, scale: Scale) -> list[Line]:
 
         def leave(seed: int) -> None:
             fields = {"prompt": "a red circle", "num_inference_steps": steps, "seed": seed}
-            with requests.post(
-                server.url, json=fields, headers=server.get_headers(), stream=True, timeout=PATIENCE
+            with send_request(
+                "POST", server.url, json=fields, headers=server.get_headers(), stream=True, timeout=PATIENCE
             ) as answer:
                 answer.raise_for_status()  # the headers come with the first step, or with a place in the queue
 

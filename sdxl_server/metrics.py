@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
@@ -118,11 +119,12 @@ def count_failure(status: int) -> None:
     REQUESTS.labels(OUTCOME_BY_STATUS.get(HTTPStatus(status), "refused" if status < 500 else "failed")).inc()
 
 
-def serve_metrics(address: str, is_ready: threading.Event) -> int:
+def serve_metrics(address: str, is_ready: threading.Event, *, drain_file: str | None = None) -> int:
     """Serve GET /metrics, and /ready with 200 or 503, in a thread.
 
     Args:
         address: host:port; port 0 is any free one.
+        drain_file: while it exists, the answer is 503.
 
     Returns:
         The port.
@@ -136,9 +138,13 @@ def serve_metrics(address: str, is_ready: threading.Event) -> int:
         path = environ["PATH_INFO"]
         if path == "/metrics":
             return metrics_app(environ, start_response)
-        status, text = ("200 OK", b"ready\n") if is_ready.is_set() else ("503 Service Unavailable", b"loading\n")
+        status, text = "200 OK", b"ready\n"
         if path != "/ready":
             status, text = "404 Not Found", b"the paths are /metrics and /ready\n"
+        elif drain_file is not None and Path(drain_file).exists():
+            status, text = "503 Service Unavailable", b"draining\n"
+        elif not is_ready.is_set():
+            status, text = "503 Service Unavailable", b"loading\n"
         start_response(status, [("Content-Type", "text/plain")])
         return [text]
 

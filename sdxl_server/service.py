@@ -284,7 +284,7 @@ def load_service(settings: Mapping[str, Any], *, model_dir: Path, gpu_id: int | 
     device = choose_device(settings.get("deviceType"), gpu_id=gpu_id)
     config, is_ready = HandlerConfig.parse(settings.get("handler")), threading.Event()
     if config.metrics_address is not None:
-        metrics.serve_metrics(config.metrics_address, is_ready)
+        metrics.serve_metrics(config.metrics_address, is_ready, drain_file=config.drain_file)
     thread, compilation = make_thread(), CompileConfig.parse(settings.get("pt2"))
     # CUDA graphs belong to the thread that has made them.
     loaded = thread.submit(load_pipeline, config, compilation, model_dir=model_dir, device=device).result()

@@ -8,11 +8,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import psutil
 import requests
 
+from sdxl_server.serving.client import send_request
 from tools.server import ROOT, LocalServer, find_free_ports
 
 HAPROXY_CONFIGURATION = ROOT / "deploy" / "haproxy.cfg"
@@ -39,22 +40,29 @@ class Instance(LocalServer):
     def is_ready(self) -> bool:
         """Say whether its worker has loaded the model."""
         try:
-            return requests.get(f"http://127.0.0.1:{self.metrics_port}/ready", timeout=5).status_code == 200
+            return send_request("GET", f"http://127.0.0.1:{self.metrics_port}/ready", timeout=5).status_code == 200
         except requests.RequestException:
             return False
+
+
+class Balanced(Protocol):
+    """What a balancer sees of an instance."""
+
+    ports: dict[str, int]
+    metrics_port: int
 
 
 class LocalBalancer:
     """HAProxy with deploy/haproxy.cfg before these instances, started on entry and stopped on exit.
 
-    Only the ports, the socket's path and the log's target differ.
+    Only the ports, the socket's path and the log's target differ. Without root, so does the account.
 
     Attributes:
         port: of its front end.
         socket: of its admin commands.
     """
 
-    def __init__(self, instances: Sequence[Instance]) -> None:
+    def __init__(self, instances: Sequence[Balanced]) -> None:
         self.port, self.metrics_port = find_free_ports(2)
         self.folder = Path(tempfile.mkdtemp(prefix="haproxy-"))
         self.socket = self.folder / "admin.sock"
@@ -63,6 +71,8 @@ class LocalBalancer:
         text = text.replace("/run/haproxy/admin.sock", str(self.socket)).replace(
             "log /dev/log local0", "log stdout format raw local0"
         )
+        if os.geteuid():
+            text = re.sub(r"^    (user|group|chroot) .*\n", "", text, flags=re.MULTILINE)
         for name, instance in zip(NAMES, instances, strict=True):
             port = instance.ports["inference_address"]
             text = re.sub(

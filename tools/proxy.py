@@ -115,7 +115,7 @@ class LocalProxy:
             f"{kind}_temp_path {kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         )
         for shipped, changed in {
-            "server 127.0.0.1:8080;": f"server 127.0.0.1:{self.upstream};",
+            "server 127.0.0.1:8080 ": f"server 127.0.0.1:{self.upstream} ",
             "server 127.0.0.1:8090;": f"server 127.0.0.1:{self.jobs};",
             "        listen 443 ": f"        listen 127.0.0.1:{self.port} ",
             "/etc/nginx/tls/fullchain.pem": str(self.certificate),

@@ -15,9 +15,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import psutil
-import requests
 import yaml
 
+from sdxl_server.serving.client import send_request
 from sdxl_server.serving.readiness import NotReadyError, check_workers, read_token
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,14 +151,14 @@ class LocalServer:
     def describe(self) -> dict[str, Any]:
         """Return the management API's answer about the model."""
         address = f"http://127.0.0.1:{self.ports['management_address']}/models/{self.model}"
-        answer = requests.get(address, headers=self.get_headers("management"), timeout=60)
+        answer = send_request("GET", address, headers=self.get_headers("management"), timeout=60)
         answer.raise_for_status()
         description: dict[str, Any] = answer.json()[0]
         return description
 
     def read_document(self, name: str = "describe") -> dict[str, Any]:
         """Return one of the handler's documents: `describe` or `openapi.json`."""
-        answer = requests.get(f"{self.url}/1.0/{name}", headers=self.get_headers(), timeout=60)
+        answer = send_request("GET", f"{self.url}/1.0/{name}", headers=self.get_headers(), timeout=60)
         answer.raise_for_status()
         document: dict[str, Any] = answer.json()
         return document

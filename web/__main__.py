@@ -5,13 +5,15 @@ python -m web --url http://127.0.0.1:8080 --key-file key_file.json
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from sdxl_server.serving.readiness import NotReadyError, read_token
 from web.server import PORT, PageServer
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until Ctrl-C; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m web", description=(__doc__ or "").partition(";")[0])
     parser.add_argument("--url", default="http://127.0.0.1:8080", help="TorchServe's inference address (%(default)s)")
     parser.add_argument("--port", type=int, default=PORT, help="loopback port to listen on (%(default)s)")
@@ -21,7 +23,7 @@ def main() -> int:
         default=Path("key_file.json"),
         help="TorchServe's key file; its token goes into the printed address (%(default)s)",
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     try:
         token = read_token(options.key_file, "inference")
         server = PageServer(options.url, port=options.port)

@@ -6,7 +6,9 @@ deploy/nginx.conf does the same for many users. This program adds nothing to a r
 import contextlib
 import http.client
 import json
+import os
 import socket
+import ssl
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,17 +37,31 @@ class PageServer(ThreadingHTTPServer):
     """The web UI's server on 127.0.0.1.
 
     Args:
-        upstream: the address of TorchServe's inference API, such as http://127.0.0.1:8080.
+        upstream: the address of TorchServe's inference API, such as http://127.0.0.1:8080. With https:// the
+            certificate is checked.
         port: to listen on; 0 is any free one.
+
+    Raises:
+        ValueError: the address is of another kind.
     """
 
     daemon_threads = True
 
     def __init__(self, upstream: str, *, port: int = PORT) -> None:
+        self.upstream = parts = urlsplit(upstream.rstrip("/"))
+        is_whole = parts.geturl() == f"{parts.scheme}://{parts.netloc}" and "@" not in parts.netloc
+        if parts.scheme not in ("http", "https") or not parts.hostname or not is_whole or parts.port == 0:
+            raise ValueError(f"--url takes http://host:port or https://host:port, not {upstream}")
         super().__init__(("127.0.0.1", port), PageHandler)
-        parts = urlsplit(upstream)
-        self.upstream = parts.hostname or "127.0.0.1", parts.port or 80
         self.hosts = tuple(f"{name}:{self.server_address[1]}" for name in ("127.0.0.1", "localhost"))
+
+    def connect(self) -> http.client.HTTPConnection:
+        """Return a connection to TorchServe, with TLS for https."""
+        host, port = self.upstream.hostname or "", self.upstream.port
+        if self.upstream.scheme == "http":
+            return http.client.HTTPConnection(host, port)
+        context = ssl.create_default_context(cafile=os.environ.get("REQUESTS_CA_BUNDLE"))
+        return http.client.HTTPSConnection(host, port, context=context)
 
     def make_url(self, token: str) -> str:
         """Return the web UI's address. The token is in its fragment, which browsers do not send."""
@@ -95,7 +111,7 @@ class PageHandler(BaseHTTPRequestHandler):
         return False
 
     def _forward(self, body: bytes | None) -> None:
-        upstream = http.client.HTTPConnection(*self.server.upstream)
+        upstream = self.server.connect()
         kept = {name: self.headers[name] for name in ("Authorization", "Content-Type", "Accept") if self.headers[name]}
         self.connection.settimeout(None)  # a step may take minutes
         is_begun = False
@@ -111,11 +127,11 @@ class PageHandler(BaseHTTPRequestHandler):
             self.end_headers()
             while chunk := answer.read1(65536):
                 self.wfile.write(chunk)
-        except (OSError, http.client.HTTPException):
+        except (OSError, http.client.HTTPException) as error:
             if not is_begun:
-                self._refuse(
-                    HTTPStatus.BAD_GATEWAY, "TorchServe does not answer at {}:{}".format(*self.server.upstream)
-                )
+                reason = f": {error}" if isinstance(error, ssl.SSLError) else ""
+                message = f"TorchServe does not answer at {self.server.upstream.netloc}{reason}"
+                self._refuse(HTTPStatus.BAD_GATEWAY, message)
         finally:
             upstream.close()
 

@@ -216,6 +216,12 @@ class HandlerConfig:
         value=None,
         null="nowhere",
     )
+    drain_file: str | None = declare(
+        {"type": "string", "minLength": 1, "x-accepted": "a path"},
+        "while this file exists, /ready of `metrics_address` answers 503, so that a balancer sends no new requests",
+        value=None,
+        null="never",
+    )
     profile: bool = declare(switch(), "log the time of each stage of each request, in milliseconds", value=False)
 
     @classmethod

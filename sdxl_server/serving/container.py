@@ -18,11 +18,14 @@ from typing import Any
 
 import requests
 
+from sdxl_server.serving.client import send_request
+
 logger = logging.getLogger(__name__)
 
 IN_FLIGHT_LINE = re.compile(r"^sdxl_requests_in_flight (\S+)$", re.MULTILINE)
 # Kubernetes removes a pod from its services after SIGTERM. New requests may come until then.
 IDLE_SECONDS = 5
+DRAIN_FILE = Path("draining")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: is_stopping.set())
     while server.poll() is None:
         if is_stopping.wait(1):
-            drain(options.metrics_port, seconds=options.drain)
+            drain(server, options.address, options.metrics_port, seconds=options.drain)
             subprocess.run(["torchserve", "--stop", "--foreground"], check=False)
             server.wait()
             return 0
@@ -69,10 +72,12 @@ def make_archive(source: Path, settings: Path, options: Any) -> None:
     """Make the model archive. The model stays where it is."""
     import yaml
 
+    DRAIN_FILE.unlink(missing_ok=True)  # of an earlier start
     content = yaml.safe_load(settings.read_text())
     content["handler"] |= {
         "model_path": str(options.model),
         "metrics_address": f"{options.address}:{options.metrics_port}",
+        "drain_file": str(DRAIN_FILE.resolve()),
     }
     Path("model-config.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     shutil.rmtree("model_store", ignore_errors=True)  # of an earlier start
@@ -88,30 +93,34 @@ def make_archive(source: Path, settings: Path, options: Any) -> None:
     )
 
 
-def drain(port: int, *, seconds: float) -> None:
-    """Wait until no request has been in flight for some seconds.
+def drain(server: "subprocess.Popen[bytes]", address: str, port: int, *, seconds: float) -> None:
+    """Let no more requests come, and wait until none has been in flight for some seconds.
 
     Args:
+        server: without it there is nothing to wait for.
+        address: of the worker's metrics.
         seconds: the longest time to wait.
     """
     logger.info("Stopping: the requests in flight are finished first")
-    idle = 0
-    for _ in range(int(seconds)):
-        idle = idle + 1 if count_in_flight(port) == 0 else 0
-        if idle > IDLE_SECONDS:
+    DRAIN_FILE.touch()  # /ready answers 503
+    host = "127.0.0.1" if address == "0.0.0.0" else address
+    idle, deadline = 0, time.monotonic() + seconds
+    while server.poll() is None and idle <= IDLE_SECONDS:
+        if time.monotonic() > deadline:
+            logger.warning("Requests were still in flight after %.0f s", seconds)
             return
+        idle = 0 if is_busy(f"http://{host}:{port}/metrics") else idle + 1
         time.sleep(1)
-    logger.warning("Requests were still in flight after %.0f s", seconds)
 
 
-def count_in_flight(port: int) -> float:
-    """Return how many requests the worker has; 0 without a worker."""
+def is_busy(url: str) -> bool:
+    """Say whether the worker has requests. One that does not answer may have some."""
     try:
-        text = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=5).text
+        text = send_request("GET", url, timeout=5).text
     except requests.RequestException:
-        return 0
+        return True
     found = IN_FLIGHT_LINE.search(text)
-    return float(found[1]) if found else 0
+    return found is None or float(found[1]) > 0
 
 
 if __name__ == "__main__":

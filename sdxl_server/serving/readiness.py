@@ -9,7 +9,14 @@ from pathlib import Path
 
 import requests
 
-ADDRESSES = {"inference_address": "http://127.0.0.1:8080", "management_address": "http://127.0.0.1:8081"}
+from sdxl_server.serving.client import send_request
+
+# TorchServe's defaults
+PROPERTIES = {
+    "inference_address": "http://127.0.0.1:8080",
+    "management_address": "http://127.0.0.1:8081",
+    "disable_token_authorization": "false",
+}
 MANAGEMENT_SECONDS = 10  # for the management API, which waits for no worker
 RETRY_SECONDS = 0.5
 
@@ -38,11 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     deadline = time.monotonic() + options.wait
     while True:
         try:
-            addresses = read_addresses(options.ts_config)
-            check_workers(addresses["management_address"], options.model, read_token(options.key_file, "management"))
+            properties = read_properties(options.ts_config)
+            needs_token = properties["disable_token_authorization"].lower() != "true"
+            token = read_token(options.key_file, "management") if needs_token else None
+            check_workers(properties["management_address"], options.model, token)
             if options.answer is not None:
-                token = read_token(options.key_file, "inference")
-                check_answer(addresses["inference_address"], options.model, token, seconds=options.answer)
+                token = read_token(options.key_file, "inference") if needs_token else None
+                check_answer(properties["inference_address"], options.model, token, seconds=options.answer)
         except NotReadyError as error:
             if time.monotonic() + RETRY_SECONDS > deadline:
                 print(error, file=sys.stderr)
@@ -52,18 +61,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
 
 
-def read_addresses(properties: Path) -> dict[str, str]:
-    """Return the addresses of a config.properties by their key, with TorchServe's defaults.
+def read_properties(path: Path) -> dict[str, str]:
+    """Return PROPERTIES as a config.properties sets them.
 
     Raises:
         NotReadyError: the file cannot be read.
     """
     try:
-        lines = properties.read_text().splitlines()
+        lines = path.read_text().splitlines()
     except OSError as error:
-        raise NotReadyError(f"{properties} cannot be read: {error.strerror}") from error
-    settings = dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
-    return {key: settings.get(key, address).strip() for key, address in ADDRESSES.items()}
+        raise NotReadyError(f"{path} cannot be read: {error.strerror}") from error
+    pairs = (line.partition("=") for line in lines if not line.startswith("#"))
+    settings = {key.strip(): value.strip() for key, _, value in pairs}
+    return {key: settings.get(key, default) for key, default in PROPERTIES.items()}
 
 
 def read_token(key_file: Path, kind: str) -> str:
@@ -81,7 +91,7 @@ def read_token(key_file: Path, kind: str) -> str:
     return token
 
 
-def check_workers(address: str, model: str, token: str) -> None:
+def check_workers(address: str, model: str, token: str | None) -> None:
     """Ask the management API for the model's workers. There must be one at least, and all must be ready.
 
     Raises:
@@ -98,7 +108,7 @@ def check_workers(address: str, model: str, token: str) -> None:
         raise NotReadyError(f"{model}'s workers: {', '.join(statuses)}")
 
 
-def check_answer(address: str, model: str, token: str, *, seconds: float) -> None:
+def check_answer(address: str, model: str, token: str | None, *, seconds: float) -> None:
     """Ask the model what it runs.
 
     Raises:
@@ -107,16 +117,15 @@ def check_answer(address: str, model: str, token: str, *, seconds: float) -> Non
     send_get(f"{address}/predictions/{model}/1.0/describe", token, seconds=seconds)
 
 
-def send_get(url: str, token: str, *, seconds: float) -> requests.Response:
+def send_get(url: str, token: str | None, *, seconds: float) -> requests.Response:
     """Return the response to a GET.
 
     Raises:
         NotReadyError: there is none in time, or it is an error.
     """
     try:
-        with requests.Session() as session:
-            session.trust_env = False  # no proxy, and no token from a .netrc
-            answer = session.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=seconds)
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        answer = send_request("GET", url, headers=headers, timeout=seconds)
     except requests.Timeout as error:
         raise NotReadyError(f"no answer from {url} within {seconds:g} s") from error
     except requests.RequestException as error:

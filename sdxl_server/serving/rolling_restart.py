@@ -15,6 +15,8 @@ from pathlib import Path
 
 import requests
 
+from sdxl_server.serving.client import send_request
+
 POLL_SECONDS = 0.2
 
 
@@ -125,7 +127,7 @@ def restart_instance(haproxy: Haproxy, server: str, command: str, *, seconds: fl
 def is_instance_ready(url: str) -> bool:
     """Ask an instance itself: HAProxy's last check may have met the old one."""
     try:
-        return requests.get(url, timeout=5).status_code == 200
+        return send_request("GET", url, timeout=5).status_code == 200
     except requests.RequestException:
         return False
 

@@ -16,24 +16,28 @@ from tools.server import ROOT, find_free_ports, make_environment
 
 
 @pytest.mark.soak
-def test_sigterm_drains(tmp_path: Path, tiny_model: Path) -> None:
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2", "0.0.0.0"])
+def test_sigterm_drains(tmp_path: Path, tiny_model: Path, address: str) -> None:
     """Started where nothing else may be written, on TorchServe's own ports for management but others for the rest."""
+    host = address.replace("0.0.0.0", "127.0.0.1")
     port, metrics_port = find_free_ports(2)
     (tmp_path / "tmp").mkdir(mode=0o700)
     environment = {**make_environment(), "TEMP": str(tmp_path / "tmp"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "sdxl_server.serving.container", "--source", str(ROOT), "--model", str(tiny_model)]
-    command += ["--address", "127.0.0.1", "--port", str(port), "--metrics-port", str(metrics_port)]
+    command += ["--address", address, "--port", str(port), "--metrics-port", str(metrics_port)]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
     try:
-        wait_until_ready(metrics_port, process)
+        wait_until_ready(f"http://{host}:{metrics_port}/ready", process)
         children = psutil.Process(process.pid).children(recursive=True)
         with ThreadPoolExecutor(3) as pool:
             body = {"prompt": "a red fox", "num_inference_steps": 150, "num_images_per_prompt": 3}
-            url = f"http://127.0.0.1:{port}/predictions/diffusion_fast"
+            url = f"http://{host}:{port}/predictions/diffusion_fast"
             asked = [pool.submit(requests.post, url, json=body, timeout=120) for _ in range(3)]
             time.sleep(1)
             os.kill(process.pid, signal.SIGTERM)
+            time.sleep(1.5)
+            assert requests.get(f"http://{host}:{metrics_port}/ready", timeout=5).status_code == 503
             assert [each.result().status_code for each in asked] == [200] * 3
             assert all("data" in each.result().json() for each in asked)
         assert process.wait(timeout=60) == 0
@@ -42,11 +46,11 @@ def test_sigterm_drains(tmp_path: Path, tiny_model: Path) -> None:
         process.kill()
 
 
-def wait_until_ready(port: int, process: "subprocess.Popen[bytes]") -> None:
+def wait_until_ready(url: str, process: "subprocess.Popen[bytes]") -> None:
     deadline = time.monotonic() + 120
     while True:
         try:
-            if requests.get(f"http://127.0.0.1:{port}/ready", timeout=5).status_code == 200:
+            if requests.get(url, timeout=5).status_code == 200:
                 return
         except requests.RequestException:
             pass

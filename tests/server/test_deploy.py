@@ -151,7 +151,7 @@ def test_numbers_agree_with_the_servers_settings() -> None:
     (timeout,) = re.findall(r"proxy_read_timeout (\d+)s;", text)
     queue = settings["handler"]["max_running"] + settings["handler"]["max_waiting"]
     assert int(timeout) >= settings["responseTimeout"] * queue
-    assert re.findall(r"upstream torchserve \{\s+server (127\S+);", text) == re.findall(
+    assert re.findall(r"upstream torchserve \{\s+#.*\s+server (127\S+) ", text) == re.findall(
         r"^inference_address=http://(.+)$", properties, re.M
     )
 
@@ -355,6 +355,108 @@ class StubHandler(BaseHTTPRequestHandler):
 def stubbed() -> Iterator[tuple[Stub, Nginx]]:
     with Stub() as stub, Nginx(stub.server_address[1]) as nginx:
         yield stub, nginx
+
+
+def send_raw(nginx: Nginx, lines: list[str], body: bytes = b"") -> tuple[int, dict[str, Any]]:
+    """Return the status and the error of a request that no client library sends."""
+    headers = [f"Authorization: Bearer {nginx.token}", "Host: localhost", "Connection: close"]
+    with socket.create_connection(("127.0.0.1", nginx.port), timeout=60, source_address=(next(addresses), 0)) as plain:
+        connection = nginx.tls.wrap_socket(plain, server_hostname="localhost")
+        connection.sendall("\r\n".join([lines[0], *headers, *lines[1:], "", ""]).encode() + body)
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        assert (answer.headers["Content-Type"] or "").startswith("application/json"), answer.read()
+        error: dict[str, Any] = json.loads(answer.read())["error"]
+    return answer.status, error
+
+
+V1 = "/v1/images/generations"
+
+
+@needs_nginx
+@pytest.mark.parametrize(
+    ("lines", "body", "status"),
+    [
+        (["garbage"], b"", 400),
+        ([f"GET /{'x' * 9000} HTTP/1.1"], b"", 400),
+        (["GET / HTTP/1.1", f"X-Long: {'x' * 9000}"], b"", 400),
+        ([f"POST {PREDICTIONS} HTTP/1.1", "Content-Length: x"], b"", 400),
+        ([f"POST {PREDICTIONS} HTTP/1.1", "Transfer-Encoding: chunked"], b"zz\r\n", 400),
+        ([f"POST {V1} HTTP/1.1", "Transfer-Encoding: chunked"], b"zz\r\n", 400),
+        (["TRACE / HTTP/1.1"], b"", 404),
+        (["GET /error HTTP/1.1"], b"", 404),
+        (["GET /other.html HTTP/1.1"], b"", 404),
+        (["GET /main.js HTTP/1.1", 'If-Match: "other"'], b"", 412),
+        (["GET /main.js HTTP/1.1", "Range: bytes=99999999-"], b"", 416),
+        ([f"POST {PREDICTIONS} HTTP/1.1", "Transfer-Encoding: gzip"], b"", 501),
+        ([f"POST {V1} HTTP/1.1", "Transfer-Encoding: gzip"], b"", 501),
+        (["GET / HTTP/9.9"], b"", 505),
+    ],
+)
+def test_nginxs_own_errors_are_json(stubbed: tuple[Stub, Nginx], lines: list[str], body: bytes, status: int) -> None:
+    answered, error = send_raw(stubbed[1], lines, body)
+    kind = "invalid_request_error"
+    assert (answered, error["type"], error["code"]) == (status, kind, None if V1 in lines[0] else status)
+    assert error["message"]
+
+
+class Changed(Nginx):
+    """The proxy with other texts in its configuration."""
+
+    def __init__(self, upstream: int, changes: dict[str, str]) -> None:
+        super().__init__(upstream)
+        self.changes = changes
+
+    def make_configuration(self) -> str:
+        text = super().make_configuration()
+        for shipped, changed in self.changes.items():
+            assert shipped in text
+            text = text.replace(shipped, changed)
+        return text
+
+
+@needs_nginx
+@pytest.mark.parametrize("path", [PREDICTIONS, V1])
+def test_server_that_does_not_answer_in_time_is_told(path: str, address: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        upstream = silent.getsockname()[1]
+        with Changed(upstream, {"proxy_read_timeout 10800s": "proxy_read_timeout 1s"}) as nginx:
+            answer = nginx.ask("POST", path, address=address, body=b"x", **nginx.get_headers())
+    assert (answer.status, answer.error["type"], answer.headers["Retry-After"]) == (504, "server_error", "10")
+    assert "in time" in answer.error["message"]
+
+
+@needs_nginx
+@pytest.mark.parametrize("path", [PREDICTIONS, V1])
+def test_failure_of_nginx_itself_is_told(path: str, address: str) -> None:
+    """It cannot write a large body down."""
+    with Stub() as stub, Nginx(stub.server_address[1]) as nginx:
+        shutil.rmtree(nginx.folder / "client_body")
+        answer = nginx.ask("POST", path, address=address, body=b"x" * 300_000, **nginx.get_headers())
+    assert (answer.status, answer.error["type"], stub.begun) == (500, "server_error", 0)
+
+
+@needs_nginx
+def test_large_body_may_wait_for_a_busy_server(address: str) -> None:
+    """HAProxy reads 64 KB of it, and the rest when an instance is free. nginx's default is shortened from 60 s."""
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        upstream = busy.getsockname()[1]
+        with (
+            ThreadPoolExecutor(1) as pool,
+            Changed(upstream, {"\nhttp {\n": "\nhttp {\nproxy_send_timeout 1s;\n"}) as nginx,
+        ):
+            asked = pool.submit(
+                nginx.ask, "POST", PREDICTIONS, address=address, body=b"x" * 5_000_000, **nginx.get_headers()
+            )
+            connection, _ = busy.accept()
+            with connection:
+                time.sleep(2.5)
+                assert not asked.done()
+                received = 0
+                while received < 5_000_000:
+                    received += len(connection.recv(1 << 20))
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+                assert asked.result().status == 200
 
 
 @needs_nginx

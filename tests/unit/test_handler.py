@@ -498,3 +498,13 @@ def test_readiness_is_served_next_to_metrics() -> None:
     assert requests.get(f"http://127.0.0.1:{port}/ready", timeout=10).status_code == 503
     is_ready.set()
     assert requests.get(f"http://127.0.0.1:{port}/ready", timeout=10).status_code == 200
+
+
+def test_a_draining_worker_is_not_ready(tmp_path: Path) -> None:
+    is_ready, drain_file = threading.Event(), tmp_path / "draining"
+    is_ready.set()
+    port = serve_metrics("127.0.0.1:0", is_ready, drain_file=str(drain_file))
+    for expected in (200, 503, 200):
+        assert requests.get(f"http://127.0.0.1:{port}/ready", timeout=10).status_code == expected
+        assert requests.get(f"http://127.0.0.1:{port}/metrics", timeout=10).status_code == 200
+        drain_file.touch() if expected == 200 else drain_file.unlink()

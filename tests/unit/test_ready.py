@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from sdxl_server.serving import readiness
+from jobs.drawing import is_free
+from jobs.settings import Settings
+from sdxl_server.serving import container, readiness, rolling_restart
 from tools.server import ROOT
 
 REFUSED = {"code": 400, "type": "InvalidKeyException", "message": "Token Authorization failed."}
@@ -76,6 +78,26 @@ def test_ready_model_is_asked_with_the_right_tokens(server: Server, capsys: pyte
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("line", ["disable_token_authorization=true", "disable_token_authorization = TRUE "])
+def test_server_without_keys_needs_no_key_file(server: Server, capsys: pytest.CaptureFixture[str], line: str) -> None:
+    Path("key_file.json").unlink()
+    with Path("config.properties").open("a") as file:
+        file.write(f"{line}\n")
+    assert readiness.main(["--answer", "5"]) == 0
+    assert [token for _, token in server.tokens] == [None, None]
+    server.answers["/models/diffusion_fast"] = (200, describe("STOPPED"))
+    assert readiness.main([]) == 1
+    assert "STOPPED" in capsys.readouterr().err
+
+
+def test_server_with_keys_needs_the_key_file(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("key_file.json").unlink()
+    with Path("config.properties").open("a") as file:
+        file.write("#disable_token_authorization=true\ndisable_token_authorization=false\n")
+    assert readiness.main([]) == 1
+    assert "key_file.json is missing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("status", "answer", "message"),
     [
@@ -126,6 +148,31 @@ def test_it_waits_until_the_model_is_ready(server: Server, capsys: pytest.Captur
     assert capsys.readouterr().err.count("\n") == 1
     threading.Timer(0.7, lambda: setattr(server, "answers", loaded)).start()
     assert readiness.main(["--wait", "30"]) == 0
+
+
+@pytest.fixture
+def elsewhere(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The server's address, in an environment with a proxy that nobody runs, and a key for the address in .netrc."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{holder.getsockname()[1]}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login somebody password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    return f"http://127.0.0.1:{server.server_address[1]}"
+
+
+def test_servers_are_asked_directly(server: Server, elsewhere: str) -> None:
+    """By the readiness check, a drain, a rolling restart, and the jobs' workers."""
+    server.answers["/metrics"] = (200, {})
+    server.answers["/ready"] = (200, {})
+    server.answers["/here/1.0/v1/models"] = (200, {})
+    assert readiness.main([]) == 0
+    assert container.is_busy(f"{elsewhere}/metrics")
+    assert rolling_restart.is_instance_ready(f"{elsewhere}/ready")
+    assert is_free(Settings(predictions=f"{elsewhere}/here"))
+    assert [key for _, key in server.tokens] == ["Bearer two", None, None, None]
 
 
 def test_program_without_a_server(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ import http.client
 import json
 import re
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ import requests
 from sdxl_server.request.fields import IMAGE_FORMATS
 from tests.newer_browsers import find_newer
 from tools.server import ROOT, find_free_ports
+from web.__main__ import main
 from web.server import HEADERS, MAX_REQUEST, PAGE, PASSED, PREDICTIONS, PageServer
 
 MAX_PAGE = 100_000  # bytes of all its files
@@ -167,6 +170,56 @@ def test_extra_bytes_of_a_client_do_not_end_its_request(page: PageServer) -> Non
         time.sleep(0.02)
         client.sendall(b"{}")
         assert client.recv(4096).startswith(b"HTTP/1.0 200 ")
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A certificate for localhost that no authority has signed. Its key is next to it."""
+    path = tmp_path / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(tmp_path / "key.pem"), "-out", str(path)]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    return path
+
+
+@pytest.mark.parametrize("is_trusted", [True, False])
+def test_key_goes_to_a_https_address_with_tls_only(
+    upstream: Upstream, certificate: Path, monkeypatch: pytest.MonkeyPatch, is_trusted: bool
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, certificate.with_name("key.pem"))
+    upstream.socket = context.wrap_socket(upstream.socket, server_side=True, do_handshake_on_connect=False)
+    if is_trusted:
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+    page = PageServer(f"https://localhost:{upstream.server_address[1]}", port=0)
+    with run(page):
+        headers = {"Authorization": "Bearer key"}
+        answer = requests.post(f"http://{page.hosts[0]}{PREDICTIONS}", data=b"{}", headers=headers, timeout=10)
+    assert answer.status_code == (200 if is_trusted else 502)
+    assert [seen["authorization"] for _, seen, _ in upstream.seen] == ["Bearer key"] * is_trusted
+    assert is_trusted or "certificate verify failed" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://example.org",
+        "example.org:8080",
+        "https://example.org/sdxl",
+        "http://",
+        "http://a:b@example.org",
+        "http://x:y",
+    ],
+)
+def test_other_addresses_are_refused(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("web.__main__.serve", lambda *_: None)
+    (tmp_path / "keys").write_text('{"inference": {"key": "one"}}')
+    assert main(["--url", url, "--key-file", str(tmp_path / "keys"), "--port", "0"]) == 1
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+    assert url in printed.err or "Port" in printed.err
 
 
 def test_requests_that_cannot_be_forwarded_get_the_reason(page: PageServer) -> None:
