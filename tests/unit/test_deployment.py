@@ -137,7 +137,8 @@ class InstanceHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_response(200 if self.server.is_ready else 503)
         self.end_headers()
-        self.wfile.write(b"sdxl_requests_in_flight 0.0\n")
+        if self.path == "/metrics":
+            self.wfile.write(b"sdxl_requests_in_flight 0.0\n")
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
