@@ -24,7 +24,6 @@ import pytest
 import requests
 import yaml
 from cloudcoil.models.keda.v1alpha1 import ScaledObject
-from prometheus_client import REGISTRY
 
 from sdxl_server.metrics import REQUESTS_IN_FLIGHT, serve_metrics
 from sdxl_server.serving import container
@@ -138,7 +137,8 @@ class InstanceHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_response(200 if self.server.is_ready else 503)
         self.end_headers()
-        self.wfile.write(b"sdxl_requests_in_flight 0.0\n")
+        if self.path == "/metrics":
+            self.wfile.write(b"sdxl_requests_in_flight 0.0\n")
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
@@ -258,9 +258,13 @@ def test_drain_under_load_loses_nothing(tmp_path: Path, monkeypatch: pytest.Monk
         wait_until(lambda: one.answered > 2)
         started = time.monotonic()
         drained = pool.submit(container.drain, server, "127.0.0.1", one.metrics_port, seconds=25)
-        wait_until(
-            lambda: read_states(balancer)["one"] == "DOWN" and REGISTRY.get_sample_value("sdxl_requests_in_flight") == 0
-        )
+        haproxy = Haproxy(balancer.socket, "pictures")
+
+        def is_left_alone() -> bool:
+            row = haproxy.read_servers()["one"]
+            return (row["status"], row["scur"]) == ("DOWN", "0")
+
+        wait_until(is_left_alone)
         before, seen = one.answered, len(statuses)
         drained.result()
         seconds = time.monotonic() - started
