@@ -58,7 +58,7 @@ def main() -> int:
 def serve_web_ui(server: LocalServer, *, port: int = PORT) -> None:
     """Print an example request and the web UI's address, and serve the web UI until Ctrl-C."""
     print(EXAMPLE.format(url=server.url, key_file=server.key_file))
-    with PageServer(server.url, port=port) as page:
+    with PageServer(server.address, port=port) as page:
         serve(page, read_token(server.key_file, "inference"))
 
 

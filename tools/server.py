@@ -129,9 +129,14 @@ class LocalServer:
         self.temporary = Path(tempfile.mkdtemp(prefix="ts-"))
 
     @property
+    def address(self) -> str:
+        """The address of the inference API."""
+        return f"http://127.0.0.1:{self.ports['inference_address']}"
+
+    @property
     def url(self) -> str:
         """The address of the model's predictions."""
-        return f"http://127.0.0.1:{self.ports['inference_address']}/predictions/{self.model}"
+        return f"{self.address}/predictions/{self.model}"
 
     @property
     def key_file(self) -> Path:

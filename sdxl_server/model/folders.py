@@ -101,11 +101,14 @@ def check_component(folder: Path, *, remedy: str) -> None:
             raise ConfigError(f"{source}: {explain_pickle(folder / name, 'read as a pickle')}")
         if not (folder / name).exists():
             raise ConfigError(f"{source} names {name}, which is not there: {remedy}")
-    _check_precision(folder)
+    _check_precision(folder, remedy=remedy)
 
 
-def _check_precision(folder: Path) -> None:
-    """Refuse a component with quantised weights, and warn of plain fp8.
+def _check_precision(folder: Path, *, remedy: str) -> None:
+    """Refuse a component with quantised or damaged weights, and warn of plain fp8.
+
+    Args:
+        remedy: the command that makes a whole folder.
 
     Raises:
         ConfigError: names the format, or a file that is no safetensors.
@@ -122,6 +125,9 @@ def _check_precision(folder: Path) -> None:
             continue  # not loaded
         try:
             header = read_safetensors_header(path)
+        except CheckpointError as error:
+            raise ConfigError(f"{error}. Make the whole folder by: {remedy}") from error
+        try:
             check_not_quantised(header)
         except CheckpointError as error:
             raise ConfigError(str(error)) from error

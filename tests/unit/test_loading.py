@@ -194,5 +194,5 @@ def test_truncated_weights_are_told(tiny_model: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ConfigError, match="cannot read the pipeline"):
+    with pytest.raises(ConfigError, match=r"is damaged, or was not fetched whole.*python Download_model.py"):
         load(folder)
