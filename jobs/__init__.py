@@ -1,1 +1,1 @@
-"""Jobs: a client orders images and fetches them later. Redis holds the jobs, and Celery wakes the workers."""
+"""Jobs: a client orders images and fetches them later. PostgreSQL holds the jobs, and procrastinate runs them."""

@@ -1,5 +1,6 @@
-"""The jobs' API: `uvicorn jobs.api:app --host 127.0.0.1 --port 8090`, behind nginx, which checks tokens."""
+"""The jobs' API: `uvicorn jobs.api:app --host 127.0.0.1 --port 8090`, behind nginx, which checks API keys."""
 
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -7,31 +8,33 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from http import HTTPStatus
-from pathlib import Path as File
 from typing import Annotated, Any
 
-import redis
+import psycopg
 import requests
-from fastapi import Body, FastAPI, Path, Request, Response
+from fastapi import Body, FastAPI, Header, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
+from jobs.database import AwayError, Database
 from jobs.drawing import LostError, make_headers
 from jobs.results import Results
 from jobs.settings import Settings
-from jobs.store import Store
-from jobs.sweeping import Sweeper
-from jobs.tasks import work
+from jobs.store import FullError, HolderFullError, Order, Store
+from jobs.upkeep import keep_jobs, send_webhooks
+from jobs.webhooks import WebhookError, check_webhook
 from sdxl_server.schemas import describe_schema, is_valid, shorten
 from sdxl_server.serving.client import send_request
 
-FEW_TRIES = 3  # the client retries, and the sweeper must notice that Redis was away
 SCHEMA_SECONDS = 60  # the server's fields are cached this long
+RETRY_SECONDS = 5
+MAX_POLL_SECONDS = 10
 NOT_OF_JOBS = ("stream", "response_format")
 MEDIA = {b"\x89P": "image/png", b"\xff\xd8": "image/jpeg", b"RI": "image/webp"}
 Id = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{8,64}$", description="chosen by the client, or by POST")]
-Fields = Annotated[dict[str, Any], Body(description="a GenerationRequest of the model's own OpenAPI document")]
+Holder = Annotated[str, Header(alias="X-Holder", description="nginx sends the owner of the API key")]
+Fields = Annotated[dict[str, Any], Body(description="a GenerationRequest of the model's own API, and a webhook")]
 
 
 class JobState(BaseModel):
@@ -39,16 +42,16 @@ class JobState(BaseModel):
 
     id: str
     state: str
-    place: int | None = None
-    step: int | None = None
-    total: int | None = None
-    seconds_left: float | None = None
-    attempt: int = 0
-    message: str | None = None
+    place: int | None
+    step: int | None
+    total: int | None
+    seconds_left: float | None
+    attempt: int
+    message: str | None
     created: float
-    ended: float | None = None
-    preview: str | None = None
-    pictures: list[str] = []
+    ended: float | None
+    preview: str | None
+    pictures: list[str]
 
 
 class ApiError(Exception):
@@ -59,186 +62,201 @@ class ApiError(Exception):
         self.status, self.param = status, param
 
 
-class Jobs:
-    """The state of the API's process."""
+class Orders:
+    """Checks orders by the fields of the running server."""
 
-    def __init__(self) -> None:
-        self.settings = Settings.read()
-        self.store = Store(self.settings.redis, tries=FEW_TRIES)
-        self.results = Results(self.settings.folder)
-        self.sweeper = Sweeper(self.store, self.results, self.settings)
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._schema: tuple[float, dict[str, Any]] = (float("-inf"), {})
 
-    def read_fields(self) -> dict[str, Any]:
-        """Return the schemas of the server's fields; empty while it is down, and then the worker checks."""
-        at, fields = self._schema
-        if time.monotonic() - at > SCHEMA_SECONDS:
-            with contextlib.suppress(requests.RequestException, LostError, ValueError, LookupError):
-                address = f"{self.settings.predictions}/1.0/openapi.json"
-                document = send_request("GET", address, headers=make_headers(self.settings), timeout=5).json()
-                fields = document["components"]["schemas"]["GenerationRequest"]["properties"]
-                self._schema = time.monotonic(), fields
-        return fields
-
-    def check(self, fields: Mapping[str, Any]) -> None:
-        """Refuse fields that TorchServe would refuse later.
+    def read(self, fields: dict[str, Any], *, holder: str, job: str) -> Order:
+        """Return the order of a request.
 
         Raises:
             ApiError: names the field, what is accepted and what was given.
         """
-        taken = self.read_fields()
+        fields = dict(fields)
+        try:
+            webhook = check_webhook(fields.pop("webhook"), self._settings) if "webhook" in fields else None
+        except WebhookError as error:
+            raise ApiError(HTTPStatus.BAD_REQUEST, str(error), "webhook") from error
+        taken = self._read_schema()
         for name, value in fields.items():
             if name in NOT_OF_JOBS:
                 raise ApiError(HTTPStatus.BAD_REQUEST, f"{name} has no place in a job; leave it out", name)
             if taken and name not in taken:
                 raise ApiError(HTTPStatus.BAD_REQUEST, f"{shorten(name)} is not a field", shorten(name))
             if taken and not is_valid(value, taken[name]):
-                raise ApiError(
-                    HTTPStatus.BAD_REQUEST, f"{name} takes {describe_schema(taken[name])}, not {shorten(value)}", name
-                )
+                message = f"{name} takes {describe_schema(taken[name])}, not {shorten(value)}"
+                raise ApiError(HTTPStatus.BAD_REQUEST, message, name)
         if "prompt" not in fields:
             raise ApiError(HTTPStatus.BAD_REQUEST, "prompt is missing", "prompt")
+        text = json.dumps(fields, sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return Order(holder=holder, id=job, digest=digest, fields=text, webhook=webhook)
 
-    def submit(self, job: str, fields: dict[str, Any], response: Response) -> JobState:
-        """Accept a job, or return the one with this id.
-
-        Raises:
-            ApiError: it is wrong, another one has its id, or there is no room.
-        """
-        self.check(fields)
-        digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-        self.results.write_request(job, digest, fields)
-        outcome = self.store.submit(job, digest, max_waiting=self.settings.max_waiting)
-        if outcome == "full":
-            self.results.remove(job)
-            message = f"{self.settings.max_waiting} jobs wait, which is the limit; ask again later"
-            raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, message)
-        if outcome == "known" and self.store.read(job).get("digest") != digest:
-            raise ApiError(HTTPStatus.CONFLICT, f"job {job} exists and asks for something else", "id")
-        if outcome == "new":
-            work.delay()
-        response.status_code = HTTPStatus.ACCEPTED
-        response.headers["Location"] = f"/jobs/{job}"
-        return self.describe(job)
-
-    def describe(self, job: str) -> JobState:
-        """Return where a job stands.
-
-        Raises:
-            ApiError: there is none of this id.
-        """
-        known = self.store.read(job)
-        if not known:
-            raise ApiError(
-                HTTPStatus.NOT_FOUND, f"there is no job {job}; a job is removed some time after its end", "id"
-            )
-        state, attempt = known["state"], int(known["attempt"])
-        images = self.results.list_images(job, attempt) if state == "done" else []
-        has_preview = state == "running" and self.results.find_preview(job) is not None
-        named = {name: known[name] for name in ("step", "total", "seconds_left", "ended") if name in known}
-        return JobState(
-            id=job,
-            state=state,
-            place=self.store.find_place(job) if state == "waiting" else None,
-            attempt=attempt,
-            message=known.get("message") or None,
-            created=float(known["created"]),
-            preview=f"/jobs/{job}/preview" if has_preview else None,
-            pictures=[f"/jobs/{job}/pictures/{index}" for index in range(len(images))],
-            **named,  # type: ignore[arg-type]
-        )
+    def _read_schema(self) -> Mapping[str, Any]:
+        """Return the schemas of the server's fields; empty while it is down, and then the worker checks."""
+        at, fields = self._schema
+        if time.monotonic() - at > SCHEMA_SECONDS:
+            with contextlib.suppress(requests.RequestException, LostError, ValueError, LookupError):
+                address = f"{self._settings.predictions}/1.0/openapi.json"
+                document = send_request("GET", address, headers=make_headers(self._settings), timeout=5).json()
+                fields = document["components"]["schemas"]["GenerationRequest"]["properties"]
+                self._schema = time.monotonic(), fields
+        return fields
 
 
 @contextlib.asynccontextmanager
-async def run_sweeper(app: FastAPI) -> AsyncIterator[None]:
-    """Run the sweeper while the API runs."""
-    app.state.jobs = Jobs()
-    app.state.jobs.sweeper.start()
-    yield
-    app.state.jobs.sweeper.stop()
+async def run(app: FastAPI) -> AsyncIterator[None]:
+    """Connect, and do the upkeep while the API runs."""
+    settings = Settings.read()
+    async with Database(settings.database) as database:
+        store, results = Store(database, settings), Results(settings.results)
+        app.state.store, app.state.results, app.state.orders = store, results, Orders(settings)
+        tasks = [
+            asyncio.create_task(keep_jobs(database, store, results, settings)),
+            asyncio.create_task(send_webhooks(database, store, settings)),
+        ]
+        yield
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-app = FastAPI(title="Jobs of Stable Diffusion XL", version="1.0", lifespan=run_sweeper, docs_url=None, redoc_url=None)
+app = FastAPI(title="Jobs of Stable Diffusion XL", version="1.0", lifespan=run, docs_url=None, redoc_url=None)
 app.router.redirect_slashes = False
 
 
 @app.exception_handler(ApiError)
-def tell_error(_: Request, error: ApiError) -> JSONResponse:
+def write_error(_: Request, error: ApiError) -> JSONResponse:
     """Return an error in the form of the model's own API."""
     kind = "server_busy" if error.status >= 500 else "invalid_request_error"
-    told = {"message": str(error), "type": kind, "param": error.param, "code": int(error.status)}
-    return JSONResponse({"error": told}, status_code=error.status)
+    content = {"message": str(error), "type": kind, "param": error.param, "code": int(error.status)}
+    is_passing = error.status in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS)
+    headers = {"Retry-After": str(RETRY_SECONDS)} if is_passing else {}
+    return JSONResponse({"error": content}, status_code=error.status, headers=headers)
 
 
 @app.exception_handler(RequestValidationError)
-def tell_mistake(request: Request, error: RequestValidationError) -> JSONResponse:
-    """Answer a wrong path or body."""
+def write_mistake(request: Request, error: RequestValidationError) -> JSONResponse:
+    """Return the error of a wrong path or body."""
     first = error.errors()[0]
     name = str(first["loc"][-1])
     message = f"{name}: {first['msg']}, not {shorten(first.get('input'))}"
-    return tell_error(request, ApiError(HTTPStatus.BAD_REQUEST, message, name))
+    return write_error(request, ApiError(HTTPStatus.BAD_REQUEST, message, name))
 
 
-@app.exception_handler(redis.RedisError)
-def tell_redis(request: Request, _: redis.RedisError) -> JSONResponse:
-    """Answer without Redis."""
-    return tell_error(request, ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "Redis is away; ask again later"))
+@app.exception_handler(AwayError)
+@app.exception_handler(FullError)
+@app.exception_handler(psycopg.errors.UndefinedTable)
+def write_busy(request: Request, error: Exception) -> JSONResponse:
+    """Return why nothing was kept."""
+    message = str(error) if isinstance(error, FullError) else "the database is away; ask again later"
+    if isinstance(error, psycopg.errors.UndefinedTable):
+        message = "the database has no tables; run python -m jobs setup"
+    is_own = isinstance(error, HolderFullError)
+    status = HTTPStatus.TOO_MANY_REQUESTS if is_own else HTTPStatus.SERVICE_UNAVAILABLE
+    return write_error(request, ApiError(status, message))
 
 
-@app.post("/jobs", status_code=HTTPStatus.ACCEPTED)
-def post_job(request: Request, response: Response, fields: Fields) -> JobState:
+@app.get("/jobs")
+async def list_jobs(request: Request, holder: Holder = "") -> list[JobState]:
+    """Return the holder's newest 100 jobs."""
+    return [describe(row) for row in await request.app.state.store.list_newest(holder)]
+
+
+@app.post("/jobs", response_model=JobState, status_code=HTTPStatus.ACCEPTED)
+async def post_job(request: Request, fields: Fields, holder: Holder = "") -> Response:
     """Order images."""
-    jobs: Jobs = request.app.state.jobs
-    return jobs.submit(uuid.uuid4().hex, fields, response)
+    return await submit(request, uuid.uuid4().hex, fields, holder)
 
 
-@app.put("/jobs/{job}", status_code=HTTPStatus.ACCEPTED)
-def put_job(request: Request, response: Response, job: Id, fields: Fields) -> JobState:
+@app.put("/jobs/{job}", response_model=JobState, status_code=HTTPStatus.ACCEPTED)
+async def put_job(request: Request, job: Id, fields: Fields, holder: Holder = "") -> Response:
     """Order images under an id. The same order again is the same job."""
-    jobs: Jobs = request.app.state.jobs
-    return jobs.submit(job, fields, response)
+    return await submit(request, job, fields, holder)
 
 
-@app.get("/jobs/{job}")
-def get_job(request: Request, job: Id) -> JobState:
-    """Return a job's state."""
-    jobs: Jobs = request.app.state.jobs
-    return jobs.describe(job)
+@app.get("/jobs/{job}", response_model=JobState)
+async def get_job(request: Request, job: Id, holder: Holder = "") -> Response:
+    """Return a job's state. If-None-Match with the last ETag gets 304 while nothing has changed."""
+    return write_state(request, await find(request, job, holder))
 
 
-@app.delete("/jobs/{job}")
-def delete_job(request: Request, job: Id) -> JobState:
+@app.delete("/jobs/{job}", response_model=JobState)
+async def delete_job(request: Request, job: Id, holder: Holder = "") -> Response:
     """Cancel a job: a waiting one at once, a running one within a step. A finished job stays."""
-    jobs: Jobs = request.app.state.jobs
-    jobs.describe(job)
-    jobs.store.cancel(job)
-    return jobs.describe(job)
+    await request.app.state.store.cancel(holder, job)
+    return write_state(request, await find(request, job, holder))
 
 
-@app.get("/jobs/{job}/preview", response_class=FileResponse)
-def get_preview(request: Request, job: Id) -> FileResponse:
-    """Return the newest preview, if the order has partial_images."""
-    jobs: Jobs = request.app.state.jobs
-    return send(jobs.results.find_preview(job) if jobs.describe(job).state == "running" else None)
+@app.get("/jobs/{job}/preview")
+async def get_preview(request: Request, job: Id, holder: Holder = "") -> Response:
+    """Return the newest preview of a running job, if the order has partial_images."""
+    return write_image(await request.app.state.store.read_preview(holder, job))
 
 
-@app.get("/jobs/{job}/pictures/{index}", response_class=FileResponse)
-def get_picture(request: Request, job: Id, index: int) -> FileResponse:
+@app.get("/jobs/{job}/pictures/{index}")
+async def get_picture(request: Request, job: Id, index: int, holder: Holder = "") -> Response:
     """Return an image of a finished job."""
-    jobs: Jobs = request.app.state.jobs
-    state = jobs.describe(job)
-    found = jobs.results.list_images(job, state.attempt) if state.state == "done" else []
-    return send(found[index] if 0 <= index < len(found) else None)
+    names = (await find(request, job, holder))["results"]
+    is_there = 0 <= index < len(names)
+    return write_image(await asyncio.to_thread(request.app.state.results.read, names[index]) if is_there else None)
 
 
-def send(path: File | None) -> FileResponse:
-    """Return an image's file.
+async def find(request: Request, job: str, holder: str) -> dict[str, Any]:
+    """Return a holder's job.
+
+    Raises:
+        ApiError: there is none of this id.
+    """
+    row: dict[str, Any] | None = await request.app.state.store.describe(holder, job)
+    if row is None:
+        message = f"there is no job {job}; a job is removed some time after its end"
+        raise ApiError(HTTPStatus.NOT_FOUND, message, "id")
+    return row
+
+
+async def submit(request: Request, job: str, fields: dict[str, Any], holder: str) -> Response:
+    """Keep an order; return its job.
+
+    Raises:
+        ApiError: the order is wrong, or another one has its id.
+    """
+    order = await asyncio.to_thread(request.app.state.orders.read, fields, holder=holder, job=job)
+    if not await request.app.state.store.submit(order):
+        raise ApiError(HTTPStatus.CONFLICT, f"job {job} exists and asks for something else", "id")
+    response = write_state(request, await find(request, job, holder), HTTPStatus.ACCEPTED)
+    response.headers["Location"] = f"/jobs/{job}"
+    return response
+
+
+def describe(row: Mapping[str, Any]) -> JobState:
+    """Return where a job stands."""
+    path = f"/jobs/{row['id']}"
+    preview = f"{path}/preview" if row["has_preview"] else None
+    pictures = [f"{path}/pictures/{index}" for index, _ in enumerate(row["results"])]
+    return JobState.model_validate({**row, "preview": preview, "pictures": pictures})
+
+
+def write_state(request: Request, row: Mapping[str, Any], status: HTTPStatus = HTTPStatus.OK) -> Response:
+    """Return a job's state, with the seconds until the next question where it has not ended."""
+    content = describe(row).model_dump_json()
+    headers = {"ETag": f'"{hashlib.sha256(content.encode()).hexdigest()[:32]}"', "Cache-Control": "no-cache"}
+    if row["ended"] is None:
+        headers["Retry-After"] = str(min(1 + (row["place"] or 0), MAX_POLL_SECONDS))
+    if status == HTTPStatus.OK and request.headers.get("If-None-Match") == headers["ETag"]:
+        return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
+    return Response(content, status_code=status, headers=headers, media_type="application/json")
+
+
+def write_image(image: bytes | None) -> Response:
+    """Return an image.
 
     Raises:
         ApiError: there is none.
     """
-    if path is None:
+    if image is None:
         raise ApiError(HTTPStatus.NOT_FOUND, "there is no such image, or not yet")
-    with path.open("rb") as file:
-        kind = MEDIA[file.read(2)]
-    return FileResponse(path, media_type=kind)
+    return Response(image, media_type=MEDIA[image[:2]])

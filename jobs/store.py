@@ -1,153 +1,219 @@
-"""The jobs in Redis: their order, their state and their workers.
+"""The jobs: what clients see of them, and the transactions that change them.
 
-Celery's messages only say that there is something to do. Scripts that Redis runs as a whole choose the
-next job. So a repeated or lost message neither repeats nor loses a job. A worker sends heartbeats for each attempt at
-a job. After it has lost the job to another attempt, it can neither continue nor end it.
+Each attempt at a job is a job of procrastinate, whose id is the attempt's lease. Only the current lease changes a job.
+So an attempt that was replaced can neither report nor deliver. A transaction may be repeated with the same outcome: a
+database can end between a change and its confirmation. All methods raise AwayError while the database is away.
 """
 
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import redis
-from redis.backoff import ExponentialBackoff
-from redis.retry import Retry
+from jobs.database import Connection, Database
+from jobs.settings import RESTARTED, Settings
 
-WAITING, AGAIN, RUNNING, ENDED, COUNTER = "jobs:waiting", "jobs:again", "jobs:running", "jobs:ended", "jobs:counter"
 MAX_ATTEMPTS = 2
-LOST = "its worker was lost, twice"
-TRIES = 60  # of a worker's command without Redis: about a minute
-
-_SUBMIT = """
-if redis.call('EXISTS', KEYS[1]) == 1 then return 'known' end
-if redis.call('ZCARD', 'jobs:waiting') >= tonumber(ARGV[2]) then return 'full' end
-redis.call('HSET', KEYS[1], 'state', 'waiting', 'digest', ARGV[3], 'created', ARGV[4], 'attempt', 0, 'beat', 0)
-redis.call('ZADD', 'jobs:waiting', redis.call('INCR', 'jobs:counter'), ARGV[1])
-return 'new'
+MAX_LISTED = 100
+DESCRIBE = """
+SELECT id, state, attempt, step, total, seconds_left, message, results, webhook, preview IS NOT NULL AS has_preview,
+    extract(epoch FROM created)::float8 AS created, extract(epoch FROM ended)::float8 AS ended,
+    CASE WHEN state = 'waiting' THEN (
+        -- A job that is started again comes first. The others do not count it, so that no place grows.
+        SELECT count(*) FROM image_jobs AS other
+        WHERE other.state = 'waiting' AND other.lease = other.rank AND job.lease = job.rank
+            AND (other.priority > job.priority OR other.priority = job.priority AND other.rank < job.rank)
+    ) END AS place
+FROM image_jobs AS job
 """
-# A retried job comes first and is not among the waiting ones, so that no place grows.
-_CLAIM = """
-local id = redis.call('LPOP', 'jobs:again') or redis.call('ZPOPMIN', 'jobs:waiting')[1]
-if not id then return nil end
-redis.call('SADD', 'jobs:running', id)
-redis.call('HSET', 'jobs:job:' .. id, 'state', 'running')
-return {id, redis.call('HINCRBY', 'jobs:job:' .. id, 'attempt', 1)}
-"""
-_BEAT = """
-if redis.call('HGET', KEYS[1], 'attempt') ~= ARGV[1] or redis.call('HGET', KEYS[1], 'state') ~= 'running'
-    or redis.call('HGET', KEYS[1], 'cancel') then return 0 end
-redis.call('HINCRBY', KEYS[1], 'beat', 1)
-for i = 2, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
-return 1
-"""
-_END = """
-if redis.call('HGET', KEYS[1], 'attempt') ~= ARGV[1] or redis.call('HGET', KEYS[1], 'state') ~= 'running' then
-    return 0 end
-local state = redis.call('HGET', KEYS[1], 'cancel') and 'cancelled' or ARGV[3]
-redis.call('SREM', 'jobs:running', ARGV[2])
-if state == 'again' and tonumber(ARGV[1]) < tonumber(ARGV[6]) then
-    redis.call('HSET', KEYS[1], 'state', 'waiting')
-    redis.call('RPUSH', 'jobs:again', ARGV[2])
-    return 1 end
-if state == 'again' then state = 'failed' end
-redis.call('HSET', KEYS[1], 'state', state, 'message', ARGV[4], 'ended', ARGV[5])
-redis.call('ZADD', 'jobs:ended', ARGV[5], ARGV[2])
-return 1
-"""
-_CANCEL = """
-local state = redis.call('HGET', KEYS[1], 'state')
-if state == 'running' then redis.call('HSET', KEYS[1], 'cancel', 1) end
-if state == 'waiting' then
-    redis.call('ZREM', 'jobs:waiting', ARGV[1])
-    redis.call('LREM', 'jobs:again', 0, ARGV[1])
-    redis.call('HSET', KEYS[1], 'state', 'cancelled', 'ended', ARGV[2])
-    redis.call('ZADD', 'jobs:ended', ARGV[2], ARGV[1])
-end
-return state
+END = """
+UPDATE image_jobs SET state = %(state)s, message = %(message)s, results = %(results)s, bytes = %(bytes)s,
+    ended = now(), fields = '', preview = NULL, seconds_left = NULL
+WHERE lease = %(lease)s AND ended IS NULL RETURNING webhook
 """
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A job that a worker has taken, with the number of the attempt."""
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What a client orders.
 
-    job: str
-    attempt: int
+    Attributes:
+        holder: the owner of the client's API key; empty without API keys.
+        id: chosen by the client, or random.
+        digest: of the fields.
+        fields: the request, as JSON.
+        webhook: the address that gets a message at the end.
+    """
+
+    holder: str
+    id: str
+    digest: str
+    fields: str
+    webhook: str | None = None
+
+
+class FullError(RuntimeError):
+    """There is no room for another order."""
+
+
+class HolderFullError(FullError):
+    """This holder has too many waiting jobs."""
 
 
 class Store:
-    """The jobs in a Redis.
+    """The jobs in a database."""
 
-    Args:
-        url: its address.
-        tries: of a command while it is away.
-    """
+    def __init__(self, database: Database, settings: Settings) -> None:
+        self._database, self._settings = database, settings
 
-    def __init__(self, url: str, *, tries: int = TRIES) -> None:
-        self.redis: Any = redis.Redis.from_url(
-            url,
-            decode_responses=True,
-            socket_timeout=5,
-            retry=Retry(ExponentialBackoff(cap=1), tries),
-            retry_on_error=[redis.ConnectionError, redis.TimeoutError],
-        )
-        scripts = {"submit": _SUBMIT, "claim": _CLAIM, "beat": _BEAT, "end": _END, "cancel": _CANCEL}
-        self._scripts = {name: self.redis.register_script(text) for name, text in scripts.items()}
+    async def submit(self, order: Order) -> bool:
+        """Keep an order. Return False if the holder has another order with its id.
 
-    def submit(self, job: str, digest: str, *, max_waiting: int) -> str:
-        """Put a job at the end. Return new, known (the id exists) or full."""
-        return str(self._run("submit", job, job, max_waiting, digest, time.time()))
-
-    def claim(self) -> Claim | None:
-        """Take the next job, if there is one."""
-        taken = self._scripts["claim"]()
-        return Claim(taken[0], int(taken[1])) if taken else None
-
-    def beat(self, claim: Claim, figures: Mapping[str, Any] | None = None) -> bool:
-        """Send a heartbeat with figures. Return False if the job was cancelled or lost."""
-        pairs = [each for pair in (figures or {}).items() for each in pair]
-        return bool(self._run("beat", claim.job, claim.attempt, *pairs))
-
-    def end(self, claim: Claim, state: str, message: str = "") -> bool:
-        """End a job as done or failed, or (again) have it taken up once more, failed when that was so already.
-
-        A job that is cancelled ends so. It is False where the job is another attempt's by now.
+        Raises:
+            FullError: too many jobs wait.
         """
-        return bool(self._run("end", claim.job, claim.attempt, claim.job, state, message, time.time(), MAX_ATTEMPTS))
+        priority = self._settings.priorities.get(order.holder, 0)
+        async with self._database.transact() as connection:
+            await connection.execute("SELECT pg_advisory_xact_lock(hashtext('image_jobs'))")  # counts stay true
+            query = "SELECT digest FROM image_jobs WHERE holder = %s AND id = %s"
+            if known := await (await connection.execute(query, (order.holder, order.id))).fetchone():
+                return bool(known["digest"] == order.digest)
+            await self._check_room(connection, order)
+            lease = await self._defer(connection, priority)
+            values = {**asdict(order), "bytes": len(order.fields), "priority": priority, "rank": lease, "lease": lease}
+            names = ", ".join(values)
+            marks = ", ".join(f"%({name})s" for name in values)
+            await connection.execute(f"INSERT INTO image_jobs ({names}) VALUES ({marks})", values)
+        return True
 
-    def cancel(self, job: str) -> None:
-        """Remove a job from the queue, or stop its worker within a step. A finished job stays."""
-        self._run("cancel", job, job, time.time())
+    async def describe(self, holder: str, job: str) -> dict[str, Any] | None:
+        """Return what a holder sees of a job; None if there is no such job."""
+        found = await self._database.fetch(f"{DESCRIBE} WHERE holder = %s AND id = %s", holder, job)
+        return found[0] if found else None
 
-    def read(self, job: str) -> dict[str, str]:
-        """Return a job's fields; empty if there is no such job."""
-        read: dict[str, str] = self.redis.hgetall(f"jobs:job:{job}")
-        return read
+    async def describe_attempt(self, lease: int) -> dict[str, Any] | None:
+        """Return what the holder of this job sees of it; None if it was removed."""
+        found = await self._database.fetch(f"{DESCRIBE} WHERE lease = %s", lease)
+        return found[0] if found else None
 
-    def find_place(self, job: str) -> int:
-        """Return how many jobs are before a waiting one; None if it is next."""
-        place = self.redis.zrank(WAITING, job)
-        return 0 if place is None else int(place)
+    async def list_newest(self, holder: str) -> list[dict[str, Any]]:
+        """Return a holder's newest jobs."""
+        query = f"{DESCRIBE} WHERE holder = %s ORDER BY rank DESC LIMIT {MAX_LISTED}"
+        return await self._database.fetch(query, holder)
 
-    def list_running(self) -> list[Claim]:
-        """Return the jobs in work, including jobs from lost workers."""
-        jobs: set[str] = self.redis.smembers(RUNNING)
-        attempts = {job: self.redis.hget(f"jobs:job:{job}", "attempt") for job in jobs}
-        return [Claim(job, int(attempt)) for job, attempt in attempts.items() if attempt]
+    async def read_preview(self, holder: str, job: str) -> bytes | None:
+        """Return the newest preview of a running job."""
+        query = "SELECT preview FROM image_jobs WHERE holder = %s AND id = %s"
+        return next((row["preview"] for row in await self._database.fetch(query, holder, job)), None)
 
-    def count_waiting(self) -> int:
-        """Return the jobs without a worker."""
-        return int(self.redis.zcard(WAITING)) + int(self.redis.llen(AGAIN))
+    async def cancel(self, holder: str, job: str) -> None:
+        """End a job, if it has not ended. Its worker notices at the next step."""
+        query = "SELECT lease FROM image_jobs WHERE holder = %s AND id = %s AND ended IS NULL FOR UPDATE"
+        async with self._database.transact() as connection:
+            if row := await (await connection.execute(query, (holder, job))).fetchone():
+                await self._end(connection, row["lease"], "cancelled")
+                manager = self._database.app.job_manager
+                await manager.cancel_job_by_id_async(row["lease"], delete_job=True, connection=connection)
 
-    def list_ended(self, before: float = float("inf")) -> list[str]:
-        """Return the jobs that ended before a time, in order."""
-        jobs: list[str] = self.redis.zrangebyscore(ENDED, "-inf", before)
-        return jobs
+    async def start(self, lease: int) -> Mapping[str, Any] | None:
+        """Begin an attempt. Return the job's id and fields; None if it has ended or another attempt has it."""
+        found = await self._database.fetch(
+            "UPDATE image_jobs SET state = 'running', attempt = attempt + (state = 'waiting')::int"
+            " WHERE lease = %s AND ended IS NULL RETURNING id, fields",
+            lease,
+        )
+        return found[0] if found else None
 
-    def forget(self, job: str) -> None:
-        """Remove a finished job."""
-        self.redis.pipeline().zrem(ENDED, job).delete(f"jobs:job:{job}").execute()
+    async def report(self, lease: int, **figures: Any) -> bool:
+        """Keep step, total, seconds_left and preview. Return False if the attempt is to stop."""
+        names = ("step", "total", "seconds_left", "preview")
+        values = ", ".join(f"{name} = coalesce(%s, {name})" for name in names)
+        query = f"UPDATE image_jobs SET {values} WHERE lease = %s AND ended IS NULL RETURNING lease"
+        return bool(await self._database.fetch(query, *map(figures.get, names), lease))
 
-    def _run(self, script: str, job: str, *arguments: Any) -> Any:
-        return self._scripts[script](keys=[f"jobs:job:{job}"], args=arguments)
+    async def end(
+        self, lease: int, state: str, message: str | None = None, *, results: Sequence[str] = (), size: int = 0
+    ) -> bool:
+        """End a job as done or failed. Return False if another attempt has it, or it was cancelled.
+
+        Args:
+            results: the names of its images.
+            size: of its images in bytes.
+        """
+        async with self._database.transact() as connection:
+            return await self._end(connection, lease, state, message, results=results, size=size)
+
+    async def restart(self, lease: int, reason: str) -> None:
+        """Give a job to another attempt, or end it as failed if there were enough of them."""
+        query = "SELECT attempt FROM image_jobs WHERE lease = %s AND ended IS NULL FOR UPDATE"
+        async with self._database.transact() as connection:
+            row = await (await connection.execute(query, (lease,))).fetchone()
+            if row and row["attempt"] >= MAX_ATTEMPTS:
+                await self._end(connection, lease, "failed", f"{reason}; this was attempt {row['attempt']}")
+            elif row:
+                await connection.execute(
+                    "UPDATE image_jobs SET lease = %s, state = 'waiting', step = NULL, total = NULL,"
+                    " seconds_left = NULL, preview = NULL WHERE lease = %s",
+                    (await self._defer(connection, RESTARTED), lease),
+                )
+
+    async def list_abandoned(self) -> list[int]:
+        """Return the leases of open jobs that procrastinate no longer has."""
+        found = await self._database.fetch(
+            "SELECT lease FROM image_jobs WHERE ended IS NULL AND NOT EXISTS"
+            " (SELECT FROM procrastinate_jobs WHERE id = lease AND status IN ('todo', 'doing'))"
+        )
+        return [row["lease"] for row in found]
+
+    async def remove_old(self) -> None:
+        """Remove jobs that ended too long ago, and the oldest ones while all images take too many bytes."""
+        await self._database.fetch(
+            "DELETE FROM image_jobs WHERE ended < now() - make_interval(secs => %s) OR lease IN ("
+            " SELECT lease FROM (SELECT lease, sum(bytes) OVER (ORDER BY ended DESC, lease DESC) AS newer"
+            " FROM image_jobs WHERE ended IS NOT NULL) AS each WHERE newer > %s) RETURNING lease",
+            self._settings.keep_seconds,
+            self._settings.keep_bytes,
+        )
+
+    async def find_needed(self, leases: Sequence[int]) -> set[int]:
+        """Return the leases whose images are needed: an attempt writes them, or its job names them."""
+        found = await self._database.fetch(
+            "SELECT lease FROM image_jobs WHERE lease = ANY(%s) AND (ended IS NULL OR results <> '{}')", list(leases)
+        )
+        return {row["lease"] for row in found}
+
+    async def _check_room(self, connection: Connection, order: Order) -> None:
+        limits = self._settings
+        query = (
+            "SELECT count(*) AS jobs, count(*) FILTER (WHERE holder = %s) AS own, coalesce(sum(bytes), 0) AS bytes"
+            " FROM image_jobs WHERE state = 'waiting'"
+        )
+        waiting = await (await connection.execute(query, (order.holder,))).fetchone()
+        if waiting["own"] >= limits.max_waiting_of_holder:
+            raise HolderFullError(f"{waiting['own']} of your jobs wait, which is the limit; ask again later")
+        if waiting["jobs"] >= limits.max_waiting:
+            raise FullError(f"{waiting['jobs']} jobs wait, which is the limit; ask again later")
+        if waiting["bytes"] + len(order.fields) > limits.max_waiting_bytes:
+            raise FullError(f"waiting jobs take {waiting['bytes']} bytes, which leaves no room; ask again later")
+
+    async def _defer(self, connection: Connection, priority: int) -> int:
+        task = self._database.app.configure_task("draw", queue="draw", priority=priority, connection=connection)
+        return await task.defer_async()
+
+    async def _end(
+        self,
+        connection: Connection,
+        lease: int,
+        state: str,
+        message: str | None = None,
+        *,
+        results: Sequence[str] = (),
+        size: int = 0,
+    ) -> bool:
+        values = {"lease": lease, "state": state, "message": message, "results": list(results), "bytes": size}
+        if row := await (await connection.execute(END, values)).fetchone():
+            if row["webhook"]:
+                task = self._database.app.configure_task("notify", queue="webhooks", connection=connection)
+                await task.defer_async(lease=lease)
+            return True
+        query = "SELECT FROM image_jobs WHERE lease = %(lease)s AND state = %(state)s AND results = %(results)s"
+        return await (await connection.execute(query, values)).fetchone() is not None

@@ -1,9 +1,8 @@
-"""Jobs with a real Redis, real workers of Celery and a real TorchServe; kills of each of them."""
+"""Jobs with a real PostgreSQL, real workers and a real TorchServe; kills of each of them."""
 
 import contextlib
 import io
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,53 +20,49 @@ import requests
 import yaml
 from PIL import Image
 
-from jobs.results import Results, remove_old
-from jobs.settings import Settings
-from jobs.store import LOST, Store
+from jobs.upkeep import LOST
 from tests.server.test_backends import make_settings
 from tools.instances import Instance
+from tools.postgres import LocalPostgres, find_postgres
 from tools.proxy import LocalProxy, find_nginx
 from tools.server import ROOT, find_free_ports, make_archive
 
-REDIS = shutil.which("redis-server")
-pytestmark = pytest.mark.skipif(REDIS is None, reason="redis-server is not installed")
+pytestmark = pytest.mark.skipif(find_postgres() is None, reason="postgresql is not installed")
 ENDED = {"done", "failed", "cancelled"}
 KILLS = ("clients", *("worker0", "redis", "torchserve0", "worker1", "api") * 2, "worker0", "redis", "torchserve1")
 
 
 class Site:
-    """Redis with its persistence on, the API, and workers, each with a TorchServe."""
+    """PostgreSQL, the API, and workers, each with a TorchServe."""
 
-    def __init__(self, folder: Path, instances: list[Instance]) -> None:
-        self.folder, self.instances = folder, instances
-        self.redis_port, self.api_port = find_free_ports(2)
+    def __init__(self, folder: Path, instances: list[Instance], database: LocalPostgres) -> None:
+        self.folder, self.instances, self.database = folder, instances, database
+        (self.api_port,) = find_free_ports(1)
         self.processes: dict[str, psutil.Popen] = {}
+        self.environment = {
+            **os.environ,
+            "JOBS_DATABASE": database.address,
+            "JOBS_RESULTS": str(folder / "results"),
+            "JOBS_LOST_SECONDS": "4",
+            "JOBS_SILENT_SECONDS": "10",
+            "JOBS_PREDICTIONS": instances[0].url,
+            "PYTHONPATH": str(ROOT),
+        }
 
     @property
     def names(self) -> list[str]:
         return [f"worker{index}" for index in range(len(self.instances))]
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, **variables: str) -> None:
         """Start one of its programs."""
-        environment = {
-            **os.environ,
-            "JOBS_REDIS": f"redis://127.0.0.1:{self.redis_port}/0",
-            "JOBS_RESULTS": str(self.folder / "results"),
-            "JOBS_LOST_SECONDS": "6",
-            "JOBS_PREDICTIONS": self.instances[0].url,
-            "PYTHONPATH": str(ROOT),
-        }
-        python = (sys.executable, "-m")
-        if name == "redis":
-            command: tuple[str, ...] = (str(REDIS), "--port", str(self.redis_port), "--bind", "127.0.0.1")
-            command += ("--appendonly", "yes", "--dir", str(self.folder))
-        elif name == "api":
-            command = (*python, "uvicorn", "jobs.api:app", "--port", str(self.api_port), "--log-level", "warning")
-        else:
-            environment["JOBS_PREDICTIONS"] = self.instances[int(name[-1])].url
-            command = (*python, "celery", "--app", "jobs.tasks", "worker", "--hostname", name, "--loglevel", "info")
+        command = [sys.executable, "-m", "uvicorn", "jobs.api:app", "--port", str(self.api_port)]
+        if name != "api":
+            command = [sys.executable, "-m", "jobs", "worker"]
+            variables["JOBS_PREDICTIONS"] = self.instances[int(name[-1])].url
         with (self.folder / f"{name}.log").open("a") as log:
-            self.processes[name] = psutil.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log)
+            self.processes[name] = psutil.Popen(
+                command, cwd=self.folder, env={**self.environment, **variables}, stdout=log, stderr=log
+            )
 
     def kill(self, name: str) -> None:
         """Kill one of its programs as the kernel does."""
@@ -133,9 +128,12 @@ def serve(folder: Path, model: Path, count: int) -> Iterator[Site]:
             settings["handler"]["metrics_address"] = f"127.0.0.1:{port}"
             make_archive(place, model, yaml.safe_dump(settings, sort_keys=False))
             instances.append(stack.enter_context(Instance(place, metrics_port=port)))
-        site = Site(folder, instances)
+        database = stack.enter_context(LocalPostgres())
+        site = Site(folder, instances, database)
+        setup = [sys.executable, "-m", "jobs", "setup"]
+        subprocess.run(setup, cwd=folder, env=site.environment, check=True, timeout=60)
         try:
-            for name in ("redis", "api", *site.names):
+            for name in ("api", *site.names):
                 site.start(name)
             site.wait(lambda: is_up(site))
             yield site
