@@ -10,6 +10,7 @@ import psycopg
 from procrastinate import App, PsycopgConnector
 from procrastinate.connector import Notify
 from procrastinate.exceptions import ConnectorException
+from procrastinate.sql import queries
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
@@ -91,13 +92,13 @@ class Connector(PsycopgConnector):
     """
 
     async def execute_query_async(self, query: Any, **arguments: Any) -> None:
-        """Run a query of a heartbeat, or of the end of a job."""
+        """Run a query of a heartbeat, of the end of a job or of the end of a worker."""
 
         async def run() -> None:
             async with reach_database():
                 await super(Connector, self).execute_query_async(query, **arguments)
 
-        await wait_for_database(run)
+        await (run() if query == queries["unregister_worker"] else wait_for_database(run))
 
     async def execute_query_one_async(self, query: Any, **arguments: Any) -> dict[str, Any]:
         """Run a query such as a claim."""
@@ -135,6 +136,7 @@ class Database:
             min_size=1,
             max_size=10,
             timeout=CONNECT_SECONDS,
+            reconnect_timeout=2,  # the next query tries again; by default the pauses grow to minutes
             check=AsyncConnectionPool.check_connection,
             open=False,
         )

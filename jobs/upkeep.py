@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 SWEEP_SECONDS = 2
 REMOVE_SECONDS = 30
+POLL_SECONDS = 5  # for retries, which notify nobody
 LOST = "its worker was lost"
 # After 3, 9, 27, … seconds; the last one after 36 minutes.
 RETRIES = RetryStrategy(max_attempts=8, exponential_wait=3, retry_exceptions={DeliveryError, AwayError})
@@ -79,6 +80,7 @@ async def send_webhooks(database: Database, store: Store, settings: Settings) ->
             await database.app.run_worker_async(
                 queues=["webhooks"],
                 concurrency=4,
+                fetch_job_polling_interval=POLL_SECONDS,
                 stalled_worker_timeout=FORGET_SECONDS,
                 delete_jobs="always",
                 install_signal_handlers=False,

@@ -57,9 +57,10 @@ class LocalPostgres:
         """Return its process, whose children serve the connections."""
         return int((self.folder / "data" / "postmaster.pid").read_text().split()[0])
 
-    def run_sql(self, statement: str) -> str:
-        """Run a statement as the owner; return what psql prints."""
-        return self._run("psql", "--no-psqlrc", "--tuples-only", "--no-align", "--command", statement, self.address)
+    def run_sql(self, *statements: str) -> str:
+        """Run statements as the owner; return what psql prints."""
+        commands = [f"--command={statement}" for statement in statements]
+        return self._run("psql", "--no-psqlrc", "--quiet", "--tuples-only", "--no-align", *commands, self.address)
 
     def _run(self, program: str, *arguments: str) -> str:
         account = ACCOUNT if os.geteuid() == 0 else None
