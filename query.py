@@ -192,7 +192,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     seconds: dict[str, Any] = {"type": float, "metavar": "SECONDS"}
     add("--timeout", default=3600, **seconds, help="longest wait for a prompt (default: %(default)s)")
     add("--retry", default=60, **seconds, help="longest wait for a busy server (default: %(default)s; 0: no retry)")
-    add = parser.add_argument_group("jobs (docs/scaling.md)").add_argument
+    add = parser.add_argument_group("jobs (docs/jobs.md)").add_argument
     add("--job", metavar="ID", help="order a job under this id and wait for it; the id alone returns to it")
     add("--leave", action="store_true", help="do not wait for the job")
     options = parser.parse_args(argv)

@@ -19,7 +19,7 @@ async def make_tables(settings: Settings) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m jobs", description="Jobs (docs/scaling.md).")
+    parser = argparse.ArgumentParser(prog="python -m jobs", description="Jobs (docs/jobs.md).")
     parser.add_argument("command", choices=["setup", "worker"], help="make the tables, or draw until SIGTERM")
     command = parser.parse_args(arguments).command
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

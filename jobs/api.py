@@ -119,9 +119,10 @@ async def run(app: FastAPI) -> AsyncIterator[None]:
             asyncio.create_task(send_webhooks(database, store, settings)),
         ]
         yield
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        while tasks:
+            for task in tasks:
+                task.cancel()  # psycopg's pool loses some cancellations
+            tasks = list((await asyncio.wait(tasks, timeout=1))[1])
 
 
 app = FastAPI(title="Jobs of Stable Diffusion XL", version="1.0", lifespan=run, docs_url=None, redoc_url=None)

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, PositiveInt, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-RESTARTED = 100  # the priority of a job that is started again, above those of all holders
+RESTARTED = 100  # the priority of a job that is started again, above the priorities of all holders
 Priority = Annotated[int, Field(gt=-RESTARTED, lt=RESTARTED)]
 
 
@@ -21,7 +21,7 @@ def _declare(default: Any, words: str) -> Any:
 
 
 class Settings(BaseSettings):
-    """What an operator sets. A holder is the owner of an API key."""
+    """The operator's choices. A holder is the owner of an API key."""
 
     model_config = SettingsConfigDict(env_prefix="JOBS_", frozen=True)
 

@@ -34,7 +34,7 @@ WHERE lease = %(lease)s AND ended IS NULL RETURNING webhook
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """What a client orders.
+    """An order of images.
 
     Attributes:
         holder: the owner of the client's API key; empty without API keys.

@@ -28,6 +28,7 @@ from tools.random_model import make_pipeline
 from tools.server import ROOT
 
 FIELD_MARKS = ("<!-- fields: python -m tools.write_generated -->\n", "<!-- end of fields -->")
+VARIABLE_MARKS = ("<!-- variables: python -m tools.write_generated -->\n", "<!-- end of variables -->")
 ALIAS_MARKS = ("<!-- schedulers: python -m tools.write_generated -->\n", "<!-- end of schedulers -->")
 
 
@@ -92,6 +93,17 @@ def make_options_table() -> str:
     return make_table(["option", "meaning", "takes", "default"], rows)
 
 
+def make_variables_table() -> str:
+    """Return the environment variables of the jobs' programs as a table."""
+    from jobs.settings import Settings
+
+    rows = []
+    for name, each in Settings.model_fields.items():
+        default = str(each.default or "none")
+        rows.append([f"`JOBS_{name.upper()}`", str(each.description), f"`{default}`" if each.default else default])
+    return make_table(["variable", "meaning", "default"], rows)
+
+
 def make_settings_page() -> str:
     """Return docs/settings.md."""
     page = (ROOT / "tools/settings.md").read_text()
@@ -121,13 +133,14 @@ def fill(text: str, marks: tuple[str, str], content: str) -> str:
 def make_all() -> dict[Path, str]:
     """Return each file with what is generated in it."""
     contract = build_shipped_contract()
-    requests = ROOT / "docs/requests.md"
+    requests, jobs = ROOT / "docs/requests.md", ROOT / "docs/jobs.md"
     return {
         ROOT / "docs/openapi.json": json.dumps(build_openapi(contract), indent=2) + "\n",
         requests: fill(
             fill(requests.read_text(), FIELD_MARKS, make_field_table(contract)), ALIAS_MARKS, make_alias_table()
         ),
         ROOT / "docs/settings.md": make_settings_page(),
+        jobs: fill(jobs.read_text(), VARIABLE_MARKS, make_variables_table()),
     }
 
 

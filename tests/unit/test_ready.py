@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from jobs.drawing import is_free
+from jobs.drawing import is_ready
 from jobs.settings import Settings
 from sdxl_server.serving import container, readiness, rolling_restart
 from tools.server import ROOT
@@ -171,7 +171,7 @@ def test_servers_are_asked_directly(server: Server, elsewhere: str) -> None:
     assert readiness.main([]) == 0
     assert container.is_busy(f"{elsewhere}/metrics")
     assert rolling_restart.is_instance_ready(f"{elsewhere}/ready")
-    assert is_free(Settings(predictions=f"{elsewhere}/here"))
+    assert is_ready(Settings(predictions=f"{elsewhere}/here"))
     assert [key for _, key in server.tokens] == ["Bearer two", None, None, None]
 
 
