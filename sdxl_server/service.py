@@ -18,6 +18,7 @@ from sdxl_server.api.bodies import check_form
 from sdxl_server.api.http import HttpRequest, Response, build_headers
 from sdxl_server.api.image_files import encode_image
 from sdxl_server.api.image_metadata import describe_image
+from sdxl_server.api.marking import Marker
 from sdxl_server.api.native import JSON, EncodedImage, NativeApi, split_chunks
 from sdxl_server.api.openai import FLAGGED_CODE, OPENAI_PREFIX, OpenAIApi, OpenAIEditApi, describe_model, list_models
 from sdxl_server.api.openapi import build_openapi
@@ -55,6 +56,7 @@ class Service:
         patience: seconds of one computation during which the handler's calls return. After them a call lasts as long as
             the computation, so that TorchServe can find a worker that hangs.
         thread: the thread that has loaded the pipeline.
+        marker: marks the files as the settings say.
     """
 
     def __init__(
@@ -64,8 +66,10 @@ class Service:
         archive: str = __version__,
         patience: float = 120.0,
         thread: concurrent.futures.ThreadPoolExecutor | None = None,
+        marker: Marker | None = None,
     ) -> None:
         self.loaded, self.archive, self._patience = loaded, archive, patience
+        self._marker = marker or Marker(loaded.config)
         # One thread makes the steps of all requests, because greenlets stay in their thread. The handler can reply
         # meanwhile.
         self._thread = thread or make_thread()
@@ -203,7 +207,7 @@ class Service:
             except Exception as error:
                 logger.error("A preview failed: %s; request %s", format_error(error), http_request.request_id)
                 return events
-            file = encode_image(keep_protected(preview, request), request)
+            file = encode_image(keep_protected(preview, request), request, marker=self._marker)
             for number in numbers:
                 events += api.write_preview(request, file, index=progress.index, number=number)
         return events
@@ -221,7 +225,7 @@ class Service:
         if http_request.is_id_given:
             described["request_id"] = http_request.request_id
         embedded = described if self.loaded.config.embed_parameters else None
-        file = encode_image(generated.image, request, parameters=embedded)
+        file = encode_image(generated.image, request, marker=self._marker, parameters=embedded)
         unet_calls = f"{generated.unet_calls:g} of {generated.calls_of_all}"
         return EncodedImage(file, request.get_seed(index), described["request"], unet_calls)
 
@@ -283,6 +287,7 @@ def load_service(settings: Mapping[str, Any], *, model_dir: Path, gpu_id: int | 
     limit_torch(find_processors())
     device = choose_device(settings.get("deviceType"), gpu_id=gpu_id)
     config, is_ready = HandlerConfig.parse(settings.get("handler")), threading.Event()
+    marker = Marker(config)
     if config.metrics_address is not None:
         metrics.serve_metrics(config.metrics_address, is_ready, drain_file=config.drain_file)
     thread, compilation = make_thread(), CompileConfig.parse(settings.get("pt2"))
@@ -290,7 +295,8 @@ def load_service(settings: Mapping[str, Any], *, model_dir: Path, gpu_id: int | 
     loaded = thread.submit(load_pipeline, config, compilation, model_dir=model_dir, device=device).result()
     metrics.register_components(functools.partial(measure_components, loaded))
     is_ready.set()
-    return Service(loaded, archive=archive, patience=float(settings.get("responseTimeout", 120)), thread=thread)
+    patience = float(settings.get("responseTimeout", 120))
+    return Service(loaded, archive=archive, patience=patience, thread=thread, marker=marker)
 
 
 def make_thread() -> concurrent.futures.ThreadPoolExecutor:

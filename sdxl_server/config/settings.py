@@ -137,6 +137,23 @@ class HandlerConfig:
     embed_parameters: bool = declare(
         switch(), "store prompt, seed and all other parameters in each image file", value=True
     )
+    marking: str = declare(
+        choice("xmp", "c2pa", "none"),
+        "how files say that a model made the image, for machines: `xmp`: XMP with IPTC's DigitalSourceType; `c2pa`: a "
+        "signed C2PA manifest as well, which needs `pip install c2pa-python`; see docs/security.md",
+        value="xmp",
+    )
+    c2pa_certificate: str | None = declare(
+        any_text("a PEM file"), "the certificate chain that signs C2PA manifests, in PEM", value=None, null="none"
+    )
+    c2pa_key: str | None = declare(
+        any_text("a PEM file"), "the certificate's private key, in PEM", value=None, null="none"
+    )
+    c2pa_algorithm: str = declare(
+        choice("es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"),
+        "the algorithm of that key",
+        value="es256",
+    )
     weighted_prompts: bool = declare(
         switch(),
         "accept A1111's prompt syntax, `(word:1.3)`, `[word]` and `BREAK`, and more than 77 tokens in chunks; brackets "

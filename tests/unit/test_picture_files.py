@@ -9,10 +9,14 @@ from PIL import Image
 
 from sdxl_server.api.image_files import encode_image
 from sdxl_server.api.image_metadata import describe_image
+from sdxl_server.api.marking import Marker
 from sdxl_server.api.warnings import list_warnings
+from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.diffusion.generation import generate, run_to_end
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from tests.unit.pipelines import make_picture
+
+MARKER = Marker(HandlerConfig())
 
 
 def test_strength_without_an_image_is_told(eager: LoadedPipeline) -> None:
@@ -31,7 +35,7 @@ def test_prompts_too_long_for_a_jpeg_are_told_before_the_work(eager: LoadedPipel
         request = eager.contract.check({"prompt": "x", **long, "output_format": kind})
         assert any("too long for a JPEG" in each for each in list_warnings(eager, request)) is not is_held
         parameters = describe_image(eager, request, 0, unet_calls=4)
-        file = encode_image(Image.new("RGB", (64, 64)), request, parameters=parameters)
+        file = encode_image(Image.new("RGB", (64, 64)), request, marker=MARKER, parameters=parameters)
         image = Image.open(io.BytesIO(file))
         assert bool(image.info.get("parameters") or image.getexif()) is is_held
 
@@ -56,7 +60,7 @@ def test_file_holds_what_makes_the_picture_again(eager: LoadedPipeline, output_f
     fields = {"prompt": "a fox 🦊", "seed": 3, "output_format": output_format, "num_images_per_prompt": 2}
     request = eager.contract.check(fields)
     pictures = [each.image for each in run_to_end(generate(eager, request))]
-    file = encode_image(pictures[1], request, parameters=describe_image(eager, request, 1, unet_calls=4))
+    file = encode_image(pictures[1], request, marker=MARKER, parameters=describe_image(eager, request, 1, unet_calls=4))
     image = Image.open(io.BytesIO(file))
     assert image.format == output_format.upper()
     text = image.text["parameters"] if output_format == "png" else read_comment(image)  # type: ignore[attr-defined]
@@ -65,7 +69,7 @@ def test_file_holds_what_makes_the_picture_again(eager: LoadedPipeline, output_f
     assert again[0].image.tobytes() == pictures[1].tobytes()
     assert parameters["made_with"]["weights_sha256"] == eager.weights_sha256
     assert parameters["made_with"]["backend"] == "eager"
-    plain = Image.open(io.BytesIO(encode_image(pictures[1], request)))
+    plain = Image.open(io.BytesIO(encode_image(pictures[1], request, marker=MARKER)))
     assert "parameters" not in plain.info
     assert not plain.getexif()
 
@@ -79,7 +83,11 @@ def read_comment(image: Image.Image) -> str:
 def test_quality(eager: LoadedPipeline, output_format: str) -> None:
     image = Image.effect_noise((256, 256), 50).convert("RGB")
     small, large = (
-        encode_image(image, eager.contract.check({"prompt": "x", "quality": quality, "output_format": output_format}))
+        encode_image(
+            image,
+            eager.contract.check({"prompt": "x", "quality": quality, "output_format": output_format}),
+            marker=MARKER,
+        )
         for quality in (10, 90)
     )
     assert len(small) < len(large)

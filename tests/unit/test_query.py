@@ -30,9 +30,12 @@ from PIL import Image
 
 import query
 from sdxl_server.api.image_files import encode_image
+from sdxl_server.api.marking import Marker
+from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.request.fields import GenerationRequest
 from tests.scripted import DONE, IMAGE, STREAM, Handler, Server, Step, answer, complete, make_event, make_image
 
+MARKER = Marker(HandlerConfig())
 QUERY = Path(query.__file__)
 LIMIT = 60  # seconds, for a step that takes less than one
 TOKEN_ERROR = {"code": 400, "type": "InvalidKeyException", "message": "Token Authorization failed."}
@@ -891,7 +894,7 @@ def embed(request: dict[str, object], kind: str) -> bytes:
     """An image that carries a request as the server embeds it."""
     size = {"width": 64, "height": 64, "seed": 0}
     image = GenerationRequest(prompt="", output_format=kind, **size)  # type: ignore[arg-type]
-    return encode_image(Image.new("RGB", (64, 64)), image, parameters={"request": request})
+    return encode_image(Image.new("RGB", (64, 64)), image, marker=MARKER, parameters={"request": request})
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
