@@ -28,8 +28,8 @@ sdxl: $(VENV)/served
 
 test: $(VENV)/tested
 	# Idle threads must not spin. A process that dies or hangs ends the run and names its test. tests/conftest.py has the
-	# order.
-	OMP_WAIT_POLICY=passive $(RUN) pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
+	# order. Three processes keep two cores busy, because some wait for servers.
+	OMP_WAIT_POLICY=passive $(RUN) pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
 		-o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 
 environment: $(VENV)/tested
@@ -76,9 +76,10 @@ $(VENV)/served: requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(None if sys.version_info[:2] == (3, 11) else 'Python 3.11 is needed, not ' \
 		+ sys.version.split()[0] + '. Install it, or name it: make demo PYTHON=/path/to/python3.11')"
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements.txt
+	# Without --no-compile it takes a minute more. Python compiles a module when it is first imported.
+	$(RUN) pip install --quiet --no-compile $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements.txt
 	touch $@
 
 $(VENV)/tested: $(VENV)/served requirements-dev.txt
-	$(RUN) pip install --quiet -r requirements-dev.txt
+	$(RUN) pip install --quiet --no-compile -r requirements-dev.txt
 	touch $@

@@ -4,7 +4,7 @@ ValueError
 ├── ConfigError       the operator: a setting, or its file, cannot be used; the worker does not start
 │   └── VersionError  the archive was made for another version of this package
 └── RequestError      the client: no image can be made for this request
-    └── FlaggedError  the safety checker flagged the image
+    └── FlaggedError  the safety checker or the content filter refuses it
 TimeoutError          nobody: the timeout of a request has passed
 ArithmeticError
 └── NotFiniteError    the model: its output is not an image
@@ -41,7 +41,7 @@ class RequestError(ValueError):
 
 
 class FlaggedError(RequestError):
-    """The safety checker flagged an image."""
+    """The safety checker flagged an image, or the content filter refuses it or its request."""
 
 
 class NotFiniteError(ArithmeticError):

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from sdxl_server import __version__, metrics
 from sdxl_server.api.bodies import check_form
+from sdxl_server.api.content_filter import ContentFilter
 from sdxl_server.api.http import HttpRequest, Response, build_headers
 from sdxl_server.api.image_files import encode_image
 from sdxl_server.api.image_metadata import describe_image
@@ -56,7 +57,7 @@ class Service:
         patience: seconds of one computation during which the handler's calls return. After them a call lasts as long as
             the computation, so that TorchServe can find a worker that hangs.
         thread: the thread that has loaded the pipeline.
-        marker: marks the files as the settings say.
+        marker, content_filter: as the settings say, by default.
     """
 
     def __init__(
@@ -67,9 +68,11 @@ class Service:
         patience: float = 120.0,
         thread: concurrent.futures.ThreadPoolExecutor | None = None,
         marker: Marker | None = None,
+        content_filter: ContentFilter | None = None,
     ) -> None:
         self.loaded, self.archive, self._patience = loaded, archive, patience
         self._marker = marker or Marker(loaded.config)
+        self._filter = content_filter or ContentFilter(loaded.config.filter)
         # One thread makes the steps of all requests, because greenlets stay in their thread. The handler can reply
         # meanwhile.
         self._thread = thread or make_thread()
@@ -133,6 +136,7 @@ class Service:
     ) -> Generator[bytes | None, None, bytes]:
         """Yield after each step the bytes to send, and None during a long step; return the last bytes."""
         api, seconds, progress, counted = response.api, response.seconds, None, 0.0
+        yield from self._filter_content(response, request)
         uncompiled = list_uncompiled_components(self.loaded, request)
         if uncompiled and request.stream:  # a response without events waits, so that its status can still change
             yield api.write_compiling(uncompiled)
@@ -147,6 +151,7 @@ class Service:
                 if request.stream and not is_last:
                     written = yield from self._write_events(http_request, request, progress, response)
                 if progress.image is not None:
+                    yield from self._filter_content(response, request, progress.image.image)
                     with _add_seconds(seconds, "postprocess"):
                         image = self._encode(http_request, request, progress.image, progress.index, warnings)
                     kind = response.content_type
@@ -191,6 +196,13 @@ class Service:
         finally:
             future.cancel()
 
+    def _filter_content(
+        self, response: Response, request: GenerationRequest, image: Any = None
+    ) -> Generator[None, None, None]:
+        """Raise what the content filter raises, if there is one; see `ContentFilter.check`."""
+        if self._filter.is_active:
+            yield from self._compute(response.seconds, "filter", self._filter.check, request, image)
+
     def _write_events(
         self, http_request: HttpRequest, request: GenerationRequest, progress: Progress, response: Response
     ) -> Generator[None, None, bytes]:
@@ -207,7 +219,9 @@ class Service:
             except Exception as error:
                 logger.error("A preview failed: %s; request %s", format_error(error), http_request.request_id)
                 return events
-            file = encode_image(keep_protected(preview, request), request, marker=self._marker)
+            preview = keep_protected(preview, request)
+            yield from self._filter_content(response, request, preview)
+            file = encode_image(preview, request, marker=self._marker)
             for number in numbers:
                 events += api.write_preview(request, file, index=progress.index, number=number)
         return events
@@ -287,7 +301,7 @@ def load_service(settings: Mapping[str, Any], *, model_dir: Path, gpu_id: int | 
     limit_torch(find_processors())
     device = choose_device(settings.get("deviceType"), gpu_id=gpu_id)
     config, is_ready = HandlerConfig.parse(settings.get("handler")), threading.Event()
-    marker = Marker(config)
+    marker, content_filter = Marker(config), ContentFilter(config.filter)  # their mistakes are found before the load
     if config.metrics_address is not None:
         metrics.serve_metrics(config.metrics_address, is_ready, drain_file=config.drain_file)
     thread, compilation = make_thread(), CompileConfig.parse(settings.get("pt2"))
@@ -296,7 +310,9 @@ def load_service(settings: Mapping[str, Any], *, model_dir: Path, gpu_id: int | 
     metrics.register_components(functools.partial(measure_components, loaded))
     is_ready.set()
     patience = float(settings.get("responseTimeout", 120))
-    return Service(loaded, archive=archive, patience=patience, thread=thread, marker=marker)
+    return Service(
+        loaded, archive=archive, patience=patience, thread=thread, marker=marker, content_filter=content_filter
+    )
 
 
 def make_thread() -> concurrent.futures.ThreadPoolExecutor:

@@ -61,6 +61,12 @@ class HandlerConfig:
         value=None,
         null="no check",
     )
+    filter: str | None = declare(
+        {"type": "string", "pattern": r"^[\w.]+:\w+$", "x-accepted": "package.module:function"},
+        "your function that sees each request, image and preview, and may refuse it; see docs/security.md",
+        value=None,
+        null="no filter",
+    )
     weights_sha256: str | None = declare(
         {"type": "string", "pattern": "^[0-9a-f]{64}$", "x-accepted": "a SHA-256 in 64 hexadecimal digits"},
         "required digest of the weights, as `describe` reports it; it depends on `dtype`",

@@ -28,6 +28,7 @@ def describe_pipeline(loaded: LoadedPipeline) -> dict[str, Any]:
         "weights_sha256": loaded.weights_sha256,
         "vae": describe_vae(loaded),
         "safety_checker": config.safety_checker,
+        "filter": config.filter,
         "marking": config.marking,
         "preview": {"kind": config.preview, "lossy": config.preview != "exact"},
         "adapters": [each.describe() for each in loaded.adapters],

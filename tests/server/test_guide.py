@@ -242,7 +242,7 @@ def test_make_sdxl_serves_a_model_of_the_hub(tmp_path: Path, tiny_model: Path) -
             assert page is not None
             assert requests.get(page[0], timeout=10).ok
             process.send_signal(signal.SIGINT)
-            assert process.wait(60) == 0
+            assert process.wait(180) == 0
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
