@@ -1,13 +1,16 @@
 """Run TorchServe as the one process of a container: make the archive, serve, and drain on SIGTERM.
 
-The archive, logs and keys go into the working directory. The model stays where it is.
+The archive, logs, keys and the cache go into the working directory. The model stays where it is. The user needs no name
+and no home.
 """
 
 import argparse
 import logging
+import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -36,11 +39,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--source", type=Path, default=Path("/opt/sdxl"), help="the folder of this project")
     parser.add_argument("--settings", type=Path, help="a model-config.yaml (default: the one of the project)")
     parser.add_argument("--model", type=Path, default=Path("/models/Base_Diffusion_model"), help="the model's folder")
-    parser.add_argument("--address", default="0.0.0.0", help="address to listen on")
+    parser.add_argument(
+        "--address", default="0.0.0.0", help="IPv4 address or name to listen on (default: all addresses, of IPv6 too)"
+    )
     parser.add_argument("--port", type=int, default=8080, help="of the inference API (default: %(default)s)")
     parser.add_argument("--metrics-port", type=int, default=9108, help="of /metrics and /ready (default: %(default)s)")
     parser.add_argument("--drain", type=float, default=3600, metavar="SECONDS", help="limit for requests in flight")
     options = parser.parse_args(arguments)
+    if ":" in options.address:
+        parser.error(f"--address takes an IPv4 address or a name, not {options.address}; 0.0.0.0 means all of IPv6 too")
+    try:
+        DRAIN_FILE.unlink(missing_ok=True)  # of an earlier start
+        Path("config.properties").touch()
+    except OSError as error:
+        parser.error(f"user {os.getuid()} cannot write into {Path.cwd()} ({error}): mount a folder of this user there")
     make_archive(options.source, options.settings or options.source / "model-config.yaml", options)
     properties = {
         "inference_address": f"http://{options.address}:{options.port}",
@@ -54,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             *("torchserve", "--start", "--foreground", "--ncs", "--ts-config", "config.properties"),
             *("--log-config", str(options.source / "log4j2.xml")),
             *("--model-store", "model_store", "--models", "diffusion_fast"),
-        ]
+        ],
+        env={"USER": "sdxl", **os.environ, "HOME": str(Path.cwd())},
     )
     is_stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -72,11 +85,10 @@ def make_archive(source: Path, settings: Path, options: Any) -> None:
     """Make the model archive. The model stays where it is."""
     import yaml
 
-    DRAIN_FILE.unlink(missing_ok=True)  # of an earlier start
     content = yaml.safe_load(settings.read_text())
     content["handler"] |= {
         "model_path": str(options.model),
-        "metrics_address": f"{options.address}:{options.metrics_port}",
+        "metrics_address": f"{find_metrics_host(options.address)}:{options.metrics_port}",
         "drain_file": str(DRAIN_FILE.resolve()),
     }
     Path("model-config.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
@@ -91,6 +103,14 @@ def make_archive(source: Path, settings: Path, options: Any) -> None:
         ],
         check=True,
     )
+
+
+def find_metrics_host(address: str) -> str:
+    """Return what the worker listens on where TorchServe listens on `address`.
+
+    In Java 0.0.0.0 means all addresses, of IPv6 too. In Python it is [::].
+    """
+    return "[::]" if address == "0.0.0.0" and socket.has_dualstack_ipv6() else address
 
 
 def drain(server: "subprocess.Popen[bytes]", address: str, port: int, *, seconds: float) -> None:
