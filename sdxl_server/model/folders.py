@@ -118,7 +118,7 @@ def check_links(paths: Iterable[Path]) -> None:
 
 
 def explain_broken_link(path: Path) -> str | None:
-    """Say what to do about a link that leads nowhere, such as one of a snapshot without its cache; None if it is none."""
+    """Say what to do about a link that leads nowhere, as in a snapshot without its cache; None for another path."""
     if not path.is_symlink() or path.exists():
         return None
     return (

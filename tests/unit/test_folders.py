@@ -142,7 +142,7 @@ def test_link_in_a_vae_that_leads_nowhere(folder: Path, name: str, tmp_path: Pat
 def test_adapter_that_is_a_link_without_its_file(tmp_path: Path) -> None:
     (tmp_path / "fox.safetensors").symlink_to("../../blobs/0123")
     with pytest.raises(ConfigError, match=r"fox.safetensors is a link to ../../blobs/0123, which is not there"):
-        load_lora(tmp_path / "fox.safetensors", [])
+        load_lora(tmp_path / "fox.safetensors", {})
 
 
 def test_pointers_of_git_lfs(folder: Path) -> None:
