@@ -1,7 +1,7 @@
-"""Run TorchServe as the one process of a container: make the archive, serve, and drain on SIGTERM.
+"""Run TorchServe as the one process of a container or unit: make the archive, serve, and drain on SIGTERM.
 
-The archive, logs, keys and the cache go into the working directory. The model stays where it is. The user needs no name
-and no home.
+The archive, keys and the cache go into the working directory, and logs to standard output. The model stays where it is.
+The user needs no name and no home.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import requests
 
@@ -43,8 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--address", default="0.0.0.0", help="IPv4 address or name to listen on (default: all addresses, of IPv6 too)"
     )
     parser.add_argument("--port", type=int, default=8080, help="of the inference API (default: %(default)s)")
+    parser.add_argument(
+        "--management-port", type=int, default=8081, help="of the management API on loopback (default: %(default)s)"
+    )
     parser.add_argument("--metrics-port", type=int, default=9108, help="of /metrics and /ready (default: %(default)s)")
     parser.add_argument("--drain", type=float, default=3600, metavar="SECONDS", help="limit for requests in flight")
+    parser.add_argument(
+        "--open", action="store_true", help="ask for no API key: where only a proxy that checks keys reaches the port"
+    )
     options = parser.parse_args(arguments)
     if ":" in options.address:
         parser.error(f"--address takes an IPv4 address or a name, not {options.address}; 0.0.0.0 means all of IPv6 too")
@@ -56,15 +63,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     make_archive(options.source, options.settings or options.source / "model-config.yaml", options)
     properties = {
         "inference_address": f"http://{options.address}:{options.port}",
-        "disable_token_authorization": "true",
+        "management_address": f"http://127.0.0.1:{options.management_port}",
+        "disable_token_authorization": str(options.open).lower(),
     }
     lines = (options.source / "config.properties").read_text().splitlines()
     kept = [line for line in lines if line.partition("=")[0] not in properties]
     Path("config.properties").write_text("\n".join([*kept, *(f"{k}={v}" for k, v in properties.items()), ""]))
+    write_log_settings(options.source / "log4j2.xml", Path("log4j2.xml"))
     server = subprocess.Popen(
         [
             *("torchserve", "--start", "--foreground", "--ncs", "--ts-config", "config.properties"),
-            *("--log-config", str(options.source / "log4j2.xml")),
+            *("--log-config", "log4j2.xml"),
             *("--model-store", "model_store", "--models", "diffusion_fast"),
         ],
         env={"USER": "sdxl", **os.environ, "HOME": str(Path.cwd())},
@@ -103,6 +112,16 @@ def make_archive(source: Path, settings: Path, options: Any) -> None:
         ],
         check=True,
     )
+
+
+def write_log_settings(source: Path, target: Path) -> None:
+    """Write TorchServe's log settings without files. The runtime or journal keeps what goes to standard output."""
+    settings = ElementTree.parse(source)
+    for parent in list(settings.iter()):
+        for child in list(parent):
+            if child.tag == "RollingFile" or child.tag == "AppenderRef" and child.get("ref") != "STDOUT":
+                parent.remove(child)
+    settings.write(target)
 
 
 def find_metrics_host(address: str) -> str:

@@ -1,19 +1,72 @@
-"""What a container runs: SIGTERM lets the requests under way finish."""
+"""What a container runs: it asks for a key, and SIGTERM lets the requests under way finish."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
 import requests
 
+from sdxl_server.serving.readiness import read_token
 from tools.server import ROOT, find_free_ports, make_environment
+
+
+class Container(NamedTuple):
+    process: "subprocess.Popen[bytes]"
+    url: str
+    ready_url: str
+    log: Path
+
+
+@contextmanager
+def run_container(folder: Path, model: Path, *arguments: str, host: str = "127.0.0.1") -> Iterator[Container]:
+    """Run the entry point in a folder until it is ready. Nothing else may be written.
+
+    The user has no name and no home, as one whom a cluster chooses.
+    """
+    port, management_port, metrics_port = find_free_ports(3)
+    (folder / "tmp").mkdir(mode=0o700)
+    environment = {**make_environment(), "TEMP": str(folder / "tmp"), "PYTHONPATH": str(ROOT), "HOME": "/"}
+    environment.pop("USER", None)
+    command = [sys.executable, "-m", "sdxl_server.serving.container", "--source", str(ROOT), "--model", str(model)]
+    command += ["--port", str(port), "--management-port", str(management_port), "--metrics-port", str(metrics_port)]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen([*command, *arguments], cwd=folder, env=environment, stdout=log, stderr=log)
+    ready_url = f"http://{host}:{metrics_port}/ready"
+    try:
+        wait_until_ready(ready_url, process)
+        yield Container(process, f"http://{host}:{port}/predictions/diffusion_fast", ready_url, folder / "log")
+    finally:
+        if process.poll() is None:
+            for each in psutil.Process(process.pid).children(recursive=True):
+                each.kill()
+            process.kill()
+            process.wait(timeout=30)
+
+
+def test_key_is_needed_and_logs_go_to_standard_output(tmp_path: Path, tiny_model: Path) -> None:
+    with run_container(tmp_path, tiny_model) as container:
+        for headers in ({}, {"Authorization": "Bearer wrong"}):
+            answer = requests.post(container.url, data="a red fox", headers=headers, timeout=60)
+            assert (answer.status_code, answer.json()["type"]) == (400, "InvalidKeyException")
+        headers = {"Authorization": f"Bearer {read_token(tmp_path / 'key_file.json', 'inference')}"}
+        assert requests.post(container.url, data="a red fox", headers=headers, timeout=60).status_code == 200
+        assert (tmp_path / "key_file.json").stat().st_mode & 0o77 == 0
+        log = container.log.read_text()
+    assert f"Key file located at {tmp_path / 'key_file.json'}" in log
+    for line in (r"ACCESS_LOG - .*POST /predictions", r"MODEL_LOG - Ready: ", r"MODEL_LOG - .*a red fox"):
+        assert re.search(line, log), line
+    assert not (tmp_path / "logs").exists()
 
 
 @pytest.mark.soak
@@ -30,37 +83,22 @@ from tools.server import ROOT, find_free_ports, make_environment
     ],
 )
 def test_sigterm_drains(tmp_path: Path, tiny_model: Path, address: str, host: str) -> None:
-    """Started where nothing else may be written, on TorchServe's own ports for management but others for the rest.
-
-    The user has no name and no home, as one whom a cluster chooses.
-    """
-    port, metrics_port = find_free_ports(2)
-    (tmp_path / "tmp").mkdir(mode=0o700)
-    environment = {**make_environment(), "TEMP": str(tmp_path / "tmp"), "PYTHONPATH": str(ROOT), "HOME": "/"}
-    environment.pop("USER", None)
-    command = [sys.executable, "-m", "sdxl_server.serving.container", "--source", str(ROOT), "--model", str(tiny_model)]
-    command += ["--address", address, "--port", str(port), "--metrics-port", str(metrics_port)]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
-    try:
-        wait_until_ready(f"http://{host}:{metrics_port}/ready", process)
+    with run_container(tmp_path, tiny_model, "--open", "--address", address, host=host) as container:
+        process = container.process
         children = psutil.Process(process.pid).children(recursive=True)
         homes = {(own.get("USER"), own["HOME"]) for own in (each.environ() for each in children)}
         assert homes == {("sdxl", str(tmp_path))}
         with ThreadPoolExecutor(3) as pool:
             body = {"prompt": "a red fox", "num_inference_steps": 150, "num_images_per_prompt": 3}
-            url = f"http://{host}:{port}/predictions/diffusion_fast"
-            asked = [pool.submit(requests.post, url, json=body, timeout=120) for _ in range(3)]
+            asked = [pool.submit(requests.post, container.url, json=body, timeout=120) for _ in range(3)]
             time.sleep(1)
             os.kill(process.pid, signal.SIGTERM)
             time.sleep(1.5)
-            assert requests.get(f"http://{host}:{metrics_port}/ready", timeout=5).status_code == 503
+            assert requests.get(container.ready_url, timeout=5).status_code == 503
             assert [each.result().status_code for each in asked] == [200] * 3
             assert all("data" in each.result().json() for each in asked)
         assert process.wait(timeout=60) == 0
         assert psutil.wait_procs(children, timeout=10)[1] == []
-    finally:
-        process.kill()
 
 
 def wait_until_ready(url: str, process: "subprocess.Popen[bytes]") -> None:

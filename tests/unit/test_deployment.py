@@ -394,16 +394,6 @@ def test_haproxy_finds_the_pods_of_its_namespace(tmp_path: Path) -> None:
         assert reaches(second)
 
 
-def test_the_image_is_made_of_what_there_is() -> None:
-    text = (DEPLOY / "container/Dockerfile").read_text()
-    taken = {name for line in re.findall(r"^COPY (.*) \S+$", text, re.M) for name in line.split()}
-    assert all((ROOT / name).exists() for name in taken)
-    let_in = re.findall(r"^!(\S+)$", (DEPLOY / "container/Dockerfile.dockerignore").read_text(), re.M)
-    assert taken == set(let_in)
-    compose = yaml.safe_load((DEPLOY / "container/compose.yaml").read_text())
-    assert compose["services"]["sdxl"]["read_only"]
-
-
 def test_erlang_c_in_the_docs_is_right() -> None:
     """One worker waits for its load, two at a load of 1 for a third; Erlang's sum gives the others."""
     scaling = (ROOT / "docs/scaling.md").read_text()
