@@ -47,7 +47,10 @@ class Unit:
             path = Path(value.removeprefix("-"))
             if path.exists() or not value.startswith("-"):
                 lines += path.read_text().splitlines()
-        environment = {"PATH": os.environ["PATH"], **dict(line.split("=", 1) for line in lines), **variables}
+        temporary = self.folder / "tmp" / self.name  # for PrivateTmp
+        temporary.mkdir(parents=True, exist_ok=True)
+        environment = {"PATH": os.environ["PATH"], "TMPDIR": str(temporary), "TEMP": str(temporary)}
+        environment |= {**dict(line.split("=", 1) for line in lines), **variables}
         return {**environment, "PATH": f"{environment['PATH']}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
 
     def start(self, key: str = "ExecStart", **variables: str) -> Process:
