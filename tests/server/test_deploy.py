@@ -725,6 +725,13 @@ def test_nginx_needs_no_key_file(tmp_path: Path, address: str) -> None:
         wait_for(partial(sends, None))
 
 
+def test_key_may_come_through_a_pipe(tmp_path: Path) -> None:
+    """As from `docker exec sdxl cat key_file.json`."""
+    text = '{\n  "inference": {\n    "key": "abc",\n  }\n}'
+    subprocess.run([PASS_KEY, "/dev/stdin", tmp_path / "torchserve_key"], input=text, text=True, check=True, timeout=10)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"torchserve_key": 'default "Bearer abc";\n'}
+
+
 @needs_nginx
 def test_stopped_worker_is_ready_but_does_not_answer(server: LocalServer, capsys: pytest.CaptureFixture[str]) -> None:
     worker = psutil.Process(server.find_worker())

@@ -186,4 +186,9 @@ def test_jobs_units_start(folder: Path) -> None:
 
         wait_until(answers)
         assert drawing.poll() is None
-        assert api.make_environment()["JOBS_RESULTS"] == worker.make_environment()["JOBS_RESULTS"]
+        own, others = (
+            {name: value for name, value in unit.make_environment().items() if name.startswith("JOBS_")}
+            for unit in (api, worker)
+        )
+        assert own == others
+        assert Path(own["JOBS_RESULTS"]).is_dir()
