@@ -1,4 +1,4 @@
-"""What systemd's units start, run without systemd: instances with a watchdog and one cache, and jobs."""
+"""The commands of systemd's units, run without systemd: instances with a watchdog and one cache, and jobs."""
 
 import re
 import signal
@@ -102,7 +102,7 @@ def check_health(folder: Path, name: str) -> list[str]:
 
 
 def test_instances_share_the_cache(folder: Path, instances: dict[str, Process]) -> None:
-    """What the first has compiled, the second reads. No other account can write there."""
+    """The second reads the models of the first. No other account can write there."""
     found = {name: read_metrics(folder, name) for name in instances}
     cached = {
         name: sum(float(n) for n in re.findall(r"^sdxl_graphs_from_cache\S* (\S+)$", text, re.M))

@@ -29,7 +29,7 @@ def test_the_image_is_made_of_what_there_is() -> None:
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What lies in /opt/sdxl in the image, but for the packages."""
+    """The content of /opt/sdxl in the image, without packages."""
     folder = tmp_path_factory.mktemp("image")
     for name, target in read_copied().items():
         (folder / target).parent.mkdir(parents=True, exist_ok=True)
