@@ -33,7 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     for name in NAMES:
         ports = find_free_ports(3)
         options = "--port {} --management-port {} --metrics-port {}".format(*ports)
-        text = f"OPTIONS={options} --settings {folder / 'model-config.yaml'}\nMETRICS_PORT={ports[2]}\n"
+        places = f"--source {ROOT} --settings {folder / 'model-config.yaml'}"
+        text = f"OPTIONS={options} {places}\nMETRICS_PORT={ports[2]}\n"
         (folder / f"etc/sdxl/{name}").write_text(text)
     return folder
 
