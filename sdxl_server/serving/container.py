@@ -22,6 +22,8 @@ from xml.etree import ElementTree
 
 import requests
 
+from sdxl_server.errors import ConfigError
+from sdxl_server.model.sources import check_has_pipeline
 from sdxl_server.serving.client import send_request
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Path("config.properties").touch()
     except OSError as error:
         parser.error(f"user {os.getuid()} cannot write into {Path.cwd()} ({error}): mount a folder of this user there")
+    try:
+        check_has_pipeline(str(options.model), Path.cwd())
+    except ConfigError as error:  # the worker would say it again and again, for minutes
+        print(f"ConfigError: {error}", file=sys.stderr)
+        return 1
     make_archive(options.source, options.settings or options.source / "model-config.yaml", options)
     properties = {
         "inference_address": f"http://{options.address}:{options.port}",

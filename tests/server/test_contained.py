@@ -114,6 +114,32 @@ def wait_until_ready(url: str, process: "subprocess.Popen[bytes]") -> None:
         time.sleep(0.3)
 
 
+def test_model_that_cannot_be_read_ends_the_start(tmp_path: Path, tiny_model: Path) -> None:
+    """A snapshot without its blobs, a mount that is missing, and a file. The reason comes once."""
+    snapshot, single = tmp_path / "snapshot", tmp_path / "model.safetensors"
+    snapshot.mkdir()
+    single.touch()
+    for path in tiny_model.iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    for model, message in (
+        (snapshot, f"{snapshot}/model_index.json is a link to ../../blobs/model_index.json, which is not there."),
+        (tmp_path / "missing", "python Download_model.py downloads one"),
+        (single, "is a model in one file"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "sdxl_server.serving.container", "--model", model],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 1
+        assert done.stderr.startswith("ConfigError: ")
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
 def test_addresses_and_folders_of_no_use_are_refused(tmp_path: Path) -> None:
     """One that TorchServe cannot read, and a folder that this user may not write."""
     for arguments, message in ((("--address", "::1"), "0.0.0.0 means all of IPv6 too"), ((), "cannot write into")):

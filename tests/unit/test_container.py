@@ -90,10 +90,14 @@ def test_services_of_compose_are_bounded_and_restarted(name: str) -> None:
         assert "--open" not in service.get("command", ())
 
 
-def test_services_of_compose_run_programs_of_the_image(image: Path) -> None:
-    for service in COMPOSE.values():
-        if (words := service.get("entrypoint", ())) and words[0] == "python":
-            run_in_image(image, [*words[:3], "--help"])
+def test_web_ui_of_compose_starts(image: Path, tmp_path: Path) -> None:
+    (tmp_path / "key_file.json").write_text('{"inference": {"key": "one"}}')
+    _, *words = (word.replace("/var/lib/sdxl", str(tmp_path)) for word in COMPOSE["web"]["entrypoint"])
+    command = [sys.executable, *words, "--port", "0"]
+    with subprocess.Popen(command, cwd=image, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert re.fullmatch(r"The web UI is at http://127.0.0.1:\d+/#token=one\n", process.stdout.readline())
+        process.kill()
 
 
 def test_only_the_cluster_runs_the_image_open() -> None:
