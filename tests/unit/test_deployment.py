@@ -252,8 +252,8 @@ def balance_pods(dns: Dns, port: int, *, address: str = "127.0.0.1") -> Iterator
         path = Path(folder, "haproxy.cfg")
         path.write_text(text)
         command = [find_haproxy() or "haproxy", "-W", "-db", "-f", str(path)]  # -W: as its image runs it
-        user = {"user": UNKNOWN_USER, "group": 0} if os.geteuid() == 0 else {}
-        process = psutil.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **user)
+        user = UNKNOWN_USER if os.geteuid() == 0 else None
+        process = psutil.Popen(command, env=environment, user=user, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
         try:
             yield f"http://{host}:{own}/predictions/diffusion_fast", process
         finally:

@@ -360,13 +360,11 @@ def test_nginx_of_a_cluster_is_the_shipped_one() -> None:
             assert shipped in text
             text, command = text.replace(shipped, str(changed)), command.replace(shipped, str(changed))
         (folder / "nginx.conf").write_text(text)
-        is_root = os.geteuid() == 0
-        for path in (folder, *keys.folder.glob("*")):
-            os.chown(path, UNKNOWN_USER if is_root else -1, -1)
+        user = UNKNOWN_USER if os.geteuid() == 0 else None
+        for each in (folder, *keys.folder.glob("*")):
+            os.chown(each, user or -1, -1)
         own = nginx["command"][-1].replace("/var/cache/nginx", str(folder))
-        process = psutil.Popen(
-            [find_nginx() or "nginx", *command.split(), "-g", own], **({"user": UNKNOWN_USER} if is_root else {})
-        )
+        process = psutil.Popen([find_nginx() or "nginx", *command.split(), "-g", own], user=user)
         try:
             wait_until(lambda: (folder / "pid").exists() and (folder / "pid").read_text())
             assert len(process.children()) == 2
