@@ -20,6 +20,7 @@ import yaml
 from cloudcoil.models.keda import v1alpha1 as keda
 
 from tests.unit.instances import UNKNOWN_USER, Instance, has_ipv6, wait_until
+from tools.postgres import LocalPostgres, find_postgres
 from tools.proxy import LocalProxy, find_nginx
 from tools.server import ROOT, find_free_ports, read_shipped
 
@@ -383,22 +384,35 @@ def test_nginx_of_a_cluster_is_the_shipped_one() -> None:
 
 
 @needs_kubectl
-def test_jobs_listen_on_all_addresses(tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text(
-        "async def app(scope, receive, send):\n"
-        "    if scope['type'] == 'http':\n"
-        "        await send({'type': 'http.response.start', 'status': 200})\n"
-        "        await send({'type': 'http.response.body'})\n"
-    )
+@pytest.mark.skipif(find_postgres() is None, reason="postgresql is not installed")
+def test_jobs_start_and_are_counted(tmp_path: Path) -> None:
+    """The pod's own commands, on all addresses, and KEDA's query."""
+    resources = read("complete-keda")
+    pod = resources["Deployment", "jobs"]["spec"]["template"]["spec"]
+    (tables,), (api,) = pod["initContainers"], pod["containers"]
+    (query,) = {
+        trigger["metadata"]["query"]
+        for (kind, _), each in resources.items()
+        if kind == "ScaledObject"
+        for trigger in each["spec"]["triggers"]
+        if trigger["type"] == "postgresql"
+    }
     (port,) = find_free_ports(1)
-    command = get_container(read("complete"), "jobs")["command"]
-    words = [each.replace("jobs.api", "own").replace("8090", str(port)) for each in command[1:]]
-    with subprocess.Popen([sys.executable, "-m", command[0], *words], cwd=tmp_path) as process:
-        try:
-            for host in ("127.0.0.1", *(["[::1]"] if has_ipv6() else [])):
-                wait_until(functools.partial(answers, f"http://{host}:{port}/"))
-        finally:
-            process.kill()
+    with LocalPostgres() as postgres:
+        own = {"JOBS_DATABASE": postgres.address, "JOBS_RESULTS": str(tmp_path)}
+        environment = {**os.environ, **own, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        subprocess.run(tables["command"], check=True, cwd=ROOT, env=environment, timeout=60)
+        command = [each.replace("8090", str(port)) for each in api["command"]]
+        with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
+            try:
+                for host in ("127.0.0.1", *(["[::1]"] if has_ipv6() else [])):
+                    url = f"http://{host}:{port}{api['readinessProbe']['httpGet']['path']}"
+                    wait_until(functools.partial(answers, url))
+                assert postgres.run_sql(query).strip() == "0"
+                assert requests.post(url, json={"prompt": "a red fox"}, timeout=30).status_code == 202
+                assert postgres.run_sql(query).strip() == "1"
+            finally:
+                process.terminate()
 
 
 def answers(url: str) -> bool:
