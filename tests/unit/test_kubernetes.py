@@ -324,9 +324,12 @@ def test_probes_ask_for_readiness() -> None:
 
 
 @needs_kubectl
-def test_one_node_has_room_for_one_instance() -> None:
-    instances = read("one-node")["Deployment", "instances"]["spec"]
-    assert (instances["replicas"], instances["strategy"]) == (1, {"type": "Recreate"})
+@each_overlay
+def test_rollouts_need_no_room_on_one_node(overlay: str) -> None:
+    instances = read(overlay)["Deployment", "instances"]["spec"]
+    surge = int(overlay in SCALED)
+    assert instances["strategy"]["rollingUpdate"] == {"maxUnavailable": 1 - surge, "maxSurge": surge}
+    assert instances.get("replicas") == (None if overlay in SCALED else 1 if overlay == "one-node" else 2)
 
 
 @needs_kubectl
