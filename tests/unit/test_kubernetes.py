@@ -31,8 +31,9 @@ FOLDERS = {
 }
 OVERLAYS = sorted(name for name, kind in FOLDERS.items() if kind == "Kustomization")
 SCALED = {"keda": ["instances"], "complete-keda": ["instances", "workers"]}
-# The operator makes these Secrets: docs/containers.md.
-SECRETS = {"api-keys", "hub", "jobs", "tls"}
+PAGE = (ROOT / "docs/containers.md").read_text()
+# The operator makes these Secrets.
+SECRETS = {"hub", *re.findall(r"kubectl create secret \w+ ([\w-]+)", PAGE)}
 Resources = dict[tuple[str, str], dict[str, Any]]
 
 
@@ -92,6 +93,10 @@ def validate(resource: dict[str, Any]) -> None:
         jsonschema.Draft202012Validator(schema).validate(resource)
     else:
         kubernetes_validate.validate(resource, VERSION, strict=True)
+
+
+def test_page_has_every_overlay() -> None:
+    assert sorted(re.findall(r"^\| `([\w-]+)` \|", PAGE, re.M)) == OVERLAYS
 
 
 @needs_kubectl
