@@ -26,29 +26,21 @@ from tools.server import ROOT, find_free_ports, read_shipped
 
 KUBERNETES = ROOT / "deploy/kubernetes"
 VERSION = "1.37"
-FOLDERS = {
-    path.parent.name: yaml.safe_load(path.read_text())["kind"] for path in KUBERNETES.glob("*/kustomization.yaml")
-}
-OVERLAYS = sorted(name for name, kind in FOLDERS.items() if kind == "Kustomization")
+OVERLAYS = sorted(
+    path.parent.name for path in KUBERNETES.glob("*/kustomization.yaml") if "kind: Kustomization\n" in path.read_text()
+)
 SCALED = {"keda": ["instances"], "complete-keda": ["instances", "workers"]}
 PAGE = (ROOT / "docs/containers.md").read_text()
-# The operator makes these Secrets.
-SECRETS = {"hub", *re.findall(r"kubectl create secret \w+ ([\w-]+)", PAGE)}
+# `make build/kubectl/kubectl` gets one.
+KUBECTL = shutil.which("kubectl", path=f"{ROOT / 'build/kubectl'}{os.pathsep}{os.environ['PATH']}")
 Resources = dict[tuple[str, str], dict[str, Any]]
 
-
-def find_kubectl() -> str | None:
-    """Return the program's path: the one that `make build/kubectl/kubectl` gets, or the system's."""
-    return shutil.which("kubectl", path=f"{ROOT / 'build/kubectl'}{os.pathsep}{os.environ['PATH']}")
-
-
-needs_kubectl = pytest.mark.skipif(find_kubectl() is None, reason="kubectl is not installed")
+pytestmark = pytest.mark.skipif(KUBECTL is None, reason="kubectl is not installed")
 each_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
 
 
 def build(folder: Path) -> Resources:
-    command = [find_kubectl() or "kubectl", "kustomize", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([KUBECTL or "", "kustomize", folder], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     return {(each["kind"], each["metadata"]["name"]): each for each in yaml.safe_load_all(done.stdout)}
 
@@ -99,14 +91,12 @@ def test_page_has_every_overlay() -> None:
     assert sorted(re.findall(r"^\| `([\w-]+)` \|", PAGE, re.M)) == OVERLAYS
 
 
-@needs_kubectl
 @each_overlay
 def test_overlays_are_as_kubernetes_takes_them(overlay: str) -> None:
     for resource in read(overlay).values():
         validate(resource)
 
 
-@needs_kubectl
 @pytest.mark.parametrize(
     ("resource", "path", "key"),
     [
@@ -123,7 +113,6 @@ def test_misspelt_keys_are_refused(resource: tuple[str, str], path: tuple[str, .
         validate(wrong)
 
 
-@needs_kubectl
 @each_overlay
 def test_names_lead_to_something(overlay: str) -> None:
     """Services and policies choose pods and their ports, and all that pods mount or read exists."""
@@ -141,18 +130,17 @@ def test_names_lead_to_something(overlay: str) -> None:
         ports = {port["name"] for pod in chosen for each in list_containers(pod) for port in each.get("ports", [])}
         assert {each["targetPort"] for each in spec.get("ports", [])} <= ports
     for pod in pods:
-        assert {each["claimName"] for each in list_volumes(pod, "persistentVolumeClaim").values()} <= held[
-            "PersistentVolumeClaim"
-        ]
+        claims = list_volumes(pod, "persistentVolumeClaim").values()
+        assert {each["claimName"] for each in claims} <= held["PersistentVolumeClaim"]
         assert {each["name"] for each in list_volumes(pod, "configMap").values()} <= held["ConfigMap"]
-        names = set(re.findall(r"'secret(?:Ref|KeyRef|Name)': (?:'|\{[^}]*'name': ')([\w-]+)", repr(pod)))
-        assert names <= SECRETS
+        secrets = {each["secretName"] for each in list_volumes(pod, "secret").values()}
+        secrets |= {each["secretRef"]["name"] for own in list_containers(pod) for each in own.get("envFrom", [])}
+        assert secrets <= set(re.findall(r"kubectl create secret \w+ ([\w-]+)", PAGE))  # the operator's
         volumes = {each["name"] for each in pod["spec"].get("volumes", [])}
         mounted = {each["name"] for own in list_containers(pod) for each in own.get("volumeMounts", [])}
         assert mounted == volumes
 
 
-@needs_kubectl
 @each_overlay
 def test_images_come_from_no_registry_by_accident(overlay: str) -> None:
     for _, pod in list_pods(read(overlay)):
@@ -160,7 +148,6 @@ def test_images_come_from_no_registry_by_accident(overlay: str) -> None:
             assert re.fullmatch(r"(localhost|[\w-]+(\.[\w-]+)+)/[\w./-]+:(?!latest)[\w.-]+", each["image"])
 
 
-@needs_kubectl
 def test_one_line_sets_the_image_of_all_overlays(tmp_path: Path) -> None:
     shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
     images = tmp_path / "kubernetes/images/kustomization.yaml"
@@ -172,7 +159,6 @@ def test_one_line_sets_the_image_of_all_overlays(tmp_path: Path) -> None:
         assert {each for each in used if not each.startswith("docker.io/library/")} == {"ghcr.io/me/fox:v7"}
 
 
-@needs_kubectl
 @each_overlay
 def test_model_arrives_where_instances_read_it(overlay: str) -> None:
     resources = read(overlay)
@@ -186,7 +172,6 @@ def test_model_arrives_where_instances_read_it(overlay: str) -> None:
         assert mounts["models"].get("readOnly", False) == is_read_only
 
 
-@needs_kubectl
 def test_instances_wait_until_the_model_is_complete(tmp_path: Path) -> None:
     """The Job's own command, for the demonstration model, and the wait of the instances."""
     resources = read("base")
@@ -208,7 +193,6 @@ def test_instances_wait_until_the_model_is_complete(tmp_path: Path) -> None:
         assert process.wait(timeout=30) == 0
 
 
-@needs_kubectl
 @each_overlay
 def test_volumes_are_ones_that_clusters_have(overlay: str) -> None:
     """A claim that one node can mount, with all of its pods there. Those that scale need more."""
@@ -234,7 +218,6 @@ def test_volumes_are_ones_that_clusters_have(overlay: str) -> None:
     assert "cache" in list_volumes(resources["Deployment", "instances"]["spec"]["template"], "emptyDir")
 
 
-@needs_kubectl
 @each_overlay
 def test_no_pod_takes_more_than_it_asks_for(overlay: str) -> None:
     for _, pod in list_pods(read(overlay)):
@@ -243,7 +226,6 @@ def test_no_pod_takes_more_than_it_asks_for(overlay: str) -> None:
             assert set(each["resources"]["limits"]) == {"cpu", "memory"}
 
 
-@needs_kubectl
 @each_overlay
 def test_pods_finish_their_requests(overlay: str) -> None:
     """An hour for those with requests. The balancer's successor waits, because two would have two queues."""
@@ -256,7 +238,6 @@ def test_pods_finish_their_requests(overlay: str) -> None:
             assert pod["spec"]["terminationGracePeriodSeconds"] > int(queue[0])
 
 
-@needs_kubectl
 @each_overlay
 def test_openshift_chooses_the_users(overlay: str, tmp_path: Path) -> None:
     """Elsewhere they are numbers: Kubernetes cannot see whether a name is root."""
@@ -276,7 +257,6 @@ def test_openshift_chooses_the_users(overlay: str, tmp_path: Path) -> None:
                 assert "runAsUser" not in own
 
 
-@needs_kubectl
 @each_overlay
 def test_prometheus_finds_the_metrics(overlay: str) -> None:
     resources = read(overlay)
@@ -286,7 +266,6 @@ def test_prometheus_finds_the_metrics(overlay: str) -> None:
         assert annotations == {"prometheus.io/scrape": "true", "prometheus.io/port": str(ports["metrics"])}
 
 
-@needs_kubectl
 @pytest.mark.parametrize("overlay", SCALED)
 def test_keda_scales_by_every_queue(overlay: str) -> None:
     resources = read(overlay)
@@ -307,7 +286,6 @@ def test_keda_scales_by_every_queue(overlay: str) -> None:
         assert kinds == ["prometheus"] * (name == "instances") + ["postgresql"] * (overlay == "complete-keda")
 
 
-@needs_kubectl
 def test_numbers_of_the_balancers_agree() -> None:
     balancer = (KUBERNETES / "base/haproxy.cfg").read_text()
     (trigger,) = read("keda")["ScaledObject", "instances"]["spec"]["triggers"]
@@ -319,7 +297,6 @@ def test_numbers_of_the_balancers_agree() -> None:
     assert limit == re.findall(r"queue\(pictures\) ge (\d+)", (ROOT / "deploy/haproxy.cfg").read_text())
 
 
-@needs_kubectl
 def test_probes_ask_for_readiness() -> None:
     instances = get_container(read("base"), "instances")
     probes = {name: instances[name] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
@@ -328,7 +305,6 @@ def test_probes_ask_for_readiness() -> None:
     assert startup["periodSeconds"] * startup["failureThreshold"] >= read_shipped()["startupTimeout"]
 
 
-@needs_kubectl
 @each_overlay
 def test_rollouts_need_no_room_on_one_node(overlay: str) -> None:
     instances = read(overlay)["Deployment", "instances"]["spec"]
@@ -337,7 +313,6 @@ def test_rollouts_need_no_room_on_one_node(overlay: str) -> None:
     assert instances.get("replicas") == (None if overlay in SCALED else 1 if overlay == "one-node" else 2)
 
 
-@needs_kubectl
 @pytest.mark.skipif(find_nginx() is None, reason="nginx and openssl are not installed")
 @pytest.mark.filterwarnings("ignore:Unverified HTTPS")
 def test_nginx_of_a_cluster_is_the_shipped_one() -> None:
@@ -391,7 +366,6 @@ def test_nginx_of_a_cluster_is_the_shipped_one() -> None:
             process.wait(timeout=30)
 
 
-@needs_kubectl
 @pytest.mark.skipif(find_postgres() is None, reason="postgresql is not installed")
 def test_jobs_start_and_are_counted(tmp_path: Path) -> None:
     """The pod's own commands, on all addresses, and KEDA's query."""
