@@ -20,6 +20,7 @@ import yaml
 from cloudcoil.models.keda import v1alpha1 as keda
 
 from tests.unit.instances import UNKNOWN_USER, Instance, has_ipv6, wait_until
+from tests.unit.test_container import read_copied
 from tools.postgres import LocalPostgres, find_postgres
 from tools.proxy import LocalProxy, find_nginx
 from tools.server import ROOT, find_free_ports, read_shipped
@@ -157,6 +158,21 @@ def test_one_line_sets_the_image_of_all_overlays(tmp_path: Path) -> None:
         pods = list_pods(build(tmp_path / "kubernetes" / overlay))
         used = {each["image"] for _, pod in pods for each in list_containers(pod)}
         assert {each for each in used if not each.startswith("docker.io/library/")} == {"ghcr.io/me/fox:v7"}
+
+
+@each_overlay
+def test_pods_run_what_the_image_holds(overlay: str) -> None:
+    """The instances ask for no API key: HAProxy has none."""
+    known = subprocess.run(
+        [sys.executable, "-m", "sdxl_server.serving.container", "--help"], capture_output=True, text=True, timeout=60
+    ).stdout
+    assert get_container(read(overlay), "instances")["args"] == ["--open"]
+    assert "--open" in known
+    for _, pod in list_pods(read(overlay)):
+        for each in list_containers(pod):
+            if each["image"].partition(":")[0].endswith("/sdxl"):
+                for path in re.findall(r"/opt/sdxl/([\w./-]+)", repr(each)):
+                    assert any(Path(path).is_relative_to(target) for target in read_copied().values()), path
 
 
 @each_overlay
