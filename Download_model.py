@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sdxl_server.model.folders import FP16_MARK, is_weights
+from sdxl_server.model.folders import FP16_MARK, explain_broken_link, is_weights
 from sdxl_server.model.sources import (
     GGUF,
     INDEX,
@@ -133,7 +133,11 @@ def open_hub(model: str, revision: str) -> Source:
 
 
 def open_folder(folder: Path) -> Source:
-    """Return the pipeline in a local folder."""
+    """Return the pipeline in a local folder.
+
+    Raises:
+        DownloadError: one of its files is a link that leads nowhere.
+    """
 
     def fetch(file: SourceFile, stream: BinaryIO) -> None:
         with (folder / file.name).open("rb") as original:
@@ -144,7 +148,11 @@ def open_folder(folder: Path) -> Source:
         what, meant = explain_folder(folder)
         return what, None if meant is None else str(meant)
 
-    paths = sorted(path for path in (*folder.glob("*"), *folder.glob("*/*")) if is_needed(path.name) and path.is_file())
+    needed = sorted(path for path in (*folder.glob("*"), *folder.glob("*/*")) if is_needed(path.name))
+    for path in needed:
+        if explained := explain_broken_link(path):
+            raise DownloadError(explained)
+    paths = [path for path in needed if path.is_file()]
     files = [SourceFile(path.relative_to(folder).as_posix(), path.stat().st_size) for path in paths]
     times = [path.stat().st_mtime_ns for path in paths]
     fingerprint = hashlib.sha256(repr((files, times)).encode()).hexdigest()

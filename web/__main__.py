@@ -16,7 +16,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until Ctrl-C; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m web", description=(__doc__ or "").partition(";")[0])
     parser.add_argument("--url", default="http://127.0.0.1:8080", help="TorchServe's inference address (%(default)s)")
-    parser.add_argument("--port", type=int, default=PORT, help="loopback port to listen on (%(default)s)")
+    parser.add_argument(
+        "--address",
+        default="127.0.0.1",
+        help="to listen on; 0.0.0.0 in a container that publishes the port on loopback",
+    )
+    parser.add_argument("--port", type=int, default=PORT, help="to listen on (%(default)s)")
     parser.add_argument(
         "--key-file",
         type=Path,
@@ -26,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         token = read_token(options.key_file, "inference")
-        server = PageServer(options.url, port=options.port)
+        server = PageServer(options.url, address=options.address, port=options.port)
     except (OSError, ValueError, NotReadyError) as error:
         print(error, file=sys.stderr)
         return 1

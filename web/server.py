@@ -34,25 +34,26 @@ HEADERS = {
 
 
 class PageServer(ThreadingHTTPServer):
-    """The web UI's server on 127.0.0.1.
+    """The web UI's server. It answers to 127.0.0.1 and localhost only.
 
     Args:
         upstream: the address of TorchServe's inference API, such as http://127.0.0.1:8080. With https:// the
             certificate is checked.
+        address: to listen on. Others than 127.0.0.1 are for containers that publish the port on loopback.
         port: to listen on; 0 is any free one.
 
     Raises:
-        ValueError: the address is of another kind.
+        ValueError: upstream is of another kind.
     """
 
     daemon_threads = True
 
-    def __init__(self, upstream: str, *, port: int = PORT) -> None:
+    def __init__(self, upstream: str, *, address: str = "127.0.0.1", port: int = PORT) -> None:
         self.upstream = parts = urlsplit(upstream.rstrip("/"))
         is_whole = parts.geturl() == f"{parts.scheme}://{parts.netloc}" and "@" not in parts.netloc
         if parts.scheme not in ("http", "https") or not parts.hostname or not is_whole or parts.port == 0:
             raise ValueError(f"--url takes http://host:port or https://host:port, not {upstream}")
-        super().__init__(("127.0.0.1", port), PageHandler)
+        super().__init__((address, port), PageHandler)
         self.hosts = tuple(f"{name}:{self.server_address[1]}" for name in ("127.0.0.1", "localhost"))
 
     def connect(self) -> http.client.HTTPConnection:

@@ -233,7 +233,11 @@ class HandlerConfig:
         value=True,
     )
     metrics_address: str | None = declare(
-        {"type": "string", "pattern": r"^[\w.-]+:\d{1,5}$", "x-accepted": "host:port"},
+        {
+            "type": "string",
+            "pattern": r"^([\w.-]+|\[[\w:.%]+\]):\d{1,5}$",
+            "x-accepted": "host:port, or [IPv6 address]:port",
+        },
         "where each worker serves GET /metrics, for Prometheus, and /ready, without an API key; one per worker, on "
         "loopback or a private network, such as 127.0.0.1:9108",
         value=None,

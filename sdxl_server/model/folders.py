@@ -4,7 +4,7 @@ import json
 import logging
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ LFS_POINTER = b"version https://git-lfs"
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 PEFT_FILE = "adapter_config.json"
 LIBRARIES = ("diffusers", "transformers")  # whose classes a component may have
+READ_SUFFIXES = (".safetensors", ".json", ".txt")
 WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ def check_component(folder: Path, *, remedy: str) -> None:
     Raises:
         ConfigError: names the file and what to do.
     """
+    check_links([folder, *(path for path in sorted(folder.glob("*")) if _is_read(path))])
     if not folder.is_dir():
         raise ConfigError(f"{folder} is missing. Make the whole folder by: {remedy}")
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
@@ -90,7 +92,7 @@ def check_component(folder: Path, *, remedy: str) -> None:
         own = next((path for path in pickles if "pytorch_model" in path.name), pickles[0])
         raise ConfigError(explain_pickle(own, "a pickle"))
     for path in files:
-        if path.suffix in (".safetensors", ".json", ".txt") and path.stat().st_size < 1000:
+        if path.suffix in READ_SUFFIXES and path.stat().st_size < 1000:
             with path.open("rb") as file:
                 if file.read(len(LFS_POINTER)) == LFS_POINTER:
                     clone = folder if (folder / ".git").exists() else folder.parent
@@ -102,6 +104,34 @@ def check_component(folder: Path, *, remedy: str) -> None:
         if not (folder / name).exists():
             raise ConfigError(f"{source} names {name}, which is not there: {remedy}")
     _check_precision(folder, remedy=remedy)
+
+
+def check_links(paths: Iterable[Path]) -> None:
+    """Refuse links that lead nowhere.
+
+    Raises:
+        ConfigError: names the first one and what to do.
+    """
+    for path in paths:
+        if explained := explain_broken_link(path):
+            raise ConfigError(explained)
+
+
+def explain_broken_link(path: Path) -> str | None:
+    """Say what to do about a link that leads nowhere, as in a snapshot without its cache; None for another path."""
+    if not path.is_symlink() or path.exists():
+        return None
+    return (
+        f"{path} is a link to {path.readlink()}, which is not there. In the hub's cache such links lead to its folder "
+        "blobs: mount the whole cache, or copy the model by cp --recursive --dereference"
+    )
+
+
+def _is_read(path: Path) -> bool:
+    """Say whether a file of a component is read: of two variants of weights only one is."""
+    is_half = FP16_MARK in path.name
+    is_other = is_weights(path.name) and is_half is (find_variant(path.parent) is None)
+    return path.suffix in READ_SUFFIXES and not is_other
 
 
 def _check_precision(folder: Path, *, remedy: str) -> None:
@@ -119,10 +149,9 @@ def _check_precision(folder: Path, *, remedy: str) -> None:
             f"{folder}/config.json has a quantization_config ({shorten(method)}), and quantised weights are not "
             "served: use the model's folder in fp16, bf16 or fp32"
         )
-    is_half = find_variant(folder) is not None
     for path in sorted(folder.glob("*.safetensors")):
-        if not is_weights(path.name) or (FP16_MARK in path.name) is not is_half:
-            continue  # not loaded
+        if not is_weights(path.name) or not _is_read(path):
+            continue
         try:
             header = read_safetensors_header(path)
         except CheckpointError as error:

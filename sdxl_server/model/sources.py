@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 from sdxl_server.convert.weights_files import PICKLES, explain_pickle
 from sdxl_server.errors import ConfigError
-from sdxl_server.model.folders import HUB_ID, is_weights
+from sdxl_server.model.folders import HUB_ID, check_links, is_weights
 
 INDEX = "model_index.json"
 SAFETENSORS, GGUF = ".safetensors", ".gguf"
@@ -88,6 +88,7 @@ def check_has_pipeline(given: str, model_dir: Path) -> None:
     Raises:
         ConfigError: names what is there, and the right value or command.
     """
+    check_links([model_dir / given, model_dir / given / INDEX])
     if not os.path.isfile(model_dir / given / INDEX):
         raise ConfigError(f"handler.model_path takes the folder of a diffusers pipeline. {_explain(given, model_dir)}")
 

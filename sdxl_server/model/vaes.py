@@ -7,7 +7,13 @@ from types import MethodType
 from typing import Any
 
 from sdxl_server.errors import ConfigError
-from sdxl_server.model.folders import check_component, load_json_object, load_weights, write_redownload_command
+from sdxl_server.model.folders import (
+    check_component,
+    check_links,
+    load_json_object,
+    load_weights,
+    write_redownload_command,
+)
 from sdxl_server.schemas import shorten
 
 FULL_VAE, TINY_VAE = "AutoencoderKL", "AutoencoderTiny"  # diffusers' classes
@@ -54,6 +60,7 @@ def read_vae_class(folder: Path) -> str:
     Raises:
         ConfigError: the folder holds none of the two kinds.
     """
+    check_links([folder, folder / "config.json"])
     try:
         held = json.loads((folder / "config.json").read_text()).get("_class_name")
     except (OSError, ValueError, RecursionError, AttributeError) as error:

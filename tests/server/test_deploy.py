@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -702,6 +703,36 @@ def test_only_a_key_gets_into_nginx(tmp_path: Path, text: str) -> None:
 
 
 @needs_nginx
+def test_nginx_needs_no_key_file(tmp_path: Path, address: str) -> None:
+    """It starts before TorchServe has written a key, takes the key by a reload, and may lose it again."""
+
+    def sends(key: str | None) -> bool:
+        assert nginx.ask("POST", PREDICTIONS, address=address, body=b"x", **nginx.get_headers()).status == 200
+        return stub.seen[-1][1].get("Authorization") == key
+
+    with Stub() as stub, Nginx(stub.server_address[1]) as nginx:
+        assert not list(nginx.folder.glob("torchserve_key*"))
+        assert sends(None)
+        for key in ("first", "second"):
+            (tmp_path / "key_file.json").write_text(f'{{\n  "inference": {{\n    "key": "{key}",\n  }}\n}}')
+            nginx.key_file = tmp_path / "key_file.json"
+            nginx.pass_key()
+            (nginx.folder / ".new-key").write_text("what an interrupted pass-key leaves")
+            nginx.command("-s", "reload")
+            wait_for(partial(sends, f"Bearer {key}"))
+        (nginx.folder / "torchserve_key").unlink()
+        nginx.command("-s", "reload")
+        wait_for(partial(sends, None))
+
+
+def test_key_may_come_through_a_pipe(tmp_path: Path) -> None:
+    """As from `docker exec sdxl cat key_file.json`."""
+    text = '{\n  "inference": {\n    "key": "abc",\n  }\n}'
+    subprocess.run([PASS_KEY, "/dev/stdin", tmp_path / "torchserve_key"], input=text, text=True, check=True, timeout=10)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"torchserve_key": 'default "Bearer abc";\n'}
+
+
+@needs_nginx
 def test_stopped_worker_is_ready_but_does_not_answer(server: LocalServer, capsys: pytest.CaptureFixture[str]) -> None:
     worker = psutil.Process(server.find_worker())
     assert check(server, "--answer", "30") == 0
@@ -775,11 +806,11 @@ def test_units_are_understood(tmp_path: Path) -> None:
     """By systemd-analyze; what they do is not seen here."""
     shutil.copytree(DEPLOY, tmp_path, dirs_exist_ok=True)
     shutil.copy("/lib/systemd/system/nginx.service", tmp_path)
-    for unit in tmp_path.glob("torchserve*.service"):
+    for unit in (*tmp_path.glob("torchserve*.service"), *tmp_path.glob("sdxl*.service")):
         text = unit.read_text().replace("/opt/sdxl/.venv/", f"{sys.prefix}/").replace("/opt/sdxl", str(ROOT))
         unit.write_text(text.replace("User=sdxl", "User=daemon"))
-    units = [*tmp_path.glob("torchserve*"), tmp_path / "nginx.service"]
-    assert len(units) == 6
+    units = [*tmp_path.glob("torchserve*"), *tmp_path.glob("sdxl*"), tmp_path / "nginx.service"]
+    assert len(units) == 11
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", *map(str, units)],
         env={**os.environ, "SYSTEMD_UNIT_PATH": f"{tmp_path}:"},

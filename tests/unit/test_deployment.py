@@ -2,155 +2,44 @@
 
 import os
 import re
-import shutil
+import signal
 import socket
 import socketserver
 import struct
 import subprocess
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack, contextmanager
 from math import factorial
 from pathlib import Path
 from typing import Any, Self
 
-import jsonschema
-import kubernetes_validate
 import psutil
 import pytest
 import requests
 import yaml
-from cloudcoil.models.keda.v1alpha1 import ScaledObject
 
 from sdxl_server.metrics import REQUESTS_IN_FLIGHT, serve_metrics
 from sdxl_server.serving import container
 from sdxl_server.serving.rolling_restart import Haproxy
+from tests.unit.instances import UNKNOWN_USER, Instance, has_ipv6, wait_until
 from tools.instances import NAMES, LocalBalancer, find_haproxy
-from tools.server import ROOT, find_free_ports, read_shipped
+from tools.server import ROOT, find_free_ports
 
 DEPLOY = ROOT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
-VERSION = "1.37"
-
-
-def read_resources() -> list[dict[str, Any]]:
-    """Return the resources of the base."""
-    names = yaml.safe_load((KUBERNETES / "base/kustomization.yaml").read_text())["resources"]
-    return [each for name in names for each in yaml.safe_load_all((KUBERNETES / "base" / name).read_text())]
-
-
-@pytest.mark.parametrize("resource", read_resources(), ids=lambda each: f"{each['kind']}-{each['metadata']['name']}")
-def test_resources_are_as_kubernetes_takes_them(resource: dict[str, Any]) -> None:
-    kubernetes_validate.validate(resource, VERSION, strict=True)
-
-
-def test_a_misspelt_key_is_refused() -> None:
-    resource = read_resources()[0]
-    resource["spec"]["template"]["spec"]["containers"][0]["readynessProbe"] = {}
-    with pytest.raises(kubernetes_validate.ValidationError):
-        kubernetes_validate.validate(resource, VERSION, strict=True)
-
-
-def make_strict(schema: Any) -> Any:
-    """Return a schema that refuses the keys that it does not name."""
-    if isinstance(schema, dict):
-        known = {"additionalProperties": False} if "properties" in schema else {}
-        return {**known, **{key: make_strict(value) for key, value in schema.items()}}
-    return [make_strict(each) for each in schema] if isinstance(schema, list) else schema
-
-
-def test_keda_takes_what_scales() -> None:
-    """By the schema of KEDA 2.16, the newest packaged one."""
-    schema = jsonschema.Draft202012Validator(make_strict(ScaledObject.model_json_schema()))
-    scaled = yaml.safe_load((KUBERNETES / "keda/scaledobject.yaml").read_text())
-    schema.validate(scaled)
-    scaled["spec"]["pollInterval"] = scaled["spec"].pop("pollingInterval")
-    with pytest.raises(jsonschema.ValidationError, match="'pollInterval' was unexpected"):
-        schema.validate(scaled)
-
-
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
-@pytest.mark.parametrize("name", ["base", "keda"])
-def test_kustomize_puts_them_together(name: str) -> None:
-    done = subprocess.run(["kubectl", "kustomize", KUBERNETES / name], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    made = {(each["kind"], each["metadata"]["name"]): each for each in yaml.safe_load_all(done.stdout)}
-    assert ("replicas" in made["Deployment", "instances"]["spec"]) == (name == "base")
-    assert (("ScaledObject", "instances") in made) == (name == "keda")
-
-
-def test_probes_ask_for_readiness() -> None:
-    (instances,) = (
-        each for each in read_resources() if each["metadata"]["name"] == "instances" and "replicas" in each["spec"]
-    )
-    (container,) = instances["spec"]["template"]["spec"]["containers"]
-    probes = {name: container[name] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
-    assert {each["httpGet"]["path"] for each in probes.values()} == {"/ready"}
-    startup = probes["startupProbe"]
-    assert startup["periodSeconds"] * startup["failureThreshold"] >= read_shipped()["startupTimeout"]
-
-
-def test_numbers_of_the_balancers_agree() -> None:
-    balancer = (KUBERNETES / "base/haproxy.cfg").read_text()
-    scaled = yaml.safe_load((KUBERNETES / "keda/scaledobject.yaml").read_text())
-    assert set(re.findall(r"server-template sdxl (\d+)", balancer)) == {str(scaled["spec"]["maxReplicaCount"])}
-    (query,) = (each["metadata"]["query"] for each in scaled["spec"]["triggers"])
-    assert set(re.findall(r'proxy="(\w+)"', query)) <= set(re.findall(r"^backend (\w+)", balancer, re.M))
-    limit = re.findall(r"queue\(pictures\) ge (\d+)", balancer)
-    assert limit == re.findall(r"queue\(pictures\) ge (\d+)", (DEPLOY / "haproxy.cfg").read_text())
 
 
 @pytest.mark.skipif(find_haproxy() is None, reason="haproxy is not installed")
 @pytest.mark.parametrize("path", [DEPLOY / "haproxy.cfg", KUBERNETES / "base/haproxy.cfg"])
 def test_haproxy_takes_its_configuration(path: Path) -> None:
-    environment = {"NAMESPACE": "drawing"}  # balancer.yaml sets it
+    environment = {"NAMESPACE": "drawing", "POD_IP": "127.0.0.1"}  # balancer.yaml sets them
     command = [find_haproxy() or "", "-c", "-f", str(path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stderr) == (0, "")
-
-
-class Instance(ThreadingHTTPServer):
-    """What HAProxy sees of a TorchServe: it answers each POST with `status`, or hangs up when that is 0."""
-
-    def __init__(self, address: str = "127.0.0.1", port: int = 0, *, metrics_port: int | None = None) -> None:
-        super().__init__((address, port), InstanceHandler)
-        self.metrics_port = metrics_port or self.server_port
-        self.ports = {"inference_address": self.server_port}
-        self.status, self.is_ready, self.seconds, self.answered = 200, True, 0.0, 0
-        self.count: Callable[[], AbstractContextManager[Any]] = nullcontext
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.shutdown()
-        self.server_close()
-
-
-class InstanceHandler(BaseHTTPRequestHandler):
-    server: Instance
-
-    def do_GET(self) -> None:
-        self.send_response(200 if self.server.is_ready else 503)
-        self.end_headers()
-        if self.path == "/metrics":
-            self.wfile.write(b"sdxl_requests_in_flight 0.0\n")
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        with self.server.count():
-            time.sleep(self.server.seconds)
-        self.server.answered += 1
-        if self.server.status:
-            self.send_response(self.server.status)
-            self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @pytest.fixture
@@ -163,13 +52,6 @@ def site() -> Iterator[tuple[dict[str, Instance], LocalBalancer]]:
         with LocalBalancer(list(instances.values())) as balancer:
             wait_until(lambda: balancer.socket.exists())
             yield instances, balancer
-
-
-def wait_until(condition: Any) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def read_states(balancer: LocalBalancer) -> dict[str, str]:
@@ -323,70 +205,80 @@ class DnsHandler(socketserver.BaseRequestHandler):
             end += 1 + length
         question, kind = query[12 : end + 5], query[end + 1 : end + 3]
         is_known = ".".join(labels) == self.server.name
-        addresses = self.server.addresses if is_known and kind == b"\0\1" else []
+        family, number = (socket.AF_INET6, 28) if kind == b"\0\x1c" else (socket.AF_INET, 1)
+        asked = [each for each in self.server.addresses if (":" in each) == (number == 28)]
+        addresses = [socket.inet_pton(family, each) for each in asked] if is_known else []
         flags = 0x8580 if is_known else 0x8583  # authoritative; no such name
         records = b"".join(
-            b"\xc0\x0c" + struct.pack("!HHIH", 1, 1, 5, 4) + socket.inet_aton(address) for address in addresses
+            b"\xc0\x0c" + struct.pack("!HHIH", number, 1, 5, len(address)) + address for address in addresses
         )
         head = query[:2] + struct.pack("!5H", flags, 1, len(addresses), 0, 0)
         reply.sendto(head + question + records, self.client_address)
 
 
 @contextmanager
-def balance_pods(folder: Path, dns: Dns, port: int) -> Iterator[str]:
-    """Run HAProxy with the cluster's configuration; yield its address. Only ports and the DNS server differ."""
+def balance_pods(dns: Dns, port: int, *, address: str = "127.0.0.1") -> Iterator[tuple[str, psutil.Process]]:
+    """Run HAProxy with the cluster's configuration. Only ports and the DNS server differ.
+
+    Where this is root, it runs as a user without a name.
+
+    Args:
+        port: of the pods.
+        address: of HAProxy's own pod.
+
+    Yields:
+        The address of the predictions there, and the process that gets signals.
+    """
     own, metrics_port = find_free_ports(2)
     text = (KUBERNETES / "base/haproxy.cfg").read_text()
     for shipped, changed in {
         "parse-resolv-conf": f"nameserver dns 127.0.0.1:{dns.server_address[1]}",
         "check port 9108": f"check port {port}",
         ":8080": f":{port}",
-        "bind :8079": f"bind 127.0.0.1:{own}",
-        "bind :8405": f"bind 127.0.0.1:{metrics_port}",
+        ":8079": f":{own}",
+        ":8405": f":{metrics_port}",
     }.items():
         assert shipped in text
         text = text.replace(shipped, changed)
-    (folder / "haproxy.cfg").write_text(text)
     balancer = yaml.safe_load((KUBERNETES / "base/balancer.yaml").read_text().partition("---")[0])
     (container,) = balancer["spec"]["template"]["spec"]["containers"]
-    fields = {"metadata.namespace": "drawing"}  # what the cluster would fill in
+    fields = {"metadata.namespace": "drawing", "status.podIP": address}  # what the cluster would fill in
     environment = {
         each["name"]: fields[each["valueFrom"]["fieldRef"]["fieldPath"]] for each in container.get("env", [])
     }
-    command = [find_haproxy() or "haproxy", "-db", "-f", str(folder / "haproxy.cfg")]
-    with (
-        (folder / "log").open("w") as log,
-        subprocess.Popen(command, env=environment, stdout=log, stderr=log) as process,
-    ):
+    host = f"[{address}]" if ":" in address else address
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        path = Path(folder, "haproxy.cfg")
+        path.write_text(text)
+        command = [find_haproxy() or "haproxy", "-W", "-db", "-f", str(path)]  # -W: as its image runs it
+        user = UNKNOWN_USER if os.geteuid() == 0 else None
+        process = psutil.Popen(command, env=environment, user=user, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
         try:
-            yield f"http://127.0.0.1:{own}/predictions/diffusion_fast"
+            yield f"http://{host}:{own}/predictions/diffusion_fast", process
         finally:
-            process.kill()
+            if process.is_running():
+                process.terminate()
+                process.wait(timeout=30)
 
 
 @pytest.mark.skipif(find_haproxy() is None, reason="haproxy is not installed")
-def test_haproxy_finds_the_pods_of_its_namespace(tmp_path: Path) -> None:
+def test_haproxy_finds_the_pods_of_its_namespace() -> None:
     """The first one, one that comes, and none that has gone."""
     (port,) = find_free_ports(1)
 
-    def ask(method: str = "POST") -> int:
-        try:
-            return requests.request(method, url, data="a red fox", timeout=30).status_code
-        except requests.ConnectionError:  # HAProxy is starting
-            return 0
-
     def reaches(pod: Instance) -> bool:
         before = pod.answered
-        return [ask() for _ in range(4)] == [200] * 4 and pod.answered > before
+        return [ask(url) for _ in range(4)] == [200] * 4 and pod.answered > before
 
     with (
         Dns("instances.drawing.svc.cluster.local") as dns,
         Instance("127.0.0.2", port) as first,
         Instance("127.0.0.3", port) as second,
-        balance_pods(tmp_path, dns, port) as url,
+        balance_pods(dns, port) as (url, _),
     ):
         wait_until(lambda: reaches(first))
-        assert ask("GET") == 200  # the documents' backend finds it too
+        assert ask(url, "GET") == 200  # the documents' backend finds it too
         dns.addresses = ["127.0.0.2", "127.0.0.3"]
         wait_until(lambda: reaches(second))
         dns.addresses = ["127.0.0.3"]
@@ -394,14 +286,58 @@ def test_haproxy_finds_the_pods_of_its_namespace(tmp_path: Path) -> None:
         assert reaches(second)
 
 
-def test_the_image_is_made_of_what_there_is() -> None:
-    text = (DEPLOY / "container/Dockerfile").read_text()
-    taken = {name for line in re.findall(r"^COPY (.*) \S+$", text, re.M) for name in line.split()}
-    assert all((ROOT / name).exists() for name in taken)
-    let_in = re.findall(r"^!(\S+)$", (DEPLOY / "container/Dockerfile.dockerignore").read_text(), re.M)
-    assert taken == set(let_in)
-    compose = yaml.safe_load((DEPLOY / "container/compose.yaml").read_text())
-    assert compose["services"]["sdxl"]["read_only"]
+def ask(url: str, method: str = "POST") -> int:
+    try:
+        return requests.request(method, url, data="a red fox", timeout=60).status_code
+    except requests.ConnectionError:  # HAProxy starts, or has stopped
+        return 0
+
+
+@pytest.mark.skipif(find_haproxy() is None, reason="haproxy is not installed")
+@pytest.mark.parametrize(
+    ("address", "pod"),
+    [
+        ("127.0.0.1", "127.0.0.2"),
+        pytest.param(
+            *("::1", "::1"), marks=pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6"), id="ipv6"
+        ),
+    ],
+)
+def test_haproxy_serves_clusters_of_either_family(address: str, pod: str) -> None:
+    """At the pod's own address, and at 127.0.0.1 for `kubectl port-forward`."""
+    (port,) = find_free_ports(1)
+    with (
+        Dns("instances.drawing.svc.cluster.local") as dns,
+        Instance(pod, port) as instance,
+        balance_pods(dns, port, address=address) as (url, process),
+    ):
+        dns.addresses = [pod]
+        wait_until(lambda: ask(url) == 200)
+        assert ask(url, "GET") == ask(url.replace("[::1]", "127.0.0.1")) == 200
+        assert instance.answered == 2
+        (worker,) = process.children()
+        assert worker.num_threads() == 1  # not one for each core of the node
+
+
+@pytest.mark.skipif(find_haproxy() is None, reason="haproxy is not installed")
+def test_balancer_that_stops_finishes_its_queue() -> None:
+    """SIGUSR1 is the stop signal of its image."""
+    (port,) = find_free_ports(1)
+    with (
+        Dns("instances.drawing.svc.cluster.local") as dns,
+        Instance("127.0.0.2", port) as pod,
+        ThreadPoolExecutor(6) as pool,
+        balance_pods(dns, port) as (url, process),
+    ):
+        wait_until(lambda: ask(url) == 200)
+        pod.seconds, before = 0.5, pod.answered
+        asked = [pool.submit(ask, url) for _ in range(6)]
+        wait_until(lambda: pod.answered > before)
+        process.send_signal(signal.SIGUSR1)
+        wait_until(lambda: ask(url, "GET") == 0)  # it takes no more
+        assert not all(each.done() for each in asked)
+        assert [each.result() for each in asked] == [200] * 6
+        assert process.wait(timeout=30) == 0
 
 
 def test_erlang_c_in_the_docs_is_right() -> None:

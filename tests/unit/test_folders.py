@@ -13,9 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from Download_model import DownloadError, open_folder
 from sdxl_server.errors import ConfigError
+from sdxl_server.model.adapters.lora_files import load_lora
 from sdxl_server.model.families import FAMILIES, find_family
 from sdxl_server.model.folders import write_redownload_command
+from sdxl_server.model.vaes import load_vae
 from tests.unit.pipelines import load, make_picture
 from tools.server import ROOT
 
@@ -104,6 +107,42 @@ def test_the_hubs_own_folder(folder: Path, tiny_model: Path, tmp_path: Path) -> 
     assert not list(copy.rglob("*openvino*"))
     for each in (folder, copy):
         assert np.array_equal(make_picture(load(each)), make_picture(load(tiny_model)))
+
+
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "unet", "unet/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json", ""]
+)
+def test_links_that_lead_nowhere(folder: Path, name: str) -> None:
+    """As in a snapshot of the hub's cache that is mounted without its blobs."""
+    (folder / name).rename(folder.parent / "moved")
+    (folder / name).symlink_to("../../blobs/0123")
+    message = refuse(folder)
+    assert f"{folder / name} is a link to ../../blobs/0123, which is not there" in message
+    assert message.endswith("mount the whole cache, or copy the model by cp --recursive --dereference")
+    if name == "model_index.json":
+        with pytest.raises(DownloadError, match="is a link to ../../blobs/0123"):
+            open_folder(folder)
+
+
+def test_link_of_a_file_that_is_not_read_does_no_harm(folder: Path) -> None:
+    for name in ("unet/diffusion_pytorch_model.fp16.safetensors", "unet/openvino_model.xml", "model.safetensors"):
+        (folder / name).symlink_to("../../blobs/0123")
+    make_picture(load(folder))
+
+
+@pytest.mark.parametrize("name", ["config.json", "diffusion_pytorch_model.safetensors"])
+def test_link_in_a_vae_that_leads_nowhere(folder: Path, name: str, tmp_path: Path) -> None:
+    vae = shutil.copytree(folder / "vae", tmp_path / "vae")
+    (vae / name).unlink()
+    (vae / name).symlink_to("../../blobs/0123")
+    with pytest.raises(ConfigError, match=f"{name} is a link to ../../blobs/0123, which is not there"):
+        load_vae(vae, torch.float32)
+
+
+def test_adapter_that_is_a_link_without_its_file(tmp_path: Path) -> None:
+    (tmp_path / "fox.safetensors").symlink_to("../../blobs/0123")
+    with pytest.raises(ConfigError, match=r"fox.safetensors is a link to ../../blobs/0123, which is not there"):
+        load_lora(tmp_path / "fox.safetensors", {})
 
 
 def test_pointers_of_git_lfs(folder: Path) -> None:

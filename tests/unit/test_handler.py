@@ -19,6 +19,7 @@ from sdxl_server import __version__
 from sdxl_server.api import native
 from sdxl_server.api.http import HttpRequest, Response, find_header
 from sdxl_server.api.native import NativeApi
+from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.diffusion.previews import choose_preview_steps
 from sdxl_server.errors import ConfigError, RequestError, VersionError
 from sdxl_server.metrics import serve_metrics
@@ -490,6 +491,24 @@ def test_an_unusable_metrics_address_is_reported(host: str) -> None:
         address = f"{host}:{taken.getsockname()[1]}"
         with pytest.raises(ConfigError, match=f"metrics_address takes a free address .* not {address}"):
             serve_metrics(address, threading.Event())
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+@pytest.mark.parametrize(("address", "hosts"), [("[::]", {"127.0.0.1", "[::1]"}), ("[::1]", {"[::1]"})])
+def test_metrics_are_served_over_ipv6(address: str, hosts: set[str]) -> None:
+    """Brackets as in a URL. At :: they are served over IPv4 too."""
+    HandlerConfig.parse({"metrics_address": f"{address}:9108"})
+    with pytest.raises(ConfigError, match=r"metrics_address takes host:port, or \[IPv6 address\]:port"):
+        HandlerConfig.parse({"metrics_address": f"{address.strip('[]')}:9108"})
+    port = serve_metrics(f"{address}:0", threading.Event())
+    assert {host for host in ("127.0.0.1", "[::1]") if is_served(f"http://{host}:{port}/metrics")} == hosts
+
+
+def is_served(url: str) -> bool:
+    try:
+        return requests.get(url, timeout=10).status_code == 200
+    except requests.ConnectionError:
+        return False
 
 
 def test_readiness_is_served_next_to_metrics() -> None:

@@ -90,6 +90,17 @@ def test_page_is_small_and_comes_with_its_headers(page: PageServer) -> None:
         assert connection.getresponse().status == 404, closed
 
 
+def test_page_in_a_container() -> None:
+    """It listens on the container's address. Browsers use the port that is published on loopback."""
+    (port,) = find_free_ports(1)
+    with run(PageServer("http://sdxl:8080", address="0.0.0.0", port=port)):
+        for host, status in ((f"127.0.0.1:{port}", 200), (f"localhost:{port}", 200), (f"127.0.0.2:{port}", 403)):
+            answer = requests.get(f"http://127.0.0.2:{port}/", headers={"Host": host}, timeout=10)
+            assert answer.status_code == status
+    with run(PageServer("http://sdxl:8080", port=port)), pytest.raises(requests.ConnectionError):
+        requests.get(f"http://127.0.0.2:{port}/", timeout=10)
+
+
 def test_page_holds_nothing_inline_and_nothing_from_elsewhere() -> None:
     for path in PAGE.iterdir():
         text = path.read_text().replace("http://www.w3.org/2000/svg", "")

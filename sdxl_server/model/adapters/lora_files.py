@@ -14,6 +14,7 @@ from sdxl_server.convert.recognition import UNET_PREFIX, VAE_PREFIX, describe_co
 from sdxl_server.convert.weights_files import CheckpointError, Header, read_safetensors_header, remove_wrappers
 from sdxl_server.errors import ConfigError
 from sdxl_server.model.adapters.layer_names import LAYER_PREFIXES, MATRIX_BY_SUFFIX, UNET, UNSERVED_ADAPTERS, Layer
+from sdxl_server.model.folders import check_links
 from sdxl_server.schemas import shorten
 
 # A matrix whose inputs are text embeddings, and the model by their width.
@@ -58,6 +59,7 @@ def load_lora(path: Path, layers: Mapping[str, Layer]) -> tuple[str, dict[Layer,
     """
     import torch
 
+    check_links([path])
     if path.is_dir():
         held = ", ".join(sorted(each.name for each in path.glob("*.safetensors"))[:3])
         raise ConfigError(f"{path} is a folder: name a .safetensors file in it ({held or 'it has none'})")
