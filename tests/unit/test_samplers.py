@@ -537,7 +537,7 @@ def test_the_demonstration_model_is_drawn_right(sampler: Any) -> None:
     assert score_pictures(PROMPTS, pictures)["all"] >= 7 / 8
 
 
-@pytest.mark.parametrize("strength", [0.1, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("strength", [0.1, 0.2, 0.5, pytest.param(1.0, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("name", ALL)
 def test_the_demonstration_model_is_drawn_right_from_images(name: str, strength: float) -> None:
     """With one step left and more, by every sampler, with the noise levels that it has."""
