@@ -48,7 +48,8 @@ CREATE TABLE IF NOT EXISTS image_jobs (
 );
 -- Base64 and images hardly shrink, and compression takes time.
 ALTER TABLE image_jobs ALTER fields SET STORAGE EXTERNAL, ALTER preview SET STORAGE EXTERNAL;
-CREATE INDEX IF NOT EXISTS image_jobs_waiting ON image_jobs (priority, rank) WHERE state = 'waiting';
+CREATE INDEX IF NOT EXISTS image_jobs_waiting ON image_jobs (priority DESC, rank) WHERE state = 'waiting';
+CREATE INDEX IF NOT EXISTS image_jobs_newest ON image_jobs (holder, rank);
 CREATE INDEX IF NOT EXISTS image_jobs_ended ON image_jobs (ended) WHERE ended IS NOT NULL;
 """
 
@@ -98,7 +99,11 @@ class Connector(PsycopgConnector):
             async with reach_database():
                 await super(Connector, self).execute_query_async(query, **arguments)
 
-        await (run() if query == queries["unregister_worker"] else wait_for_database(run))
+        if query == queries["unregister_worker"]:  # its end waits for nothing
+            with contextlib.suppress(AwayError):
+                await run()
+        else:
+            await wait_for_database(run)
 
     async def execute_query_one_async(self, query: Any, **arguments: Any) -> dict[str, Any]:
         """Run a query such as a claim."""

@@ -30,6 +30,7 @@ async def keep_jobs(database: Database, store: Store, results: Results, settings
     while True:
         await asyncio.sleep(SWEEP_SECONDS)
         try:
+            await database.app.job_manager.prune_stalled_workers(FORGET_SECONDS)  # fails if the database is read-only
             # After an outage all heartbeats are old at first.
             if time.monotonic() - settled > settings.lost_seconds:
                 await restart_lost(database, store, settings)
