@@ -20,9 +20,13 @@ Result = TypeVar("Result")
 Connection = Any  # psycopg.AsyncConnection, whose rows are dictionaries
 CONNECT_SECONDS = 5
 QUERY_SECONDS = 10  # a database that was stopped keeps its connections open, and is silent
+SILENT_SECONDS = 5  # a program that freezes, or whose machine vanishes, keeps its locks so long
 PAUSE_SECONDS = 1
 # Away, or about to end, or a standby. Its other errors are errors of this program.
-AWAY = (psycopg.OperationalError, psycopg.errors.ReadOnlySqlTransaction, TimeoutError)
+AWAY = (
+    *(psycopg.OperationalError, psycopg.errors.ReadOnlySqlTransaction, psycopg.errors.IdleInTransactionSessionTimeout),
+    TimeoutError,
+)
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS image_jobs (
     holder text NOT NULL,
@@ -123,6 +127,12 @@ class Connector(PsycopgConnector):
             await asyncio.sleep(PAUSE_SECONDS)
 
 
+async def free_locks(connection: Connection) -> None:
+    """Let PostgreSQL end a transaction whose program is silent."""
+    await connection.execute(f"SET idle_in_transaction_session_timeout = '{SILENT_SECONDS}s'")
+    await connection.commit()
+
+
 class Database:
     """The connections of a process.
 
@@ -142,6 +152,7 @@ class Database:
             max_size=10,
             timeout=CONNECT_SECONDS,
             reconnect_timeout=2,  # the next query tries again; by default the pauses grow to minutes
+            configure=free_locks,
             check=AsyncConnectionPool.check_connection,
             open=False,
         )

@@ -19,8 +19,8 @@ SELECT id, state, attempt, step, total, seconds_left, message, results, webhook,
     extract(epoch FROM created)::float8 AS created, extract(epoch FROM ended)::float8 AS ended, place
 FROM image_jobs LEFT JOIN (
     -- A job that is started again comes first. The others do not count it, so that no place grows.
-    SELECT lease, CASE WHEN lease = rank
-        THEN count(*) FILTER (WHERE lease = rank) OVER (ORDER BY priority DESC, rank) - 1 ELSE 0 END AS place
+    SELECT lease, CASE WHEN lease = rank THEN
+        sum((lease = rank)::int) OVER (ORDER BY priority DESC, rank ROWS UNBOUNDED PRECEDING) - 1 ELSE 0 END AS place
     FROM image_jobs WHERE state = 'waiting'
 ) AS waiting USING (lease)
 """

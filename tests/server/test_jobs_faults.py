@@ -1,5 +1,6 @@
 """Jobs while their programs, their database and their connections fail: none is lost, and none is doubled."""
 
+import asyncio
 import contextlib
 import subprocess
 import sys
@@ -16,6 +17,9 @@ import psutil
 import pytest
 import requests
 
+from jobs.database import AwayError, Database
+from jobs.settings import Settings
+from jobs.store import Order, Store
 from query import load_parameters
 from tests.server.test_jobs import ENDED, Site, is_up, make_query, serve
 from tools.instances import Instance
@@ -25,10 +29,10 @@ pytestmark = pytest.mark.skipif(find_postgres() is None, reason="postgresql is n
 
 STEPS = 80  # 2 s
 PAUSE_SECONDS = 3
-CLIENTS = ("client-0", "client-1")  # query.py --job orders these and waits
-# All holders use the same ids.
-ORDERS = {(holder, f"order-{k:03d}"): 2 * k + len(holder) for k in range(99) for holder in ("", "b")}
+# Both holders use the same ids.
+ORDERS = {(holder, f"order-{k:03d}"): 2 * k + len(holder) for k in range(98) for holder in ("", "b")}
 ACCEPTED = 15  # orders before the first fault; then some more with each
+CLIENTS = tuple(f"client-{k}" for k in range(4))  # query.py --job orders these, is killed, and returns
 # A fault, its target, and for how many seconds it lasts.
 FAULTS = (
     ("kill", "worker0", 0),
@@ -52,7 +56,7 @@ FAULTS = (
     ("freeze", "worker0", 3),
     ("silence", "worker1", 6),
     ("kill", "api", 0),
-    ("kill", "client-0", 0),
+    ("kill", "client-2", 0),
     ("read-only", "database", 10),
     ("kill", "worker1", 0),
     ("crash", "database", 0),
@@ -60,7 +64,7 @@ FAULTS = (
     ("kill", "torchserve0", 0),
     ("freeze", "torchserve0", 4),
     ("freeze", "worker1", 15),
-    ("kill", "client-1", 0),
+    ("kill", "client-3", 0),
     ("silence", "api", 6),
     ("kill", "worker0", 0),
     ("kill", "api", 0),
@@ -141,6 +145,9 @@ class FaultRun:
     def cause(self, kind: str, target: str) -> Iterator[None]:
         """Cause a fault, and end it on exit."""
         if target in CLIENTS:
+            self.start_client(target)
+            self.site.wait(lambda: is_up(self.site) and self.site.ask("GET", f"/{target}").ok)
+            self.accepted.append(("", target))
             self.clients[target].kill()
             self.start_client(target)
             yield
@@ -192,20 +199,19 @@ class FaultRun:
             assert key not in ORDERS or self.order(key) == each  # the same order is the same job
         assert database.run_sql("SELECT count(*) FROM image_jobs") == str(len(self.told))
         self.site.wait(lambda: database.run_sql("SELECT count(*) FROM procrastinate_jobs") == "0")
-        rows = [
-            line.split("|") for line in database.run_sql("SELECT holder, id, unnest(results) FROM image_jobs").split()
-        ]
-        self.site.wait(lambda: sorted(path.name for path in results.iterdir()) == sorted(name for *_, name in rows))
-        assert {(holder, job) for holder, job, _ in rows} == {
-            k for k, each in self.told.items() if each["state"] == "done"
-        }
-        assert len({(results / name).read_bytes() for *_, name in rows}) == len(rows)
-        for holder, job, name in rows:
-            if job in CLIENTS:
-                assert self.clients[job].wait(timeout=60) == 0
-                assert (self.folder / f"{job}.jpg").read_bytes() == (results / name).read_bytes()
+        rows = database.run_sql("SELECT holder, id, unnest(results) FROM image_jobs").split()
+        names = {(holder, job): name for holder, job, name in (row.split("|") for row in rows)}
+        assert len(rows) == len(names)
+        assert set(names) == {key for key, each in self.told.items() if each["state"] == "done"}
+        self.site.wait(lambda: sorted(path.name for path in results.iterdir()) == sorted(names.values()))
+        images = {key: (results / name).read_bytes() for key, name in names.items()}
+        assert len(set(images.values())) == len(images)
+        for key in images:
+            if key in ORDERS:
+                assert load_parameters(results / names[key])["seed"] == ORDERS[key]
             else:
-                assert load_parameters(results / name)["seed"] == ORDERS[holder, job]
+                assert self.clients[key[1]].wait(timeout=60) == 0
+                assert (self.folder / f"{key[1]}.jpg").read_bytes() == images[key]
 
 
 def test_the_api_ends_while_the_database_is_away(tmp_path: Path) -> None:
@@ -222,6 +228,22 @@ def test_the_api_ends_while_the_database_is_away(tmp_path: Path) -> None:
             database.start()
 
 
+def test_a_silent_program_frees_its_locks() -> None:
+    async def order_meanwhile(address: str) -> bool:
+        is_accepted = False
+        async with Database(address) as silent, Database(address) as other:
+            await other.make_tables()
+            with contextlib.suppress(AwayError):
+                async with silent.transact() as connection:
+                    await connection.execute("LOCK image_jobs")
+                    order = Order(holder="", id="order-001", digest="", fields="")
+                    is_accepted = await Store(other, Settings()).submit(order)
+        return is_accepted
+
+    with LocalPostgres() as database:
+        assert asyncio.run(order_meanwhile(database.address))
+
+
 @pytest.mark.soak
 def test_each_job_ends_once_whatever_fails(
     tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
@@ -229,10 +251,6 @@ def test_each_job_ends_once_whatever_fails(
     """200 jobs on two workers."""
     for site in serve(tmp_path, tiny_model, 2):
         started, run = time.monotonic(), FaultRun(site, tmp_path)
-        for name in CLIENTS:
-            run.start_client(name)
-            site.wait(lambda: site.ask("GET", f"/{name}").ok)  # noqa: B023
-            run.accepted.append(("", name))
         with ThreadPoolExecutor() as pool:
             threads = [pool.submit(run.order_all), pool.submit(run.cause_all)]
             try:
