@@ -151,7 +151,7 @@ class Database:
             min_size=1,
             max_size=10,
             timeout=CONNECT_SECONDS,
-            reconnect_timeout=2,  # the next query tries again; by default the pauses grow to minutes
+            reconnect_timeout=CONNECT_SECONDS,  # the next query tries again; by default the pauses grow to minutes
             configure=free_locks,
             check=AsyncConnectionPool.check_connection,
             open=False,
