@@ -29,11 +29,11 @@ pytestmark = pytest.mark.skipif(find_postgres() is None, reason="postgresql is n
 
 STEPS = 80  # 2 s
 PAUSE_SECONDS = 3
-# Both holders use the same ids.
+# Both holders use the same ids:
 ORDERS = {(holder, f"order-{k:03d}"): 2 * k + len(holder) for k in range(98) for holder in ("", "b")}
-ACCEPTED = 15  # orders before the first fault; then some more with each
-CLIENTS = tuple(f"client-{k}" for k in range(4))  # query.py --job orders these, is killed, and returns
-# A fault, its target, and for how many seconds it lasts.
+ACCEPTED = 15  # orders before the first fault; more follow with each fault
+CLIENTS = tuple(f"client-{k}" for k in range(4))  # query.py --job orders these, is killed, and returns.
+# A fault, its target, and its seconds.
 FAULTS = (
     ("kill", "worker0", 0),
     ("kill", "client-0", 0),
