@@ -269,7 +269,7 @@ def test_each_job_ends_once_whatever_fails(
         ended = Counter(each["state"] for each in run.told.values())
         attempts = Counter(each["attempt"] for each in run.told.values())
         with capsys.disabled():
-            faults = Counter(f"{kind} {target.rstrip('-01')}" for kind, target, _ in FAULTS)
+            faults = Counter(f"{kind} {target.rstrip('-0123')}" for kind, target, _ in FAULTS)
             sys.stdout.write(
                 f"\n{dict(ended)} in {seconds:.0f} s; {len(FAULTS)} faults: {dict(faults)}; attempts {dict(attempts)}\n"
             )
