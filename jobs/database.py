@@ -11,6 +11,7 @@ from procrastinate import App, PsycopgConnector
 from procrastinate.connector import Notify
 from procrastinate.exceptions import ConnectorException
 from procrastinate.sql import queries
+from psycopg.errors import IdleInTransactionSessionTimeout, ReadOnlySqlTransaction
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
@@ -23,10 +24,7 @@ QUERY_SECONDS = 10  # a database that was stopped keeps its connections open, an
 SILENT_SECONDS = 5  # a program that freezes, or whose machine vanishes, keeps its locks so long
 PAUSE_SECONDS = 1
 # Away, or about to end, or a standby. Its other errors are errors of this program.
-AWAY = (
-    *(psycopg.OperationalError, psycopg.errors.ReadOnlySqlTransaction, psycopg.errors.IdleInTransactionSessionTimeout),
-    TimeoutError,
-)
+AWAY = (psycopg.OperationalError, ReadOnlySqlTransaction, IdleInTransactionSessionTimeout, TimeoutError)
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS image_jobs (
     holder text NOT NULL,
