@@ -11,6 +11,7 @@ from procrastinate import App, PsycopgConnector
 from procrastinate.connector import Notify
 from procrastinate.exceptions import ConnectorException
 from procrastinate.sql import queries
+from psycopg.errors import IdleInTransactionSessionTimeout, ReadOnlySqlTransaction
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
@@ -20,9 +21,10 @@ Result = TypeVar("Result")
 Connection = Any  # psycopg.AsyncConnection, whose rows are dictionaries
 CONNECT_SECONDS = 5
 QUERY_SECONDS = 10  # a database that was stopped keeps its connections open, and is silent
+SILENT_SECONDS = 5  # a program that freezes, or whose machine vanishes, keeps its locks so long
 PAUSE_SECONDS = 1
 # Away, or about to end, or a standby. Its other errors are errors of this program.
-AWAY = (psycopg.OperationalError, psycopg.errors.ReadOnlySqlTransaction, TimeoutError)
+AWAY = (psycopg.OperationalError, ReadOnlySqlTransaction, IdleInTransactionSessionTimeout, TimeoutError)
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS image_jobs (
     holder text NOT NULL,
@@ -48,7 +50,8 @@ CREATE TABLE IF NOT EXISTS image_jobs (
 );
 -- Base64 and images hardly shrink, and compression takes time.
 ALTER TABLE image_jobs ALTER fields SET STORAGE EXTERNAL, ALTER preview SET STORAGE EXTERNAL;
-CREATE INDEX IF NOT EXISTS image_jobs_waiting ON image_jobs (priority, rank) WHERE state = 'waiting';
+CREATE INDEX IF NOT EXISTS image_jobs_waiting ON image_jobs (priority DESC, rank) WHERE state = 'waiting';
+CREATE INDEX IF NOT EXISTS image_jobs_newest ON image_jobs (holder, rank);
 CREATE INDEX IF NOT EXISTS image_jobs_ended ON image_jobs (ended) WHERE ended IS NOT NULL;
 """
 
@@ -98,7 +101,11 @@ class Connector(PsycopgConnector):
             async with reach_database():
                 await super(Connector, self).execute_query_async(query, **arguments)
 
-        await (run() if query == queries["unregister_worker"] else wait_for_database(run))
+        if query == queries["unregister_worker"]:  # its end waits for nothing
+            with contextlib.suppress(AwayError):
+                await run()
+        else:
+            await wait_for_database(run)
 
     async def execute_query_one_async(self, query: Any, **arguments: Any) -> dict[str, Any]:
         """Run a query such as a claim."""
@@ -116,6 +123,12 @@ class Connector(PsycopgConnector):
             with contextlib.suppress(ConnectorException):
                 await super().listen_notify(on_notification, channels)
             await asyncio.sleep(PAUSE_SECONDS)
+
+
+async def free_locks(connection: Connection) -> None:
+    """Let PostgreSQL end a transaction whose program is silent."""
+    await connection.execute(f"SET idle_in_transaction_session_timeout = '{SILENT_SECONDS}s'")
+    await connection.commit()
 
 
 class Database:
@@ -136,7 +149,8 @@ class Database:
             min_size=1,
             max_size=10,
             timeout=CONNECT_SECONDS,
-            reconnect_timeout=2,  # the next query tries again; by default the pauses grow to minutes
+            reconnect_timeout=CONNECT_SECONDS,  # the next query tries again; by default the pauses grow to minutes
+            configure=free_locks,
             check=AsyncConnectionPool.check_connection,
             open=False,
         )

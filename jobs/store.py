@@ -16,14 +16,13 @@ MAX_ATTEMPTS = 2
 MAX_LISTED = 100
 DESCRIBE = """
 SELECT id, state, attempt, step, total, seconds_left, message, results, webhook, preview IS NOT NULL AS has_preview,
-    extract(epoch FROM created)::float8 AS created, extract(epoch FROM ended)::float8 AS ended,
-    CASE WHEN state = 'waiting' THEN (
-        -- A job that is started again comes first. The others do not count it, so that no place grows.
-        SELECT count(*) FROM image_jobs AS other
-        WHERE other.state = 'waiting' AND other.lease = other.rank AND job.lease = job.rank
-            AND (other.priority > job.priority OR other.priority = job.priority AND other.rank < job.rank)
-    ) END AS place
-FROM image_jobs AS job
+    extract(epoch FROM created)::float8 AS created, extract(epoch FROM ended)::float8 AS ended, place
+FROM image_jobs LEFT JOIN (
+    -- A job that is started again comes first. The others do not count it, so that no place grows.
+    SELECT lease, CASE WHEN lease = rank THEN
+        sum((lease = rank)::int) OVER (ORDER BY priority DESC, rank ROWS UNBOUNDED PRECEDING) - 1 ELSE 0 END AS place
+    FROM image_jobs WHERE state = 'waiting'
+) AS waiting USING (lease)
 """
 END = """
 UPDATE image_jobs SET state = %(state)s, message = %(message)s, results = %(results)s, bytes = %(bytes)s,

@@ -7,7 +7,7 @@ import time
 from procrastinate import RetryStrategy
 from procrastinate.jobs import Status
 
-from jobs.database import PAUSE_SECONDS, AwayError, Database
+from jobs.database import PAUSE_SECONDS, QUERY_SECONDS, AwayError, Database
 from jobs.results import Results
 from jobs.settings import Settings
 from jobs.store import Store
@@ -30,8 +30,9 @@ async def keep_jobs(database: Database, store: Store, results: Results, settings
     while True:
         await asyncio.sleep(SWEEP_SECONDS)
         try:
-            # After an outage all heartbeats are old at first.
-            if time.monotonic() - settled > settings.lost_seconds:
+            await database.app.job_manager.prune_stalled_workers(FORGET_SECONDS)  # fails if the database is read-only
+            # After an outage all heartbeats are old, until the workers have noticed its end.
+            if time.monotonic() - settled > settings.lost_seconds + QUERY_SECONDS:
                 await restart_lost(database, store, settings)
             if time.monotonic() - removed > REMOVE_SECONDS:
                 await store.remove_old()

@@ -50,6 +50,7 @@ async def work(settings: Settings) -> None:
                     queues=["draw"],
                     update_heartbeat_interval=min(HEARTBEAT_SECONDS, settings.lost_seconds / 4),
                     stalled_worker_timeout=FORGET_SECONDS,
+                    abort_job_polling_interval=FORGET_SECONDS,  # an attempt itself notices at each step
                     delete_jobs="always",
                     worker_middleware=[check_server],
                 )
