@@ -17,7 +17,7 @@ const openUploads = openStore("orders", "uploads");
 export class Orders {
   #known = new Set(); // the ids of the jobs that the server has listed for this API key
   #owner = ""; // the API key's digest
-  #sending = new Map(); // by id
+  #sending = new WeakMap(); // the requests on their way, by order
   #cancelling = new Set();
   #round = null;
   #seconds = 0; // until the next question
@@ -86,7 +86,7 @@ export class Orders {
   async cancel(order) {
     this.#cancelling.add(order.id);
     this.#keep(Object.assign(order, { isCancelled: true }));
-    await this.#sending.get(order.id); // a DELETE must not overtake its PUT
+    await this.#sending.get(order); // a DELETE must not overtake its PUT
     try {
       await insist(() => read(`/jobs/${order.id}`, "json", { method: "DELETE" }));
     } catch {
@@ -102,7 +102,7 @@ export class Orders {
     } catch {
       return; // the browser keeps no data of this page
     }
-    if (order.uploads?.length) openUploads("readwrite", (store) => store.delete(order.id)).catch(() => {});
+    openUploads("readwrite", (store) => store.delete(order.id)).catch(() => {});
   }
 
   // Says whether another tab has ended an order.
@@ -128,7 +128,7 @@ export class Orders {
     for (;;) {
       signal.throwIfAborted();
       const sending = read(`/jobs/${order.id}`, "json", { method: "PUT", body, seconds: FILE_SECONDS });
-      this.#sending.set(order.id, sending.catch(() => {}));
+      this.#sending.set(order, sending.catch(() => {}));
       try {
         const { content, retryAfter } = await sending;
         this.#keep(Object.assign(order, { isAccepted: true }));

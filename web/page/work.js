@@ -104,6 +104,7 @@ export class Work {
     let isKept = true;
     try {
       for await (const event of this.#ask(job)) {
+        if (!isOpen(job)) return; // cancelled, or another tab has it
         if (event.type === "left") return this.#leave(job);
         if (event.type === "image_generation.completed") {
           images += 1;
@@ -115,7 +116,7 @@ export class Work {
       this.#tell(job, { state: "done", said: "Done" });
       this.#end(job, isKept);
     } catch (error) {
-      if (job.state === "cancelled" || job.state === "left") return;
+      if (!isOpen(job)) return;
       if (job.order && !job.order.isAccepted) this.orders.remove(job.order);
       this.#tell(job, { ...explain(error, job), error, share: null });
       this.#sendNext();
