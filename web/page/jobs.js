@@ -231,7 +231,8 @@ function isAway(error) {
 }
 
 function makeAway(error) {
-  return { type: "away", message: error instanceof ServerError ? error.message : "the server does not answer", seconds: error.retryAfter ?? 5, error };
+  const message = error.isBusy || error.isRefused ? error.message : "the server does not answer";
+  return { type: "away", message, seconds: error.retryAfter ?? 5, error };
 }
 
 // Asks until the server answers.
