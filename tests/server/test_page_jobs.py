@@ -64,10 +64,13 @@ def is_accepted(nginx: LocalProxy, token: str) -> bool:
     return requests.get(f"{nginx.url}/1.0/openapi.json", headers=headers, verify=str(nginx.certificate), timeout=30).ok
 
 
+def list_jobs(site: Site, holder: str = "ann") -> requests.Response:
+    return requests.get(f"http://127.0.0.1:{site.api_port}/jobs", headers={"X-Holder": holder}, timeout=30)
+
+
 def read_states(site: Site, holder: str = "ann") -> list[str]:
     """Return the states of a holder's jobs, the newest first."""
-    address = f"http://127.0.0.1:{site.api_port}/jobs"
-    return [job["state"] for job in requests.get(address, headers={"X-Holder": holder}, timeout=30).json()]
+    return [job["state"] for job in list_jobs(site, holder).json()]
 
 
 def expect_step(page: Page) -> None:
@@ -173,6 +176,7 @@ def test_cancel_reaches_the_server(page: Page, nginx: LocalProxy, site: Site) ->
     expect(said.nth(0)).to_contain_text("Step")
     expect(said.nth(1)).to_have_text("Is next")
     expect(said.nth(2)).to_have_text("1 request is before this one")
+    assert list_jobs(site).headers["Retry-After"] == "1"
     page.get_by_role("button", name="Cancel").nth(1).click()
     expect(said.nth(1)).to_have_text("Is next")
     page.get_by_role("button", name="Cancel").nth(1).click()
@@ -183,6 +187,7 @@ def test_cancel_reaches_the_server(page: Page, nginx: LocalProxy, site: Site) ->
         page.close()
     page = open_page(page.context, nginx, token=nginx.token)
     site.wait(lambda: set(read_states(site)) == {"cancelled"})
+    assert "Retry-After" not in list_jobs(site).headers
     expect(page.locator("#work li")).to_have_count(0)
 
 
@@ -194,7 +199,7 @@ def test_another_holder_sees_nothing(browser: Browser, page: Page, nginx: LocalP
         for context in (elsewhere, page.context):
             other = open_page(context, nginx, token=OTHER)
             expect(other.locator("#server")).to_have_text("Ready")
-            expect(other.locator("#work li")).to_have_count(0)
+            assert other.locator("#work li").count() == 0  # at once
             other.close()
     assert (read_states(site), read_states(site, "ben")) == (["running"], [])
     page.goto(f"{page.url}#token={OTHER}")  # the same tab changes its key, and changes it back
@@ -238,6 +243,21 @@ def test_order_that_the_server_has_forgotten_is_lost(page: Page, site: Site) -> 
     page.reload()
     expect(page.locator("#work .lost .said")).to_have_text(told)
     page.get_by_role("button", name="Dismiss").click()
+    assert count_orders(page) == 0
+
+
+def test_image_that_the_browser_has_no_room_for_comes_back(page: Page) -> None:
+    expect(page.locator("#server")).to_have_text("Ready")
+    session = page.context.new_cdp_session(page)
+    origin = page.evaluate("location.origin")
+    session.send("Storage.overrideQuotaForOrigin", {"origin": origin, "quotaSize": 1})
+    draw(page, num_inference_steps=2)
+    expect(page.locator("#gallery-news")).to_contain_text("This browser has not kept the image")
+    wait_for_image(page)
+    session.send("Storage.overrideQuotaForOrigin", {"origin": origin})
+    for _ in range(2):
+        page.reload()
+        wait_for_image(page)
     assert count_orders(page) == 0
 
 
