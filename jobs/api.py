@@ -162,9 +162,12 @@ def write_busy(request: Request, error: Exception) -> JSONResponse:
 
 
 @app.get("/jobs")
-async def list_jobs(request: Request, holder: Holder = "") -> list[JobState]:
+async def list_jobs(request: Request, response: Response, holder: Holder = "") -> list[JobState]:
     """Return the holder's newest 100 jobs."""
-    return [describe(row) for row in await request.app.state.store.list_newest(holder)]
+    rows = await request.app.state.store.list_newest(holder)
+    if seconds := [compute_pause(row) for row in rows if row["ended"] is None]:
+        response.headers["Retry-After"] = str(min(seconds))
+    return [describe(row) for row in rows]
 
 
 @app.post("/jobs", response_model=JobState, status_code=HTTPStatus.ACCEPTED)
@@ -246,10 +249,15 @@ def write_state(request: Request, row: Mapping[str, Any], status: HTTPStatus = H
     content = describe(row).model_dump_json()
     headers = {"ETag": f'"{hashlib.sha256(content.encode()).hexdigest()[:32]}"', "Cache-Control": "no-cache"}
     if row["ended"] is None:
-        headers["Retry-After"] = str(min(1 + (row["place"] or 0), MAX_POLL_SECONDS))
+        headers["Retry-After"] = str(compute_pause(row))
     if status == HTTPStatus.OK and request.headers.get("If-None-Match") == headers["ETag"]:
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
     return Response(content, status_code=status, headers=headers, media_type="application/json")
+
+
+def compute_pause(row: Mapping[str, Any]) -> int:
+    """Return the seconds until the next question about an open job."""
+    return min(1 + (row["place"] or 0), MAX_POLL_SECONDS)
 
 
 def write_image(image: bytes | None) -> Response:

@@ -16,6 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until Ctrl-C; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m web", description=(__doc__ or "").partition(";")[0])
     parser.add_argument("--url", default="http://127.0.0.1:8080", help="TorchServe's inference address (%(default)s)")
+    parser.add_argument("--jobs", metavar="URL", help="the jobs' address, such as http://127.0.0.1:8090 (none)")
     parser.add_argument(
         "--address",
         default="127.0.0.1",
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         token = read_token(options.key_file, "inference")
-        server = PageServer(options.url, address=options.address, port=options.port)
+        server = PageServer(options.url, address=options.address, port=options.port, jobs=options.jobs)
     except (OSError, ValueError, NotReadyError) as error:
         print(error, file=sys.stderr)
         return 1

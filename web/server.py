@@ -1,4 +1,4 @@
-"""Serve the web UI on loopback and pass its requests to a TorchServe, so that both have one origin.
+"""Serve the web UI on loopback and pass its requests to TorchServe and to jobs/api.py, so that all have one origin.
 
 deploy/nginx.conf does the same for many users. This program adds nothing to a request: drawing needs a token.
 """
@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import socket
 import ssl
 import threading
@@ -14,13 +15,18 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 PAGE = Path(__file__).resolve().parent / "page"
 PORT = 8088
 PREDICTIONS = "/predictions/diffusion_fast"
 PASSED = (("POST", PREDICTIONS), ("GET", f"{PREDICTIONS}/1.0/openapi.json"))
+JOBS = re.compile(
+    r"(GET|POST) /jobs|(GET|PUT|DELETE) /jobs/[\w-]{8,64}|GET /jobs/[\w-]{8,64}/(preview|pictures/\d{1,3})", re.ASCII
+)
 MAX_REQUEST = 33_554_432  # bytes; max_request_size of config.properties
+TO_SERVER = ("Authorization", "Content-Type", "Accept", "If-None-Match")
+TO_CLIENT = ("Content-Type", "Retry-After", "X-Warning", "ETag", "Location")
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 # As in deploy/nginx.conf. With trusted types no text can become HTML or a script.
 HEADERS = {
@@ -41,32 +47,51 @@ class PageServer(ThreadingHTTPServer):
             certificate is checked.
         address: to listen on. Others than 127.0.0.1 are for containers that publish the port on loopback.
         port: to listen on; 0 is any free one.
+        jobs: the address of the jobs' API. Without it, their paths are closed.
 
     Raises:
-        ValueError: upstream is of another kind.
+        ValueError: an address is of another kind.
     """
 
     daemon_threads = True
 
-    def __init__(self, upstream: str, *, address: str = "127.0.0.1", port: int = PORT) -> None:
-        self.upstream = parts = urlsplit(upstream.rstrip("/"))
-        is_whole = parts.geturl() == f"{parts.scheme}://{parts.netloc}" and "@" not in parts.netloc
-        if parts.scheme not in ("http", "https") or not parts.hostname or not is_whole or parts.port == 0:
-            raise ValueError(f"--url takes http://host:port or https://host:port, not {upstream}")
+    def __init__(self, upstream: str, *, address: str = "127.0.0.1", port: int = PORT, jobs: str | None = None) -> None:
+        self.upstream = read_address("--url", upstream)
+        self.jobs = None if jobs is None else read_address("--jobs", jobs)
         super().__init__((address, port), PageHandler)
         self.hosts = tuple(f"{name}:{self.server_address[1]}" for name in ("127.0.0.1", "localhost"))
 
-    def connect(self) -> http.client.HTTPConnection:
-        """Return a connection to TorchServe, with TLS for https."""
-        host, port = self.upstream.hostname or "", self.upstream.port
-        if self.upstream.scheme == "http":
-            return http.client.HTTPConnection(host, port)
-        context = ssl.create_default_context(cafile=os.environ.get("REQUESTS_CA_BUNDLE"))
-        return http.client.HTTPSConnection(host, port, context=context)
+    def find_target(self, method: str, path: str) -> SplitResult | None:
+        """Return the address of the server that gets a request; None if the path is closed."""
+        if (method, path) in PASSED:
+            return self.upstream
+        return self.jobs if JOBS.fullmatch(f"{method} {path}") else None
 
     def make_url(self, token: str) -> str:
         """Return the web UI's address. The token is in its fragment, which browsers do not send."""
         return f"http://{self.hosts[0]}/#token={token}"
+
+
+def read_address(option: str, text: str) -> SplitResult:
+    """Return the parts of a server's address.
+
+    Raises:
+        ValueError: it is of another kind.
+    """
+    parts = urlsplit(text.rstrip("/"))
+    is_whole = parts.geturl() == f"{parts.scheme}://{parts.netloc}" and "@" not in parts.netloc
+    if parts.scheme not in ("http", "https") or not parts.hostname or not is_whole or parts.port == 0:
+        raise ValueError(f"{option} takes http://host:port or https://host:port, not {text}")
+    return parts
+
+
+def connect(address: SplitResult) -> http.client.HTTPConnection:
+    """Return a connection, with TLS for https."""
+    host, port = address.hostname or "", address.port
+    if address.scheme == "http":
+        return http.client.HTTPConnection(host, port)
+    context = ssl.create_default_context(cafile=os.environ.get("REQUESTS_CA_BUNDLE"))
+    return http.client.HTTPSConnection(host, port, context=context)
 
 
 class PageHandler(BaseHTTPRequestHandler):
@@ -76,12 +101,12 @@ class PageHandler(BaseHTTPRequestHandler):
     timeout = 60  # seconds between two chunks of a request
 
     def do_GET(self) -> None:
-        """Send a file of the web UI, or TorchServe's response."""
+        """Send a file of the web UI, or another server's response."""
         path = PAGE / (self.path[1:] or "index.html")
         if not self._is_own_host():
             return
-        if ("GET", self.path) in PASSED:
-            self._forward(None)
+        if target := self.server.find_target("GET", self.path):
+            self._forward(target, None)
         elif path in PAGE.iterdir():
             self._send(HTTPStatus.OK, path.read_bytes(), f"{TYPES[path.suffix]}; charset=utf-8", HEADERS)
         else:
@@ -90,30 +115,37 @@ class PageHandler(BaseHTTPRequestHandler):
             )
 
     def do_POST(self) -> None:
-        """Send TorchServe's response."""
-        length = self.headers.get("Content-Length", "")
+        """Send another server's response."""
+        length = self.headers.get("Content-Length", "0" if self.command == "DELETE" else "")
         if not self._is_own_host():
             return
-        if ("POST", self.path) not in PASSED:
-            self._refuse(HTTPStatus.NOT_FOUND, f"only {PREDICTIONS} takes requests")
+        target = self.server.find_target(self.command, self.path)
+        if target is None:
+            taken = f"{PREDICTIONS} and /jobs take" if self.server.jobs else f"only {PREDICTIONS} takes"
+            self._refuse(HTTPStatus.NOT_FOUND, f"{taken} requests")
         elif not length.isdecimal() or int(length) > MAX_REQUEST:
             message = f"a request takes a Content-Length of at most {MAX_REQUEST} bytes"
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
         else:
-            self._forward(self.rfile.read(int(length)))
+            self._forward(target, self.rfile.read(int(length)))
+
+    do_PUT = do_DELETE = do_POST
 
     def _is_own_host(self) -> bool:
-        """Say whether a request names this host; refuse others, such as in a DNS rebinding attack."""
+        """Say whether a request names this host and comes from no other site; refuse others, as in DNS rebinding."""
         hosts = self.server.hosts
         origin = self.headers.get("Origin", f"http://{hosts[0]}")
-        if self.headers.get("Host") in hosts and origin in [f"http://{host}" for host in hosts]:
+        # A browser sends no Origin for another site's <img>. A link of another site may lead here.
+        is_own_site = self.headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
+        is_wanted = is_own_site or self.headers.get("Sec-Fetch-Mode") == "navigate"
+        if self.headers.get("Host") in hosts and origin in [f"http://{host}" for host in hosts] and is_wanted:
             return True
         self._refuse(HTTPStatus.FORBIDDEN, f"this web UI answers to {' and '.join(hosts)} only, not to other sites")
         return False
 
-    def _forward(self, body: bytes | None) -> None:
-        upstream = self.server.connect()
-        kept = {name: self.headers[name] for name in ("Authorization", "Content-Type", "Accept") if self.headers[name]}
+    def _forward(self, target: SplitResult, body: bytes | None) -> None:
+        upstream = connect(target)
+        kept = {name: self.headers[name] for name in TO_SERVER if self.headers[name]}
         self.connection.settimeout(None)  # a step may take minutes
         is_begun = False
         try:
@@ -122,7 +154,7 @@ class PageHandler(BaseHTTPRequestHandler):
             answer = upstream.getresponse()
             is_begun = True
             self.send_response(answer.status)
-            for name in ("Content-Type", "Retry-After", "X-Warning"):
+            for name in TO_CLIENT:
                 if value := answer.headers[name]:
                     self.send_header(name, value)
             self.end_headers()
@@ -131,7 +163,8 @@ class PageHandler(BaseHTTPRequestHandler):
         except (OSError, http.client.HTTPException) as error:
             if not is_begun:
                 reason = f": {error}" if isinstance(error, ssl.SSLError) else ""
-                message = f"TorchServe does not answer at {self.server.upstream.netloc}{reason}"
+                name = "the API of the jobs" if self.path.startswith("/jobs") else "TorchServe"
+                message = f"{name} does not answer at {target.netloc}{reason}"
                 self._refuse(HTTPStatus.BAD_GATEWAY, message)
         finally:
             upstream.close()

@@ -24,10 +24,15 @@ from web.__main__ import main
 from web.server import HEADERS, MAX_REQUEST, PAGE, PASSED, PREDICTIONS, PageServer
 
 MAX_PAGE = 100_000  # bytes of all its files
+SENT = {"Retry-After": "3", "ETag": '"a"', "Location": "/jobs/12345678"}
+JOB_REQUESTS = (
+    *(("GET", "/jobs"), ("POST", "/jobs"), ("GET", "/jobs/my-fox_1"), ("PUT", "/jobs/my-fox_1")),
+    *(("DELETE", "/jobs/my-fox_1"), ("GET", "/jobs/my-fox_1/preview"), ("GET", "/jobs/my-fox_1/pictures/12")),
+)
 
 
 class Upstream(ThreadingHTTPServer):
-    """Stands for TorchServe: records requests, answers with one event, and records when the client leaves."""
+    """Stands for TorchServe or the jobs' API: records requests and clients that leave, answers with one event."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), UpstreamHandler)
@@ -43,13 +48,14 @@ class UpstreamHandler(BaseHTTPRequestHandler):
         self.server.seen.append((self.path, {name.lower(): value for name, value in self.headers.items()}, body))
         time.sleep(0.05)  # in which a client that is still there could be taken for one that has left
         self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
+        for name, value in {"Content-Type": "text/event-stream", **SENT, "X-Other": "1"}.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(b"event: progress\ndata: {}\n\n")
         if b"long" in body and self.connection.recv(1) == b"":
             self.server.is_left.set()
 
-    do_GET = do_POST
+    do_GET = do_PUT = do_DELETE = do_POST
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -73,6 +79,21 @@ def upstream() -> Iterator[Upstream]:
 @pytest.fixture
 def page(upstream: Upstream) -> Iterator[PageServer]:
     server = PageServer(f"http://127.0.0.1:{upstream.server_address[1]}", port=0)
+    with run(server):
+        yield server
+
+
+@pytest.fixture
+def jobs() -> Iterator[Upstream]:
+    server = Upstream()
+    with run(server):
+        yield server
+
+
+@pytest.fixture
+def page_with_jobs(upstream: Upstream, jobs: Upstream) -> Iterator[PageServer]:
+    addresses = [f"http://127.0.0.1:{server.server_address[1]}" for server in (upstream, jobs)]
+    server = PageServer(addresses[0], port=0, jobs=addresses[1])
     with run(server):
         yield server
 
@@ -142,7 +163,7 @@ def test_nginx_sends_the_same_headers_and_passes_on_as_much() -> None:
     assert re.findall(r"client_max_body_size (\d+);", text) == [str(MAX_REQUEST)]
 
 
-def test_only_three_headers_are_passed_on_and_none_is_added(page: PageServer, upstream: Upstream) -> None:
+def test_only_known_headers_are_passed_on_and_none_is_added(page: PageServer, upstream: Upstream) -> None:
     for method, path in PASSED:
         told = {"Authorization": "Bearer a", "Content-Type": "application/json", "Cookie": "b", "explain": "1"}
         answer = requests.request(method, f"http://{page.hosts[0]}{path}", headers=told, data=b"{}", timeout=10)
@@ -156,13 +177,64 @@ def test_only_three_headers_are_passed_on_and_none_is_added(page: PageServer, up
     assert "authorization" not in headers[2]
 
 
-@pytest.mark.parametrize("told", [{"Host": "example.org"}, {"Host": "127.0.0.1"}, {"Origin": "http://example.org"}])
-def test_other_names_and_other_pages_are_refused(page: PageServer, upstream: Upstream, told: dict[str, str]) -> None:
-    for method, path in (("GET", "/"), *PASSED):
-        answer = requests.request(method, f"http://{page.hosts[0]}{path}", headers=told, data=b"{}", timeout=10)
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"Host": "example.org"},
+        {"Host": "127.0.0.1"},
+        {"Origin": "http://example.org"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "no-cors"},
+    ],
+)
+def test_other_names_and_other_pages_are_refused(
+    page_with_jobs: PageServer, upstream: Upstream, jobs: Upstream, told: dict[str, str]
+) -> None:
+    """The jobs' API of this machine asks for no API key."""
+    for method, path in (("GET", "/"), *PASSED, *JOB_REQUESTS):
+        address = f"http://{page_with_jobs.hosts[0]}{path}"
+        answer = requests.request(method, address, headers=told, data=b"{}", timeout=10)
         assert answer.status_code == 403
         assert "answers to 127.0.0.1:" in answer.json()["error"]["message"]
+    assert upstream.seen == jobs.seen == []
+
+
+def test_link_of_another_site_leads_to_the_page(page: PageServer) -> None:
+    told = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    assert requests.get(f"http://{page.hosts[0]}/", headers=told, timeout=10).status_code == 200
+
+
+def test_jobs_are_passed_on_with_their_headers(page_with_jobs: PageServer, upstream: Upstream, jobs: Upstream) -> None:
+    told = {"Content-Type": "application/json", "If-None-Match": '"a"', "X-Holder": "ann", "Cookie": "b"}
+    for method, path in JOB_REQUESTS:
+        address = f"http://{page_with_jobs.hosts[0]}{path}"
+        answer = requests.request(method, address, headers=told, data=b"{}", timeout=10)
+        assert answer.status_code == 200
+        assert SENT.items() <= dict(answer.headers).items()
+        assert "X-Other" not in answer.headers
+    assert [path for path, _, _ in jobs.seen] == [path for _, path in JOB_REQUESTS]
+    assert [body for _, _, body in jobs.seen] == [b"" if method == "GET" else b"{}" for method, _ in JOB_REQUESTS]
+    assert all(headers["if-none-match"] == '"a"' for _, headers, _ in jobs.seen)
+    assert not any({"x-holder", "cookie"} & headers.keys() for _, headers, _ in jobs.seen)
+    assert requests.delete(f"http://{page_with_jobs.hosts[0]}/jobs/my-fox_1", timeout=10).status_code == 200
     assert upstream.seen == []
+
+
+def test_other_paths_of_the_jobs_are_closed(page: PageServer, page_with_jobs: PageServer, jobs: Upstream) -> None:
+    """Without --jobs all of them are."""
+    closed = [
+        *(("GET", path) for path in ("/jobs/", "/jobs?a", "/jobs/short", "/jobs/my-fox_1/", "/openapi.json")),
+        *(("GET", f"/jobs/my-fox_1/{rest}") for rest in ("pictures/1000", "pictures/a", "preview/1", "%2e%2e/x")),
+        *((method, "/jobs") for method in ("PUT", "DELETE")),
+        *(("POST", "/jobs/my-fox_1"), ("DELETE", "/jobs/my-fox_1/preview"), ("PUT", "/main.js")),
+    ]
+    for server, requested in ((page, JOB_REQUESTS), (page_with_jobs, closed)):
+        for method, path in requested:
+            connection = http.client.HTTPConnection(server.hosts[0])
+            connection.request(method, path, b"" if method == "GET" else b"{}")
+            assert connection.getresponse().status == 404, (method, path)
+    assert requests.options(f"http://{page_with_jobs.hosts[0]}/jobs", timeout=10).status_code == 501
+    assert jobs.seen == []
 
 
 def test_client_that_leaves_ends_the_work(page: PageServer, upstream: Upstream) -> None:
@@ -211,6 +283,7 @@ def test_key_goes_to_a_https_address_with_tls_only(
     assert is_trusted or "certificate verify failed" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("option", ["--url", "--jobs"])
 @pytest.mark.parametrize(
     "url",
     [
@@ -223,14 +296,14 @@ def test_key_goes_to_a_https_address_with_tls_only(
     ],
 )
 def test_other_addresses_are_refused(
-    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    url: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("web.__main__.serve", lambda *_: None)
     (tmp_path / "keys").write_text('{"inference": {"key": "one"}}')
-    assert main(["--url", url, "--key-file", str(tmp_path / "keys"), "--port", "0"]) == 1
+    assert main([option, url, "--key-file", str(tmp_path / "keys"), "--port", "0"]) == 1
     printed = capsys.readouterr()
     assert (printed.out, printed.err.count("\n")) == ("", 1)
-    assert url in printed.err or "Port" in printed.err
+    assert f"{option} takes http://host:port or https://host:port, not {url}" in printed.err or "Port" in printed.err
 
 
 def test_requests_that_cannot_be_forwarded_get_the_reason(page: PageServer) -> None:
@@ -241,8 +314,9 @@ def test_requests_that_cannot_be_forwarded_get_the_reason(page: PageServer) -> N
         answer = requests.post(f"{address}{PREDICTIONS}", data=body, headers=length, timeout=10)
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, 413)
     (port,) = find_free_ports(1)
-    alone = PageServer(f"http://127.0.0.1:{port}", port=0)
+    alone = PageServer(f"http://127.0.0.1:{port}", port=0, jobs=f"http://127.0.0.1:{port}")
     with run(alone):
-        answer = requests.post(f"http://{alone.hosts[0]}{PREDICTIONS}", data=b"{}", timeout=10)
-    assert answer.status_code == 502
-    assert json.loads(answer.content)["error"]["message"] == f"TorchServe does not answer at 127.0.0.1:{port}"
+        for path, name in ((PREDICTIONS, "TorchServe"), ("/jobs", "the API of the jobs")):
+            answer = requests.post(f"http://{alone.hosts[0]}{path}", data=b"{}", timeout=10)
+            assert answer.status_code == 502
+            assert json.loads(answer.content)["error"]["message"] == f"{name} does not answer at 127.0.0.1:{port}"

@@ -15,6 +15,11 @@ export class ServerError extends Error {
   get isBusy() {
     return this.status === 503 || this.status === 429;
   }
+
+  // The server has jobs, and none of this id.
+  get isGone() {
+    return this.status === 404 && this.param === "id";
+  }
 }
 
 // `python -m web` and `make page` pass the token in the address's fragment, which no request sends.
@@ -29,6 +34,10 @@ export function keepToken(token) {
   keepText(TOKEN, token);
 }
 
+export function findToken() {
+  return findText(TOKEN) ?? "";
+}
+
 export async function readContract() {
   const answer = await ask(`${MODEL}/1.0/openapi.json`);
   return (await answer.json()).components.schemas.GenerationRequest;
@@ -36,21 +45,24 @@ export async function readContract() {
 
 // Yields the events of a stream. Uploaded images are Blobs. Aborting ends the work on the server.
 export async function* draw(fields, signal) {
-  const body = { ...fields, stream: true };
-  for (const [name, value] of Object.entries(body)) {
-    if (value instanceof Blob) body[name] = await encode(value);
-  }
-  const headers = { "Content-Type": "application/json" };
-  const answer = await ask(MODEL, { method: "POST", headers, body: JSON.stringify(body), signal });
+  const answer = await ask(MODEL, { method: "POST", body: await encodeFields({ ...fields, stream: true }), signal });
   for await (const event of readEvents(answer.body)) {
     if (event.type === "error") throw new ServerError(event.error.message, { status: event.error.code, param: event.error.param });
     yield event;
   }
 }
 
-async function ask(path, options = {}) {
-  const token = findText(TOKEN);
-  const headers = { ...options.headers, ...(token ? { Authorization: `Bearer ${token}` } : {}) };
+export async function encodeFields(fields) {
+  const body = { ...fields };
+  for (const [name, value] of Object.entries(body)) {
+    if (value instanceof Blob) body[name] = await encode(value);
+  }
+  return JSON.stringify(body);
+}
+
+export async function ask(path, options = {}) {
+  const token = findToken();
+  const headers = { ...(token && { Authorization: `Bearer ${token}` }), ...(options.body && { "Content-Type": "application/json" }) };
   const answer = await fetch(path, { ...options, headers, cache: "no-store", credentials: "omit" });
   if (!answer.ok) throw await readError(answer);
   return answer;

@@ -1,8 +1,10 @@
-// The gallery of images in this browser's IndexedDB: {id, file, parameters, uploads, calls}.
+// The gallery of images in this browser's IndexedDB: {id, file, parameters, uploads, calls, source}.
+
+import { openStore } from "./database.js";
 
 export const MAX_IMAGES = 200;
 export const MAX_BYTES = 500e6; // with the uploads of each image; Safari asks its user above 1 GB
-const STORE = "pictures"; // named so by earlier versions
+const use = openStore("gallery", "pictures", { keyPath: "id", autoIncrement: true }); // named so by earlier versions
 
 // Fails where the browser keeps no data of this page.
 export async function openGallery() {
@@ -15,15 +17,20 @@ async function list() {
   return (await use("readonly", (store) => store.getAll())).reverse();
 }
 
-// Returns the image's id, and the ids of the removed ones.
+// Returns the image's id, and the ids of the removed ones. Two tabs that add the image of one source add it once.
 async function add(image) {
   const leaving = [];
-  const id = await use("readwrite", (store) => {
-    store.getAll().onsuccess = ({ target }) => {
-      leaving.push(...findLeaving([...target.result, image]));
+  let id;
+  await use("readwrite", (store) => {
+    const reading = store.getAll();
+    reading.onsuccess = () => {
+      id = reading.result.find(({ source }) => source && source === image.source)?.id;
+      if (id !== undefined) return;
+      leaving.push(...findLeaving([...reading.result, image]));
       leaving.forEach((each) => store.delete(each));
+      store.add(image).onsuccess = ({ target }) => (id = target.result);
     };
-    return store.add(image);
+    return reading;
   });
   return { id, leaving };
 }
@@ -45,26 +52,4 @@ function findLeaving(images) {
 
 function measure({ file, uploads = {} }) {
   return [file, ...Object.values(uploads)].reduce((bytes, { size }) => bytes + size, 0);
-}
-
-// Runs one transaction. Its end, not the request's, says that the data is kept. Browsers close idle connections, so each
-// transaction opens its own.
-async function use(mode, act) {
-  const opening = indexedDB.open("gallery", 1);
-  opening.onupgradeneeded = () => opening.result.createObjectStore(STORE, { keyPath: "id", autoIncrement: true });
-  const database = await new Promise((resolve, reject) => {
-    opening.onsuccess = () => resolve(opening.result);
-    opening.onerror = () => reject(opening.error);
-  });
-  try {
-    const transaction = database.transaction(STORE, mode);
-    const request = act(transaction.objectStore(STORE));
-    await new Promise((resolve, reject) => {
-      transaction.oncomplete = resolve;
-      transaction.onabort = () => reject(transaction.error ?? new Error("it was interrupted"));
-    });
-    return request.result;
-  } finally {
-    database.close();
-  }
 }

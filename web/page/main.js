@@ -9,6 +9,7 @@ import { pickFile, readUpload } from "./uploads.js";
 import { isOpen, sentence, Work } from "./work.js";
 
 const UPLOADS = ["image", "mask_image"];
+const ENDS = { done: "The image is done.", cancelled: "Cancelled.", left: "" }; // left: another tab has it
 
 const start = { image: null, mask_image: null }; // the uploads, which are not fields of the form
 const rows = new Map(); // of the list of work, by job
@@ -28,6 +29,7 @@ function connect() {
 async function reachServer() {
   for (;;) {
     try {
+      await work.findOrders();
       return useContract(await readContract());
     } catch (error) {
       if (error.isRefused) return askForToken(error.message);
@@ -54,8 +56,9 @@ function useContract(schema) {
 function askForToken(message) {
   find("server").textContent = "Needs a token";
   if (message) find("token-message").textContent = `${sentence(message)}.`.replace("..", ".");
+  if (find("token").open) return;
   find("token-input").value = "";
-  if (!find("token").open) find("token").showModal();
+  find("token").showModal();
 }
 
 // The form
@@ -134,10 +137,11 @@ function showFile(image, file) {
 // Work
 
 function showJob(job) {
-  if (job.state === "done" || job.state === "cancelled") {
+  if (ENDS[job.state] !== undefined) {
     rows.get(job)?.node.remove();
     rows.delete(job);
-    announce(job.state === "done" ? "The image is done." : "Cancelled.");
+    announce(ENDS[job.state]);
+    if (job.state === "left") readGallery();
   } else {
     const row = rows.get(job) ?? addRow(job);
     row.said.textContent = job.said;
@@ -147,6 +151,8 @@ function showJob(job) {
     row.bar.hidden = !isOpen(job);
     row.actions.replaceChildren(...makeJobActions(job));
     if (!isOpen(job)) tellFailure(job);
+    else if (job.error?.isRefused && !row.isRefused) askForToken(job.error.message);
+    row.isRefused = job.error?.isRefused;
   }
   if (selected === null) showStage();
 }
@@ -166,8 +172,9 @@ function makeJobActions(job) {
     rows.delete(job);
     work.dismiss(job);
   };
-  const again = () => (remove(), job.uploads?.length ? recall({ parameters: job.fields }) : draw(job.fields));
-  const words = job.uploads?.length ? "Use its settings" : "Draw again"; // a reload keeps no files
+  const isWhole = (job.order ?? job).uploads?.every((name) => job.fields[name]) ?? true;
+  const again = () => (remove(), isWhole ? draw(job.fields) : recall({ parameters: job.fields }));
+  const words = isWhole ? "Draw again" : "Use its settings"; // a reload ends a stream, and its files are gone
   return [button(words, again, { class: "quiet" }), button("Dismiss", remove, { class: "quiet" })];
 }
 
@@ -181,17 +188,21 @@ function tellFailure(job) {
 
 // Gallery
 
+// Returns whether this browser has kept the image.
 async function keepImage(job, { warnings, ...image }) {
+  if (images.some(({ source }) => source && source === image.source)) return true; // by another tab, or before a reload
   const uploads = Object.fromEntries(UPLOADS.filter((name) => job.fields[name]).map((name) => [name, job.fields[name]]));
   const kept = { ...image, uploads, made: Date.now() };
   const entry = { ...kept };
   addTile(entry);
   showStage();
+  let isKept = false;
   const news = warnings.map(sentence);
   try {
     if (!gallery) throw new Error("it keeps no data of this page");
     const { id, leaving } = await gallery.add(kept);
     entry.id = id;
+    isKept = true;
     images.filter((each) => leaving.includes(each.id)).forEach(removeTile);
     const limit = images.length < MAX_IMAGES ? `${MAX_BYTES / 1e6} MB` : `${MAX_IMAGES} images`;
     if (leaving.length) news.push(`The gallery holds ${limit}: the oldest was removed. Download the ones that you want to keep`);
@@ -199,6 +210,17 @@ async function keepImage(job, { warnings, ...image }) {
     news.push(`This browser has not kept the image (${explainStorage(error)}): download it before you leave the page`);
   }
   tellGallery(news.join(". "));
+  return isKept;
+}
+
+// Another tab has changed the gallery.
+async function readGallery() {
+  const kept = await gallery?.list().catch(() => null);
+  if (!kept) return;
+  const isSame = (one, other) => one.id === other.id || (one.source && one.source === other.source);
+  images.filter((entry) => entry.id !== undefined && !kept.some(({ id }) => id === entry.id)).forEach(removeTile);
+  kept.filter((entry) => !images.some((each) => isSame(each, entry))).reverse().forEach(addTile);
+  showStage();
 }
 
 function addTile(entry) {
@@ -233,6 +255,7 @@ const explainStorage = (error) => (error.name === "QuotaExceededError" ? "its st
 async function discard(entry) {
   try {
     if (entry.id !== undefined) await gallery.remove(entry.id); // undefined if it was not kept
+    else if (entry.source) work.orders.remove({ id: entry.source.split("/")[0] });
   } catch (error) {
     return tellGallery(`This browser has not deleted the image (${explainStorage(error)})`);
   }
@@ -286,12 +309,12 @@ function makeCaption(entry, address) {
   return make("figcaption", {},
     make("div", { class: "row wrap" }, ...actions),
     make("p", { class: "prompt" }, parameters.prompt),
-    make("details", {}, make("summary", {}, `Seed ${seed}, and how it was made`), make("dl", {}, ...list)));
+    make("details", {}, make("summary", {}, seed === undefined ? "How it was made" : `Seed ${seed}, and how it was made`), make("dl", {}, ...list)));
 }
 
 function makeName({ file, parameters: { prompt, seed } }) {
   const words = prompt.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? ["image"];
-  return `${words.slice(0, 6).join("-")}-${seed}.${file.type.split("/")[1].replace("jpeg", "jpg")}`;
+  return `${[...words.slice(0, 6), seed ?? "drawn"].join("-")}.${file.type.split("/")[1].replace("jpeg", "jpg")}`;
 }
 
 // Events
@@ -336,7 +359,7 @@ async function begin() {
   listen();
   try {
     gallery = await openGallery();
-    (await gallery.list()).reverse().forEach(addTile);
+    await readGallery();
   } catch (error) {
     tellGallery(`This browser keeps no images (${explainStorage(error)})`);
   }

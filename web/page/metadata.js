@@ -1,15 +1,15 @@
-// Reads the request from an image file, as sdxl_server/api/image_files.py writes it: from a PNG's text chunk
+// Reads the metadata of an image file, as sdxl_server/api/image_files.py writes it: from a PNG's text chunk
 // `parameters`, or from the EXIF UserComment of a JPEG or WebP.
 
 const EXIF_POINTER = 0x8769;
 const USER_COMMENT = 0x9286;
 
-// Returns the fields of the request, or null if the file has none.
-export function readRequest(view) {
+// Returns {request, warnings, made_with}, or null if the file has none.
+export function readMetadata(view) {
   try {
     const text = findText(view);
     const found = text === null ? null : JSON.parse(text);
-    return typeof found?.request?.prompt === "string" ? found.request : null;
+    return typeof found?.request?.prompt === "string" ? found : null;
   } catch (error) {
     if (error instanceof RangeError || error instanceof SyntaxError) return null; // cut short, or from another program
     throw error;

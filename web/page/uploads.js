@@ -1,6 +1,6 @@
 // Turns a file that was chosen, dropped or pasted into an image that the server takes.
 
-import { readRequest } from "./metadata.js";
+import { readMetadata } from "./metadata.js";
 
 const MAX_UPLOAD = 22e6; // bytes; in base64 and with a mask they stay below max_request_size, 32 MiB
 const MAX_READ = 100e6; // bytes; a larger file is not opened
@@ -45,8 +45,8 @@ export async function readUpload(file) {
   const format = findFormat(await readBytes(file.slice(0, HEAD), file.name));
   if (format === VIDEO) throw new Error(`${file.name} is ${VIDEO}, no image.`);
   const bytes = await readBytes(file, file.name); // a copy: the file may change or vanish before it is sent
-  const parameters = readRequest(new DataView(bytes));
-  if (parameters) return { parameters };
+  const made = readMetadata(new DataView(bytes));
+  if (made) return { parameters: made.request };
   const image = new Blob([bytes], { type: format === "SVG" ? "image/svg+xml" : file.type });
   const shown = await loadImage(image).catch(() => null);
   const isAccepted = ACCEPTED.includes(format) && file.size <= MAX_UPLOAD;
