@@ -132,7 +132,7 @@ class PageHandler(BaseHTTPRequestHandler):
     do_PUT = do_DELETE = do_POST
 
     def _is_own_host(self) -> bool:
-        """Say whether a request names this host and comes from no other site; refuse others, as in DNS rebinding."""
+        """Say whether a request names this host and comes from no other site; refuse others, such as DNS rebinding."""
         hosts = self.server.hosts
         origin = self.headers.get("Origin", f"http://{hosts[0]}")
         # A browser sends no Origin for another site's <img>. A link of another site may lead here.

@@ -171,7 +171,7 @@ CLOSED = [
     ("POST", "/models?url=https://example.org/x.mar"),
     ("GET", "/metrics"),
     ("GET", "/ready"),
-    ("GET", "/jobs"),
+    ("PUT", "/jobs"),
     ("POST", "/jobs/a-long-id"),
     ("GET", "/jobs/short"),
     ("GET", "/jobs/a-long-id/request.json"),

@@ -32,7 +32,7 @@ JOB_REQUESTS = (
 
 
 class Upstream(ThreadingHTTPServer):
-    """Stands for TorchServe or the jobs' API: records requests and clients that leave, answers with one event."""
+    """Stands for TorchServe or the jobs' API: records requests and a client that leaves, answers with one event."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), UpstreamHandler)
