@@ -1,4 +1,4 @@
-// Orders: requests that the server keeps as jobs (docs/scaling.md), so that they outlive the page. This browser remembers
+// Orders: requests that the server keeps as jobs (docs/jobs.md), so that they outlive the page. This browser remembers
 // each in localStorage, which its tabs share, and its uploads in IndexedDB, until its images are in the gallery.
 
 import { ask, encodeFields, findToken, ServerError } from "./api.js";
