@@ -40,7 +40,7 @@ class Settings(BaseSettings):
     )
     keep_bytes: PositiveInt = _declare(10_000_000_000, "of images; beyond, the jobs that ended first are removed")
     keep_seconds: PositiveInt = _declare(86_400, "after its end a job is removed")
-    lost_seconds: PositiveInt = _declare(20, "a worker without a heartbeat for so long counts as lost")
+    lost_seconds: PositiveInt = _declare(30, "a worker without a heartbeat for so long counts as lost")
     silent_seconds: PositiveInt = _declare(300, "a TorchServe that sends nothing for so long counts as lost")
     webhooks: Annotated[list[str], NoDecode] = _declare(
         [], "where webhooks may go: origins such as https://example.org, and private networks"
