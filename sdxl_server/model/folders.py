@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -119,7 +120,7 @@ def check_links(paths: Iterable[Path]) -> None:
 
 def explain_broken_link(path: Path) -> str | None:
     """Say what to do about a link that leads nowhere, as in a snapshot without its cache; None for another path."""
-    if not path.is_symlink() or path.exists():
+    if not os.path.islink(path) or path.exists():
         return None
     return (
         f"{path} is a link to {path.readlink()}, which is not there. In the hub's cache such links lead to its folder "

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
+from http import HTTPStatus
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -25,6 +26,7 @@ from sdxl_server.serving import rolling_restart
 from tests.server.eager import wait_for
 from tests.server.test_backends import make_settings
 from tools.instances import NAMES, Instance, LocalBalancer, find_haproxy
+from tools.proxy import LocalProxy, find_nginx
 from tools.server import ROOT, find_free_ports, make_archive
 
 pytestmark = pytest.mark.skipif(find_haproxy() is None, reason="haproxy is not installed")
@@ -203,34 +205,79 @@ def test_each_instance_is_drained_and_put_back(whole: Site, tmp_path: Path) -> N
     assert {each["status"] for each in haproxy.read_servers().values()} == {"UP"}
 
 
-@pytest.mark.soak
-def test_a_rolling_restart_loses_none_of_300(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command leaves a file with the instance's name, and waits until it has gone."""
-    before = {name: each.find_processes()[0].pid for name, each in site.instances.items()}
+@contextmanager
+def restart_wanted(site: Site, folder: Path) -> Iterator[str]:
+    """Yield a command that restarts an instance: it leaves a file with its name, and waits until that has gone."""
     is_over = threading.Event()
 
-    def restart_wanted() -> None:
+    def restart() -> None:
         while not is_over.wait(0.05):
-            for path in tmp_path.iterdir():
+            for path in folder.iterdir():
                 instance = site.instances[path.name]
                 instance._stop()
                 instance.__enter__()
                 path.unlink()
 
-    watcher = threading.Thread(target=restart_wanted)
+    watcher = threading.Thread(target=restart)
     watcher.start()
-    command = f"touch {tmp_path}/{{}}; while [ -e {tmp_path}/{{}} ]; do sleep 0.1; done"
-    with ThreadPoolExecutor(8) as pool:
+    yield f"touch {folder}/{{}}; while [ -e {folder}/{{}} ]; do sleep 0.1; done"
+    is_over.set()
+    watcher.join()
+
+
+@pytest.mark.soak
+def test_a_rolling_restart_loses_none_of_300(whole: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    site = whole
+    before = {name: each.find_processes()[0].pid for name, each in site.instances.items()}
+    with restart_wanted(site, tmp_path) as command, ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(site.ask, seed, steps=50) for seed in range(300)]
         code = rolling_restart.main(["--socket", str(site.balancer.socket), "--restart", command, "--wait", "120"])
         under_load = sum(not each.done() for each in asked)
         statuses = Counter(each.result() for each in asked)
-    is_over.set()
-    watcher.join()
     assert (code, capsys.readouterr().out.split()[::2]) == (0, [f"{name}:" for name in NAMES])
     assert under_load > 0
     assert statuses == {200: 300}
     assert not {each.find_processes()[0].pid for each in site.instances.values()} & set(before.values())
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(find_nginx() is None, reason="nginx and openssl are not installed")
+def test_600_requests_through_nginx_lose_the_killed_image_only(whole: Site, tmp_path: Path) -> None:
+    """Each instance is drained and restarted; then one is killed."""
+    site = whole
+    body = {"prompt": "a red fox", "num_inference_steps": 50}
+    with LocalProxy(site.balancer.port) as proxy:
+
+        def ask(seed: int) -> int:
+            # nginx limits the requests of an address.
+            source = (f"127.0.0.{seed % 8 + 2}", 0)
+            address = ("127.0.0.1", proxy.port)
+            connection = http.client.HTTPSConnection(*address, timeout=120, source_address=source, context=proxy.tls)
+            headers = {**proxy.get_headers(), "Content-Type": "application/json"}
+            with contextlib.closing(connection):
+                while True:
+                    path = urlsplit(proxy.url).path
+                    try:
+                        connection.request("POST", path, json.dumps({**body, "seed": seed}), headers)
+                        answer = connection.getresponse()
+                        answer.read()
+                    except (OSError, http.client.HTTPException):
+                        return 0
+                    if answer.status != HTTPStatus.TOO_MANY_REQUESTS:
+                        return answer.status
+                    time.sleep(1)
+
+        with restart_wanted(site, tmp_path) as command, ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(ask, seed) for seed in range(600)]
+            assert not rolling_restart.main(
+                ["--socket", str(site.balancer.socket), "--restart", command, "--wait", "120"]
+            )
+            for process in site.instances["two"].find_processes():
+                process.kill()
+            under_load = sum(not each.done() for each in asked)
+            statuses = Counter(each.result() for each in asked)
+    assert under_load > 8
+    assert statuses[200] >= 599, statuses
 
 
 @pytest.mark.soak

@@ -106,7 +106,9 @@ def test_everything_that_is_brought_has_its_pinned_version() -> None:
 def test_what_the_packages_import_is_declared() -> None:
     modules = metadata.packages_distributions()
     imported = {module for package in PACKAGES for module in find_imported(ROOT / package)}
-    declared = {canonicalize_name(name) for name in read_project()["dependencies"]}
+    project = read_project()
+    optional = [name for names in project["optional-dependencies"].values() for name in names]
+    declared = {canonicalize_name(name) for name in (*project["dependencies"], *optional)}
     assert {
         module for module in imported if not declared & set(map(canonicalize_name, modules.get(module, [])))
     } == set()
