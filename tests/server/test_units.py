@@ -42,13 +42,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 @pytest.fixture(scope="module")
 def instances(folder: Path) -> Iterator[dict[str, Process]]:
     """torchserve@one, and then torchserve@two."""
-    with ExitStack() as stack:
-        started = {}
+    started: dict[str, Process] = {}
+    try:
         for name in NAMES:
             process = started[name] = Unit(f"torchserve@{name}.service", folder).start()
-            stack.callback(kill, process)
             wait_until(partial(read_metrics, folder, name, "ready"), process)
         yield started
+    finally:
+        for process in started.values():  # a test may have started another one
+            kill(process)
 
 
 def kill(process: Process) -> None:
