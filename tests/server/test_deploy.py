@@ -13,14 +13,13 @@ import socket
 import ssl
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
@@ -33,6 +32,7 @@ from sdxl_server.serving import readiness
 from tests.openai_clients import RECORDED
 from tests.server.eager import LONG, wait_for
 from tests.server.test_backends import make_settings
+from tests.serving import InThread
 from tools.proxy import PASS_KEY, LocalProxy, find_nginx
 from tools.server import ROOT, LocalServer, make_archive, read_shipped
 
@@ -315,7 +315,7 @@ def test_what_is_not_https_is_answered_with_json(nginx: Nginx) -> None:
             old.wrap_socket(plain, server_hostname="localhost")
 
 
-class Stub(ThreadingHTTPServer):
+class Stub(InThread, ThreadingHTTPServer):
     """A server that notes each request, and answers with `status`, or hangs up when that is 0."""
 
     def __init__(self) -> None:
@@ -323,14 +323,6 @@ class Stub(ThreadingHTTPServer):
         self.status = 200
         self.begun = 0
         self.seen: list[tuple[str, dict[str, str], bytes]] = []
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.shutdown()
-        self.server_close()
 
 
 class StubHandler(BaseHTTPRequestHandler):

@@ -1,17 +1,18 @@
 """What HAProxy and nginx see of a TorchServe, for tests of the files in deploy."""
 
 import socket
-import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Self
+from typing import Any
+
+from tests.serving import InThread
 
 UNKNOWN_USER = 1234567  # as OpenShift chooses one: no account has it
 
 
-class Instance(ThreadingHTTPServer):
+class Instance(InThread, ThreadingHTTPServer):
     """What HAProxy sees of a TorchServe: it answers each POST with `status`, or hangs up when that is 0."""
 
     def __init__(self, address: str = "127.0.0.1", port: int = 0, *, metrics_port: int | None = None) -> None:
@@ -21,14 +22,6 @@ class Instance(ThreadingHTTPServer):
         self.ports = {"inference_address": self.server_port}
         self.status, self.is_ready, self.seconds, self.answered = 200, True, 0.0, 0
         self.count: Callable[[], AbstractContextManager[Any]] = nullcontext
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.shutdown()
-        self.server_close()
 
 
 class InstanceHandler(BaseHTTPRequestHandler):

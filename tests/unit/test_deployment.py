@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from math import factorial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import psutil
 import pytest
@@ -25,6 +25,7 @@ import yaml
 from sdxl_server.metrics import REQUESTS_IN_FLIGHT, serve_metrics
 from sdxl_server.serving import container
 from sdxl_server.serving.rolling_restart import Haproxy
+from tests.serving import InThread
 from tests.unit.instances import UNKNOWN_USER, Instance, has_ipv6, wait_until
 from tools.instances import NAMES, LocalBalancer, find_haproxy
 from tools.server import ROOT, find_free_ports
@@ -178,20 +179,12 @@ def test_server_that_cannot_be_asked_is_busy(
     assert "still in flight" not in caplog.text
 
 
-class Dns(socketserver.ThreadingUDPServer):
+class Dns(InThread, socketserver.ThreadingUDPServer):
     """A cluster's DNS: it knows complete names only, and answers with the addresses of all pods."""
 
     def __init__(self, name: str) -> None:
         super().__init__(("127.0.0.1", 0), DnsHandler)
         self.name, self.addresses = name, ["127.0.0.2"]
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.shutdown()
-        self.server_close()
 
 
 class DnsHandler(socketserver.BaseRequestHandler):
