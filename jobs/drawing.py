@@ -9,12 +9,12 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import requests
 from asgiref.sync import async_to_sync
 
-from jobs.database import AwayError, wait_for_database
+from jobs.database import AwayError, Result, wait_for_database
 from jobs.results import Results
 from jobs.settings import Settings
 from jobs.store import Store
@@ -23,7 +23,6 @@ from sdxl_server.serving.readiness import NotReadyError, read_token
 
 logger = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
 BUSY_SECONDS = 1  # between two requests to a busy TorchServe
 AWAY_SECONDS = 10  # without reports, so that a silent database does not delay the stream
 

@@ -50,7 +50,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
 def test_new_user_draws_in_two_actions(context: BrowserContext, nginx: LocalProxy) -> None:
     """After the token: words, and the key. Previews come on the way."""
     page = open_page(context, nginx, token=None)
-    page.get_by_role("textbox", name="Token").fill(nginx.token)
+    page.get_by_role("textbox", name="API key").fill(nginx.token)
     page.keyboard.press("Enter")
     expect(page.get_by_label("Prompt", exact=True)).to_be_focused()
     page.keyboard.type(PROMPT)
@@ -255,7 +255,7 @@ def test_mask_is_painted_by_keyboard_and_by_touch(page: Page) -> None:
 
 def test_wrong_and_missing_tokens_are_told_plainly(context: BrowserContext, nginx: LocalProxy) -> None:
     page = open_page(context, nginx, token="wrong")
-    dialog = page.get_by_role("dialog", name="Token")
+    dialog = page.get_by_role("dialog", name="API key")
     expect(dialog).to_contain_text("its token is unknown or revoked")
     assert "token" not in page.url
     dialog.get_by_role("textbox").fill(nginx.token)
@@ -295,9 +295,9 @@ def test_axe_finds_nothing(browser: Browser, nginx: LocalProxy) -> None:
     # axe is a script of the test's, which the page's policy would refuse
     with open_context(browser, bypass_csp=True) as context:
         page = open_page(context, nginx, token=None)
-        expect(page.get_by_role("dialog", name="Token")).to_be_visible()
+        expect(page.get_by_role("dialog", name="API key")).to_be_visible()
         check_with_axe(page)
-        page.get_by_role("textbox", name="Token").fill(nginx.token)
+        page.get_by_role("textbox", name="API key").fill(nginx.token)
         page.keyboard.press("Enter")
         draw(page, num_inference_steps=3)
         wait_for_image(page)

@@ -121,7 +121,7 @@ def test_closed_browser_returns_for_its_images(browser: Browser, nginx: LocalPro
     site.wait(lambda: read_states(site) == ["done"])
     with open_profile(browser, tmp_path) as context:
         page = open_page(context, nginx, token=None)
-        page.get_by_role("textbox", name="Token").fill(nginx.token)
+        page.get_by_role("textbox", name="API key").fill(nginx.token)
         page.keyboard.press("Enter")
         wait_for_image(page)
         assert count_orders(page) == 0

@@ -54,7 +54,7 @@ function useContract(schema) {
 }
 
 function askForToken(message) {
-  find("server").textContent = "Needs a token";
+  find("server").textContent = "Needs an API key";
   if (message) find("token-message").textContent = `${sentence(message)}.`.replace("..", ".");
   if (find("token").open) return;
   find("token-input").value = "";
