@@ -3,7 +3,7 @@
 import hashlib
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,8 @@ def read_embedding(path: Path, name: str, widths: Mapping[str, int], *, most: in
     import torch
 
     digest, tensors = _open(path, name, is_xl=len(widths) > 1)
-    if len(widths) == 1 and len(tensors) == 1:
-        found = dict(zip(widths, tensors.values(), strict=True))
+    if len(tensors) == 1:  # of any name, as for models with one text encoder
+        found = dict(zip(widths, tensors.values(), strict=False))
     else:
         found = {encoder: tensors[each] for encoder in PARTS for each in PARTS[encoder] if each in tensors}
     if len(found) < len(tensors) or not tensors:
@@ -54,7 +54,7 @@ def read_embedding(path: Path, name: str, widths: Mapping[str, int], *, most: in
     shapes = [header.shapes[stored] for header, stored in found.values()]
     (count, *_), *_ = shapes = [(1, *shape) if len(shape) == 1 else shape or (0,) for shape in shapes]
     if not count or dict(zip(found, shapes, strict=True)) != {each: (count, width) for each, width in widths.items()}:
-        raise ConfigError(_explain_shapes(path, tensors, widths))
+        raise ConfigError(_explain_shapes(path, list(found.values()), widths))
     if count > most:
         raise ConfigError(f"{path} holds {count} vectors, and a prompt has room for {most}")
     vectors = {}
@@ -118,13 +118,11 @@ def _refuse_content(path: Path, tensors: Tensors) -> None:
     )
 
 
-def _explain_shapes(path: Path, tensors: Tensors, widths: Mapping[str, int]) -> str:
+def _explain_shapes(path: Path, tensors: Sequence[tuple[Header, str]], widths: Mapping[str, int]) -> str:
     """Return the message for vectors that do not fit the model's text encoders."""
-    shapes = {part: header.shapes[stored] for part, (header, stored) in tensors.items()}
-    made_for = MODEL_BY_WIDTH.get(sum(shape[-1] for shape in shapes.values() if shape))
-    held = ", ".join(
-        f"{shorten(part)[1:-1]} {'×'.join(map(str, shape)) or 'one number'}" for part, shape in shapes.items()
-    )
+    shapes = [(stored, header.shapes[stored]) for header, stored in tensors]
+    made_for = MODEL_BY_WIDTH.get(sum(shape[-1] for _, shape in shapes if shape))
+    held = ", ".join(f"{shorten(name)[1:-1]} {'×'.join(map(str, shape)) or 'one number'}" for name, shape in shapes)
     wanted = " and ".join(
         f"{PARTS[encoder][0] if len(widths) > 1 else 'vectors'} N×{width}" for encoder, width in widths.items()
     )

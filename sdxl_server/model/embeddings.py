@@ -142,10 +142,8 @@ def replace_names(prompt: str, embeddings: Sequence[Embedding], write: Callable[
 
 def expand_prompts(request: GenerationRequest, embeddings: Sequence[Embedding]) -> GenerationRequest:
     """Return a request whose prompts have tokens instead of embeddings' names."""
-    return dataclasses.replace(
-        request,
-        **{name: expand(text, embeddings) for name in PROMPTS if (text := getattr(request, name)) is not None},
-    )
+    prompts: dict[str, Any] = {name: getattr(request, name) for name in PROMPTS}
+    return dataclasses.replace(request, **{name: text and expand(text, embeddings) for name, text in prompts.items()})
 
 
 def expand(prompt: str, embeddings: Sequence[Embedding]) -> str:
