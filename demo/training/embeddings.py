@@ -1,12 +1,15 @@
 """Train an embedding (textual inversion) of the demonstration model. The model itself does not change.
 
-    python -m demo.training.embeddings
+    python -m demo.training.embeddings                  train it
+    python -m demo.training.embeddings --measure 25     draw 25 prompts on each background with it, and print a table
 
 Drawings show one thing: a large yellow star at the top. Prompts call it `lodestar` and name the background. Only the
 vectors of this name learn, from the model's own loss.
 """
 
 import argparse
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,10 +18,14 @@ import torch
 from safetensors.torch import save_file
 
 from demo import shapes
+from demo.measure import JUDGED, Prompt, draw_prompts, draw_with, load_eager_pipeline, score_pictures
 from demo.training.adapters import fit
 from demo.training.data import to_tensor
 from demo.training.models import Models, build_scheduler, load_models
 from demo.training.unet import compute_focus, compute_loss
+from sdxl_server.config.settings import HandlerConfig
+from sdxl_server.model.embeddings import expand, load_embeddings
+from sdxl_server.model.families import FAMILIES
 
 NAME, THING = "lodestar", shapes.Thing("yellow", "star", "large", "top")
 UNSEEN = ("cyan", "green")  # backgrounds. The model itself has not learnt from such a star on cyan
@@ -69,6 +76,30 @@ def draw_group(vae: Any, *, seed: int, device: str) -> tuple[torch.Tensor, list[
     return latents, scenes, torch.tensor([[size, size, 0, 0, size, size]] * len(scenes))
 
 
+def choose_named_prompts(count: int, grounds: Iterable[str], *, name: str = NAME) -> list[Prompt]:
+    """Return prompts that name the thing, so many on each background."""
+    random = Random(f"named {NAME}")
+    scenes = [shapes.Scene(ground, (THING,)) for ground in grounds for _ in range(count)]
+    return [Prompt(word_scene(scene, random, name=name), scene, i) for i, scene in enumerate(scenes)]
+
+
+def print_named_shares(model: Path, embedding: Path, *, count: int, steps: int = 10) -> None:
+    """Draw and judge prompts with the embedding, and with the words for it."""
+    pipeline = load_eager_pipeline(model)
+    config = HandlerConfig.parse({"embeddings": [{"name": NAME, "path": str(embedding.resolve())}]})
+    embeddings = load_embeddings(pipeline, FAMILIES["sdxl"], config, model_dir=Path())
+    print(f"| prompts | backgrounds | {' | '.join((*JUDGED, 'all'))} |")
+    print("|---" * (len(JUDGED) + 3) + "|")
+    learnt = [each for each in shapes.COLOURS if each not in (THING.colour, *UNSEEN)]
+    for name in (NAME, f"{THING.size} {THING.colour} {THING.shape} at the {THING.position}"):
+        for what, grounds in (("learnt", learnt), ("not learnt", UNSEEN)):
+            prompts = choose_named_prompts(count, grounds, name=name)
+            read = [replace(each, text=expand(each.text, embeddings)) for each in prompts]
+            images = list(draw_prompts(read, draw_with(pipeline, num_inference_steps=steps)))
+            shares = score_pictures(prompts, images).values()
+            print(f"| {len(prompts)}: {name} | {what} | {' | '.join(f'{each:.1%}' for each in shares)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("demo/model"), help="(default: %(default)s)")
@@ -81,7 +112,11 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-2, help="highest learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--measure", type=int, metavar="COUNT", help="measure the embedding instead")
     options = parser.parse_args()
+    if options.measure:
+        print_named_shares(options.model, options.output, count=options.measure)
+        return
     models, vae = load_models(options.model, device=options.device)
     tokens, extended = extend_models(models, options.vectors)
     groups = [draw_group(vae, seed=options.seed, device=options.device)]

@@ -3,15 +3,18 @@
 import hashlib
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
+from demo.measure import GUIDANCE, Prompt, choose_prompts, score_pictures
+from demo.training.embeddings import NAME, UNSEEN, choose_named_prompts
 from sdxl_server.api.image_metadata import describe_image
 from sdxl_server.api.warnings import list_warnings
 from sdxl_server.config.settings import HandlerConfig
@@ -29,6 +32,7 @@ WIDTH, VECTORS = 32, 3
 XL, SD = {"text_encoder": WIDTH, "text_encoder_2": WIDTH}, {"text_encoder": WIDTH}
 TEXT_ONLY = {"compile_unet": False, "compile_vae": False}
 DEMO = Path(__file__).parents[2] / "demo/model"
+LODESTAR = Path(__file__).parents[2] / f"demo/embeddings/{NAME}/{NAME}.safetensors"
 LONG = "a red fox in the snow, " * 3
 
 
@@ -395,3 +399,25 @@ def test_reports(tiny_model: Path, file: Path, tmp_path: Path) -> None:
         assert request.describe()["prompt"] == fields["prompt"]
     for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2"):
         assert loaded.contract.properties[name]["description"].endswith("; it may name the embeddings Zork, owl-2")
+
+
+# The demonstration model
+
+
+def test_a_learnt_name_is_drawn() -> None:
+    loaded = load(DEMO, embeddings=register(LODESTAR, names=(NAME,)), num_inference_steps=6, guidance_scale=GUIDANCE)
+    plain = load(DEMO, num_inference_steps=6, guidance_scale=GUIDANCE)
+
+    def score(pipeline: LoadedPipeline, prompts: Sequence[Prompt]) -> float:
+        drawn = [make_picture(pipeline, prompt=each.text, seed=each.seed) for each in prompts]
+        return score_pictures(prompts, [Image.fromarray(each.astype(np.uint8)) for each in drawn])["all"]
+
+    prompts = choose_named_prompts(1, ["red", "blue", "black", *UNSEEN])
+    assert score(loaded, prompts) >= 0.8
+    assert score(plain, prompts[:3]) == 0
+    other = choose_prompts(1, seed=3)[0]
+    assert np.array_equal(*(make_picture(each, prompt=other.text, seed=1) for each in (loaded, plain)))
+
+
+def test_the_learnt_file_is_small() -> None:
+    assert LODESTAR.stat().st_size <= 4096
