@@ -14,7 +14,7 @@ from sdxl_server.model.adapters.files import read_adapter_file
 from sdxl_server.model.adapters.lora_files import EMBEDDINGS, MODEL_BY_WIDTH
 from sdxl_server.schemas import shorten
 
-# The names of SDXL's two tensors: kohya's, OneTrainer's and A1111's, and those of diffusers' advanced training.
+# The names of SDXL's two tensors: kohya, OneTrainer and A1111 write the first, diffusers' advanced training the second.
 PARTS = {
     "text_encoder": ("clip_l", "text_encoders_0"),
     "text_encoder_2": ("clip_g", "text_encoders_1"),

@@ -1,7 +1,7 @@
 """Embeddings (textual inversion): names in prompts that stand for vectors of the text encoders.
 
-The tokenizers get a token for each vector, and the text encoders a row, before compilation. A prompt is changed before
-it is read: a name becomes its tokens. No other text makes them, so other prompts are encoded as without embeddings.
+The tokenizers get a token for each vector, and the text encoders a row, before compilation. In a prompt the tokens
+replace the name before the tokenizers read it. Other prompts have no such tokens and are encoded as without embeddings.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ from sdxl_server.model.families import Family
 from sdxl_server.request.fields import GenerationRequest
 from sdxl_server.request.prompts import PROMPTS
 
-TOKEN_MARKS = ("\ue000", "\ue001")  # for private use: no language has them
-WORD_END = "</w>"  # as in CLIP's own tokens: compel may begin a new chunk behind it
-MARKERS = 2  # tokens of a prompt at its beginning and end
+TOKEN_MARKS = ("\ue000", "\ue001")  # characters for private use: no language has them.
+WORD_END = "</w>"  # as in CLIP's own tokens: compel may begin a new chunk behind it.
+MARKERS = 2  # tokens at the beginning and the end of a prompt.
 
 logger = logging.getLogger(__name__)
 
