@@ -19,9 +19,9 @@ from sdxl_server.model.families import Family
 from sdxl_server.request.fields import GenerationRequest
 from sdxl_server.request.prompts import PROMPTS
 
-TOKEN_MARKS = ("\ue000", "\ue001")  # characters for private use: no language has them.
-WORD_END = "</w>"  # as in CLIP's own tokens: compel may begin a new chunk behind it.
-MARKERS = 2  # tokens at the beginning and the end of a prompt.
+TOKEN_MARKS = ("\ue000", "\ue001")  # no language has these characters
+WORD_END = "</w>"  # as in CLIP's own tokens; a chunk may end there
+MARKERS = 2  # the first and the last token of a prompt
 
 logger = logging.getLogger(__name__)
 
