@@ -107,8 +107,8 @@ def main() -> None:
         "--output", type=Path, default=Path(f"demo/embeddings/{NAME}/{NAME}.safetensors"), help="(default: %(default)s)"
     )
     parser.add_argument("--vectors", type=int, default=3, help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=300, help="(default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=16, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=150, help="(default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=12, help="(default: %(default)s)")
     parser.add_argument("--rate", type=float, default=1e-2, help="highest learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
