@@ -62,7 +62,8 @@ def load_embeddings(pipeline: Any, family: Family, config: HandlerConfig, *, mod
     widths = {name: each.get_input_embeddings().embedding_dim for name, each in encoders.items()}
     tokenizers = {name: getattr(pipeline, name.replace("text_encoder", "tokenizer")) for name in encoders}
     most = min(each.model_max_length for each in tokenizers.values()) - MARKERS
-    loaded, tokens = [], []
+    loaded: list[Embedding] = []
+    tokens: list[str] = []
     rows: dict[str, list[Any]] = {name: [] for name in encoders}
     for index, entry in enumerate(config.embeddings or ()):
         try:
@@ -142,8 +143,9 @@ def replace_names(prompt: str, embeddings: Sequence[Embedding], write: Callable[
 
 def expand_prompts(request: GenerationRequest, embeddings: Sequence[Embedding]) -> GenerationRequest:
     """Return a request whose prompts have tokens instead of embeddings' names."""
-    prompts: dict[str, Any] = {name: getattr(request, name) for name in PROMPTS}
-    return dataclasses.replace(request, **{name: text and expand(text, embeddings) for name, text in prompts.items()})
+    prompts = {name: getattr(request, name) for name in PROMPTS}
+    expanded: dict[str, Any] = {name: text and expand(text, embeddings) for name, text in prompts.items()}
+    return dataclasses.replace(request, **expanded)
 
 
 def expand(prompt: str, embeddings: Sequence[Embedding]) -> str:

@@ -414,9 +414,10 @@ def test_a_learnt_name_is_drawn() -> None:
 
     prompts = choose_named_prompts(1, ["red", "blue", "black", *UNSEEN])
     assert score(loaded, prompts) >= 0.8
-    assert score(plain, prompts[:3]) == 0
+    assert score(plain, prompts[:1]) == 0
     other = choose_prompts(1, seed=3)[0]
-    assert np.array_equal(*(make_picture(each, prompt=other.text, seed=1) for each in (loaded, plain)))
+    one, same = (make_picture(each, prompt=other.text, seed=1) for each in (loaded, plain))
+    assert np.array_equal(one, same)
 
 
 def test_the_learnt_file_is_small() -> None:
