@@ -89,7 +89,7 @@ def _open(path: Path, name: str, *, is_xl: bool) -> tuple[str, Tensors]:
             raise ConfigError(f"{path} holds the embeddings {names}; name takes one of them, not {shorten(name)}")
         return digest, bundled[wanted[0]]
     second = path.with_name(path.name.replace(FIRST_FILE, SECOND_FILE, 1))
-    if is_xl and len(header.shapes) == 1 and SECOND_FILE not in path.name and second != path and second.exists():
+    if is_xl and len(header.shapes) == 1 and second != path and second.exists():
         other_digest, other = read_adapter_file(second)
         both = zip(("clip_l", "clip_g"), (header, other), strict=True)
         digest = hashlib.sha256(f"{digest}{other_digest}".encode()).hexdigest()
