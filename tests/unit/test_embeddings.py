@@ -22,7 +22,7 @@ from sdxl_server.diffusion.generation import build_image_pipeline
 from sdxl_server.diffusion.prompt_embedding import choose_chunks, embed_prompts
 from sdxl_server.errors import ConfigError
 from sdxl_server.model.describe import describe_pipeline
-from sdxl_server.model.embedding_files import read_embedding
+from sdxl_server.model.embedding_files import CONVERT, read_embedding
 from sdxl_server.model.embeddings import Embedding, expand, expand_prompts, replace_names
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from tests.unit.pipelines import load, make_picture
@@ -194,6 +194,7 @@ def test_pickles_are_refused_with_a_command_that_converts_them(
     *_, flag, code, source, target = shlex.split(str(error.value).partition("Convert it: ")[2])
     monkeypatch.setattr(sys, "argv", [flag, source, target])
     exec(code)
+    assert f"{CONVERT} zork.pt zork.safetensors" in (DEMO.parents[1] / "docs/models.md").read_text()
     assert torch.equal(read(Path(target), widths)["text_encoder"], L)
 
 
