@@ -14,6 +14,7 @@ from sdxl_server.model.compiling import choose_graphs, compile_components, list_
 from sdxl_server.model.contract_builder import build_contract
 from sdxl_server.model.diffusers_pipeline import load_diffusers_pipeline
 from sdxl_server.model.dtypes import check_device, choose_dtype
+from sdxl_server.model.embeddings import load_embeddings
 from sdxl_server.model.families import find_family
 from sdxl_server.model.folders import check_components, check_tokenizers, write_redownload_command
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
@@ -55,13 +56,14 @@ def load_pipeline(
             pipeline.to(device)
         compiled = list_components_to_compile(family, config) if compilation.backend == "openvino" else []
         adapters = load_adapters(pipeline, family, config, model_dir=model_dir, compiled=compiled)
-        contract = build_contract(pipeline, family, config, graphs=graphs, adapters=adapters)
+        embeddings = load_embeddings(pipeline, family, config, model_dir=model_dir)
+        contract = build_contract(pipeline, family, config, graphs=graphs, adapters=adapters, embeddings=embeddings)
     with reraise_as_config_error("the warm-up failed" if config.warm_up else "the model cannot be made ready"):
         functions, parts = compile_components(
             pipeline, family, config, compilation, contract=contract, ranks=compute_ranks(adapters, config)
         )
         loaded = LoadedPipeline(
-            pipeline, config, compilation, dtype, graphs, family, functions, parts, contract, adapters
+            pipeline, config, compilation, dtype, graphs, family, functions, parts, contract, adapters, embeddings
         )
         if config.warm_up:
             warm_up(loaded)

@@ -9,7 +9,7 @@ with the nearest drawing. So the first call can know which drawing is meant.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from random import Random
@@ -19,7 +19,7 @@ import torch
 
 from demo import shapes
 from demo.training.data import FEATURES, number_features, read_scene, to_tensor
-from demo.training.low_rank import LowRankChange, add_low_rank, load_low_rank, save_low_rank
+from demo.training.low_rank import add_low_rank, load_low_rank, save_low_rank
 from demo.training.models import Models, build_scheduler, load_models
 from demo.training.steps import (
     build_optimizer,
@@ -44,13 +44,13 @@ SMOOTH = 0.1  # above it the loss is absolute: its best is one of two drawings, 
 Compute = Callable[[int], torch.Tensor]
 
 
-def fit(changes: dict[str, LowRankChange], compute: Compute, *, steps: int, rate: float, name: str) -> None:
-    """Train the changes.
+def fit(parameters: Iterable[torch.nn.Parameter], compute: Compute, *, steps: int, rate: float, name: str) -> None:
+    """Train some parameters.
 
     Args:
         compute: returns the loss of a step.
     """
-    optimizer = build_optimizer([p for change in changes.values() for p in change.parameters()])
+    optimizer = build_optimizer(parameters)
     bar, losses = show_progress(0, steps, name), []
     for step in bar:
         optimizer.param_groups[0]["lr"] = compute_rate(step, steps=steps, peak=rate, warm_up=20)
@@ -249,7 +249,8 @@ def main() -> None:
     changes = add_low_rank(models.unet, options.rank)
     if options.start_from:
         load_low_rank(changes, options.start_from)
-    fit(changes, compute, steps=options.steps, rate=options.rate, name=options.name)
+    parameters = [each for change in changes.values() for each in change.parameters()]
+    fit(parameters, compute, steps=options.steps, rate=options.rate, name=options.name)
     save_low_rank(changes, options.output)
 
 

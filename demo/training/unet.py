@@ -3,7 +3,7 @@
 import argparse
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from random import Random
@@ -109,13 +109,24 @@ def weigh_pixels(latents: torch.Tensor, *, focus: float) -> torch.Tensor:
 
 
 def compute_loss(
-    models: Models, groups: Sequence[Any], *, random: Random, batch: int, alphas: torch.Tensor, focus: float
+    models: Models,
+    groups: Sequence[Any],
+    *,
+    random: Random,
+    batch: int,
+    alphas: torch.Tensor,
+    focus: float,
+    word: Callable[[shapes.Scene, Random], str | None] = choose_training_prompt,
 ) -> Any:
-    """Return the loss of the predicted velocity on a random batch."""
+    """Return the loss of the predicted velocity on a random batch.
+
+    Args:
+        word: puts a scene into words.
+    """
     device = str(models.unet.device).partition(":")[0]
-    latents, scenes, conditions = random.choices(groups, weights=list(SIZE_SHARES.values()))[0]
+    latents, scenes, conditions = random.choices(groups, weights=list(SIZE_SHARES.values())[: len(groups)])[0]
     chosen = [random.randrange(len(scenes)) for _ in range(batch)]
-    prompts = [choose_training_prompt(scenes[i], random) for i in chosen]
+    prompts = [word(scenes[i], random) for i in chosen]
     clean = latents[chosen].float().to(device)
     noise = torch.randn_like(clean)
     # Spread evenly over the steps. One is the first, where only the prompt shows the colours

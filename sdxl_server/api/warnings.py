@@ -7,6 +7,7 @@ from sdxl_server.api.bodies import SEND_JSON
 from sdxl_server.api.image_files import has_room
 from sdxl_server.api.image_metadata import describe_image
 from sdxl_server.diffusion.prompt_embedding import build_embeddings_provider, choose_chunks, join_fragments, read_tokens
+from sdxl_server.model.embeddings import expand, replace_names
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.request.adapters import ADAPTERS_EXAMPLE
 from sdxl_server.request.fields import GenerationRequest
@@ -33,8 +34,10 @@ def list_warnings(loaded: LoadedPipeline, request: GenerationRequest, *, earlier
     warnings = []
     for name in PROMPTS:
         if value := getattr(request, name):
-            warnings += warn_of_syntax(name, value, is_weighted=loaded.config.weighted_prompts)
-            warnings += warn_of_length(name, value, loaded.own_tokenizer, chunks=choose_chunks(loaded))
+            plain = replace_names(value, loaded.embeddings, lambda each: each.name)
+            warnings += warn_of_syntax(name, plain, is_weighted=loaded.config.weighted_prompts)
+            read = expand(value, loaded.embeddings)
+            warnings += warn_of_length(name, read, loaded.own_tokenizer, chunks=choose_chunks(loaded))
     warnings += warn_of_sampling(request)
     if not has_halves(request.guidance_scale, loaded.pipeline.unet.config):
         scale = request.guidance_scale

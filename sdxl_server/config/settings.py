@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from sdxl_server.config.adapter_settings import read_adapter_settings
 from sdxl_server.config.declaration import SCHEDULER, declare, read_section
+from sdxl_server.config.embedding_settings import read_embedding_settings
 from sdxl_server.errors import ConfigError
 from sdxl_server.schemas import any_text, choice, describe_schema, is_valid, real, shares, shorten, switch, whole
 
@@ -99,6 +100,12 @@ class HandlerConfig:
         null="none",
     )
     max_adapter_rank: int = declare(whole(1, 1024), "maximum sum of the ranks of a request's adapters", value=128)
+    embeddings: Sequence[Any] | None = declare(
+        {"type": "array", "maxItems": 100, "x-accepted": "a list of embeddings, each of the keys below"},
+        "embeddings (textual inversion), which prompts name",
+        value=None,
+        null="none",
+    )
     num_inference_steps: int | None = declare(
         whole(1, 1000),
         "default denoising steps",
@@ -268,7 +275,11 @@ class HandlerConfig:
                 )
                 raw = {key: value for key, value in raw.items() if key not in ignored}
         config: Self = read_section(cls, raw, "handler")
-        config = dataclasses.replace(config, adapters=read_adapter_settings(config.adapters or ()) or None)
+        config = dataclasses.replace(
+            config,
+            adapters=read_adapter_settings(config.adapters or ()) or None,
+            embeddings=read_embedding_settings(config.embeddings or ()) or None,
+        )
         for width, height in config.read_sizes():
             if width % 8 or height % 8 or not MIN_SIDE <= min(width, height) <= max(width, height) <= config.max_side:
                 raise ConfigError(

@@ -12,6 +12,7 @@ from sdxl_server.diffusion.safety import check_safety
 from sdxl_server.diffusion.stand_ins import Functions, TextEncoderStandIn, build_vae, check_finite
 from sdxl_server.errors import RequestError
 from sdxl_server.model.adapters.registry import build_low_rank_matrices
+from sdxl_server.model.embeddings import expand_prompts
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.model.safety_checker import SAFETY_CHECKER
 from sdxl_server.request.fields import DECLARATIONS, GenerationRequest
@@ -72,6 +73,7 @@ def generate(loaded: LoadedPipeline, request: GenerationRequest) -> Generator[Pr
         NotFiniteError: the model returned NaN or infinity; names the step and the seed.
     """
     functions = bind_adapters(loaded, request)  # large matrices: once for all images, and dropped with this generator
+    request = expand_prompts(request, loaded.embeddings)
     images = []
     for index in range(request.num_images_per_prompt):
         images.append((yield from _generate_image(loaded, request, index, functions)))

@@ -10,11 +10,13 @@ from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.errors import ConfigError, RequestError
 from sdxl_server.model.adapters.registry import Adapter
 from sdxl_server.model.compiling import compute_half_cost
+from sdxl_server.model.embeddings import Embedding
 from sdxl_server.model.families import Family
 from sdxl_server.request.adapters import RegisteredAdapter
 from sdxl_server.request.contract import Contract
 from sdxl_server.request.fields import GenerationRequest, build_properties
 from sdxl_server.request.limits import Limits
+from sdxl_server.request.prompts import PROMPTS
 from sdxl_server.request.sampler_names import read_sampler
 from sdxl_server.request.samplers import Samplers
 from sdxl_server.sampling.few_steps import SuitedDefaults, choose_suited_defaults
@@ -25,7 +27,13 @@ logger = logging.getLogger(__name__)
 
 
 def build_contract(
-    pipeline: Any, family: Family, config: HandlerConfig, *, graphs: str | None, adapters: Sequence[Adapter] = ()
+    pipeline: Any,
+    family: Family,
+    config: HandlerConfig,
+    *,
+    graphs: str | None,
+    adapters: Sequence[Adapter] = (),
+    embeddings: Sequence[Embedding] = (),
 ) -> Contract:
     """Return the contract of a pipeline under a configuration.
 
@@ -59,6 +67,8 @@ def build_contract(
         adapters=_list_registered(adapters, config, samplers),
     )
     properties = build_properties(limits, defaults=defaults, lacking=family.lacks)
+    for name in properties.keys() & set(PROMPTS) if embeddings else ():
+        properties[name]["description"] += f"; it may name the embeddings {', '.join(each.name for each in embeddings)}"
     batch = 2 if has_halves(defaults["guidance_scale"], unet_config) else 1
     half = compute_half_cost(config, graphs, batch=batch)
     count_calls = functools.partial(_count_calls, pipeline, samplers, half)

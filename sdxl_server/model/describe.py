@@ -32,6 +32,7 @@ def describe_pipeline(loaded: LoadedPipeline) -> dict[str, Any]:
         "marking": config.marking,
         "preview": {"kind": config.preview, "lossy": config.preview != "exact"},
         "adapters": [each.describe() for each in loaded.adapters],
+        "embeddings": [each.describe() for each in loaded.embeddings],
         "weighted_prompts": config.weighted_prompts,
         "graphs": sum(count_component_graphs(loaded, name) for name in loaded.parts),
         "versions": {"sdxl_server": __version__, "openvino_backend": openvino_backend.__version__},

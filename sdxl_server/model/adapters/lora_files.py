@@ -1,6 +1,5 @@
 """Load a LoRA file. Each tensor must belong to a layer of this model; an error names one that does not."""
 
-import hashlib
 import json
 import logging
 import math
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_server.convert.recognition import UNET_PREFIX, VAE_PREFIX, describe_content
-from sdxl_server.convert.weights_files import CheckpointError, Header, read_safetensors_header, remove_wrappers
+from sdxl_server.convert.weights_files import Header, remove_wrappers
 from sdxl_server.errors import ConfigError
+from sdxl_server.model.adapters.files import read_adapter_file
 from sdxl_server.model.adapters.layer_names import LAYER_PREFIXES, MATRIX_BY_SUFFIX, UNET, UNSERVED_ADAPTERS, Layer
-from sdxl_server.model.folders import check_links
 from sdxl_server.schemas import shorten
 
 # A matrix whose inputs are text embeddings, and the model by their width.
@@ -59,18 +58,7 @@ def load_lora(path: Path, layers: Mapping[str, Layer]) -> tuple[str, dict[Layer,
     """
     import torch
 
-    check_links([path])
-    if path.is_dir():
-        held = ", ".join(sorted(each.name for each in path.glob("*.safetensors"))[:3])
-        raise ConfigError(f"{path} is a folder: name a .safetensors file in it ({held or 'it has none'})")
-    try:
-        header = read_safetensors_header(path)
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from error
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    digest, header = read_adapter_file(path)
     _check_kind(header)
     places = {name: _find_layer(name, header, layers) for name in header.shapes if not name.startswith(EMBEDDINGS)}
     if not places:
