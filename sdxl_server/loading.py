@@ -16,7 +16,12 @@ from sdxl_server.model.diffusers_pipeline import load_diffusers_pipeline
 from sdxl_server.model.dtypes import check_device, choose_dtype
 from sdxl_server.model.embeddings import load_embeddings
 from sdxl_server.model.families import find_family
-from sdxl_server.model.folders import check_components, check_tokenizers, write_redownload_command
+from sdxl_server.model.folders import (
+    check_components,
+    check_tokenizers,
+    describe_original,
+    write_redownload_command,
+)
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.model.safety_checker import check_has_safety_checker
 from sdxl_server.model.sources import check_has_pipeline
@@ -63,7 +68,9 @@ def load_pipeline(
             pipeline, family, config, compilation, contract=contract, ranks=compute_ranks(adapters, config)
         )
         loaded = LoadedPipeline(
-            pipeline, config, compilation, dtype, graphs, family, functions, parts, contract, adapters, embeddings
+            *(pipeline, config, compilation, dtype, graphs, family, functions, parts, contract, adapters),
+            embeddings=embeddings,
+            original=describe_original(folder),
         )
         if config.warm_up:
             warm_up(loaded)

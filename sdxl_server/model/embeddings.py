@@ -16,6 +16,7 @@ from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.errors import ConfigError
 from sdxl_server.model.embedding_files import read_embedding
 from sdxl_server.model.families import Family
+from sdxl_server.model.folders import shorten_digest
 from sdxl_server.request.fields import GenerationRequest
 from sdxl_server.request.prompts import PROMPTS
 
@@ -46,7 +47,8 @@ class Embedding:
 
     def describe(self) -> dict[str, Any]:
         """Return its entry in a report."""
-        return {"name": self.name, "sha256": self.sha256, "vectors": self.vectors}
+        digests = {"sha256": self.sha256, "autov2": shorten_digest(self.sha256)}
+        return {"name": self.name, **digests, "vectors": self.vectors}
 
 
 def load_embeddings(pipeline: Any, family: Family, config: HandlerConfig, *, model_dir: Path) -> tuple[Embedding, ...]:

@@ -31,6 +31,7 @@ class LoadedPipeline:
         contract: what requests may ask for.
         adapters: the registered adapters, fused or named by requests.
         embeddings: what prompts can name.
+        original: the model's name and digests; see `describe_original`.
     """
 
     pipeline: Any
@@ -44,6 +45,7 @@ class LoadedPipeline:
     contract: Contract
     adapters: tuple[Adapter, ...]
     embeddings: tuple[Embedding, ...]
+    original: Mapping[str, str]
 
     @property
     def tile_side(self) -> int | None:
