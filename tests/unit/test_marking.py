@@ -104,7 +104,7 @@ def find_source(file: bytes) -> str | None:
     if packet is None:
         return None
     name = "{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType"
-    return next(each.attrib[name] for each in ElementTree.fromstring(packet).iter() if name in each.attrib)
+    return next((each.attrib[name] for each in ElementTree.fromstring(packet).iter() if name in each.attrib), None)
 
 
 @pytest.mark.parametrize("output_format", ["jpeg", "png", "webp"])
