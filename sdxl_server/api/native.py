@@ -106,7 +106,7 @@ class NativeApi:
         if kind != JSON:
             return image.file
         about = {"created": int(time.time()), "output_format": request.output_format}
-        about |= {"size": f"{request.width}x{request.height}", "warnings": list(warnings)}
+        about |= {"size": "{}x{}".format(*request.image_size), "warnings": list(warnings)}
         start = b", " if index else json.dumps(about).removesuffix("}").encode() + b', "data": ['
         end = b"]}" if index + 1 == request.num_images_per_prompt else b""
         return start + json.dumps(_describe_item(request, image)).encode() + end
@@ -166,7 +166,7 @@ def _describe_event(request: GenerationRequest, file: bytes, *, seed: int) -> di
         "b64_json": base64.b64encode(file).decode(),
         "created_at": int(time.time()),
         "output_format": request.output_format,
-        "size": f"{request.width}x{request.height}",
+        "size": "{}x{}".format(*request.image_size),
         "background": "opaque",
         "quality": "auto",
         "seed": seed,
