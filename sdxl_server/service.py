@@ -85,7 +85,7 @@ class Service:
         """
         api = APIS.get(http_request.path)
         if api is None:
-            document = self._read_document(http_request)
+            document = json.dumps(self._find_document(http_request)).encode()
             return Response(JSON, {}, APIS[""], _send_whole(document), waits=False)
         seconds: dict[str, float] = {}
         with _add_seconds(seconds, "preprocess"):
@@ -113,23 +113,19 @@ class Service:
         processors = {**dataclasses.asdict(find_processors()), "torch_threads": torch.get_num_threads()}
         return {**report, "processors": processors, "versions": {**report["versions"], "archive": self.archive}}
 
-    def _read_document(self, http_request: HttpRequest) -> bytes:
+    def _find_document(self, http_request: HttpRequest) -> Any:
         """Return the JSON document at a path.
 
         Raises:
-            RequestError: there is none.
+            RequestError: there is none, or the request for it is wrong.
         """
-        path, model = http_request.path, http_request.model
-        if path == "describe":
-            return json.dumps(self.describe()).encode()
-        if path == "openapi.json":
-            return json.dumps(build_openapi(self.loaded.contract)).encode()
-        if path == "v1/models":
-            return list_models(model)
-        if path == f"v1/models/{model}":
-            return json.dumps(describe_model(model)).encode()
-        paths = ", ".join(("describe", "openapi.json", "v1/models", f"v1/models/{model}", *filter(None, APIS)))
-        raise RequestError(f"there is no path {shorten(path)}; the paths are {paths}", status=404)
+        documents = {path.format(model=http_request.model): build for path, build in DOCUMENTS.items()}
+        build = documents.get(http_request.path)
+        if build is None:
+            paths = ", ".join((*documents, *filter(None, APIS)))
+            raise RequestError(f"there is no path {shorten(http_request.path)}; the paths are {paths}", status=404)
+        with limit_time(READ_SECONDS):
+            return build(self, http_request)
 
     def _draw(
         self, http_request: HttpRequest, request: GenerationRequest, response: Response, warnings: list[str]
@@ -242,6 +238,15 @@ class Service:
         file = encode_image(generated.image, request, marker=self._marker, parameters=embedded)
         unet_calls = f"{generated.unet_calls:g} of {generated.calls_of_all}"
         return EncodedImage(file, request.get_seed(index), described["request"], unet_calls)
+
+
+# Answered at once, also while images are drawn. {model} is the model's name in the URL.
+DOCUMENTS: Mapping[str, Callable[[Service, HttpRequest], Any]] = {
+    "describe": lambda service, _: service.describe(),
+    "openapi.json": lambda service, _: build_openapi(service.loaded.contract),
+    "v1/models": lambda _, http_request: list_models(http_request.model),
+    "v1/models/{model}": lambda _, http_request: describe_model(http_request.model),
+}
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 Responses need little translation: the native JSON and events have OpenAI's shape.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -126,9 +125,9 @@ class OpenAIEditApi(OpenAIApi):
     is_edit = True
 
 
-def list_models(name: str) -> bytes:
+def list_models(name: str) -> dict[str, Any]:
     """Return OpenAI's list of models."""
-    return json.dumps({"object": "list", "data": [describe_model(name)]}).encode()
+    return {"object": "list", "data": [describe_model(name)]}
 
 
 def describe_model(name: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ class Limits:
         samplers: diffusers' schedulers that sample this model correctly, each with its options.
         max_clip_skip: the layers of the smaller text encoder, less one.
         adapters: the adapters that requests can name.
+        is_xl: the model is Stable Diffusion XL, and not 1.x or 2.x.
     """
 
     config: HandlerConfig = HandlerConfig()
@@ -30,3 +31,4 @@ class Limits:
     samplers: Samplers = dataclasses.field(default_factory=dict)
     max_clip_skip: int = 11
     adapters: Mapping[str, RegisteredAdapter] = dataclasses.field(default_factory=dict)
+    is_xl: bool = True

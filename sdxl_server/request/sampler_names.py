@@ -1,6 +1,8 @@
 """How requests name samplers: diffusers' names, and the spellings of A1111, ComfyUI, InvokeAI and k-diffusion."""
 
+import contextlib
 import difflib
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -40,6 +42,7 @@ PREFERRED = {  # A1111's automatic schedules
     **dict.fromkeys(("DPM++ 2M", "DPM++ SDE", "DPM2", "DPM2 a"), "karras"),
     **dict.fromkeys(("DPM++ 2M SDE", "DPM++ 2M SDE Heun", "DPM++ 3M SDE"), "exponential"),
 }
+WRITTEN = ("Uniform", "Karras", "Exponential", "Beta", "SGM Uniform", "DDIM")  # A1111's schedules with a meaning here
 
 
 def normalize_name(name: str) -> str:
@@ -100,6 +103,35 @@ def read_sampler(value: Any, samplers: Samplers) -> str | dict[str, Any]:
         together = " and ".join(f"{option}: {each}" for option, each in wrong.items())
         raise ValueError(f"does not take {together} together for {name}; give one of them")
     return {"name": name, **options} if options else name
+
+
+def name_sampler(sampler: str | Mapping[str, Any]) -> tuple[str, str]:
+    """Return A1111's names of a sampler and of its schedule, the nearest ones if none is exact.
+
+    A class without a name in A1111 keeps its own. An empty schedule is the model's own.
+
+    Args:
+        sampler: what `read_sampler` has returned.
+    """
+    name, options = split_sampler(sampler)
+    meanings = [each for each in _list_written_names() if each[2] == name]
+    if not meanings:
+        return name, ""
+    alias, schedule, _, _ = min(meanings, key=lambda each: len(options.items() ^ each[3].items()))
+    return alias, schedule
+
+
+@functools.cache
+def _list_written_names() -> list[tuple[str, str, str, dict[str, Any]]]:
+    """Return A1111's samplers and schedules, each with diffusers' name and options."""
+    found, samplers = [], {row.name: row.options for row in SAMPLERS.values()}
+    for alias in ALIASES:
+        for schedule in ("", *WRITTEN):
+            with contextlib.suppress(ValueError):
+                meaning = split_sampler(read_sampler({"name": alias, "schedule": schedule}, samplers))
+                # For A1111 no schedule is its automatic one, which is not the model's own.
+                found.append((alias, schedule or (WRITTEN[0] if alias in PREFERRED else ""), *meaning))
+    return found
 
 
 def _read_object(value: Any) -> dict[str, Any]:
