@@ -1,6 +1,7 @@
 """The native API: its requests, its responses and their events."""
 
 import base64
+import dataclasses
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,25 +27,31 @@ class EncodedImage:
         seed: the seed of this image.
         parameters: the fields that generate it again.
         unet_calls: the UNet calls for it, such as "11 of 30".
+        metadata: all that is known about it, see `describe_image`.
     """
 
     file: bytes
     seed: int
     parameters: Mapping[str, Any]
     unet_calls: str
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class NativeApi:
     """Reads the contract's fields; responds with an image file, with JSON, or with events.
 
+    An object serves one request.
+
     Attributes:
         event: the prefix of the event names of images.
         takes_json_only: a response is never an image file.
+        takes_commands: its clients can watch, skip and end a drawing.
         error_extras: JSON members next to `error`, in a response whose status 200 is already sent.
     """
 
     event = "image_generation"
     takes_json_only = False
+    takes_commands = False
     error_extras: Mapping[str, Any] = {}
 
     def read(
@@ -108,8 +115,11 @@ class NativeApi:
         about = {"created": int(time.time()), "output_format": request.output_format}
         about |= {"size": "{}x{}".format(*request.image_size), "warnings": list(warnings)}
         start = b", " if index else json.dumps(about).removesuffix("}").encode() + b', "data": ['
-        end = b"]}" if index + 1 == request.num_images_per_prompt else b""
-        return start + json.dumps(_describe_item(request, image)).encode() + end
+        return start + json.dumps(_describe_item(request, image)).encode()
+
+    def write_end(self, request: GenerationRequest, *, kind: str, warnings: Sequence[str]) -> bytes:
+        """Return what is sent after the last image."""
+        return b"]}" if kind == JSON else b""
 
     def _write_completed(
         self, request: GenerationRequest, image: EncodedImage, index: int, *, warnings: Sequence[str]
@@ -131,6 +141,25 @@ class NativeApi:
         if images:
             return b"], " + json.dumps(error).encode().removeprefix(b"{")
         return json.dumps({**error, **self.error_extras}).encode()
+
+    @classmethod
+    def describe_error(
+        cls, error: Exception, message: str, *, status: int, kind: str
+    ) -> tuple[int, dict[str, Any]]:
+        """Return the HTTP status of a failed request and the error for its client.
+
+        The error's `code` is the status. On OpenAI's paths it is a text or null, which clients there expect.
+
+        Args:
+            status, kind: the status and the type of the error in the native API.
+        """
+        param, code = getattr(error, "param", None), cls.choose_code(error, status)
+        return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    @classmethod
+    def choose_code(cls, error: Exception, status: int) -> int | str | None:
+        """Return the `code` of an error."""
+        return status
 
 
 def split_chunks(written: bytes) -> Iterator[bytes]:

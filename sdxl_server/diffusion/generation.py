@@ -1,5 +1,6 @@
 """Generate the images of a request, step by step."""
 
+import contextlib
 import contextvars
 import inspect
 from collections.abc import Generator
@@ -19,6 +20,10 @@ from sdxl_server.request.masks import cover_cells, crop_to_mask, keep_protected
 from sdxl_server.request.prompts import PROMPTS
 from sdxl_server.sampling.schedulers import build_request_scheduler, read_schedule
 from sdxl_server.sampling.step_plan import build_step_plan
+
+
+class SkippedImage(Exception):
+    """Thrown into the generator of `generate`: the image under way is left out, and the next one begins."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,8 @@ def generate(loaded: LoadedPipeline, request: GenerationRequest) -> Generator[Pr
     functions = bind_adapters(loaded, request)  # large matrices: once for all images, and dropped with this generator
     images = []
     for index in range(request.num_images_per_prompt):
-        images.append((yield from _generate_image(loaded, request, index, functions)))
+        with contextlib.suppress(SkippedImage):
+            images.append((yield from _generate_image(loaded, request, index, functions)))
     return images
 
 
