@@ -41,7 +41,7 @@ DEFAULT_REVISION = "462165984030d82259a11f4367a4eed129e94a7b"
 DEMO_FOLDER = Path(__file__).parent / "demo/model"
 DEFAULT_FOLDER, DEFAULT_VAE_FOLDER = Path("Base_Diffusion_model"), Path("VAE")
 CONFIG = "config.json"
-RECORD = "source.json"
+RECORD, DIGEST = "source.json", "sha256"
 SETTINGS = (".json", ".txt", ".model")
 PICKLES = (".bin", ".ckpt", ".msgpack", ".pt", ".pth")
 SAFETY_CHECKER = ("safety_checker", "feature_extractor")
@@ -210,6 +210,7 @@ def check_folder(folder: Path, record: dict[str, str]) -> None:
         return
     path = folder / RECORD
     held = json.loads(path.read_text()) if path.exists() else {"model": "files of another origin"}
+    held.pop(DIGEST, None)  # it follows from the rest, and older versions did not write it
     if held != record:
         is_held, is_wanted = " ".join(held.values()), " ".join(record.values())
         raise DownloadError(
@@ -353,7 +354,8 @@ def make_from_single_file(
     print(f"{record['model']}: {checkpoint.describe()}")
     if checkpoint.note:
         print(f"{record['model']}: {checkpoint.note}")
-    start_folder(folder, record)
+    sha256 = file.sha256 if file else record["revision"]
+    start_folder(folder, {**record, DIGEST: sha256 or digest_file(path)})
     convert_to_folder(checkpoint, folder, dtype=dtype, vae=vae, tell=print)
     if source:
         for each in folder.glob("single_file.*"):

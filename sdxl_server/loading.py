@@ -15,7 +15,12 @@ from sdxl_server.model.contract_builder import build_contract
 from sdxl_server.model.diffusers_pipeline import load_diffusers_pipeline
 from sdxl_server.model.dtypes import check_device, choose_dtype
 from sdxl_server.model.families import find_family
-from sdxl_server.model.folders import check_components, check_tokenizers, write_redownload_command
+from sdxl_server.model.folders import (
+    check_components,
+    check_tokenizers,
+    describe_original,
+    write_redownload_command,
+)
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.model.safety_checker import check_has_safety_checker
 from sdxl_server.model.sources import check_has_pipeline
@@ -61,7 +66,8 @@ def load_pipeline(
             pipeline, family, config, compilation, contract=contract, ranks=compute_ranks(adapters, config)
         )
         loaded = LoadedPipeline(
-            pipeline, config, compilation, dtype, graphs, family, functions, parts, contract, adapters
+            *(pipeline, config, compilation, dtype, graphs, family, functions, parts, contract, adapters),
+            original=describe_original(folder),
         )
         if config.warm_up:
             warm_up(loaded)

@@ -23,6 +23,7 @@ from sdxl_server.api.http import HttpRequest, Response, build_headers
 from sdxl_server.api.image_files import encode_image
 from sdxl_server.api.image_metadata import describe_image
 from sdxl_server.api.marking import Marker
+from sdxl_server.api.metadata import read_metadata_request
 from sdxl_server.api.native import JSON, EncodedImage, NativeApi, split_chunks
 from sdxl_server.api.openai import OpenAIApi, OpenAIEditApi, describe_model, list_models
 from sdxl_server.api.openapi import build_openapi
@@ -273,6 +274,9 @@ def _answer_a1111(build: Callable[..., Any], service: Service, http_request: Htt
 DOCUMENTS: Mapping[str, Callable[[Service, HttpRequest], Any]] = {
     "describe": lambda service, _: service.describe(),
     "openapi.json": lambda service, _: build_openapi(service.loaded.contract),
+    "metadata": lambda service, http_request: read_metadata_request(
+        http_request.values, service.loaded.contract.limits
+    ),
     "v1/models": lambda _, http_request: list_models(http_request.model),
     "v1/models/{model}": lambda _, http_request: describe_model(http_request.model),
     **{f"sdapi/v1/{name}": functools.partial(_answer_a1111, build) for name, build in A1111_DOCUMENTS.items()},

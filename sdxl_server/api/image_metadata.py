@@ -24,6 +24,8 @@ def describe_image(
         **({"warnings": list(warnings)} if warnings else {}),
         "made_with": {
             "model": loaded.config.model_path,
+            **loaded.original,
+            "is_xl": loaded.family.is_xl,
             "weights_sha256": loaded.weights_sha256,
             **({"adapters": applied} if (applied := list_applied_adapters(loaded, request)) else {}),
             **({"vae": vae} if (vae := describe_vae(loaded))["path"] or vae["lossy"] else {}),

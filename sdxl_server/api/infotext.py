@@ -22,7 +22,6 @@ from sdxl_server.schemas import load_json, shorten
 NEGATIVE = "Negative prompt:"
 MIN_PARAMETERS = 3  # of the last line, as in A1111
 MAX_CHARACTERS = 1_000_000
-AUTOV2_DIGITS = 10  # of a SHA-256 on model sites
 NUMBERS = {
     "Steps": "num_inference_steps",
     "CFG scale": "guidance_scale",
@@ -54,7 +53,9 @@ def write_infotext(described: Mapping[str, Any]) -> str:
     """
     request, made_with = dict(described["request"]), described.get("made_with", {})
     prompt, negative = request.pop("prompt", ""), request.pop("negative_prompt", None)
-    tags = "".join(f" <lora:{each['name']}:{_write(each['scale'])}>" for each in request.pop("adapters", None) or ())
+    tags = "".join(
+        f" <lora:{each['name']}:{write_value(each['scale'])}>" for each in request.pop("adapters", None) or ()
+    )
     parameters: dict[str, Any] = {"Steps": request.pop("num_inference_steps", None)}
     if scheduler := request.pop("scheduler", None):
         sampler, schedule = name_sampler(scheduler)
@@ -65,7 +66,7 @@ def write_infotext(described: Mapping[str, Any]) -> str:
     if "width" in request and "height" in request:
         parameters["Size"] = f"{request.pop('width')}x{request.pop('height')}"
     parameters |= {
-        "Model hash": shorten_digest(made_with.get("model_sha256")),
+        "Model hash": made_with.get("model_autov2"),
         "Model": made_with.get("model_name"),
         "VAE": PurePath(made_with.get("vae", {}).get("path") or "").name or None,
         "Denoising strength": request.pop("strength", None),
@@ -76,8 +77,8 @@ def write_infotext(described: Mapping[str, Any]) -> str:
     }
     if version := made_with.get("versions", {}).get("sdxl_server"):
         parameters["Version"] = f"sdxl_server {version}"
-    last = ", ".join(f"{name}: {_quote(_write(each))}" for name, each in parameters.items() if each is not None)
-    return "\n".join([prompt + tags, *([f"{NEGATIVE} {negative}"] if negative else []), last])
+    last = ", ".join(f"{name}: {_quote(write_value(each))}" for name, each in parameters.items() if each is not None)
+    return "\n".join([prompt + tags, *([] if negative is None else [f"{NEGATIVE} {negative}".rstrip()]), last])
 
 
 def read_infotext(text: str, limits: Limits) -> dict[str, Any]:
@@ -90,9 +91,15 @@ def read_infotext(text: str, limits: Limits) -> dict[str, Any]:
         RequestError: the text is not A1111's.
     """
     prompt, negative, parameters = split_infotext(text)
+    return build_metadata(prompt, negative, parameters, limits)
+
+
+def build_metadata(prompt: str, negative: str | None, parameters: Mapping[str, str], limits: Limits) -> dict[str, Any]:
+    """Return an image's metadata from its prompts and its parameters under A1111's names; see `read_infotext`."""
     warnings: list[str] = []
+    parameters = dict(parameters)
     made_with = {own: parameters.pop(name) for name, own in MADE_WITH.items() if name in parameters}
-    request: dict[str, Any] = {"prompt": prompt, **({"negative_prompt": negative} if negative else {})}
+    request: dict[str, Any] = {"prompt": prompt, **({} if negative is None else {"negative_prompt": negative})}
     request |= _read_tags(request, limits, warnings)
     if any(name.startswith("Hires ") for name in parameters) and "Denoising strength" in parameters:
         parameters["Hires denoising strength"] = parameters.pop("Denoising strength")  # it is of the second pass
@@ -121,7 +128,7 @@ def read_infotext(text: str, limits: Limits) -> dict[str, Any]:
     }
 
 
-def split_infotext(text: str) -> tuple[str, str, dict[str, str]]:
+def split_infotext(text: str) -> tuple[str, str | None, dict[str, str]]:
     """Return the prompt, the negative prompt and the parameters of A1111's text.
 
     Raises:
@@ -138,8 +145,8 @@ def split_infotext(text: str) -> tuple[str, str, dict[str, str]]:
     if not parameters:
         raise RequestError("the text is not A1111's: it has no line such as Steps: 20, Sampler: Euler a, Seed: 7")
     begin = next((index for index in range(end) if lines[index].lstrip().startswith(NEGATIVE)), end)
-    negative = "\n".join(lines[begin:end]).strip().removeprefix(NEGATIVE)
-    return "\n".join(lines[:begin]).strip(), negative.strip(), parameters
+    negative = "\n".join(lines[begin:end]).strip().removeprefix(NEGATIVE).strip() if begin < end else None
+    return "\n".join(lines[:begin]).strip(), negative, parameters
 
 
 def read_clip_skip(value: int, *, is_xl: bool) -> int | None:
@@ -153,11 +160,6 @@ def read_clip_skip(value: int, *, is_xl: bool) -> int | None:
 def write_clip_skip(value: int | None, *, is_xl: bool) -> int | None:
     """Return A1111's number for diffusers' clip_skip. None: the model's own layer."""
     return value + (2 if is_xl else 1) if value else None
-
-
-def shorten_digest(sha256: str | None) -> str | None:
-    """Return the short form of a file's digest on model sites: AutoV2."""
-    return sha256 and sha256[:AUTOV2_DIGITS]
 
 
 def _read_parameters(line: str) -> dict[str, str]:
@@ -266,10 +268,11 @@ def _is_silent(name: str) -> bool:
 
 
 def _write_hashes(adapters: Any) -> str | None:
-    return ", ".join(f"{each['name']}: {shorten_digest(each['sha256'])}" for each in adapters) or None
+    return ", ".join(f"{each['name']}: {each['autov2']}" for each in adapters) or None
 
 
-def _write(value: Any) -> str:
+def write_value(value: Any) -> str:
+    """Return a parameter's value as A1111 writes it, not yet quoted."""
     if isinstance(value, str):
         return value
     return repr(value).removesuffix(".0") if isinstance(value, (int, float)) else json.dumps(value, ensure_ascii=False)

@@ -14,13 +14,10 @@ from sdxl_server.request.fields import GenerationRequest
 from sdxl_server.schemas import shorten
 
 SOURCES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
-XMP = (
-    "<?xpacket begin='\ufeff' id='W5M0MpCehiHzreSzNTczkc9d'?>"
-    "<x:xmpmeta xmlns:x='adobe:ns:meta/'><rdf:RDF xmlns:rdf='http://www.w3.org/1999/02/22-rdf-syntax-ns#'>"
-    "<rdf:Description rdf:about='' xmlns:Iptc4xmpExt='http://iptc.org/std/Iptc4xmpExt/2008-02-29/'"
-    " xmlns:xmp='http://ns.adobe.com/xap/1.0/' xmp:CreatorTool='sdxl_server {version}'"
-    " Iptc4xmpExt:DigitalSourceType='{source}'/></rdf:RDF></x:xmpmeta><?xpacket end='w'?>"
-)
+NAMESPACES = {
+    "xmlns:Iptc4xmpExt": "http://iptc.org/std/Iptc4xmpExt/2008-02-29/",
+    "xmlns:xmp": "http://ns.adobe.com/xap/1.0/",
+}
 
 
 def find_source_type(request: GenerationRequest) -> str:
@@ -44,9 +41,12 @@ class Marker:
         elif config.c2pa_certificate or config.c2pa_key:
             raise ConfigError(f"handler.c2pa_certificate and c2pa_key need marking: c2pa, not {config.marking}")
 
-    def build_xmp(self, request: GenerationRequest) -> bytes | None:
-        """Return the XMP packet of an image; None if files are not marked."""
-        return XMP.format(version=__version__, source=find_source_type(request)).encode() if self._has_xmp else None
+    def list_properties(self, request: GenerationRequest) -> dict[str, str]:
+        """Return the XMP properties of an image; none if files are not marked."""
+        if not self._has_xmp:
+            return {}
+        tool, source = f"sdxl_server {__version__}", find_source_type(request)
+        return {**NAMESPACES, "xmp:CreatorTool": tool, "Iptc4xmpExt:DigitalSourceType": source}
 
     def sign(self, file: bytes, request: GenerationRequest) -> bytes:
         """Return an image file with a signed C2PA manifest; unchanged without C2PA."""

@@ -20,6 +20,7 @@ def describe_pipeline(loaded: LoadedPipeline) -> dict[str, Any]:
     config, counters = loaded.config, torch._dynamo.utils.counters
     report: dict[str, Any] = {
         "model_path": config.model_path,
+        **loaded.original,
         "dtype": loaded.dtype,
         "scheduler": loaded.contract.properties["scheduler"]["default"],
         "backend": loaded.compilation.backend or "eager",

@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sdxl_server.convert.recognition import describe_precision
@@ -47,6 +47,21 @@ def write_redownload_command(folder: Path, *, option: str = "--model") -> str:
     else:
         words += [option, "<its id on the hub>"]
     return shlex.join([*words, "--output-dir", f"{folder}-whole"])
+
+
+def describe_original(folder: Path) -> dict[str, str]:
+    """Return the name of a folder's model, and the digests of the file that it was converted from if this is known."""
+    record = load_json_object(folder / "source.json")
+    model, sha256 = record.get("model"), record.get("sha256")
+    name = PurePosixPath(model).name.removesuffix(".safetensors") if isinstance(model, str) else folder.resolve().name
+    if not isinstance(sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", sha256):
+        return {"model_name": name}
+    return {"model_name": name, "model_sha256": sha256, "model_autov2": shorten_digest(sha256)}
+
+
+def shorten_digest(sha256: str) -> str:
+    """Return the short form of a file's digest on model sites, AutoV2."""
+    return sha256[:10]
 
 
 def check_components(folder: Path, components: Sequence[str]) -> None:

@@ -29,6 +29,7 @@ class LoadedPipeline:
         parts: the compiled components by name, each with its OpenVINOBackend. None stands for another backend.
         contract: what requests may ask for.
         adapters: the registered adapters, fused or named by requests.
+        original: the model's name and digests; see `describe_original`.
     """
 
     pipeline: Any
@@ -41,6 +42,7 @@ class LoadedPipeline:
     parts: Mapping[str, Any]
     contract: Contract
     adapters: tuple[Adapter, ...]
+    original: Mapping[str, str]
 
     @property
     def tile_side(self) -> int | None:
