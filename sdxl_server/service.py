@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sdxl_server import __version__, metrics
-from sdxl_server.api.bodies import check_form
 from sdxl_server.api.a1111 import A1111Api, A1111Img2ImgApi
 from sdxl_server.api.a1111_documents import A1111_DOCUMENTS
+from sdxl_server.api.bodies import check_form
 from sdxl_server.api.content_filter import ContentFilter
 from sdxl_server.api.drawings import Drawing, Drawings
 from sdxl_server.api.http import HttpRequest, Response, build_headers
@@ -94,7 +94,7 @@ class Service:
         if http_request.path not in APIS:
             document = json.dumps(self._find_document(http_request)).encode()
             return Response(JSON, {}, NativeApi(), _send_whole(document), waits=False)
-        api = APIS[http_request.path]()
+        api = APIS[http_request.path](self.loaded.original)
         seconds: dict[str, float] = {}
         with _add_seconds(seconds, "preprocess"):
             with limit_time(READ_SECONDS):

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from sdxl_server.api.bodies import read_fields
@@ -42,6 +43,9 @@ class NativeApi:
 
     An object serves one request.
 
+    Args:
+        model: the model's name and digests; see `describe_original`.
+
     Attributes:
         event: the prefix of the event names of images.
         takes_json_only: a response is never an image file.
@@ -53,6 +57,9 @@ class NativeApi:
     takes_json_only = False
     takes_commands = False
     error_extras: Mapping[str, Any] = {}
+
+    def __init__(self, model: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.model = model
 
     def read(
         self, values: Mapping[str, Any], *, content_type: str, contract: Contract
@@ -143,9 +150,7 @@ class NativeApi:
         return json.dumps({**error, **self.error_extras}).encode()
 
     @classmethod
-    def describe_error(
-        cls, error: Exception, message: str, *, status: int, kind: str
-    ) -> tuple[int, dict[str, Any]]:
+    def describe_error(cls, error: Exception, message: str, *, status: int, kind: str) -> tuple[int, dict[str, Any]]:
         """Return the HTTP status of a failed request and the error for its client.
 
         The error's `code` is the status. On OpenAI's paths it is a text or null, which clients there expect.

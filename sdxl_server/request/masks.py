@@ -91,7 +91,7 @@ def blend(generated: Any, image: Any, mask: Any, *, width: int) -> Any:
     thick = layers[-1]
     for _ in range(width - 1):
         thick = _filter_neighbours(thick, np.maximum)
-    ramp = (sum(layer.astype(np.uint16) for layer in layers) // len(layers)).astype(np.uint8)
+    ramp = (np.sum(layers, axis=0, dtype=np.uint16) // len(layers)).astype(np.uint8)
     is_blended = (thick > 0) & (np.asarray(image).min(axis=-1) < 255)
     share = np.where(is_blended, ramp, layers[0])
     return Image.composite(generated, image, Image.fromarray(share))
@@ -165,4 +165,4 @@ def keep_protected(generated: Any, request: GenerationRequest) -> Any:
         whole = request.image.copy()
         whole.paste(resize_image(generated, (right - left, bottom - top)), (left, top))
         generated = whole
-    return blend(generated, request.image, request.mask_image, width=request.mask_blur)
+    return blend(generated, request.image, request.mask_image, width=request.mask_blur or 0)
