@@ -45,12 +45,12 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 PAUSE_SECONDS = 1.0  # of waiting for the compute thread, after which the handler's call ends
-APIS: Mapping[str, type[NativeApi]] = {
-    "": NativeApi,
-    "v1/images/generations": OpenAIApi,
-    "v1/images/edits": OpenAIEditApi,
-    "sdapi/v1/txt2img": A1111Api,
-    "sdapi/v1/img2img": A1111Img2ImgApi,
+APIS: Mapping[str, NativeApi] = {
+    "": NativeApi(),
+    "v1/images/generations": OpenAIApi(),
+    "v1/images/edits": OpenAIEditApi(),
+    "sdapi/v1/txt2img": A1111Api(),
+    "sdapi/v1/img2img": A1111Img2ImgApi(),
 }
 ERRORS_BELOW: Mapping[str, type[NativeApi]] = {"v1": OpenAIApi, "sdapi": A1111Api}  # the APIs of other paths' errors
 
@@ -94,7 +94,7 @@ class Service:
         if http_request.path not in APIS:
             document = json.dumps(self._find_document(http_request)).encode()
             return Response(JSON, {}, NativeApi(), _send_whole(document), waits=False)
-        api = APIS[http_request.path](self.loaded.original)
+        api = APIS[http_request.path].begin(self.loaded.original)
         seconds: dict[str, float] = {}
         with _add_seconds(seconds, "preprocess"):
             with limit_time(READ_SECONDS):
@@ -179,7 +179,7 @@ class Service:
                 yield (yield from _send_all_but_last(response, written))
                 written = b""
             metrics.REQUESTS.labels("picture").inc()
-            written += api.write_end(request, kind=kind, warnings=warnings)
+            written += api.write_end(request, warnings)
             return (yield from _send_all_but_last(response, written))
         except GeneratorExit:
             if (progress := drawing.progress) is not None:

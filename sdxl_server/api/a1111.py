@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from pathlib import PureWindowsPath
+from types import MappingProxyType
 from typing import Any
 
 from sdxl_server import __version__
@@ -74,6 +75,15 @@ class A1111Api(NativeApi):
     takes_commands = True
     names: Sequence[str] = (*FIELDS, *COUNTS, *SAMPLER_FIELDS, *NO_EQUIVALENT, *SILENT)
 
+    def __init__(self, model: Mapping[str, str] = MappingProxyType({})) -> None:
+        self._model = model
+        self._seeds: list[int] = []
+        self._infotexts: list[str] = []
+
+    def begin(self, model: Mapping[str, str]) -> "A1111Api":
+        """Return the object for one request."""
+        return type(self)(model)
+
     def read(
         self, values: Mapping[str, Any], *, content_type: str, contract: Contract
     ) -> tuple[GenerationRequest, list[str]]:
@@ -104,8 +114,6 @@ class A1111Api(NativeApi):
         request = contract.check(fields, names={**THEIRS, "num_images_per_prompt": most})
         self._sends_images = bool(read_as(known, "send_images", switch(), True))
         self._parameters = self._list_parameters(known, request)
-        self._seeds: list[int] = []
-        self._infotexts: list[str] = []
         return request, [*warnings, *warn_of_body(fields), *warn_of_tags(fields, contract.limits)]
 
     def read_images(self, known: Mapping[str, Any], contract: Contract, warnings: list[str]) -> dict[str, Any]:
@@ -121,8 +129,8 @@ class A1111Api(NativeApi):
         self._infotexts.append(write_infotext(image.metadata))
         return start + (json.dumps(base64.b64encode(image.file).decode()).encode() if self._sends_images else b"")
 
-    def write_end(self, request: GenerationRequest, *, kind: str, warnings: Sequence[str]) -> bytes:
-        """Return the rest of the JSON after the last image, which need not be the last one that was ordered."""
+    def write_end(self, request: GenerationRequest, warnings: Sequence[str]) -> bytes:
+        """Return the rest of the JSON after the images."""
         info = json.dumps(self._describe(request, warnings))
         rest = json.dumps({"parameters": self._parameters, "info": info}).encode().removeprefix(b"{")
         return (b"" if self._seeds else b'{"images": [') + b"], " + rest
@@ -147,7 +155,7 @@ class A1111Api(NativeApi):
             **{"width": request.width, "height": request.height, "sampler_name": sampler},
             **{"cfg_scale": request.guidance_scale, "steps": request.num_inference_steps},
             **{"batch_size": self._parameters["batch_size"], "restore_faces": False, "face_restoration_model": None},
-            **{"sd_model_name": self.model.get("model_name"), "sd_model_hash": self.model.get("model_autov2")},
+            **{"sd_model_name": self._model.get("model_name"), "sd_model_hash": self._model.get("model_autov2")},
             **{"sd_vae_name": None, "sd_vae_hash": None, "seed_resize_from_w": -1, "seed_resize_from_h": -1},
             **{"denoising_strength": request.strength, "extra_generation_params": {}, "index_of_first_image": 0},
             **{"infotexts": self._infotexts, "styles": [], "job_timestamp": time.strftime("%Y%m%d%H%M%S")},
@@ -182,8 +190,8 @@ class A1111Api(NativeApi):
         if "jpeg_quality" in settings:
             fields["quality"] = coerce(settings["jpeg_quality"], contract.properties["quality"])
         warnings = []
-        if CHECKPOINT in settings and not is_own_model(settings[CHECKPOINT], self.model):
-            only = self.model.get("model_name")
+        if CHECKPOINT in settings and not is_own_model(settings[CHECKPOINT], self._model):
+            only = self._model.get("model_name")
             warnings.append(f"{CHECKPOINT}: {shorten(settings[CHECKPOINT])} is ignored; the only model is {only}")
         warnings += _warn_of_effects(settings, SETTINGS)
         read = (CLIP_SKIP, CHECKPOINT, "samples_format", "jpeg_quality", *SETTINGS)

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from sdxl_server.api.bodies import read_fields
@@ -41,11 +40,6 @@ class EncodedImage:
 class NativeApi:
     """Reads the contract's fields; responds with an image file, with JSON, or with events.
 
-    An object serves one request.
-
-    Args:
-        model: the model's name and digests; see `describe_original`.
-
     Attributes:
         event: the prefix of the event names of images.
         takes_json_only: a response is never an image file.
@@ -58,8 +52,13 @@ class NativeApi:
     takes_commands = False
     error_extras: Mapping[str, Any] = {}
 
-    def __init__(self, model: Mapping[str, str] = MappingProxyType({})) -> None:
-        self.model = model
+    def begin(self, model: Mapping[str, str]) -> "NativeApi":
+        """Return the object for one request. An API that keeps something of the request returns a new one.
+
+        Args:
+            model: the model's name and digests; see `describe_original`.
+        """
+        return self
 
     def read(
         self, values: Mapping[str, Any], *, content_type: str, contract: Contract
@@ -122,11 +121,12 @@ class NativeApi:
         about = {"created": int(time.time()), "output_format": request.output_format}
         about |= {"size": "{}x{}".format(*request.image_size), "warnings": list(warnings)}
         start = b", " if index else json.dumps(about).removesuffix("}").encode() + b', "data": ['
-        return start + json.dumps(_describe_item(request, image)).encode()
+        end = b"]}" if index + 1 == request.num_images_per_prompt else b""
+        return start + json.dumps(_describe_item(request, image)).encode() + end
 
-    def write_end(self, request: GenerationRequest, *, kind: str, warnings: Sequence[str]) -> bytes:
-        """Return what is sent after the last image."""
-        return b"]}" if kind == JSON else b""
+    def write_end(self, request: GenerationRequest, warnings: Sequence[str]) -> bytes:
+        """Return what is sent when all images are finished, or the client has ended the drawing."""
+        return b""
 
     def _write_completed(
         self, request: GenerationRequest, image: EncodedImage, index: int, *, warnings: Sequence[str]

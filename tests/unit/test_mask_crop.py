@@ -128,8 +128,9 @@ def _list(steps: Any) -> Any:
 
 @pytest.mark.parametrize("width", [0, 1, 4, 30])
 def test_the_soft_edge_lies_inside_the_mask(eager: LoadedPipeline, width: int) -> None:
-    mask, black, white = make_mask(20, 20, 120, 120, size=(140, 140)), *(
-        Image.new("RGB", (140, 140), colour) for colour in ("black", "white")
+    mask, black, white = (
+        make_mask(20, 20, 120, 120, size=(140, 140)),
+        *(Image.new("RGB", (140, 140), colour) for colour in ("black", "white")),
     )
     row = np.asarray(blend(white, black, mask, width=width))[70, :, 0].astype(int)
     assert not row[:20].any()
