@@ -64,7 +64,7 @@ CHECKPOINT = "sd_model_checkpoint"
 VERSION = f"sdxl_server {__version__}"
 THEIRS = {each: name for name, each in FIELDS.items()} | {
     **{"image": "init_images", MASK: "mask", "strength": "denoising_strength", "mask_blur": "mask_blur"},
-    **{"padding_mask_crop": "inpaint_full_res_padding", "quality": "override_settings"},
+    **{"padding_mask_crop": "inpaint_full_res_padding", "quality": "jpeg_quality"},
 }
 
 
