@@ -1,6 +1,6 @@
 """Ask the server for images and save them.
 
-This file needs Python and requests only. tqdm adds a progress bar, and --like needs Pillow.
+This file needs Python and requests only. tqdm adds a progress bar.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import threading
 import time
 import urllib.parse
 import uuid
-import warnings
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,13 +32,13 @@ MAX_EVENT_BYTES = 64 * 2**20
 MAX_EVENT_PARTS = 50_000
 MAX_IMAGES = 99
 MAX_STEPS = 4000  # per image: the server allows 1000, and a second-order scheduler makes two of each
-MAX_PIXELS = 4096 * 4096
 MAX_ERROR_BYTES = 2**16
 BUSY_TYPE = "ServiceUnavailableException"  # TorchServe's message is "no worker" for a full queue too
 TOKEN_VARIABLE = "TORCHSERVE_TOKEN"
 SUFFIXES = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png", ".webp": "webp"}
 DAMAGED = (LookupError, TypeError, binascii.Error)  # kinds of errors that a wrong event causes
 IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
+VERSION = re.compile(r"(/\d+(\.\d+)*)?/?$")  # at the end of the model's address
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{8,64}")
 FAILED, REFUSED, TRY_LATER, INTERRUPTED = 1, 2, 3, 130
 EPILOG = """examples:
@@ -164,6 +163,9 @@ def is_count(value: Any, most: Any = float("inf")) -> bool:
     return type(value) is int and 0 <= value <= most
 
 
+Follow = Callable[[Job, argparse.Namespace], Iterator[dict[str, Any]]]
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="query.py",
@@ -175,7 +177,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("what to draw").add_argument
     add("--prompt", metavar="TEXT", help="what the image shows")
     add("--prompts", type=Path, metavar="FILE", help="each line is a prompt, or a JSON object of fields")
-    add("--like", type=Path, metavar="IMAGE", help="repeat an image of this server, except for the given options")
+    like = "repeat an image of this server, A1111 or ComfyUI, except for the given options"
+    add("--like", type=encode_file, metavar="IMAGE", help=like)
     add = parser.add_argument_group("the image (the server has a default for each)").add_argument
     for name, keywords in FIELDS.items():
         add(*filter(None, ["--" + name.replace("_", "-"), SHORT_NAMES.get(name)]), **keywords)
@@ -241,7 +244,7 @@ def plan_jobs(options: argparse.Namespace) -> list[Job]:
 
 def read_fields(options: argparse.Namespace) -> dict[str, Any]:
     """Return the fields that the options ask for."""
-    fields = load_parameters(options.like) if options.like else {}
+    fields = load_parameters(options) if options.like else {}
     suffix = options.filename and options.filename.suffix.lower()
     if suffix in SUFFIXES:
         fields["output_format"] = SUFFIXES[suffix]
@@ -285,27 +288,14 @@ def read_object(text: str | bytes | bytearray) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def load_parameters(path: Path) -> dict[str, Any]:
-    """Return the request that an image of this server carries."""
-    try:
-        from PIL import ExifTags, Image
-    except ImportError as error:
-        raise QueryError("--like reads images with Pillow: pip install pillow", code=REFUSED) from error
-    try:
-        warnings.simplefilter("ignore")
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:  # Pillow decodes a PNG to read its texts
-                raise ValueError(f"it has {image.width} x {image.height} pixels, and at most {MAX_PIXELS} are read")
-            comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
-            text = image.info.get("parameters") or comment.removeprefix(b"UNICODE\0").decode("utf-16-be")
-    except FileNotFoundError as error:
-        raise QueryError(f"there is no file {path}", code=REFUSED) from error
-    except Exception as error:  # Pillow's decoders raise many kinds
-        raise QueryError(f"{path} cannot be read as an image: {error}", code=REFUSED) from error
-    request = read_object(text).get("request")
-    if not isinstance(request, dict):
-        raise QueryError(f"{path} holds no request of this server; use an image that the server made", code=REFUSED)
-    return request
+def load_parameters(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the request that made the image of --like, as the server reads it."""
+    job = Job("--like: ", {}, [], deadline=time.monotonic() + options.timeout)
+    for event in request_events(job, options, follow_metadata):
+        if event["type"] == "request":
+            return {name: value for name, value in event.items() if name != "type"}
+        handle_event(job, event, overwrite=False)
+    raise QueryError("the server answers --like without a request")
 
 
 def check_target(path: Path, *, is_chosen: bool, overwrite: bool) -> None:
@@ -330,7 +320,7 @@ def load_key(key_file: Path) -> str | None:
     return str(key)
 
 
-def request_events(job: Job, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def request_events(job: Job, options: argparse.Namespace, follow: Follow) -> Iterator[dict[str, Any]]:
     """Send requests and yield the events of their answers.
 
     A request is sent again while that does no harm, for --retry after its first failure, and once with a new token.
@@ -340,7 +330,7 @@ def request_events(job: Job, options: argparse.Namespace) -> Iterator[dict[str, 
     start, tries = 0.0, 0
     while True:
         try:
-            for event in (follow_order if options.job else follow_stream)(job, options):
+            for event in follow(job, options):
                 yield event
                 tries, has_new_token = 0, False
             return
@@ -377,6 +367,15 @@ def choose_wait(retry_after: float | None, *, tries: int, left: float) -> float 
         return None
     spread = min(MAX_WAIT_SECONDS, 2 ** (tries - 1)) if retry_after is None else 1
     return min(earliest + random.uniform(0, spread), left)
+
+
+def follow_metadata(job: Job, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Send the image of --like and yield the server's warnings about its request, then the request."""
+    url = VERSION.sub("", options.url) + "/1.0/metadata"
+    with open_answer(job, options, "POST", url, kind="application/json", fields={"image": options.like}) as response:
+        described = read_object(read_start(response, MAX_EVENT_BYTES))
+    yield from ({"type": "warning", "message": f"warning: {each!s:.1000}"} for each in described.get("warnings", ()))
+    yield {"type": "request", **described["request"]}
 
 
 def follow_stream(job: Job, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -520,6 +519,8 @@ def check_status(response: Any, kind: str, options: argparse.Namespace) -> None:
     message = error.get("message") if isinstance(error, dict) else content.get("message")
     redirect = " (redirects are not followed)" if 300 <= status < 400 else ""
     line = f"the server answered {status}{redirect}: {str(message or shown)[:1000]}"
+    if status == 404 and response.url.endswith("/metadata"):
+        line = "this server is older than --like, and reads no metadata of images: update it"
     reason, wait = content.get("type"), response.headers.get("Retry-After")
     # A worker may cause TorchServe's other failures, even with a proxy's header. A proxy's own answer has no type.
     is_busy = status in (429, 503) and (reason == BUSY_TYPE or (wait is not None and not reason))
@@ -629,7 +630,7 @@ def draw_images(jobs: Sequence[Job], options: argparse.Namespace) -> int:
 def follow(job: Job, options: argparse.Namespace, arrived: queue.SimpleQueue[tuple[Job, Any]]) -> None:
     """Pass on each event of a job's answer, and then the failure that ends it."""
     try:
-        for event in request_events(job, options):
+        for event in request_events(job, options, follow_order if options.job else follow_stream):
             arrived.put((job, event))
         arrived.put((job, QueryError("the answer ended before the last image")))
     except BaseException as error:
@@ -750,7 +751,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return draw_images(plan_jobs(options), options)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (QueryError, OSError, ValueError) as error:
+    except (QueryError, OSError, ValueError, LookupError, TypeError) as error:
         return show_error(error)
 
 

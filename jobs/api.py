@@ -24,6 +24,9 @@ from jobs.settings import Settings
 from jobs.store import FullError, HolderFullError, Order, Store
 from jobs.upkeep import keep_jobs, send_webhooks
 from jobs.webhooks import WebhookError, check_webhook
+from sdxl_server.api.metadata import read_metadata
+from sdxl_server.errors import RequestError
+from sdxl_server.request.limits import Limits
 from sdxl_server.schemas import describe_schema, is_valid, shorten
 from sdxl_server.serving.client import send_request
 
@@ -204,9 +207,26 @@ async def get_preview(request: Request, job: Id, holder: Holder = "") -> Respons
 @app.get("/jobs/{job}/pictures/{index}")
 async def get_picture(request: Request, job: Id, index: int, holder: Holder = "") -> Response:
     """Return an image of a finished job."""
+    return write_image(await read_image(request, job, index, holder))
+
+
+@app.get("/jobs/{job}/pictures/{index}/metadata")
+async def get_metadata(request: Request, job: Id, index: int, holder: Holder = "") -> Response:
+    """Return the metadata of an image of a finished job."""
+    image = await read_image(request, job, index, holder)
+    if image is None:
+        return write_image(image)
+    try:
+        return JSONResponse(await asyncio.to_thread(read_metadata, image, Limits()))
+    except RequestError as error:  # an operator can switch the metadata off
+        raise ApiError(HTTPStatus.NOT_FOUND, str(error)) from error
+
+
+async def read_image(request: Request, job: str, index: int, holder: str) -> bytes | None:
+    """Return the file of an image; None if there is none."""
     names = (await find(request, job, holder))["results"]
     is_there = 0 <= index < len(names)
-    return write_image(await asyncio.to_thread(request.app.state.results.read, names[index]) if is_there else None)
+    return await asyncio.to_thread(request.app.state.results.read, names[index]) if is_there else None
 
 
 async def find(request: Request, job: str, holder: str) -> dict[str, Any]:

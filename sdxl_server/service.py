@@ -275,7 +275,7 @@ DOCUMENTS: Mapping[str, Callable[[Service, HttpRequest], Any]] = {
     "describe": lambda service, _: service.describe(),
     "openapi.json": lambda service, _: build_openapi(service.loaded.contract),
     "metadata": lambda service, http_request: read_metadata_request(
-        http_request.values, service.loaded.contract.limits
+        http_request.values, service.loaded.contract.limits, content_type=http_request.content_type
     ),
     "v1/models": lambda _, http_request: list_models(http_request.model),
     "v1/models/{model}": lambda _, http_request: describe_model(http_request.model),

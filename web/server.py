@@ -20,9 +20,13 @@ from urllib.parse import SplitResult, urlsplit
 PAGE = Path(__file__).resolve().parent / "page"
 PORT = 8088
 PREDICTIONS = "/predictions/diffusion_fast"
-PASSED = (("POST", PREDICTIONS), ("GET", f"{PREDICTIONS}/1.0/openapi.json"))
+PASSED = (
+    *(("POST", PREDICTIONS), ("POST", f"{PREDICTIONS}/1.0/metadata")),
+    ("GET", f"{PREDICTIONS}/1.0/openapi.json"),
+)
 JOBS = re.compile(
-    r"(GET|POST) /jobs|(GET|PUT|DELETE) /jobs/[\w-]{8,64}|GET /jobs/[\w-]{8,64}/(preview|pictures/\d{1,3})", re.ASCII
+    r"(GET|POST) /jobs|(GET|PUT|DELETE) /jobs/[\w-]{8,64}|GET /jobs/[\w-]{8,64}/(preview|pictures/\d{1,3}(/metadata)?)",
+    re.ASCII,
 )
 MAX_REQUEST = 33_554_432  # bytes; max_request_size of config.properties
 TO_SERVER = ("Authorization", "Content-Type", "Accept", "If-None-Match")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from xml.etree import ElementTree
 
-from sdxl_server.api.bodies import BODY_NAMES
+from sdxl_server.api.bodies import BODY_NAMES, read_fields
 from sdxl_server.api.comfyui import read_graph
 from sdxl_server.api.image_files import XMP_NAMESPACE, XMP_PROPERTY
 from sdxl_server.api.infotext import read_infotext
@@ -16,7 +16,7 @@ from sdxl_server.request.upload_limits import MAX_JPEG_PIXELS, check_segments
 from sdxl_server.request.uploads import ACCEPTED_IMAGE, PILLOW_FORMATS, read_bytes
 from sdxl_server.schemas import load_json, shorten
 
-PARTS = (*BODY_NAMES, "image")  # where TorchServe puts a body, and the field of a form
+FILES = ("image/", "application/octet-stream")  # content types of a body that is the file itself
 MAX_XMP = 4 * 2**20  # bytes
 
 
@@ -46,12 +46,22 @@ def read_metadata(file: bytes, limits: Limits) -> dict[str, Any]:
     raise RequestError(reason, param="image")
 
 
-def read_metadata_request(values: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
-    """Return the metadata of the image file in a body or in the form's field `image`; see `read_metadata`."""
-    value = next((values[name] for name in PARTS if values.get(name)), None)
-    if value is None:
-        raise RequestError("send an image file: as the body, or as the field image of a form", param="image")
-    return read_metadata(read_bytes("image", value), limits)
+def read_metadata_request(values: Mapping[str, Any], limits: Limits, *, content_type: str) -> dict[str, Any]:
+    """Return the metadata of the image file that is the body, or the field `image` of a form or of JSON.
+
+    Raises:
+        RequestError: there is no such file; see `read_metadata`.
+    """
+    if content_type.lower().startswith(FILES):
+        fields = {"image": next((values[name] for name in BODY_NAMES if values.get(name)), None)}
+    elif not any(values.values()):
+        fields = {}
+    else:
+        fields = read_fields(values, content_type=content_type, properties={}, aliases={})
+    if not fields.get("image"):
+        accepted = "the body, with Content-Type image/png for example, or the field image of a form or of JSON"
+        raise RequestError(f"image is missing: send an image file as {accepted}", param="image")
+    return read_metadata(read_bytes("image", fields["image"]), limits)
 
 
 def read_header(file: bytes) -> dict[str, str]:

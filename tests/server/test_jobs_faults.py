@@ -20,7 +20,8 @@ import requests
 from jobs.database import AwayError, Database
 from jobs.settings import Settings
 from jobs.store import Order, Store
-from query import load_parameters
+from sdxl_server.api.metadata import read_metadata
+from sdxl_server.request.limits import Limits
 from tests.server.test_jobs import ENDED, Site, is_up, make_query, serve
 from tools.instances import Instance
 from tools.postgres import LocalPostgres, find_postgres
@@ -208,7 +209,7 @@ class FaultRun:
         assert len(set(images.values())) == len(images)
         for key in images:
             if key in ORDERS:
-                assert load_parameters(results / names[key])["seed"] == ORDERS[key]
+                assert read_metadata(images[key], Limits())["request"]["seed"] == ORDERS[key]
             else:
                 assert self.clients[key[1]].wait(timeout=60) == 0
                 assert (self.folder / f"{key[1]}.jpg").read_bytes() == images[key]

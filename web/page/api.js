@@ -60,9 +60,9 @@ export async function encodeFields(fields) {
   return JSON.stringify(body);
 }
 
-export async function ask(path, options = {}) {
+export async function ask(path, { type = "application/json", ...options } = {}) {
   const token = findToken();
-  const headers = { ...(token && { Authorization: `Bearer ${token}` }), ...(options.body && { "Content-Type": "application/json" }) };
+  const headers = { ...(token && { Authorization: `Bearer ${token}` }), ...(options.body && { "Content-Type": type }) };
   const answer = await fetch(path, { ...options, headers, cache: "no-store", credentials: "omit" });
   if (!answer.ok) throw await readError(answer);
   return answer;

@@ -3,7 +3,6 @@
 
 import { ask, encodeFields, findToken, ServerError } from "./api.js";
 import { openStore } from "./database.js";
-import { readMetadata } from "./metadata.js";
 
 const PREFIX = "order-"; // of the names in localStorage
 const FIND_SECONDS = 10; // then the server has no jobs
@@ -214,7 +213,9 @@ async function* readPreview(job, last) {
 
 async function readImage({ id, fields }, index) {
   const { content: file } = await read(`/jobs/${id}/pictures/${index}`, "blob", { seconds: FILE_SECONDS });
-  const found = readMetadata(new DataView(await file.arrayBuffer()));
+  const found = await read(`/jobs/${id}/pictures/${index}/metadata`, "json").then(({ content }) => content, (error) => {
+    if (isAway(error)) throw error;
+  });
   const others = Object.entries(fields).filter(([, value]) => !(value instanceof Blob));
   return {
     type: "image_generation.completed",

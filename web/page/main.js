@@ -75,11 +75,12 @@ function draw(fields) {
   if (matchMedia("(max-width: 59.99rem)").matches) find("stage").scrollIntoView({ block: "start" });
 }
 
-function recall({ parameters, uploads = {} }) {
+function recall({ parameters, uploads = {}, warnings = [] }) {
   const unknown = form.write(parameters);
   useStart(uploads.image ?? null, uploads.mask_image ?? null);
   const rest = unknown.length ? ` This server has no field for ${unknown.join(", ")}.` : "";
   announce(`The form has the settings of that image.${rest}`);
+  if (warnings.length) tellStart(`${warnings.map(sentence).join(". ")}.`, "note");
   find("field-prompt").focus();
 }
 
@@ -108,8 +109,8 @@ async function takeFile(transfer) {
   try {
     const file = pickFile(transfer); // at once: a transfer is empty after its event
     await formIsMade;
-    const { parameters, image, note } = await readUpload(file);
-    if (parameters) return recall({ parameters });
+    const { parameters, warnings, image, note } = await readUpload(file);
+    if (parameters) return recall({ parameters, warnings });
     useStart(image);
     find("start-image").scrollIntoView({ block: "nearest" });
     if (note) tellStart(note, "note");

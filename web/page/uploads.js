@@ -38,15 +38,15 @@ export function pickFile(transfer) {
   return image ?? files[0];
 }
 
-// Returns {parameters} of an image that the server drew, or {image, note} to start from. An error's message is for the user.
+// Returns {parameters, warnings} of an image whose file says how it was made, or {image, note} to start from. An error's message is for the user.
 export async function readUpload(file) {
   if (/^(audio|video)\//.test(file.type)) throw new Error(`${file.name} is ${file.type}, no image.`);
   if (file.size > MAX_READ) throw new Error(`${file.name} has ${show(file.size)}: an image file has at most ${show(MAX_READ)}.`);
   const format = findFormat(await readBytes(file.slice(0, HEAD), file.name));
   if (format === VIDEO) throw new Error(`${file.name} is ${VIDEO}, no image.`);
   const bytes = await readBytes(file, file.name); // a copy: the file may change or vanish before it is sent
-  const made = readMetadata(new DataView(bytes));
-  if (made) return { parameters: made.request };
+  const made = await readMetadata(bytes);
+  if (made) return { parameters: made.request, warnings: made.warnings };
   const image = new Blob([bytes], { type: format === "SVG" ? "image/svg+xml" : file.type });
   const shown = await loadImage(image).catch(() => null);
   const isAccepted = ACCEPTED.includes(format) && file.size <= MAX_UPLOAD;
