@@ -109,6 +109,16 @@ def test_haproxys_own_errors_are_json(site: tuple[dict[str, Instance], LocalBala
     assert answer.headers["Retry-After"] == "10"
 
 
+def test_commands_of_a1111_do_not_wait_for_images(site: tuple[dict[str, Instance], LocalBalancer]) -> None:
+    """They are POST, too; behind the images they would come too late."""
+    _, balancer = site
+    url = f"http://127.0.0.1:{balancer.port}/predictions/diffusion_fast/1.0/sdapi/v1"
+    for name in ("interrupt", "skip", "options", "png-info", "txt2img", "img2img"):
+        requests.post(f"{url}/{name}", json={}, timeout=30)
+        backend = "pictures" if name.endswith("2img") else "documents"
+        wait_until(lambda name=name, backend=backend: re.search(rf" {backend}/\w+ .*sdapi/v1/{name} ", balancer.log))
+
+
 @pytest.mark.skipif(find_haproxy() is None, reason="haproxy is not installed")
 def test_drain_under_load_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients that never pause. HAProxy sees the drain by the worker's /ready, within half a second."""
