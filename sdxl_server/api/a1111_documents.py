@@ -81,7 +81,7 @@ def answer_options(loaded: LoadedPipeline, http_request: HttpRequest, _: Drawing
     return None
 
 
-def describe_progress(loaded: LoadedPipeline, http_request: HttpRequest, drawing: Drawing | None) -> dict[str, Any]:
+def describe_progress(drawing: Drawing | None, *, has_image: bool = True) -> dict[str, Any]:
     """Return how far the client's oldest drawing is, with its last preview. The next step draws a new one."""
     state = {"skipped": False, "interrupted": False, "stopping_generation": False, "job": "", "job_count": 0}
     state |= {"job_timestamp": "0", "job_no": 0, "sampling_step": 0, "sampling_steps": 0}
@@ -96,12 +96,10 @@ def describe_progress(loaded: LoadedPipeline, http_request: HttpRequest, drawing
     state |= {"job_no": progress.index, "sampling_step": progress.step, "sampling_steps": progress.steps}
     seconds = drawing.seconds.get("inference", 0.0)
     answer |= {"progress": progress.share, "eta_relative": seconds / progress.share * (1 - progress.share)}
-    given = http_request.values.get("skip_current_image", b"")
-    if given in (b"true", b"True", b"1", "true", "True", "1"):
-        return answer
-    drawing.is_watched = True
-    preview = drawing.preview
-    return answer | {"current_image": preview and base64.b64encode(preview).decode()}
+    if has_image:
+        drawing.is_watched = True
+        answer["current_image"] = drawing.preview and base64.b64encode(drawing.preview).decode()
+    return answer
 
 
 def interrupt(loaded: LoadedPipeline, http_request: HttpRequest, drawing: Drawing | None) -> dict[str, Any]:
@@ -172,7 +170,8 @@ A1111_DOCUMENTS: Mapping[str, Document] = {
     "sd-vae": lambda loaded, *_: list_vaes(loaded),
     "options": answer_options,
     "loras": lambda loaded, *_: list_adapters(loaded),
-    "progress": describe_progress,
+    "progress": lambda *about: describe_progress(about[-1]),
+    "progress/skip_current_image": lambda *about: describe_progress(about[-1], has_image=False),  # a query in A1111
     "interrupt": interrupt,
     "skip": skip,
     "png-info": read_png_info,

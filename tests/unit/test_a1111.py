@@ -528,13 +528,12 @@ def test_progress_follows_the_drawing(loaded: LoadedPipeline) -> None:
 def test_previews_are_drawn_on_request_only(loaded: LoadedPipeline) -> None:
     service = Service(loaded)
     response = draw(service)
-    query = HttpRequest({"skip_current_image": b"true"}, path="sdapi/v1/progress")
-    assert finish(service.answer(query))["progress"] > 0
+    assert finish(ask(service, "progress/skip_current_image"))["progress"] > 0
     step(response)
     (drawing,) = [service.drawings.find_oldest("")]
     assert drawing is not None
     assert (drawing.preview, drawing.is_watched) == (None, False)
-    assert finish(service.answer(query))["current_image"] is None
+    assert finish(ask(service, "progress/skip_current_image"))["current_image"] is None
     finish(response)
 
 
