@@ -73,7 +73,7 @@ def cover_cells(mask: Any, cell: int) -> Any:
     return small.point(lambda value: 255 if value else 0).resize(mask.size, Image.Resampling.NEAREST)
 
 
-def blend(generated: Any, image: Any, mask: Any, *, width: int) -> Any:
+def blend(generated: Any, image: Any, mask: Any, *, width: int = BLEND_WIDTH) -> Any:
     """Return the generated pixels inside the mask, and the exact pixels of the image outside.
 
     The seam is blended inside the mask. Parts of the mask that are thinner are not blended. White pixels of the image

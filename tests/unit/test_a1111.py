@@ -36,7 +36,7 @@ def loaded(tiny_model: Path) -> LoadedPipeline:
     return load(tiny_model, num_inference_steps=3, width=64, height=64, max_images=4)
 
 
-def read(is_img2img: bool = False, contract: Any = CONTRACT, **fields: Any) -> tuple[Any, list[str]]:
+def read(is_img2img: Any = False, contract: Any = CONTRACT, **fields: Any) -> tuple[Any, list[str]]:
     """Return the request and its warnings."""
     api = (A1111Img2ImgApi if is_img2img else A1111Api)(MODEL)
     body = {"body": json.dumps({"prompt": "a red fox", **fields}).encode()}

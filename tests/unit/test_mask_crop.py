@@ -88,7 +88,7 @@ def test_it_is_what_diffusers_draws_of_this_crop(eager: LoadedPipeline) -> None:
 def test_the_box_has_the_aspect_that_is_drawn(
     eager: LoadedPipeline, mask: tuple[int, ...], size: tuple[int, int], padding: int, box: tuple[int, ...]
 ) -> None:
-    fields = {"width": size[0], "height": size[1], "padding_mask_crop": padding}
+    fields: dict[str, Any] = {"width": size[0], "height": size[1], "padding_mask_crop": padding}
     request = check(eager, make_mask(*mask), **fields)
     assert choose_crop(request) == box
     image, cut = crop_to_mask(request)

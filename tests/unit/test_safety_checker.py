@@ -211,7 +211,10 @@ def test_flagged_image_is_an_error_of_every_api(
 ) -> None:
     loaded = load(make_folder(ALWAYS), **CHECKED)
     photo = encode(Image.new("RGB", (128, 128), "red"))
-    photos = {"v1/images/edits": {"image": photo}, "sdapi/v1/img2img": {"init_images": [photo]}}
+    photos: dict[str, dict[str, Any]] = {
+        "v1/images/edits": {"image": photo},
+        "sdapi/v1/img2img": {"init_images": [photo]},
+    }
     with pytest.raises(RequestError, match="flagged the image of seed 3") as caught:
         ask(loaded, path, **photos.get(path, {}), **more)
     status, described = describe_error(caught.value, "id", path=path)
