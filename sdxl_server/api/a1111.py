@@ -1,6 +1,6 @@
 """A1111's API (/sdapi/v1), which chat programs, bots and plug-ins of editors speak.
 
-Its fields are translated to the contract's fields. a1111_documents.py has what clients ask apart from images.
+Its fields are translated to the contract's fields. a1111_documents.py answers all other questions of its clients.
 """
 
 import base64
@@ -130,7 +130,7 @@ class A1111Api(NativeApi):
         return start + (json.dumps(base64.b64encode(image.file).decode()).encode() if self._sends_images else b"")
 
     def write_end(self, request: GenerationRequest, warnings: Sequence[str]) -> bytes:
-        """Return the rest of the JSON after the images."""
+        """Return the end of the JSON, after the images."""
         info = json.dumps(self._describe(request, warnings))
         rest = json.dumps({"parameters": self._parameters, "info": info}).encode().removeprefix(b"{")
         return (b"" if self._seeds else b'{"images": [') + b"], " + rest
@@ -260,7 +260,7 @@ def coerce(value: Any, schema: Schema) -> Any:
         return bool(value)
     if not isinstance(value, str) or "string" in schema["type"]:
         return value
-    return read_part("", value.encode("utf-8", "surrogatepass"), own="", properties={"": schema})
+    return read_part("", value.encode(errors="backslashreplace"), own="", properties={"": schema})
 
 
 def is_own_model(given: Any, model: Mapping[str, str]) -> bool:

@@ -1,4 +1,4 @@
-"""What clients of A1111's API ask apart from images: lists, options, metadata, and commands to their own drawing."""
+"""The lists, options, metadata and commands of A1111's API. A command acts on the client's own drawing."""
 
 import base64
 import os
@@ -162,7 +162,7 @@ def _hold(value: Any) -> Document:
     return lambda *_: value
 
 
-# By path below /sdapi/v1. What this server does not have is empty.
+# By path below /sdapi/v1. Lists of parts that this server lacks are empty.
 A1111_DOCUMENTS: Mapping[str, Document] = {
     "samplers": lambda loaded, *_: list_samplers(loaded),
     "schedulers": lambda *_: list_schedulers(),

@@ -163,7 +163,7 @@ class GenerationRequest:
     )
     resize_mode: str | None = declare(
         choice("crop", "pad", "stretch"),
-        "how `image` gets another aspect: `crop` cuts its edges, `pad` adds white bars; default: crop",
+        "how `image` gets another aspect: `crop` cuts its edges, `pad` adds white bars, `stretch` distorts it; default: crop",
         value=None,
         is_argument=False,
     )

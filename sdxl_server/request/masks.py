@@ -126,7 +126,7 @@ def choose_crop(request: GenerationRequest) -> tuple[int, int, int, int]:
 
 
 def crop_to_mask(request: GenerationRequest) -> tuple[Any, Any]:
-    """Return the image and the mask as they are drawn: with `padding_mask_crop` a crop, enlarged or reduced."""
+    """Return the image and the mask for the drawing: with `padding_mask_crop` a crop, enlarged or reduced."""
     if not request.is_crop:
         return request.image, request.mask_image
     box, size = choose_crop(request), (request.width, request.height)

@@ -108,6 +108,13 @@ def test_webuiapi_reads_lists(client: Any) -> None:
         client.txt2img(prompt="a red fox", steps=999, width=64, height=64)
 
 
+def test_webuiapi_works_without_nginx(server: EagerServer) -> None:
+    client = webuiapi.WebUIApi(baseurl=f"{server.url}/1.0/sdapi/v1", steps=2)
+    client.session.headers.update(server.get_headers())
+    client.check_extensions()
+    assert client.txt2img(prompt="a red fox", width=64, height=64).image.size == (64, 64)
+
+
 def test_progress_and_interrupt_of_ones_own_drawing(server: EagerServer, clients: dict[str, Any]) -> None:
     own, other = clients["local"], clients["other"]
     with ThreadPoolExecutor(1) as pool:

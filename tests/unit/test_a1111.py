@@ -50,7 +50,7 @@ def ask(service: Service, path: str, body: Any = None, **about: Any) -> Response
 
 
 def finish(response: Response) -> Any:
-    """Return the JSON of the rest of a response."""
+    """Return the JSON of a response, from here to its end."""
     return json.loads(b"".join(_list_replies(response)))
 
 
