@@ -47,11 +47,11 @@ SILENT = (
     *("hr_resize_y", "hr_checkpoint_name", "hr_sampler_name", "hr_scheduler", "hr_prompt", "hr_negative_prompt"),
 )
 NO_EQUIVALENT_OF_IMAGES: Mapping[str, Sequence[Any]] = {"latent_mask": (), "initial_noise_multiplier": (1,)}
-NO_EQUIVALENT_OF_MASKS: Mapping[str, Sequence[Any]] = {"inpainting_fill": (1,)}
+FILLS = ("surroundings", "original", "surroundings", "surroundings")  # by A1111's number; the last two fill the latents
 MASK_BLURS = ("mask_blur", "mask_blur_x", "mask_blur_y")
 IMAGE_FIELDS = (
-    *("init_images", "mask", *MASK_BLURS, "mask_round", "inpainting_mask_invert", "inpaint_full_res"),
-    *("inpaint_full_res_padding", "resize_mode", "image_cfg_scale", "include_init_images"),
+    *("init_images", "mask", *MASK_BLURS, "mask_round", "inpainting_mask_invert", "inpainting_fill"),
+    *("inpaint_full_res", "inpaint_full_res_padding", "resize_mode", "image_cfg_scale", "include_init_images"),
 )
 RESIZE_MODES = ("stretch", "crop", "pad", "stretch")  # by A1111's number; the last one resizes the latents
 DENOISING = 0.75  # A1111's default
@@ -203,7 +203,7 @@ class A1111Api(NativeApi):
 class A1111Img2ImgApi(A1111Api):
     """Reads img2img, which starts from an image and may have a mask."""
 
-    names = (*A1111Api.names, *IMAGE_FIELDS, *NO_EQUIVALENT_OF_IMAGES, *NO_EQUIVALENT_OF_MASKS)
+    names = (*A1111Api.names, *IMAGE_FIELDS, *NO_EQUIVALENT_OF_IMAGES)
 
     def read_images(self, known: Mapping[str, Any], contract: Contract, warnings: list[str]) -> dict[str, Any]:
         """Return the fields of the uploaded images; add warnings about them.
@@ -226,13 +226,15 @@ class A1111Img2ImgApi(A1111Api):
         warnings += _warn_of_effects(known, NO_EQUIVALENT_OF_IMAGES)
         if "mask" not in known:
             return fields
-        warnings += _warn_of_effects(known, NO_EQUIVALENT_OF_MASKS)
         mask = read_upload("mask", known["mask"], max_side=side)
         is_inverted = read_as(known, "inpainting_mask_invert", switch(), False)
         # A1111 repaints what is opaque, or white if nothing is transparent.
         fields |= {MASK: mask, "invert_mask": is_inverted != (mask.alpha is not None)}
         blurs = [coerce(known[name], contract.properties["mask_blur"]) for name in MASK_BLURS if name in known]
-        fields |= {"mask_blur": next(iter(blurs), None)}
+        fill = read_as(known, "inpainting_fill", whole(0, len(FILLS) - 1), 0)
+        fields |= {"mask_blur": next(iter(blurs), None), "mask_fill": FILLS[fill]}
+        if fill > 1:
+            warnings.append(f"inpainting_fill is 0 here, colours from around the mask, and not {fill}")
         if read_as(known, "inpaint_full_res", switch(), True):
             fields["padding_mask_crop"] = coerce(
                 known.get("inpaint_full_res_padding", 0), contract.properties["padding_mask_crop"]

@@ -16,7 +16,7 @@ from sdxl_server.model.adapters.registry import build_low_rank_matrices
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.model.safety_checker import SAFETY_CHECKER
 from sdxl_server.request.fields import DECLARATIONS, GenerationRequest
-from sdxl_server.request.masks import cover_cells, crop_to_mask, keep_protected
+from sdxl_server.request.masks import cover_cells, keep_protected, prepare_drawing
 from sdxl_server.request.prompts import PROMPTS
 from sdxl_server.sampling.schedulers import build_request_scheduler, read_schedule
 from sdxl_server.sampling.step_plan import build_step_plan
@@ -215,6 +215,6 @@ def list_pipeline_arguments(pipeline: Any, request: GenerationRequest, index: in
     if request.negative_prompt_2 is not None:
         arguments.setdefault("negative_prompt", "")  # otherwise diffusers takes zeros for both
     if request.mask_image is not None:
-        arguments["image"], mask = crop_to_mask(request)
+        arguments["image"], mask = prepare_drawing(request)
         arguments["mask_image"] = cover_cells(mask, pipeline.vae_scale_factor)
     return {**arguments, "generator": torch.Generator().manual_seed(request.get_seed(index))}

@@ -154,6 +154,13 @@ class GenerationRequest:
     mask_blur: int | None = declare(
         whole(0, 64), "width in pixels of the soft edge inside `mask_image`; default: 4", value=None, is_argument=False
     )
+    mask_fill: str | None = declare(
+        choice("original", "surroundings"),
+        "how the drawing begins inside `mask_image`: with `image`, or without it, with colours from around the mask; "
+        "default: original",
+        value=None,
+        is_argument=False,
+    )
     padding_mask_crop: int | None = declare(
         whole(0, 1024),
         "draws only the mask's box with these pixels around it, at `width`×`height`, and pastes it into `image`; the "
@@ -163,7 +170,8 @@ class GenerationRequest:
     )
     resize_mode: str | None = declare(
         choice("crop", "pad", "stretch"),
-        "how `image` gets another aspect: `crop` cuts its edges, `pad` adds white bars, `stretch` distorts it; default: crop",
+        "how `image` gets another aspect: `crop` cuts its edges, `pad` adds white bars, `stretch` distorts it; "
+        "default: crop",
         value=None,
         is_argument=False,
     )

@@ -73,6 +73,38 @@ def cover_cells(mask: Any, cell: int) -> Any:
     return small.point(lambda value: 255 if value else 0).resize(mask.size, Image.Resampling.NEAREST)
 
 
+def fill_mask(image: Any, mask: Any) -> Any:
+    """Return an image whose masked pixels have colours from around the mask; nearer pixels weigh more.
+
+    Both are halved until no cell is empty, and each empty cell then takes the colour of the next coarser one.
+    """
+    import numpy as np
+    from PIL import Image
+
+    weights = (np.asarray(mask)[..., None] == 0).astype(np.float32)
+    if not weights.any():
+        return image
+    pixels, levels = np.asarray(image) * weights, []
+    while not weights.all():
+        levels.append((pixels, weights))
+        pixels, weights = _sum_blocks(pixels), _sum_blocks(weights)
+    filled = pixels / weights
+    for pixels, weights in reversed(levels):
+        coarse = Image.fromarray(filled.round().astype(np.uint8))
+        larger = np.asarray(coarse.resize(weights.shape[1::-1], Image.Resampling.BILINEAR))
+        filled = np.where(weights > 0, pixels / np.maximum(weights, 1), larger)
+    return Image.fromarray(filled.round().astype(np.uint8))
+
+
+def _sum_blocks(values: Any) -> Any:
+    """Return the sums of blocks of 2×2 cells: height, width, channels."""
+    import numpy as np
+
+    height, width, channels = values.shape
+    even = np.pad(values, ((0, height % 2), (0, width % 2), (0, 0)))
+    return even.reshape(-(-height // 2), 2, -(-width // 2), 2, channels).sum(axis=(1, 3))
+
+
 def blend(generated: Any, image: Any, mask: Any, *, width: int = BLEND_WIDTH) -> Any:
     """Return the generated pixels inside the mask, and the exact pixels of the image outside.
 
@@ -125,13 +157,14 @@ def choose_crop(request: GenerationRequest) -> tuple[int, int, int, int]:
     return starts[0], starts[1], starts[0] + sides[0], starts[1] + sides[1]
 
 
-def crop_to_mask(request: GenerationRequest) -> tuple[Any, Any]:
-    """Return the image and the mask for the drawing: with `padding_mask_crop` a crop, enlarged or reduced."""
-    if not request.is_crop:
-        return request.image, request.mask_image
-    box, size = choose_crop(request), (request.width, request.height)
-    image, mask = (_cut(each, box) for each in (request.image, request.mask_image))
-    return resize_image(image, size), binarize_mask(resize_image(mask, size))
+def prepare_drawing(request: GenerationRequest) -> tuple[Any, Any]:
+    """Return the image and the mask that the pipeline gets, cropped and filled as the request says."""
+    image, mask = request.image, request.mask_image
+    if request.is_crop:
+        box, size = choose_crop(request), (request.width, request.height)
+        image, mask = (resize_image(_cut(each, box), size) for each in (image, mask))
+        mask = binarize_mask(mask)
+    return fill_mask(image, mask) if request.mask_fill == "surroundings" else image, mask
 
 
 def _cut(image: Any, box: tuple[int, int, int, int]) -> Any:

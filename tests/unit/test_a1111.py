@@ -311,12 +311,16 @@ def test_opaque_strokes_are_repainted(is_inverted: bool) -> None:
     assert (request.mask_image.getpixel((5, 5)) == 255) is is_inverted
 
 
-def test_the_fill_of_a_mask_is_warned_of() -> None:
-    body = {"init_images": [encode(PHOTO)], "mask": encode(MASK), "width": 96, "height": 64}
-    assert read(is_img2img=True, **body, inpainting_fill=1)[1] == []
-    assert read(is_img2img=True, **body, inpainting_fill=0)[1] == [
-        "inpainting_fill has no effect here, and 0 is ignored"
-    ]
+def test_the_fill_of_a_mask() -> None:
+    body: dict[str, Any] = {"init_images": [encode(PHOTO)], "mask": encode(MASK), "width": 96, "height": 64}
+    for number, fill in ((None, "surroundings"), (0, "surroundings"), ("1", "original")):
+        request, warnings = read(is_img2img=True, **body, inpainting_fill=number)
+        assert (request.mask_fill, warnings) == (fill, [])
+    request, (warning,) = read(is_img2img=True, **body, inpainting_fill=2)
+    assert (request.mask_fill, warning) == (
+        "surroundings",
+        "inpainting_fill is 0 here, colours from around the mask, and not 2",
+    )
     del body["mask"]
     assert read(is_img2img=True, **body, inpainting_fill=0)[1] == []
 
@@ -341,6 +345,7 @@ def test_the_fill_of_a_mask_is_warned_of() -> None:
             "inpaint_full_res_padding takes a whole number from 0 to 1024, not -1",
         ),
         ({"mask": RED, "inpainting_mask_invert": 2}, "inpainting_mask_invert", "takes true or false, not 2"),
+        ({"mask": RED, "inpainting_fill": 4}, "inpainting_fill", "takes a whole number from 0 to 3, not 4"),
         ({"mask": RED, "inpaint_full_res": "x"}, "inpaint_full_res", "takes true or false, not 'x'"),
     ],
 )

@@ -16,7 +16,7 @@ from sdxl_server.diffusion.generation import generate, run_to_end
 from sdxl_server.diffusion.previews import draw_preview
 from sdxl_server.errors import RequestError
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
-from sdxl_server.request.masks import blend, choose_crop, cover_cells, crop_to_mask, keep_protected
+from sdxl_server.request.masks import blend, choose_crop, cover_cells, fill_mask, keep_protected, prepare_drawing
 from sdxl_server.service import Service
 from tests.unit.pipelines import encode, make_picture
 
@@ -46,7 +46,7 @@ def test_a_crop_is_drawn_at_full_size_and_pasted(eager: LoadedPipeline, padding:
     left, top, right, bottom = choose_crop(request)
     assert (right - left, bottom - top) == ((200, 200) if padding == 200 else (40 + 2 * padding,) * 2)
     # The same crop as an image of its own, drawn at the same size, shows the same.
-    crop, crop_mask = crop_to_mask(request)
+    crop, crop_mask = prepare_drawing(request)
     assert crop.size == crop_mask.size == (128, 128)
     alone = make_picture(eager, image=encode(crop), mask_image=encode(crop_mask), width=128, height=128)
     pasted = Image.fromarray(alone.astype(np.uint8)).resize((right - left, bottom - top), Image.Resampling.LANCZOS)
@@ -61,7 +61,7 @@ def test_it_is_what_diffusers_draws_of_this_crop(eager: LoadedPipeline) -> None:
 
     request = check(eager, make_mask(100, 60, 164, 124), padding_mask_crop=32)
     assert choose_crop(request) == (68, 28, 196, 156)  # of the drawn size, so nothing is resized
-    image, mask = crop_to_mask(request)
+    image, mask = prepare_drawing(request)
     assert image.tobytes() == PHOTO.crop((68, 28, 196, 156)).tobytes()
     pipeline = diffusers.StableDiffusionXLInpaintPipeline(**eager.pipeline.components)
     pipeline.set_progress_bar_config(disable=True)
@@ -91,7 +91,7 @@ def test_the_box_has_the_aspect_that_is_drawn(
     fields: dict[str, Any] = {"width": size[0], "height": size[1], "padding_mask_crop": padding}
     request = check(eager, make_mask(*mask), **fields)
     assert choose_crop(request) == box
-    image, cut = crop_to_mask(request)
+    image, cut = prepare_drawing(request)
     assert image.size == cut.size == size
     assert keep_protected(image, request).size == PHOTO.size
 
@@ -146,6 +146,34 @@ def test_neighbours_are_those_of_pillows_filters() -> None:
     noise = Image.effect_noise((50, 40), 90)
     for choose, kind in ((np.minimum, ImageFilter.MinFilter), (np.maximum, ImageFilter.MaxFilter)):
         assert np.array_equal(_filter_neighbours(np.asarray(noise), choose), np.asarray(noise.filter(kind(3))))
+
+
+def test_a_mask_is_filled_with_the_colours_around_it(eager: LoadedPipeline) -> None:
+    ramp = Image.linear_gradient("L").resize((200, 130))
+    photo = Image.merge("RGB", (ramp, ramp.transpose(Image.Transpose.ROTATE_180), Image.new("L", ramp.size, 40)))
+    spoiled = photo.copy()
+    box = (61, 33, 147, 95)
+    spoiled.paste("red", box)
+    filled = np.asarray(fill_mask(spoiled, make_mask(*box, size=photo.size))).astype(int)
+    is_kept = np.asarray(make_mask(*box, size=photo.size)) == 0
+    expected = np.asarray(photo).astype(int)
+    assert np.array_equal(filled[is_kept], expected[is_kept])
+    assert np.abs(filled - expected)[~is_kept].mean() < 20  # of 255: the gradient goes on
+    for mask in (make_mask(size=photo.size), make_mask(0, 0, *photo.size, size=photo.size)):
+        assert fill_mask(photo, mask).tobytes() == photo.tobytes()
+
+
+def test_a_filled_mask_draws_nothing_of_the_original(eager: LoadedPipeline) -> None:
+    mask = encode(make_mask(40, 40, 90, 90, size=(128, 128)))
+    images: list[Any] = []
+    photo = Image.effect_noise((128, 128), 90).convert("RGB")
+    for colour in ("red", "blue"):
+        photo.paste(colour, (40, 40, 90, 90))
+        fields = {"image": encode(photo), "mask_image": mask, "strength": 0.5, "mask_fill": "surroundings"}
+        images.append(make_picture(eager, **fields))
+    inside = (slice(46, 84), slice(46, 84))  # where no seam is blended
+    assert np.array_equal(images[0][inside], images[1][inside])
+    assert not np.array_equal(images[0], make_picture(eager, **{**fields, "mask_fill": "original"}))
 
 
 def test_without_a_mask_they_have_no_effect(eager: LoadedPipeline) -> None:
