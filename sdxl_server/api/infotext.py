@@ -4,6 +4,7 @@ It is the prompt, a line `Negative prompt: …`, and a last line `Steps: 20, Sam
 in A1111 have their own name in the last line; other programs ignore them.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -57,11 +58,12 @@ def write_infotext(described: Mapping[str, Any]) -> str:
         f" <lora:{each['name']}:{write_value(each['scale'])}>" for each in request.pop("adapters", None) or ()
     )
     parameters: dict[str, Any] = {"Steps": request.pop("num_inference_steps", None)}
-    if scheduler := request.pop("scheduler", None):
+    if scheduler := request.get("scheduler"):
         sampler, schedule = name_sampler(scheduler)
         parameters |= {"Sampler": sampler, "Schedule type": schedule or None}
-        if _read_sampler(sampler, schedule, _ALL_SAMPLERS) != scheduler:
-            request["scheduler"] = scheduler
+        with contextlib.suppress(ValueError):
+            if _read_sampler(sampler, schedule, _ALL_SAMPLERS) == scheduler:
+                del request["scheduler"]
     parameters |= {name: request.pop(NUMBERS[name], None) for name in ("CFG scale", "Seed")}
     if "width" in request and "height" in request:
         parameters["Size"] = f"{request.pop('width')}x{request.pop('height')}"
@@ -275,7 +277,7 @@ def write_value(value: Any) -> str:
     """Return a parameter's value as A1111 writes it, not yet quoted."""
     if isinstance(value, str):
         return value
-    return repr(value).removesuffix(".0") if isinstance(value, (int, float)) else json.dumps(value, ensure_ascii=False)
+    return repr(value).removesuffix(".0") if type(value) in (int, float) else json.dumps(value, ensure_ascii=False)
 
 
 def _quote(text: str) -> str:

@@ -133,7 +133,13 @@ def test_prompts_in_other_programs_words_are_told_everywhere(server: LocalServer
     told = "; ".join(warnings)
     plain = ask(server, **fields)
     assert plain.headers["X-Warning"] == told
-    assert json.loads(Image.open(io.BytesIO(plain.content)).info["parameters"])["warnings"] == warnings
+    address, headers = f"{server.url}/1.0/metadata", server.get_headers()
+    kind = {"Content-Type": plain.headers["Content-Type"]}
+    for described in (
+        requests.post(address, plain.content, headers={**headers, **kind}, timeout=60),
+        requests.post(address, files={"image": plain.content}, headers=headers, timeout=60),
+    ):
+        assert described.json()["warnings"] == warnings
     whole = ask(server, accept="application/json", **fields)
     assert (whole.headers["X-Warning"], whole.json()["warnings"]) == (told, warnings)
     assert base64.b64decode(whole.json()["data"][0]["b64_json"]) == plain.content

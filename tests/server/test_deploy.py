@@ -201,6 +201,7 @@ CLOSED = [
     ("TRACE", PREDICTIONS),
     ("POST", f"{PREDICTIONS}/2.0"),
     ("POST", f"{PREDICTIONS}/1.0/describe"),
+    ("GET", f"{PREDICTIONS}/1.0/metadata"),
     ("POST", f"{PREDICTIONS}/1.0/v1/images/variations"),
     ("GET", f"{PREDICTIONS}/1.0/v1/images/generations"),
     ("GET", f"{PREDICTIONS}/1.0/other"),
@@ -268,6 +269,8 @@ def test_listed_paths_are_open(server: LocalServer, nginx: Nginx, address: str) 
         if path.startswith("v1"):
             assert nginx.ask("GET", f"/{path}", address=address, **nginx.get_headers()).body == answer.body
         json.loads(answer.body)
+    answer = nginx.ask("POST", f"{below}/metadata", address=address, body=answer.body, **nginx.headers)
+    assert "image is missing" in answer.error["message"]
     for path in (f"{below}/v1/images/edits", "/v1/images/edits"):
         answer = nginx.ask("POST", path, address=address, body=b'{"prompt": "a red fox"}', **nginx.headers)
         assert "image is missing" in answer.error["message"]

@@ -228,8 +228,10 @@ def test_jobs_through_nginx_belong_to_the_holder_of_the_key(site: Site) -> None:
         known = {**anna, "If-None-Match": ended.headers["ETag"]}
         assert requests.get(job, headers=known, **given).status_code == 304
         assert requests.get(f"{job}/pictures/0", headers=anna, **given).headers["Content-Type"] == "image/jpeg"
+        described = requests.get(f"{job}/pictures/0/metadata", headers=anna, **given).json()
+        assert described["request"]["prompt"]
         spoofed = {**ben, "X-Holder": "anna"}
-        for path in ("", "/pictures/0"):
+        for path in ("", "/pictures/0", "/pictures/0/metadata"):
             assert requests.get(f"{job}{path}", **given).status_code == 401
             assert requests.get(f"{job}{path}", headers=spoofed, **given).status_code == 404
         assert [each["id"] for each in requests.get(address, headers=anna, **given).json()] == [accepted.json()["id"]]

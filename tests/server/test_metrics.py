@@ -1,6 +1,5 @@
 """What a worker counts, against what its clients have counted; ids; and what the log says of steps: nothing."""
 
-import io
 import json
 import re
 from collections import Counter
@@ -8,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from PIL import Image
 
+from sdxl_server.api.metadata import read_metadata
+from sdxl_server.request.limits import Limits
 from tests.server.eager import LONG, EagerServer, wait_for
 from tools.server import ROOT
 
@@ -64,8 +64,7 @@ def test_calls_of_the_unet_are_those_that_were_made(server: EagerServer) -> None
 def test_an_id_is_in_log_answer_and_picture(server: EagerServer) -> None:
     """Through nginx the answer has it too: test_deploy."""
     answer = server.ask({"X-Request-Id": "order-7"}, output_format="png")
-    with Image.open(io.BytesIO(answer.content)) as picture:
-        assert json.loads(picture.text["parameters"])["request_id"] == "order-7"  # type: ignore[attr-defined]
+    assert read_metadata(answer.content, Limits())["request_id"] == "order-7"
     wait_for(lambda: 'Request: {"id": "order-7", "prompt": "a red fox"' in server.log)
     own = server.ask({"X-Request-Id": "a b"})
     wait_for(lambda: f'Request: {{"id": "{own.headers["X-Request-Id"]}"' in server.log)

@@ -9,7 +9,7 @@ import psutil
 import pytest
 import requests
 from axe_playwright_python.sync_playwright import Axe
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from playwright.sync_api import Browser, BrowserContext, Page, Route, expect
 
 from demo.measure import GUIDANCE
@@ -154,6 +154,28 @@ def test_dropped_image_brings_its_settings_back(page: Page, server: LocalServer,
     page.get_by_role("button", name="Draw", exact=True).click()
     wait_for_image(page)
     assert Image.open(io.BytesIO(download(page))).tobytes() == Image.open(io.BytesIO(made)).tobytes()
+
+
+def test_dropped_image_of_a1111_brings_its_settings(page: Page) -> None:
+    texts = PngImagePlugin.PngInfo()
+    sampling = "Steps: 4, Sampler: Euler a, Schedule type: Karras, CFG scale: 6.5, Seed: 7, Size: 64x64"
+    texts.add_text("parameters", f"a fox\nNegative prompt: snow\n{sampling}, RNG: CPU")
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "png", pnginfo=texts)
+    drop(page, "other.png", file.getvalue())
+    expect(page.locator("#start-error")).to_have_text("Without an equivalent here, left out: 'RNG: CPU'.")
+    form = read_form(page)
+    assert {"prompt": "a fox", "negative_prompt": "snow", "seed": "7", "guidance_scale": "6.5"}.items() <= form.items()
+
+
+def test_photo_with_a_comment_is_where_to_start_from(page: Page) -> None:
+    """The server finds no metadata of a request in it."""
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"ASCII\0\0\0holiday"
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "jpeg", exif=exif)
+    drop(page, "photo.jpg", file.getvalue())
+    expect(page.get_by_alt_text("The image to start from")).to_be_visible()
 
 
 def test_gallery_survives_a_reload_and_gives_all_back(page: Page) -> None:

@@ -163,7 +163,8 @@ def test_each_naming_is_read_whole(
     assert np.abs(make_picture(loaded) - reference).max() <= 1  # a rounding of the last bit
     assert np.abs(make_picture(load(tiny_model)) - reference).mean() > 1  # and it does change the picture
     digest = hashlib.sha256(files[naming].read_bytes()).hexdigest()
-    told = {"name": "outline", "sha256": digest, "scale": 0.8, "fused": True, "rank": RANK, "layers": len(held)}
+    told = {"name": "outline", "sha256": digest, "autov2": digest[:10], "scale": 0.8}
+    told |= {"fused": True, "rank": RANK, "layers": len(held)}
     assert describe_pipeline(loaded)["adapters"] == [told]
     request = loaded.contract.check({"prompt": "a fox"})
     assert describe_image(loaded, request, 0, unet_calls=1)["made_with"]["adapters"] == [told]

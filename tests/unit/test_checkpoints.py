@@ -1,6 +1,7 @@
 """Single-file checkpoints: recognised, refused by name, and converted into folders that draw the same image."""
 
 import copy
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import pytest
 
 import Download_model
 from sdxl_server.convert import conversion, recognition
+from sdxl_server.model.folders import describe_original
 from tests.hub import Hub
 
 ROOT = Path(__file__).parents[2]
@@ -233,7 +235,9 @@ def test_source_is_recorded_and_a_second_run_does_nothing(
     assert Download_model.main(arguments) == 0
     digest = Download_model.digest_file(tmp_path / "tiny.safetensors")
     record = {"model": "tiny.safetensors", "revision": digest, "dtype": "fp16"}
-    assert json.loads((tmp_path / "model/source.json").read_text()) == record
+    assert json.loads((tmp_path / "model/source.json").read_text()) == {**record, "sha256": digest}
+    told = {"model_name": "tiny", "model_sha256": digest, "model_autov2": digest[:10]}
+    assert describe_original(tmp_path / "model") == told
     weights = safetensors.torch.load_file(tmp_path / "model/text_encoder/model.safetensors")
     assert {each.dtype for each in weights.values()} == {torch.float16}
     assert all(name.startswith("text_model.") for name in weights)
@@ -307,6 +311,7 @@ def test_file_on_the_hub(make_file: Callable[..., Any], tmp_path: Path, page: bo
     check_same_weights(tmp_path / "model", pipeline)
     record = json.loads((tmp_path / "model/source.json").read_text())
     assert (record["model"], record["revision"]) == (f"somebody/model/{name}", revision)
+    assert record["sha256"] == hashlib.sha256(content).hexdigest()
     assert not list((tmp_path / "model").glob("single_file*"))
 
 

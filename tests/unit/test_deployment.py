@@ -109,14 +109,22 @@ def test_haproxys_own_errors_are_json(site: tuple[dict[str, Instance], LocalBala
     assert answer.headers["Retry-After"] == "10"
 
 
-def test_commands_of_a1111_do_not_wait_for_images(site: tuple[dict[str, Instance], LocalBalancer]) -> None:
-    """They are POST, too; behind the images they would come too late."""
+@pytest.mark.parametrize(
+    ("path", "backend"),
+    [
+        *((f"sdapi/v1/{name}", "documents") for name in ("interrupt", "skip", "options", "png-info")),
+        ("metadata", "documents"),
+        *((f"sdapi/v1/{name}", "pictures") for name in ("txt2img", "img2img")),
+        ("v1/images/edits", "pictures"),
+    ],
+)
+def test_what_draws_nothing_does_not_wait_for_images(
+    site: tuple[dict[str, Instance], LocalBalancer], path: str, backend: str
+) -> None:
+    """A POST, too: behind the images a command would come too late."""
     _, balancer = site
-    url = f"http://127.0.0.1:{balancer.port}/predictions/diffusion_fast/1.0/sdapi/v1"
-    for name in ("interrupt", "skip", "options", "png-info", "txt2img", "img2img"):
-        requests.post(f"{url}/{name}", json={}, timeout=30)
-        backend = "pictures" if name.endswith("2img") else "documents"
-        wait_until(lambda name=name, backend=backend: re.search(rf" {backend}/\w+ .*sdapi/v1/{name} ", balancer.log))
+    requests.post(f"http://127.0.0.1:{balancer.port}/predictions/diffusion_fast/1.0/{path}", json={}, timeout=30)
+    wait_until(lambda: re.search(rf" {backend}/\w+ .*/1\.0/{path} ", balancer.log))
 
 
 @pytest.mark.skipif(find_haproxy() is None, reason="haproxy is not installed")

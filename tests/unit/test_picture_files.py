@@ -10,6 +10,7 @@ from PIL import Image
 from sdxl_server.api.image_files import encode_image
 from sdxl_server.api.image_metadata import describe_image
 from sdxl_server.api.marking import Marker
+from sdxl_server.api.metadata import read_metadata
 from sdxl_server.api.warnings import list_warnings
 from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.diffusion.generation import generate, run_to_end
@@ -38,6 +39,7 @@ def test_prompts_too_long_for_a_jpeg_are_told_before_the_work(eager: LoadedPipel
         file = encode_image(Image.new("RGB", (64, 64)), request, marker=MARKER, parameters=parameters)
         image = Image.open(io.BytesIO(file))
         assert bool(image.info.get("parameters") or image.getexif()) is is_held
+        assert (b"sdxl:metadata" in image.info["xmp"]) is is_held
 
 
 def test_long_prompts_are_told(eager: LoadedPipeline) -> None:
@@ -64,7 +66,9 @@ def test_file_holds_what_makes_the_picture_again(eager: LoadedPipeline, output_f
     image = Image.open(io.BytesIO(file))
     assert image.format == output_format.upper()
     text = image.text["parameters"] if output_format == "png" else read_comment(image)  # type: ignore[attr-defined]
-    parameters = json.loads(text)
+    assert text.startswith("a fox 🦊\nSteps: 30, Sampler: ")
+    parameters = read_metadata(file, eager.contract.limits)
+    assert parameters == json.loads(json.dumps(describe_image(eager, request, 1, unet_calls=4)))
     again = run_to_end(generate(eager, eager.contract.check(parameters["request"])))
     assert again[0].image.tobytes() == pictures[1].tobytes()
     assert parameters["made_with"]["weights_sha256"] == eager.weights_sha256
@@ -72,6 +76,7 @@ def test_file_holds_what_makes_the_picture_again(eager: LoadedPipeline, output_f
     plain = Image.open(io.BytesIO(encode_image(pictures[1], request, marker=MARKER)))
     assert "parameters" not in plain.info
     assert not plain.getexif()
+    assert b"sdxl:metadata" not in plain.info["xmp"]
 
 
 def read_comment(image: Image.Image) -> str:

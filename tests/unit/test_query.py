@@ -26,16 +26,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import query
 from sdxl_server.api.image_files import encode_image
 from sdxl_server.api.marking import Marker
+from sdxl_server.api.metadata import read_metadata_request
 from sdxl_server.config.settings import HandlerConfig
+from sdxl_server.errors import RequestError
 from sdxl_server.request.fields import GenerationRequest
+from sdxl_server.request.limits import Limits
+from sdxl_server.request.samplers import SAMPLERS
+from sdxl_server.service import describe_error
 from tests.scripted import DONE, IMAGE, STREAM, Handler, Server, Step, answer, complete, make_event, make_image
 
 MARKER = Marker(HandlerConfig())
+LIMITS = Limits(samplers={name: row.options for name, row in SAMPLERS.items()})
 QUERY = Path(query.__file__)
 LIMIT = 60  # seconds, for a step that takes less than one
 TOKEN_ERROR = {"code": 400, "type": "InvalidKeyException", "message": "Token Authorization failed."}
@@ -362,12 +368,6 @@ def test_endless_chunk_heads_end(client: Client, server: Server) -> None:
     assert "no answer from" in client.fail(code=3)
 
 
-def test_like_does_not_decode_an_image_that_is_too_large(client: Client, server: Server) -> None:
-    Image.new("L", (5000, 5000)).save("large.png")
-    client.options.clear()
-    assert "it has 5000 x 5000 pixels, and at most 16777216 are read" in client.fail("--like", "large.png", code=2)
-
-
 @pytest.mark.parametrize(("status", "code"), [(504, 3), (400, 2), (500, 1), (None, 1)])
 def test_error_event_is_shown(client: Client, server: Server, status: object, code: int) -> None:
     event = make_event("error", error={"message": "no\x1b[2J more", "code": status})
@@ -632,7 +632,7 @@ def make_job() -> query.Job:
 def test_no_answer_in_time_is_not_sent_again(server: Server, clock: Clock) -> None:
     server.steps = [hang] * 3
     with pytest.raises(query.QueryError, match="no answer from .*timed out"):
-        list(query.request_events(make_job(), make_options(server, timeout=0.2)))
+        list(query.request_events(make_job(), make_options(server, timeout=0.2), query.follow_stream))
     assert (len(server.requests), clock.ranges) == (1, [])
 
 
@@ -720,7 +720,7 @@ def test_interrupt_of_a_wait(server: Server) -> None:
 def test_job_that_is_over_does_not_wait(server: Server) -> None:
     server.steps = [refuse(429, retry_after="40")] * 2
     job, start = make_job(), time.monotonic()
-    for event in query.request_events(job, make_options(server)):
+    for event in query.request_events(job, make_options(server), query.follow_stream):
         assert event["type"] == "warning"
         job.is_over.set()
     assert (len(server.requests), time.monotonic() - start < 30) == (1, True)
@@ -897,32 +897,82 @@ def embed(request: dict[str, object], kind: str) -> bytes:
     return encode_image(Image.new("RGB", (64, 64)), image, marker=MARKER, parameters={"request": request})
 
 
+def read_image(handler: Handler) -> None:
+    """Answer as the server does, with its own reader."""
+    body = {"body": handler.server.requests[-1].body}
+    try:
+        content, status = read_metadata_request(body, LIMITS, content_type="application/json"), 200
+    except RequestError as error:
+        status, content = describe_error(error, "id")
+    answer(content, status, "application/json")(handler)
+
+
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
 def test_like_repeats_an_image(client: Client, server: Server, kind: str) -> None:
     request: dict[str, object] = {"prompt": "ein Füchslein", "seed": 7, "target_size": [8, 8], "output_format": kind}
     Path("fox").write_bytes(embed(request, kind))
     client.options.clear()
-    server.steps *= 2
+    server.steps = [read_image, answer()] * 2
     client.save("--like", "fox")
-    assert json.loads(server.requests[0].body) == {**request, "stream": True}
+    assert server.requests[0].path == "/predictions/diffusion_fast/1.0/metadata"
+    assert json.loads(server.requests[1].body) == {**request, "stream": True}
+    server.url += "/1.0/"
     client.save("--like", "fox", "--seed", "8", "--filename", "new.png")
-    assert json.loads(server.requests[1].body) == {**request, "seed": 8, "output_format": "png", "stream": True}
+    assert server.requests[2].path == "/predictions/diffusion_fast/1.0/metadata"
+    assert json.loads(server.requests[3].body) == {**request, "seed": 8, "output_format": "png", "stream": True}
+
+
+def test_like_repeats_an_image_of_a1111(client: Client, server: Server) -> None:
+    text = "a fox\nSteps: 20, Sampler: Euler a, Schedule type: Automatic, CFG scale: 7, Seed: 5, Size: 64x64, RNG: CPU"
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("parameters", text)
+    Image.new("RGB", (64, 64)).save("fox.png", pnginfo=texts)
+    client.options.clear()
+    server.steps = [read_image, answer()]
+    status, _, err = client.run("--like", "fox.png", "--filename", "new.jpg")
+    left = "query.py: --like: warning: without an equivalent here, left out: 'RNG: CPU'\n"
+    assert (status, err) == (0, f"{left}new.jpg: seed 7\n")
+    assert json.loads(server.requests[1].body) == {
+        **{"prompt": "a fox", "num_inference_steps": 20, "guidance_scale": 7, "seed": 5, "width": 64, "height": 64},
+        **{"scheduler": "EulerAncestralDiscreteScheduler", "output_format": "jpeg", "stream": True},
+    }
 
 
 @pytest.mark.parametrize(
-    ("file", "line"),
+    ("file", "step", "line", "code"),
     [
-        (None, "there is no file fox"),
-        (IMAGE, "fox holds no request of this server"),
-        (b"x", "fox cannot be read as an image"),
+        (IMAGE, read_image, "the server answered 400: this image holds no metadata", 2),
+        (b"x", read_image, "the server answered 400: this takes a whole image", 2),
+        (IMAGE, refuse(404, body={"error": {"message": "there is no path"}}), "this server is older than --like", 2),
+        (IMAGE, answer({"warnings": ["x"]}, 200, "application/json"), "a damaged event", 1),
+        (IMAGE, answer({"request": [], "warnings": []}, 200, "application/json"), "a damaged event", 1),
     ],
 )
-def test_like_needs_an_image_that_tells(client: Client, server: Server, file: bytes | None, line: str) -> None:
-    if file is not None:
-        Path("fox").write_bytes(file)
+def test_like_needs_an_image_that_tells(
+    client: Client, server: Server, file: bytes, step: Step, line: str, code: int
+) -> None:
+    Path("fox").write_bytes(file)
     client.options.clear()
-    assert line in client.fail("--like", "fox", code=2)
-    assert server.requests == []
+    server.steps = [step]
+    status, out, err = client.run("--like", "fox")
+    assert (status, out, line in err.splitlines()[-1]) == (code, "", True)
+    assert len(server.requests) == 1
+
+
+def test_like_is_sent_with_a_new_token_and_again_to_a_busy_server(client: Client, server: Server, clock: Clock) -> None:
+    Path("fox").write_bytes(embed({"prompt": "a fox"}, "png"))
+    write_key("a")
+    client.options.clear()
+    server.steps = [refuse(503, retry_after="1"), read_image, answer()]
+    status, _, err = client.run("--like", "fox", "--filename", "new.png")
+    assert (status, "asking again" in err) == (0, True)
+    assert [each.headers["Authorization"] for each in server.requests] == ["Bearer a"] * 3
+
+
+def test_like_without_a_file(client: Client, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        client.run("--like", "fox")
+    assert "argument --like: cannot read fox: No such file or directory" in capsys.readouterr().err
 
 
 # Alone
@@ -982,12 +1032,11 @@ def test_terminal_without_a_bar(server: Server) -> None:
     os.close(ours)
 
 
-def test_like_without_pillow(server: Server) -> None:
-    Path("fox.jpg").write_bytes(IMAGE)
-    process = run_alone("--url", server.url, "--like", "fox.jpg")
-    line = b"query.py: --like reads images with Pillow: pip install pillow\n"
-    assert (process.communicate(timeout=LIMIT), process.returncode) == ((b"", line), 2)
-    assert server.requests == []
+def test_like_needs_requests_alone(server: Server) -> None:
+    Path("fox.png").write_bytes(embed({"prompt": "a fox"}, "png"))
+    server.steps = [read_image, answer()]
+    process = run_alone("--url", server.url, "--like", "fox.png", "--filename", "cat")
+    assert (process.communicate(timeout=LIMIT), process.returncode) == ((b"cat\n", b"cat: seed 7\n"), 0)
 
 
 # Jobs

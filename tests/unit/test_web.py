@@ -28,6 +28,7 @@ SENT = {"Retry-After": "3", "ETag": '"a"', "Location": "/jobs/12345678"}
 JOB_REQUESTS = (
     *(("GET", "/jobs"), ("POST", "/jobs"), ("GET", "/jobs/my-fox_1"), ("PUT", "/jobs/my-fox_1")),
     *(("DELETE", "/jobs/my-fox_1"), ("GET", "/jobs/my-fox_1/preview"), ("GET", "/jobs/my-fox_1/pictures/12")),
+    ("GET", "/jobs/my-fox_1/pictures/12/metadata"),
 )
 
 
