@@ -102,7 +102,7 @@ class A1111Api(NativeApi):
         properties = contract.properties
         fields = {own: coerce(known[name], properties[own]) for name, own in FIELDS.items() if name in known}
         counts = {name: read_as(known, name, properties["num_images_per_prompt"], 1) for name in COUNTS}
-        fields |= {"output_format": "png", "num_images_per_prompt": _multiply(counts, properties)}
+        fields |= {"num_images_per_prompt": _multiply(counts, properties)}
         fields |= _choose_sampler(known, contract)
         settings, warnings = self._read_settings(known, contract)
         fields |= settings | self.read_images(known, contract, warnings)
@@ -179,14 +179,11 @@ class A1111Api(NativeApi):
         if not isinstance(settings, Mapping):
             raise RequestError(f"override_settings takes an object, not {shorten(settings)}", param="override_settings")
         settings = {name: value for name, value in settings.items() if value not in (None, "")}
-        fields: dict[str, Any] = {}
-        without = 2 if contract.limits.is_xl else 1
         layers = {CLIP_SKIP: settings.get(CLIP_SKIP, known.get("clip_skip", 1))}
-        self._clip_skip = read_as(layers, CLIP_SKIP, whole(1, contract.limits.max_clip_skip + without), 1)
-        fields["clip_skip"] = read_clip_skip(self._clip_skip, is_xl=contract.limits.is_xl)
-        if "samples_format" in settings:
-            name = read_as(settings, "samples_format", choice(*FORMATS), "png")
-            fields["output_format"] = FORMATS[name]
+        most = contract.limits.max_clip_skip + (2 if contract.limits.is_xl else 1)
+        self._clip_skip = read_as(layers, CLIP_SKIP, whole(1, most), 1)
+        fields: dict[str, Any] = {"clip_skip": read_clip_skip(self._clip_skip, is_xl=contract.limits.is_xl)}
+        fields["output_format"] = FORMATS[read_as(settings, "samples_format", choice(*FORMATS), "png")]
         if "jpeg_quality" in settings:
             fields["quality"] = coerce(settings["jpeg_quality"], contract.properties["quality"])
         warnings = []
@@ -195,9 +192,8 @@ class A1111Api(NativeApi):
             warnings.append(f"{CHECKPOINT}: {shorten(settings[CHECKPOINT])} is ignored; the only model is {only}")
         warnings += _warn_of_effects(settings, SETTINGS)
         read = (CLIP_SKIP, CHECKPOINT, "samples_format", "jpeg_quality", *SETTINGS)
-        return fields, warnings + warn_of_unknown(
-            [f"override_settings.{each}" for each in settings if each not in read]
-        )
+        unknown = [f"override_settings.{name}" for name in settings if name not in read]
+        return fields, [*warnings, *warn_of_unknown(unknown)]
 
 
 class A1111Img2ImgApi(A1111Api):

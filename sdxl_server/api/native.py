@@ -153,8 +153,6 @@ class NativeApi:
     def describe_error(cls, error: Exception, message: str, *, status: int, kind: str) -> tuple[int, dict[str, Any]]:
         """Return the HTTP status of a failed request and the error for its client.
 
-        The error's `code` is the status. On OpenAI's paths it is a text or null, which clients there expect.
-
         Args:
             status, kind: the status and the type of the error in the native API.
         """
@@ -163,7 +161,7 @@ class NativeApi:
 
     @classmethod
     def choose_code(cls, error: Exception, status: int) -> int | str | None:
-        """Return the `code` of an error."""
+        """Return the `code` of an error: the status."""
         return status
 
 

@@ -118,7 +118,7 @@ class OpenAIApi(NativeApi):
 
     @classmethod
     def choose_code(cls, error: Exception, status: int) -> str | None:
-        """Return the `code` of an error, which is a text or null here."""
+        """Return the `code` of an error: a text or null, which OpenAI's clients expect."""
         return FLAGGED_CODE if isinstance(error, FlaggedError) else None
 
 
