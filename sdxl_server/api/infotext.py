@@ -31,11 +31,12 @@ NUMBERS = {
     "Denoising strength": "strength",
 }
 WHOLE = ("num_inference_steps", "seed")
-NUMBER = re.compile(r"[+-]?\d{1,20}(\.\d{0,20})?", re.ASCII)
+NUMBER = re.compile(r"[+-]?\d{1,20}(\.\d{0,20})?(e[+-]?\d{1,2})?", re.ASCII)
+WHOLE_NUMBER = re.compile(r"([+-]?\d{1,20})(\.0{0,20})?", re.ASCII)
 SIZE = re.compile(r"(\d{1,5})\s?x\s?(\d{1,5})", re.ASCII)
 KEY = re.compile(r"\s*(\w[\w \-/]{1,100}):\s*")
 END = re.compile(r"\s*(,|$)")
-# What made an image, and what says nothing about how.
+# These name the model and the program. The next ones say nothing about the image.
 MADE_WITH = {
     **{"Model": "model", "Model hash": "model_hash", "VAE": "vae"},
     **{"Lora hashes": "lora_hashes", "Version": "version"},
@@ -217,14 +218,12 @@ def _read_numbers(parameters: dict[str, str], warnings: list[str]) -> dict[str, 
     for name, field in NUMBERS.items():
         if (text := parameters.pop(name, None)) is None:
             continue
-        is_number = NUMBER.fullmatch(text)
-        value = float(text) if is_number else 0.0
-        if not is_number or field in WHOLE and not value.is_integer():
+        if not (found := (WHOLE_NUMBER if field in WHOLE else NUMBER).fullmatch(text)):
             warnings.append(f"{name} takes a number, not {shorten(text)}")
-        elif field == "seed" and not 0 <= int(text.partition(".")[0]) <= MAX_SEED:
+        elif field == "seed" and not 0 <= int(found[1]) <= MAX_SEED:
             warnings.append(f"seeds here are whole numbers from 0 to {MAX_SEED}; {shorten(text)} is left out")
         else:
-            read[field] = int(text.partition(".")[0]) if field in WHOLE else value
+            read[field] = int(found[1]) if field in WHOLE else float(text)
     return read
 
 
@@ -256,7 +255,7 @@ def _read_own(name: str, text: str, limits: Limits) -> Any:
 
 
 def _is_kept(name: str) -> bool:
-    """Say whether a name is that of a field that draws the image."""
+    """Say whether a field of this name draws the image."""
     return name in DECLARATIONS and DECLARATIONS[name].role is Role.IMAGE and not DECLARATIONS[name].is_upload
 
 

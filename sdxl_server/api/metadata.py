@@ -32,7 +32,7 @@ def read_metadata(file: bytes, limits: Limits) -> dict[str, Any]:
     found = read_header(file)
     readers: tuple[tuple[str, Callable[[str], dict[str, Any] | None]], ...] = (
         ("xmp", _read_own),
-        ("parameters", _read_own),  # of versions before 0.4
+        ("parameters", _read_own),  # of older versions
         ("parameters", lambda text: read_infotext(text, limits)),
         ("prompt", lambda text: read_graph(text, limits)),
     )

@@ -82,6 +82,7 @@ FIELDS: list[dict[str, Any]] = [
     {"negative_prompt": ""},
     {"guidance_scale": 7.123456789, "num_inference_steps": 1, "seed": 2**32 - 1, "guidance_rescale": 0.7},
     {"clip_skip": 2, "strength": 0.35, "denoising_end": 0.8},
+    {"guidance_scale": 0.1 + 0.2, "guidance_rescale": 1e-5, "adapters": ({"name": "ink", "scale": 1.25e-7},)},
     {"prompt_2": '"a", b: c', "negative_prompt_2": "[1, 2]\nx"},
     {"original_size": (512, 256), "crops_coords_top_left": (0, 8), "target_size": (64, 64)},
     {"timesteps": (999, 500, 1), "unet_calls": 7, "guidance_interval": (0.0, 0.5)},

@@ -19,6 +19,7 @@ from PIL import Image
 
 from sdxl_server.api.http import HttpRequest
 from sdxl_server.api.marking import SOURCES, Marker
+from sdxl_server.api.metadata import read_metadata
 from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.errors import ConfigError
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
@@ -148,6 +149,7 @@ def test_a_signed_manifest(eager: LoadedPipeline, signing: dict[str, Any], outpu
         changed = bytearray(file)
         changed[-40] ^= 1
         assert Reader(f"image/{output_format}", io.BytesIO(changed)).get_validation_state() == "Invalid"
+    assert FIELDS.items() <= read_metadata(file, eager.contract.limits)["request"].items()
 
 
 def test_wrong_certificates_are_refused_at_the_start(signing: dict[str, Any], tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 import { ask } from "./api.js";
 
 const PATH = "/predictions/diffusion_fast/1.0/metadata";
-// Metadata is behind one of these marks: ours, of a PNG's texts, and of EXIF's UserComment. Photos have none, or an answer
-// would have to wait for the step that the server computes.
+// Metadata is behind one of these marks: our own, a PNG's texts, and the codes of EXIF's UserComment. The server answers
+// between two steps of an image. A photo without a mark does not wait for that.
 const MARKS = /urn:sdxl_server|(tEXt|iTXt|zTXt)(parameters|prompt)\0|UNICODE\0|ASCII\0\0\0/;
 
 // Returns {request, warnings, made_with}, or null if the file has none or the server does not answer.
