@@ -212,6 +212,7 @@ def check_bodies(site: Site, scale: Scale) -> list[Line]:
 CLOSED = (
     *(("inference", method, path) for method, path in (("GET", "/ping"), ("GET", "/models"), ("GET", "/metrics"))),
     *(("inference", "POST", f"/predictions/diffusion_fast{end}") for end in ("", "/1.0", "/1.0/v1/images/generations")),
+    *(("inference", "POST", f"/predictions/diffusion_fast/1.0/sdapi/v1/{end}") for end in ("txt2img", "interrupt")),
     *(("inference", "GET", f"/predictions/diffusion_fast/1.0/{end}") for end in ("describe", "openapi.json")),
     *(("inference", "POST", path) for path in ("/invocations", "/explanations/diffusion_fast", "/wf-predict/x")),
     *(

@@ -14,21 +14,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sdxl_server import __version__, metrics
+from sdxl_server.api.a1111 import A1111Api, A1111Img2ImgApi
+from sdxl_server.api.a1111_documents import A1111_DOCUMENTS
 from sdxl_server.api.bodies import check_form
 from sdxl_server.api.content_filter import ContentFilter
+from sdxl_server.api.drawings import Drawing, Drawings
 from sdxl_server.api.http import HttpRequest, Response, build_headers
 from sdxl_server.api.image_files import encode_image
 from sdxl_server.api.image_metadata import describe_image
 from sdxl_server.api.marking import Marker
 from sdxl_server.api.metadata import read_metadata_request
 from sdxl_server.api.native import JSON, EncodedImage, NativeApi, split_chunks
-from sdxl_server.api.openai import FLAGGED_CODE, OPENAI_PREFIX, OpenAIApi, OpenAIEditApi, describe_model, list_models
+from sdxl_server.api.openai import OpenAIApi, OpenAIEditApi, describe_model, list_models
 from sdxl_server.api.openapi import build_openapi
 from sdxl_server.api.warnings import list_warnings
 from sdxl_server.config.settings import CompileConfig, HandlerConfig, check_server_keys
-from sdxl_server.diffusion.generation import GeneratedImage, Progress, generate
+from sdxl_server.diffusion.generation import GeneratedImage, Progress, SkippedImage, generate
 from sdxl_server.diffusion.previews import choose_preview_steps, draw_preview
-from sdxl_server.errors import FlaggedError, NotFiniteError, RequestError, VersionError, format_error
+from sdxl_server.errors import NotFiniteError, RequestError, VersionError, format_error
 from sdxl_server.loading import load_pipeline
 from sdxl_server.model.describe import describe_pipeline, list_uncompiled_components, measure_components
 from sdxl_server.model.dtypes import choose_device
@@ -46,7 +49,10 @@ APIS: Mapping[str, NativeApi] = {
     "": NativeApi(),
     "v1/images/generations": OpenAIApi(),
     "v1/images/edits": OpenAIEditApi(),
+    "sdapi/v1/txt2img": A1111Api(),
+    "sdapi/v1/img2img": A1111Img2ImgApi(),
 }
+ERRORS_BELOW: Mapping[str, type[NativeApi]] = {"v1": OpenAIApi, "sdapi": A1111Api}  # the APIs of other paths' errors
 
 
 class Service:
@@ -77,6 +83,7 @@ class Service:
         # One thread makes the steps of all requests, because greenlets stay in their thread. The handler can reply
         # meanwhile.
         self._thread = thread or make_thread()
+        self.drawings = Drawings()
 
     def answer(self, http_request: HttpRequest) -> Response:
         """Read a request and return its response. Nothing is drawn yet.
@@ -84,10 +91,10 @@ class Service:
         Raises:
             RequestError: the request is wrong, or its path does not exist.
         """
-        api = APIS.get(http_request.path)
-        if api is None:
+        if http_request.path not in APIS:
             document = json.dumps(self._find_document(http_request)).encode()
-            return Response(JSON, {}, APIS[""], _send_whole(document), waits=False)
+            return Response(JSON, {}, NativeApi(), _send_whole(document), waits=False)
+        api = APIS[http_request.path].begin(self.loaded.original)
         seconds: dict[str, float] = {}
         with _add_seconds(seconds, "preprocess"):
             with limit_time(READ_SECONDS):
@@ -101,7 +108,10 @@ class Service:
         headers = build_headers(request.seed, warnings)
         content_type = api.choose_type(request, http_request.accept)
         response = Response(content_type, headers, api, _send_whole(b""), seconds=seconds)
-        response.steps = self._draw(http_request, request, response, warnings)
+        drawing = Drawing(http_request.holder, request, seconds)
+        if api.takes_commands:
+            self.drawings.add(drawing)
+        response.steps = self._draw(http_request, drawing, response, warnings)
         return response
 
     def describe(self) -> dict[str, Any]:
@@ -123,24 +133,29 @@ class Service:
         documents = {path.format(model=http_request.model): build for path, build in DOCUMENTS.items()}
         build = documents.get(http_request.path)
         if build is None:
-            paths = ", ".join((*documents, *filter(None, APIS)))
+            below = http_request.path.partition("/")[0]
+            known = [each for each in (*documents, *APIS) if each]
+            paths = ", ".join([each for each in known if each.startswith(f"{below}/")] or known)
             raise RequestError(f"there is no path {shorten(http_request.path)}; the paths are {paths}", status=404)
         with limit_time(READ_SECONDS):
             return build(self, http_request)
 
     def _draw(
-        self, http_request: HttpRequest, request: GenerationRequest, response: Response, warnings: list[str]
+        self, http_request: HttpRequest, drawing: Drawing, response: Response, warnings: list[str]
     ) -> Generator[bytes | None, None, bytes]:
         """Yield after each step the bytes to send, and None during a long step; return the last bytes."""
-        api, seconds, progress, counted = response.api, response.seconds, None, 0.0
+        api, seconds, counted, request = response.api, response.seconds, 0.0, drawing.request
+        kind, written = response.content_type, b""
         yield from self._filter_content(response, request)
         uncompiled = list_uncompiled_components(self.loaded, request)
         if uncompiled and request.stream:  # a response without events waits, so that its status can still change
             yield api.write_compiling(uncompiled)
         steps = generate(self.loaded, request)
         try:
-            while True:
-                progress = yield from self._compute(seconds, "inference", next, steps)
+            while not drawing.is_interrupted and not (drawing.is_skipped and drawing.is_at_last_image):
+                advance = (steps.throw, SkippedImage()) if drawing.is_skipped and drawing.progress else (next, steps)
+                drawing.is_skipped = False
+                drawing.progress = progress = yield from self._compute(seconds, "inference", *advance)
                 is_last = progress.done == progress.total
                 if progress.image is None:
                     _check_timeout(request, progress, seconds["inference"])
@@ -151,19 +166,23 @@ class Service:
                     yield from self._filter_content(response, request, progress.image.image)
                     with _add_seconds(seconds, "postprocess"):
                         image = self._encode(http_request, request, progress.image, progress.index, warnings)
-                    kind = response.content_type
                     written += api.write_image(request, image, progress.index, kind=kind, warnings=warnings)
                     response.images += 1
                     spent = seconds["inference"] + seconds["postprocess"]
                     metrics.IMAGE_SECONDS.observe(spent - counted)
                     counted = spent
-                last = yield from _send_all_but_last(response, written)
+                elif drawing.is_watched:
+                    drawing.is_watched = False
+                    drawing.preview = yield from self._draw_preview(http_request, request, progress, response)
                 if is_last:
-                    metrics.REQUESTS.labels("picture").inc()
-                    return last
-                yield last
+                    break
+                yield (yield from _send_all_but_last(response, written))
+                written = b""
+            metrics.REQUESTS.labels("picture").inc()
+            written += api.write_end(request, warnings)
+            return (yield from _send_all_but_last(response, written))
         except GeneratorExit:
-            if progress is not None:
+            if (progress := drawing.progress) is not None:
                 message = "The client has left; its work has ended after step %d of %d, request %s"
                 logger.info(message, progress.done, progress.total, http_request.request_id)
             raise
@@ -206,22 +225,27 @@ class Service:
         """Return a stream's events after a step: progress, and the previews that are due. Failed ones are left out."""
         api, spent = response.api, response.seconds["inference"]
         events = api.write_step(done=progress.done, total=progress.total, seconds=spent, share=progress.share)
-        # The safety checker reads finished images only.
-        count = request.partial_images if self.loaded.config.safety_checker is None else 0
-        due = choose_preview_steps(count, steps=progress.steps)
+        due = choose_preview_steps(request.partial_images, steps=progress.steps)
         numbers = [number for number, step in enumerate(due) if step == progress.step]
-        if numbers:
-            try:
-                preview = yield from self._compute(response.seconds, "inference", draw_preview, self.loaded, progress)
-            except Exception as error:
-                logger.error("A preview failed: %s; request %s", format_error(error), http_request.request_id)
-                return events
-            preview = keep_protected(preview, request)
-            yield from self._filter_content(response, request, preview)
-            file = encode_image(preview, request, marker=self._marker)
+        if numbers and (file := (yield from self._draw_preview(http_request, request, progress, response))):
             for number in numbers:
                 events += api.write_preview(request, file, index=progress.index, number=number)
         return events
+
+    def _draw_preview(
+        self, http_request: HttpRequest, request: GenerationRequest, progress: Progress, response: Response
+    ) -> Generator[None, None, bytes | None]:
+        """Return the file of a preview after a step. None: it failed, or the safety checker cannot check it."""
+        if self.loaded.config.safety_checker is not None:
+            return None
+        try:
+            preview = yield from self._compute(response.seconds, "inference", draw_preview, self.loaded, progress)
+        except Exception as error:
+            logger.error("A preview failed: %s; request %s", format_error(error), http_request.request_id)
+            return None
+        preview = keep_protected(preview, request)
+        yield from self._filter_content(response, request, preview)
+        return encode_image(preview, request, marker=self._marker)
 
     def _encode(
         self,
@@ -238,7 +262,12 @@ class Service:
         embedded = described if self.loaded.config.embed_parameters else None
         file = encode_image(generated.image, request, marker=self._marker, parameters=embedded)
         unet_calls = f"{generated.unet_calls:g} of {generated.calls_of_all}"
-        return EncodedImage(file, request.get_seed(index), described["request"], unet_calls)
+        return EncodedImage(file, request.get_seed(index), described["request"], unet_calls, described)
+
+
+def _answer_a1111(build: Callable[..., Any], service: Service, http_request: HttpRequest) -> Any:
+    """Return one of A1111's documents. It may be a command to the client's own drawing."""
+    return build(service.loaded, http_request, service.drawings.find_oldest(http_request.holder))
 
 
 # Answered at once, also while images are drawn. {model} is the model's name in the URL.
@@ -250,6 +279,7 @@ DOCUMENTS: Mapping[str, Callable[[Service, HttpRequest], Any]] = {
     ),
     "v1/models": lambda _, http_request: list_models(http_request.model),
     "v1/models/{model}": lambda _, http_request: describe_model(http_request.model),
+    **{f"sdapi/v1/{name}": functools.partial(_answer_a1111, build) for name, build in A1111_DOCUMENTS.items()},
 }
 
 
@@ -330,10 +360,7 @@ def make_thread() -> concurrent.futures.ThreadPoolExecutor:
 
 
 def describe_error(error: Exception, request_id: str, *, path: str = "") -> tuple[int, dict[str, Any]]:
-    """Count a failed request; return the HTTP status and the error for its client.
-
-    The error's `code` is the status. On OpenAI's paths it is a text or null, which clients there expect.
-    """
+    """Count a failed request; return the HTTP status and the error for its client, in the form of the path's API."""
     if isinstance(error, RequestError):
         kind = "server_busy" if error.status == HTTPStatus.SERVICE_UNAVAILABLE else "invalid_request_error"
         status, message = error.status, str(error)
@@ -346,7 +373,5 @@ def describe_error(error: Exception, request_id: str, *, path: str = "") -> tupl
         status, kind, message = 500, "server_error", "the image failed; the server's log says why"
         logger.error("The image failed: %s; request %s", format_error(error), request_id)
     metrics.count_failure(status)
-    code: int | str | None = status
-    if path.partition("/")[0] == OPENAI_PREFIX:
-        code = FLAGGED_CODE if isinstance(error, FlaggedError) else None
-    return status, {"error": {"message": message, "type": kind, "param": getattr(error, "param", None), "code": code}}
+    api = ERRORS_BELOW.get(path.partition("/")[0], NativeApi)
+    return api.describe_error(error, message, status=status, kind=kind)

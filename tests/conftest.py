@@ -10,7 +10,7 @@ from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
 from tools.random_model import make_pipeline, save_pipeline
 
-ONE_SERVER = ("test_contract", "test_metrics", "test_requests", "test_page_devices")
+ONE_SERVER = ("test_contract", "test_metrics", "test_requests", "test_page_devices", "test_webuiapi")
 LONGEST = (
     *("server/test_instances", "server/test_deploy", "server/test_jobs", "server/test_page", "server/test_contract"),
     *("server/test_guide", "server/test_backends", "server/test_soak", "server", "unit/test_benchmarks"),

@@ -18,6 +18,7 @@ from web.server import PAGE
 
 NGINX_CONFIGURATION = ROOT / "deploy" / "nginx.conf"
 PASS_KEY = ROOT / "deploy" / "pass-key"
+MAKE_KEY = ROOT / "deploy" / "make-key"
 
 
 def find_nginx() -> str | None:

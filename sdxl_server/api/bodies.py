@@ -63,7 +63,7 @@ def read_fields(
     if kind == URLENCODED:
         _check_names(values)
     fields = {
-        name: _read_part(name, value, own=aliases.get(name, name), properties=properties)
+        name: read_part(name, value, own=aliases.get(name, name), properties=properties)
         for name, value in values.items()
         if name not in BODY_NAMES
     }
@@ -134,7 +134,7 @@ def _is_upload(name: str) -> bool:
     return name in DECLARATIONS and DECLARATIONS[name].is_upload
 
 
-def _read_part(name: str, value: Any, *, own: str, properties: Mapping[str, Any]) -> Any:
+def read_part(name: str, value: Any, *, own: str, properties: Mapping[str, Any]) -> Any:
     """Return a form's field in the type of its schema, or as text if it cannot be read so. None: it is absent.
 
     Args:

@@ -9,6 +9,7 @@ from typing import Any, Self
 from sdxl_server.api.native import NativeApi
 
 REQUEST_ID = "X-Request-Id"
+HOLDER = "X-Holder"  # nginx sets it, so that no client can name another one
 HARMLESS_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)  # safe in a log and in a header
 
 
@@ -32,6 +33,7 @@ class HttpRequest:
         request_id: the id in the log. TorchServe always writes its own id into X-Request-Id; nginx writes this one.
         is_id_given: the client sent the id. Then the image's metadata contains it too. Without an id, equal requests
             get equal files.
+        holder: the owner of the client's API key.
     """
 
     values: Mapping[str, Any]
@@ -42,6 +44,7 @@ class HttpRequest:
     model: str = "diffusion_fast"
     request_id: str = ""
     is_id_given: bool = False
+    holder: str = ""
 
     @classmethod
     def read(cls, values: Mapping[str, Any], headers: Mapping[str, Any], *, model: str, own_id: str) -> Self:
@@ -57,6 +60,7 @@ class HttpRequest:
             model=model,
             request_id=request_id,
             is_id_given=request_id == given,
+            holder=find_header(headers, HOLDER),
         )
 
 

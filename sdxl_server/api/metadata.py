@@ -29,7 +29,7 @@ def read_metadata(file: bytes, limits: Limits) -> dict[str, Any]:
     Raises:
         RequestError: the file is no image, or holds no metadata that can be read.
     """
-    found = _read_header(file)
+    found = read_header(file)
     readers: tuple[tuple[str, Callable[[str], dict[str, Any] | None]], ...] = (
         ("xmp", _read_own),
         ("parameters", _read_own),  # of older versions
@@ -64,7 +64,7 @@ def read_metadata_request(values: Mapping[str, Any], limits: Limits, *, content_
     return read_metadata(read_bytes("image", fields["image"]), limits)
 
 
-def _read_header(file: bytes) -> dict[str, str]:
+def read_header(file: bytes) -> dict[str, str]:
     """Return the texts of a file that may hold metadata.
 
     Raises:

@@ -1,6 +1,7 @@
 """The native API: its requests, its responses and their events."""
 
 import base64
+import dataclasses
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,12 +27,14 @@ class EncodedImage:
         seed: the seed of this image.
         parameters: the fields that generate it again.
         unet_calls: the UNet calls for it, such as "11 of 30".
+        metadata: all that is known about it, see `describe_image`.
     """
 
     file: bytes
     seed: int
     parameters: Mapping[str, Any]
     unet_calls: str
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class NativeApi:
@@ -40,12 +43,22 @@ class NativeApi:
     Attributes:
         event: the prefix of the event names of images.
         takes_json_only: a response is never an image file.
+        takes_commands: its clients can watch, skip and end a drawing.
         error_extras: JSON members next to `error`, in a response whose status 200 is already sent.
     """
 
     event = "image_generation"
     takes_json_only = False
+    takes_commands = False
     error_extras: Mapping[str, Any] = {}
+
+    def begin(self, model: Mapping[str, str]) -> "NativeApi":
+        """Return the object for one request. An API that keeps something of the request returns a new one.
+
+        Args:
+            model: the model's name and digests; see `describe_original`.
+        """
+        return self
 
     def read(
         self, values: Mapping[str, Any], *, content_type: str, contract: Contract
@@ -106,10 +119,14 @@ class NativeApi:
         if kind != JSON:
             return image.file
         about = {"created": int(time.time()), "output_format": request.output_format}
-        about |= {"size": f"{request.width}x{request.height}", "warnings": list(warnings)}
+        about |= {"size": "{}x{}".format(*request.image_size), "warnings": list(warnings)}
         start = b", " if index else json.dumps(about).removesuffix("}").encode() + b', "data": ['
         end = b"]}" if index + 1 == request.num_images_per_prompt else b""
         return start + json.dumps(_describe_item(request, image)).encode() + end
+
+    def write_end(self, request: GenerationRequest, warnings: Sequence[str]) -> bytes:
+        """Return what is sent when all images are finished, or the client has ended the drawing."""
+        return b""
 
     def _write_completed(
         self, request: GenerationRequest, image: EncodedImage, index: int, *, warnings: Sequence[str]
@@ -131,6 +148,21 @@ class NativeApi:
         if images:
             return b"], " + json.dumps(error).encode().removeprefix(b"{")
         return json.dumps({**error, **self.error_extras}).encode()
+
+    @classmethod
+    def describe_error(cls, error: Exception, message: str, *, status: int, kind: str) -> tuple[int, dict[str, Any]]:
+        """Return the HTTP status of a failed request and the error for its client.
+
+        Args:
+            status, kind: the status and the type of the error in the native API.
+        """
+        param, code = getattr(error, "param", None), cls.choose_code(error, status)
+        return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    @classmethod
+    def choose_code(cls, error: Exception, status: int) -> int | str | None:
+        """Return the `code` of an error: the status."""
+        return status
 
 
 def split_chunks(written: bytes) -> Iterator[bytes]:
@@ -166,7 +198,7 @@ def _describe_event(request: GenerationRequest, file: bytes, *, seed: int) -> di
         "b64_json": base64.b64encode(file).decode(),
         "created_at": int(time.time()),
         "output_format": request.output_format,
-        "size": f"{request.width}x{request.height}",
+        "size": "{}x{}".format(*request.image_size),
         "background": "opaque",
         "quality": "auto",
         "seed": seed,

@@ -16,7 +16,7 @@ from sdxl_server.api.warnings import (
     warn_of_unknown,
     warn_of_values,
 )
-from sdxl_server.errors import RequestError
+from sdxl_server.errors import FlaggedError, RequestError
 from sdxl_server.request.contract import Contract
 from sdxl_server.request.fields import GenerationRequest
 from sdxl_server.request.masks import has_holes
@@ -42,7 +42,6 @@ NO_EQUIVALENT = {
     "style": ("vivid", "natural"),
 }
 IGNORED_TEXTS = ("model", "user")  # with any value
-OPENAI_PREFIX = "v1"  # of its paths
 FLAGGED_CODE = "content_policy_violation"  # of an error
 OPENAI_FIELDS = (*NO_EQUIVALENT, *IGNORED_TEXTS, "size", SAMPLER_NAME)
 URL_MODELS = "dall-e"  # clients of models with this prefix read a URL by default
@@ -116,6 +115,11 @@ class OpenAIApi(NativeApi):
     def write_step(self, *, done: int, total: int, seconds: float, share: float) -> bytes:
         """Return a comment, which keeps the connection alive."""
         return f": step {done} of {total}\n\n".encode()
+
+    @classmethod
+    def choose_code(cls, error: Exception, status: int) -> str | None:
+        """Return the `code` of an error: a text or null, which OpenAI's clients expect."""
+        return FLAGGED_CODE if isinstance(error, FlaggedError) else None
 
 
 class OpenAIEditApi(OpenAIApi):

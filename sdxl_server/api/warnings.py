@@ -44,7 +44,9 @@ def list_warnings(loaded: LoadedPipeline, request: GenerationRequest, *, earlier
         why = f"guidance_scale is {scale:g}" if scale <= 1 else "this model's UNet has the guidance as an input"
         given = [name for name in PROMPTS if name.startswith("negative") and getattr(request, name)]
         warnings += [f"{name} has no effect: {why}" for name in given]
-    for name, upload in (("strength", "image"), ("resize_mode", "image"), ("invert_mask", MASK)):
+    of_masks = ("invert_mask", "mask_blur", "mask_fill", "padding_mask_crop")
+    uploads = {"image": ("strength", "resize_mode"), MASK: of_masks}
+    for name, upload in ((name, upload) for upload, names in uploads.items() for name in names):
         if getattr(request, name) is not None and getattr(request, upload) is None:
             warnings.append(f"{name} has no effect without {'a mask' if upload == MASK else 'an image'}")
     if request.mask_image is not None:

@@ -1,5 +1,6 @@
 """Generate the images of a request, step by step."""
 
+import contextlib
 import contextvars
 import inspect
 from collections.abc import Generator
@@ -16,10 +17,14 @@ from sdxl_server.model.embeddings import expand_prompts
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.model.safety_checker import SAFETY_CHECKER
 from sdxl_server.request.fields import DECLARATIONS, GenerationRequest
-from sdxl_server.request.masks import cover_cells, keep_protected
+from sdxl_server.request.masks import cover_cells, keep_protected, prepare_drawing
 from sdxl_server.request.prompts import PROMPTS
 from sdxl_server.sampling.schedulers import build_request_scheduler, read_schedule
 from sdxl_server.sampling.step_plan import build_step_plan
+
+
+class SkippedImage(Exception):
+    """Thrown into the generator of `generate`: the image under way is left out, and the next one begins."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,8 @@ def generate(loaded: LoadedPipeline, request: GenerationRequest) -> Generator[Pr
     request = expand_prompts(request, loaded.embeddings)
     images = []
     for index in range(request.num_images_per_prompt):
-        images.append((yield from _generate_image(loaded, request, index, functions)))
+        with contextlib.suppress(SkippedImage):
+            images.append((yield from _generate_image(loaded, request, index, functions)))
     return images
 
 
@@ -211,5 +217,6 @@ def list_pipeline_arguments(pipeline: Any, request: GenerationRequest, index: in
     if request.negative_prompt_2 is not None:
         arguments.setdefault("negative_prompt", "")  # otherwise diffusers takes zeros for both
     if request.mask_image is not None:
-        arguments["mask_image"] = cover_cells(request.mask_image, pipeline.vae_scale_factor)
+        arguments["image"], mask = prepare_drawing(request)
+        arguments["mask_image"] = cover_cells(mask, pipeline.vae_scale_factor)
     return {**arguments, "generator": torch.Generator().manual_seed(request.get_seed(index))}

@@ -151,9 +151,27 @@ class GenerationRequest:
         value=None,
         is_argument=False,
     )
+    mask_blur: int | None = declare(
+        whole(0, 64), "width in pixels of the soft edge inside `mask_image`; default: 4", value=None, is_argument=False
+    )
+    mask_fill: str | None = declare(
+        choice("original", "surroundings"),
+        "how the drawing begins inside `mask_image`: with `image`, or without it, with colours from around the mask; "
+        "default: original",
+        value=None,
+        is_argument=False,
+    )
+    padding_mask_crop: int | None = declare(
+        whole(0, 1024),
+        "draws only the mask's box with these pixels around it, at `width`×`height`, and pastes it into `image`; the "
+        "result has the size of `image`",
+        value=None,
+        is_argument=False,
+    )
     resize_mode: str | None = declare(
-        choice("crop", "pad"),
-        "how `image` gets another aspect: `crop` cuts its edges, `pad` adds white bars; default: crop",
+        choice("crop", "pad", "stretch"),
+        "how `image` gets another aspect: `crop` cuts its edges, `pad` adds white bars, `stretch` distorts it; "
+        "default: crop",
         value=None,
         is_argument=False,
     )
@@ -197,6 +215,16 @@ class GenerationRequest:
     def schedule_field(self) -> str | None:
         """The field that names the steps instead of `num_inference_steps`."""
         return next((name for name in SCHEDULE_FIELDS if getattr(self, name) is not None), None)
+
+    @property
+    def is_crop(self) -> bool:
+        """Only a crop around the mask is drawn."""
+        return self.padding_mask_crop is not None and self.mask_image is not None
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """The width and height of the resulting images, in pixels."""
+        return self.image.size if self.is_crop else (self.width, self.height)
 
     def get_seed(self, index: int) -> int:
         """Return the seed of image `index`."""

@@ -8,7 +8,15 @@ from typing import Any
 from sdxl_server.config.settings import MIN_SIDE
 from sdxl_server.errors import RequestError
 from sdxl_server.request.limits import Limits
-from sdxl_server.request.masks import KEPT_DRAWING, binarize_mask, is_drawing, read_mask
+from sdxl_server.request.masks import (
+    BLEND_WIDTH,
+    KEPT_DRAWING,
+    binarize_mask,
+    choose_filter,
+    is_drawing,
+    read_mask,
+    resize_image,
+)
 from sdxl_server.request.uploads import MASK
 
 # The training sizes of Stable Diffusion XL (arXiv 2307.01952, appendix I): short and long side, in both orientations.
@@ -18,12 +26,13 @@ TRAINED = (
     *((640, 1536), (704, 1472), (704, 1408), (704, 1344), (768, 1344), (768, 1280), (832, 1216), (832, 1152)),
     *((896, 1152), (896, 1088), (960, 1088), (960, 1024), (1024, 1024)),
 )
+MAX_PASTED = 2  # an image to paste a crop into has sides of this many times max_side
 SAME_ASPECT = 0.02  # difference of logarithms: 10 pixels of 500
 Size = tuple[int, int]  # width, height
 
 
 def resize_images(used: dict[str, Any], given: Mapping[str, Any], limits: Limits, named: Mapping[str, str]) -> None:
-    """Resize the image and its mask to the size of the result, without stretching.
+    """Resize the image and its mask to the size of the result. An image to paste into keeps its size up to a limit.
 
     Args:
         used: the checked fields of the request; sizes and images are replaced.
@@ -38,6 +47,8 @@ def resize_images(used: dict[str, Any], given: Mapping[str, Any], limits: Limits
     if width is None or height is None:
         used["width"], used["height"] = choose_size(image.size, limits, width=width, height=height)
     size, how = (used["width"], used["height"]), used.setdefault("resize_mode", "crop")
+    if MASK in used and used.get("padding_mask_crop") is not None:
+        size = _limit_size(image.size, MAX_PASTED * limits.config.max_side)
     used["image"] = _resize(image, size, how, bars="white")
     if MASK in used:
         is_inverted = bool(used.get("invert_mask"))
@@ -51,17 +62,23 @@ def resize_images(used: dict[str, Any], given: Mapping[str, Any], limits: Limits
         is_kept = not is_inverted and is_drawing(used[MASK])
         used[MASK] = binarize_mask(_resize(mask, size, how, bars="white"))  # the bars are never protected
         used[MASK].info[KEPT_DRAWING] = is_kept
+        used.setdefault("mask_blur", BLEND_WIDTH)
 
 
 def _resize(image: Any, size: Size, how: str, *, bars: str) -> Any:
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
-    if image.size == size:
-        return image
-    method = Image.Resampling.BILINEAR if image.mode == "L" else Image.Resampling.LANCZOS  # LANCZOS rings at edges
+    if image.size == size or how == "stretch":
+        return resize_image(image, size)
     if how == "pad":
-        return ImageOps.pad(image, size, method, color=bars)
-    return ImageOps.fit(image, size, method)
+        return ImageOps.pad(image, size, choose_filter(image), color=bars)
+    return ImageOps.fit(image, size, choose_filter(image))
+
+
+def _limit_size(size: Size, most: int) -> Size:
+    """Return a size of the same aspect with sides of at most `most` pixels."""
+    scale = min(most / max(size), 1)
+    return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
 
 
 def choose_size(image: Size, limits: Limits, *, width: int | None = None, height: int | None = None) -> Size:

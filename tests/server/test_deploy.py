@@ -33,7 +33,7 @@ from tests.openai_clients import RECORDED
 from tests.server.eager import LONG, wait_for
 from tests.server.test_backends import make_settings
 from tests.serving import InThread
-from tools.proxy import PASS_KEY, LocalProxy, find_nginx
+from tools.proxy import MAKE_KEY, PASS_KEY, LocalProxy, find_nginx
 from tools.server import ROOT, LocalServer, make_archive, read_shipped
 
 DEPLOY = ROOT / "deploy"
@@ -137,6 +137,14 @@ def make_body(steps: int, **fields: Any) -> bytes:
     return json.dumps({"prompt": "a red fox", "num_inference_steps": steps, **fields}).encode()
 
 
+def check_a1111_error(answer: Answer) -> str:
+    """Return the message of an error in A1111's form."""
+    error = json.loads(answer.body)
+    assert list(error) == ["error", "detail", "body", "errors"]
+    assert (error["error"], error["detail"]) == ("invalid_request_error", error["errors"])
+    return str(error["detail"])
+
+
 def check_picture(body: bytes) -> None:
     picture = Image.open(io.BytesIO(body))
     picture.load()
@@ -214,6 +222,17 @@ CLOSED = [
     ("DELETE", "/v1/models/diffusion_fast"),
     ("GET", "/v1/models/..%2f..%2fdescribe"),
     ("GET", "/v1/models/a%20b"),
+    ("GET", "/sdapi"),
+    ("GET", "/sdapi/v1"),
+    ("GET", "/sdapi/v1/"),
+    ("GET", "/sdapi/v2/options"),
+    ("PUT", "/sdapi/v1/options"),
+    ("DELETE", "/sdapi/v1/interrupt"),
+    ("GET", "/sdapi/v1/options/x"),
+    ("POST", "/sdapi/v1/txt2img%0a"),
+    ("POST", "/sdapi/v1/..%2f..%2fworkflows"),
+    ("POST", "/sdapi/v1/txt2img/../../../workflows"),
+    ("GET", f"{PREDICTIONS}/1.0/sdapi/v1/samplers%20x"),
 ]
 
 
@@ -224,7 +243,10 @@ def test_all_but_the_listed_paths_are_closed(server: LocalServer, nginx: Nginx, 
     for method, path in CLOSED:
         answer = nginx.ask(method, path, address=address, **nginx.get_headers())
         assert answer.status in (400, 404), (method, path)  # 400: nginx itself takes no NUL
-        assert answer.error["type"] == "invalid_request_error"
+        if "/sdapi" in path:
+            check_a1111_error(answer)
+        else:
+            assert answer.error["type"] == "invalid_request_error"
     wait_for(lambda: len(nginx.read_log(address)) == len(CLOSED))
     assert [line for line in nginx.read_log(address) if not line.endswith("upstream=-")] == []
 
@@ -331,9 +353,12 @@ class Stub(InThread, ThreadingHTTPServer):
 class StubHandler(BaseHTTPRequestHandler):
     server: Stub
 
+    def do_GET(self) -> None:
+        self.do_POST()
+
     def do_POST(self) -> None:
         self.server.begun += 1
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.seen.append((self.requestline, dict(self.headers), body))
         if self.server.status:
             answer = json.dumps({"own": self.server.status}).encode()
@@ -394,6 +419,86 @@ def test_nginxs_own_errors_are_json(stubbed: tuple[Stub, Nginx], lines: list[str
     kind = "invalid_request_error"
     assert (answered, error["type"], error["code"]) == (status, kind, None if V1 in lines[0] else status)
     assert error["message"]
+
+
+def encode_basic(user: str, password: str) -> str:
+    return f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"
+
+
+@needs_nginx
+def test_basic_authentication_names_the_holder(stubbed: tuple[Stub, Nginx], address: str) -> None:
+    """A key of deploy/make-key is also the password of its owner."""
+    stub, nginx = stubbed
+    made = subprocess.run([MAKE_KEY, "anna.b-1"], capture_output=True, text=True, check=True, timeout=10).stdout
+    key, basic = (line.split()[0] for line in made.splitlines())
+    assert re.fullmatch(rf"{key} anna.b-1;\n{re.escape(basic)} anna.b-1;\n", made)
+    nginx.write_tokens({nginx.token: "local", key: "anna.b-1", basic: "anna.b-1"})
+    nginx.command("-s", "reload")
+
+    def send(authorization: str, path: str = "/sdapi/v1/txt2img", method: str = "POST") -> Answer:
+        headers = {"Authorization": authorization, "X-Holder": "local", "x_holder": "local"}
+        return nginx.ask(method, path, address=address, body=b"{}" if method == "POST" else None, **headers)
+
+    wait_for(lambda: send(f"Bearer {key}").status == 200)
+    for authorization in (
+        f"Bearer {key}",
+        encode_basic("anna.b-1", key),
+        encode_basic("anna.b-1", key).replace("B", "b", 1),
+    ):
+        stub.seen.clear()
+        assert send(authorization).status == 200
+        ((line, headers, _),) = stub.seen
+        assert line == f"POST {PREDICTIONS}/1.0/sdapi/v1/txt2img HTTP/1.1"
+        assert {name: value for name, value in headers.items() if "holder" in name.lower()} == {"X-Holder": "anna.b-1"}
+        assert send(authorization, PREDICTIONS).status == 200
+        assert "X-Holder" not in stub.seen[-1][1]  # only where it has a meaning
+    stub.seen.clear()
+    coded = basic.removeprefix("basic:")
+    wrong = [encode_basic("ben", key), encode_basic("anna.b-1", key[:-1]), encode_basic("anna.b-1", f"{key}0")]
+    for authorization in (
+        *wrong,
+        encode_basic("", key),
+        f"Basic {key}",
+        f"Basic {basic}",
+        f"Bearer {coded}",
+        f"Bearer {basic}",
+    ):
+        answer = send(authorization)
+        assert (answer.status, answer.headers["WWW-Authenticate"]) == (401, "Bearer")  # no browser keeps a password
+        assert "HTTP Basic with its owner's name and the token" in check_a1111_error(answer)
+    assert stub.seen == []
+
+
+@needs_nginx
+@pytest.mark.parametrize(
+    ("query", "passed", "is_warned"),
+    [
+        ("", "", False),
+        ("?skip_current_image=true", "/skip_current_image", False),
+        ("?skip_current_image=True&url_path=x", "/skip_current_image", False),
+        ("?skip_current_image=false", "", True),
+        ("?X-Holder=anna", "", True),
+    ],
+)
+def test_progress_has_its_query(
+    stubbed: tuple[Stub, Nginx], address: str, query: str, passed: str, is_warned: bool
+) -> None:
+    stub, nginx = stubbed
+    for below in ("", f"{PREDICTIONS}/1.0"):
+        path = f"{below}/sdapi/v1/progress{query}"
+        answer = nginx.ask("GET", path, address=address, **nginx.get_headers())
+        assert answer.status == 200
+        assert stub.seen[-1][0] == f"GET {PREDICTIONS}/1.0/sdapi/v1/progress{passed} HTTP/1.1"
+        assert ("X-Warning" in answer.headers) is is_warned
+    nginx.ask("POST", f"/sdapi/v1/interrupt{query}", address=address, body=b"", **nginx.get_headers())
+    assert stub.seen[-1][0] == f"POST {PREDICTIONS}/1.0/sdapi/v1/interrupt HTTP/1.1"
+
+
+@pytest.mark.parametrize("arguments", [[], [""], ["a b"], ["a;"], ["a\nb"], ["-n*"]])
+def test_a_key_has_a_plain_name(arguments: list[str]) -> None:
+    done = subprocess.run([MAKE_KEY, *arguments], capture_output=True, text=True, timeout=10)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "make-key takes the owner's name" in done.stderr
 
 
 class Changed(Nginx):

@@ -109,6 +109,24 @@ def test_haproxys_own_errors_are_json(site: tuple[dict[str, Instance], LocalBala
     assert answer.headers["Retry-After"] == "10"
 
 
+@pytest.mark.parametrize(
+    ("path", "backend"),
+    [
+        *((f"sdapi/v1/{name}", "documents") for name in ("interrupt", "skip", "options", "png-info")),
+        ("metadata", "documents"),
+        *((f"sdapi/v1/{name}", "pictures") for name in ("txt2img", "img2img")),
+        ("v1/images/edits", "pictures"),
+    ],
+)
+def test_what_draws_nothing_does_not_wait_for_images(
+    site: tuple[dict[str, Instance], LocalBalancer], path: str, backend: str
+) -> None:
+    """A POST, too: behind the images a command would come too late."""
+    _, balancer = site
+    requests.post(f"http://127.0.0.1:{balancer.port}/predictions/diffusion_fast/1.0/{path}", json={}, timeout=30)
+    wait_until(lambda: re.search(rf" {backend}/\w+ .*/1\.0/{path} ", balancer.log))
+
+
 @pytest.mark.skipif(find_haproxy() is None, reason="haproxy is not installed")
 def test_drain_under_load_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients that never pause. HAProxy sees the drain by the worker's /ready, within half a second."""

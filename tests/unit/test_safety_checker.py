@@ -210,11 +210,18 @@ def test_flagged_image_is_an_error_of_every_api(
     make_folder: Callable[[float], Path], path: str, more: dict[str, Any]
 ) -> None:
     loaded = load(make_folder(ALWAYS), **CHECKED)
-    photo = {"image": encode(Image.new("RGB", (128, 128), "red"))} if path.endswith("edits") else {}
+    photo = encode(Image.new("RGB", (128, 128), "red"))
+    photos: dict[str, dict[str, Any]] = {
+        "v1/images/edits": {"image": photo},
+        "sdapi/v1/img2img": {"init_images": [photo]},
+    }
     with pytest.raises(RequestError, match="flagged the image of seed 3") as caught:
-        ask(loaded, path, **photo, **more)
+        ask(loaded, path, **photos.get(path, {}), **more)
     status, described = describe_error(caught.value, "id", path=path)
-    assert (status, described["error"]["code"]) == (400, "content_policy_violation" if path else 400)
+    if path.startswith("sdapi"):
+        assert (status, described["detail"][0]["loc"]) == (422, ["body", "prompt"])
+    else:
+        assert (status, described["error"]["code"]) == (400, "content_policy_violation" if path else 400)
 
 
 @pytest.mark.parametrize("preview", ["fast", "exact"])
