@@ -138,6 +138,8 @@ def _build_change(
             return _build_low_rank_change(path, layer, tensors, own)
         change = _build_fused_change(path, layer, layer_format, tensors, own)
         left = _check_fits(change, layer)
+    except ConfigError:
+        raise
     except KeyError as error:
         raise ConfigError(f"{path} lacks a matrix of {where}: {error.args[0]}") from error
     except (IndexError, RuntimeError, ValueError) as error:
