@@ -205,7 +205,7 @@ def _compute_oft(weight: Any, change: FusedChange) -> Any:
     """Rotate blocks of outputs: once (OFT), or several times in other orders (BOFT)."""
     import torch
 
-    tensors, outputs = change.tensors, len(weight)
+    tensors, outputs, rows = change.tensors, len(weight), weight.flatten(1)
     rotations = tensors.get("oft_diag")
     if rotations is None:
         skew = tensors["oft_blocks"] - tensors["oft_blocks"].transpose(-1, -2)
@@ -215,13 +215,13 @@ def _compute_oft(weight: Any, change: FusedChange) -> Any:
         unit = torch.eye(skew.shape[-1], device=skew.device)
         rotations = (unit + skew) @ torch.linalg.inv(unit - skew)
     if rotations.dim() == 3:
-        rotated = rotations.transpose(1, 2) @ weight.reshape(*rotations.shape[:2], -1)
+        rotated = rotations.transpose(1, 2) @ rows.reshape(*rotations.shape[:2], rows.shape[1])
     else:
-        rotated = weight
+        rotated = rows
         for stage, blocks in enumerate(rotations):
             stride = 2**stage * (blocks.shape[-1] // 2)
             order = torch.arange(outputs, device=blocks.device).reshape(-1, 2, stride).transpose(1, 2).flatten()
-            rotated = rotated.flatten(1)[order].reshape(*blocks.shape[:2], -1)
+            rotated = rotated[order].reshape(*blocks.shape[:2], rows.shape[1])
             rotated = (blocks @ rotated).flatten(0, 1)[order.argsort()]
     rotated = rotated.reshape(weight.shape)
     return rotated * _along(tensors["rescale"], weight, 0) - weight if "rescale" in tensors else rotated - weight

@@ -110,8 +110,8 @@ def _find_layer(name: str, header: Header, layers: Mapping[str, Layer]) -> tuple
 def _describe_base_model(header: Header) -> str:
     """Describe the model of an adapter, from its layers or its metadata; empty if unknown."""
     for name, shape in header.shapes.items():
-        if CROSS_ATTENTION.search(name) and shape[1] in MODEL_BY_WIDTH:
-            return f"; it was made for {MODEL_BY_WIDTH[shape[1]]}"
+        if CROSS_ATTENTION.search(name) and (width := math.prod(shape[1:])) in MODEL_BY_WIDTH:
+            return f"; it was made for {MODEL_BY_WIDTH[width]}"
     stated = (header.metadata[key] for key in MODEL_KEYS if key in header.metadata)
     return next((f"; it was made for {shorten(each)}" for each in stated), "")
 
@@ -146,7 +146,7 @@ def _build_change(
         shapes = ", ".join(
             f"{matrix} {'×'.join(map(str, each.shape))}" for matrix, each in tensors.items() if each.dim()
         )
-        bias = "" if layer.has_bias else ", no bias"
+        bias = "" if layer.has_bias or not tensors.keys() & {"diff_b", "up_bias"} else ", no bias"
         raise ConfigError(
             f"{path} does not fit this model{_describe_base_model(header)}: {where} has weights of "
             f"{'×'.join(map(str, layer.shape))}{bias}, and the file has {shapes}"
@@ -204,6 +204,8 @@ def _build_fused_change(
         raise ConfigError(f"{path} holds OFT of PEFT with coft: true, which is not served")
     held: dict[str, Any] = {name: float(each) if name in NUMBERS else each.float() for name, each in tensors.items()}
     rank, factor = min((len(held[name]) for name in layer_format.ranked if name in held), default=None), 1.0
+    if rank == 0:
+        raise ValueError("a rank of 0")
     if layer_format.ranked:
         factor = _compute_factor(path, layer, held, settings, rank)
         held.pop("alpha", None)
