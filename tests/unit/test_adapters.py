@@ -17,8 +17,9 @@ from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.convert.ldm_names import list_ldm_names
 from sdxl_server.diffusion.generation import generate, run_to_end
 from sdxl_server.errors import ConfigError, RequestError
+from sdxl_server.model.adapters.changes import LowRankChange
 from sdxl_server.model.adapters.layer_names import ATTENTION_PROCESSORS, Layer, index_layers, list_layers
-from sdxl_server.model.adapters.lora_files import DIFFUSERS_KEY, PEFT_FILE, LowRankChange, load_lora
+from sdxl_server.model.adapters.lora_files import DIFFUSERS_KEY, PEFT_FILE, load_lora
 from sdxl_server.model.describe import describe_pipeline
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from tests.unit.pipelines import load, make_picture
@@ -241,6 +242,7 @@ def test_other_namings_give_each_layer_its_matrices(
     assert changes.keys() == {layer for layer in matrices if is_whole or layer.component == "unet"}
     for layer, change in changes.items():
         down, up = matrices[layer]
+        assert isinstance(change, LowRankChange)
         assert torch.equal(change.down, down)
         assert torch.equal(change.up, up.flatten(1))
         stated = ALPHA if naming == "compiled" and layer.component == "unet" else alpha
@@ -272,6 +274,7 @@ def load_one(layers: Mapping[str, Layer], folder: Path, tensors: Mapping[str, to
     good = {name: torch.ones(shape) for name, shape in GOOD.items()}
     _, changes = load_lora(save({**good, **tensors}, folder / "lora.safetensors"), layers)
     (change,) = changes.values()
+    assert isinstance(change, LowRankChange)
     return change
 
 

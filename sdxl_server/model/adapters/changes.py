@@ -41,7 +41,7 @@ class Format:
     """A format of changes.
 
     Attributes:
-        tensors: those that only this format has; the names are those of MATRIX_BY_SUFFIX.
+        tensors: the values of MATRIX_BY_SUFFIX that only this format has.
         compute: returns the change of weights.
         ranked: tensors whose first dimension is the rank or, in GLoRA, more.
     """

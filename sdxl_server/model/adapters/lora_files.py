@@ -199,9 +199,18 @@ def _build_low_rank_change(
 def _build_fused_change(
     path: Path, layer: Layer, layer_format: Format, tensors: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> FusedChange:
-    """Return the change of another format."""
+    """Return the change of another format.
+
+    Raises:
+        ConfigError: PEFT's settings are not served.
+        ValueError: the shapes do not fit.
+    """
     if "oft_R" in tensors and settings.get("coft"):
         raise ConfigError(f"{path} holds OFT of PEFT with coft: true, which is not served")
+    if "boft_R" in tensors and len(tensors["boft_R"]) > 1:
+        raise ConfigError(
+            f"{path} holds BOFT of PEFT with {len(tensors['boft_R'])} butterfly factors, and only one is served"
+        )
     held: dict[str, Any] = {name: float(each) if name in NUMBERS else each.float() for name, each in tensors.items()}
     rank, factor = min((len(held[name]) for name in layer_format.ranked if name in held), default=None), 1.0
     if rank == 0:
