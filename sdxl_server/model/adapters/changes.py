@@ -5,11 +5,12 @@ Only plain LoRA is low rank, so only its change can be an input of the compiled 
 """
 
 import math
+from collections import UserDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-EPSILON = 2.0**-23  # LyCORIS adds float32's to the norms that it divides by
+EPSILON = 2.0**-23  # float32's, which LyCORIS adds to norms before it divides by them
 NEUMANN_TERMS = 5  # PEFT's default
 
 
@@ -43,7 +44,7 @@ class Format:
     Attributes:
         tensors: the values of MATRIX_BY_SUFFIX that only this format has.
         compute: returns the change of weights.
-        ranked: tensors whose first dimension is the rank or, in GLoRA, more.
+        ranked: tensors whose first dimensions have the rank as their least.
     """
 
     name: str
@@ -52,24 +53,37 @@ class Format:
     ranked: tuple[str, ...] = ()
 
 
+class Tensors(UserDict[str, Any]):
+    """A layer's tensors by name. Reading one makes it float32, and its name is kept in `read`."""
+
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        self.read: set[str] = set()
+        super().__init__(tensors)
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        tensor = super().__getitem__(name)
+        return tensor if isinstance(tensor, float) else tensor.float()
+
+
 @dataclass(frozen=True)
 class FusedChange:
     """The change of one layer that can only be added to its weights.
 
     Attributes:
-        tensors: by name, in float32; alpha and on_input are numbers.
+        tensors: by name; alpha and on_input are numbers.
         rank: None for a format without one.
         factor: alpha / rank, as trained; 1 without a rank.
         settings: PEFT's, of the layer's component.
-        on_input: (IA)³ of PEFT scales the inputs.
+        scales_inputs: (IA)³ of PEFT scales the inputs, and otherwise the outputs.
     """
 
     format: Format
-    tensors: Mapping[str, Any]
+    tensors: Tensors
     rank: int | None
     factor: float
     settings: Mapping[str, Any]
-    on_input: bool
+    scales_inputs: bool
 
     @property
     def kinds(self) -> set[str]:
@@ -101,9 +115,9 @@ class FusedChange:
         """Return weights with the magnitudes of DoRA: one for each output, or for each input."""
         import torch
 
-        magnitudes = self.tensors.get("magnitude")  # PEFT's are of the outputs
-        axis = 0
-        if magnitudes is None:
+        if "magnitude" in self.tensors:
+            magnitudes, axis = self.tensors["magnitude"], 0  # PEFT's are of the outputs
+        else:
             magnitudes = self.tensors["dora_scale"]
             axis = int(magnitudes.shape[0] == 1)
         others = [each for each in range(weight.dim()) if each != axis]
@@ -119,7 +133,7 @@ class FusedChange:
             added.append(self.tensors["up_bias"] * self.factor)
         if added and bias is None:
             raise ValueError("no bias")
-        if "ia3_l" in self.tensors and bias is not None and not self.on_input:
+        if "ia3_l" in self.tensors and bias is not None and not self.scales_inputs:
             added.append(bias * (self.tensors["ia3_l"].flatten() - 1))
         return sum(_fit(each, bias) for each in added) if added else None
 
@@ -198,7 +212,7 @@ def _compute_ia3(weight: Any, change: FusedChange) -> Any:
 
 
 def _compute_ia3_of_peft(weight: Any, change: FusedChange) -> Any:
-    return weight * (_along(change.tensors["ia3_l"], weight, int(change.on_input)) - 1)
+    return weight * (_along(change.tensors["ia3_l"], weight, int(change.scales_inputs)) - 1)
 
 
 def _compute_oft(weight: Any, change: FusedChange) -> Any:

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import re
-from collections import UserDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from sdxl_server.convert.recognition import UNET_PREFIX, VAE_PREFIX, describe_content
 from sdxl_server.convert.weights_files import CheckpointError, Header, read_safetensors_header, remove_wrappers
 from sdxl_server.errors import ConfigError
-from sdxl_server.model.adapters.changes import BIASES, FORMATS, LORA, Format, FusedChange, LowRankChange
+from sdxl_server.model.adapters.changes import BIASES, FORMATS, LORA, Format, FusedChange, LowRankChange, Tensors
 from sdxl_server.model.adapters.layer_names import LAYER_PREFIXES, MATRIX_BY_SUFFIX, UNET, Layer
 from sdxl_server.model.folders import check_links
 from sdxl_server.schemas import shorten
@@ -138,7 +137,7 @@ def _build_change(
             return _build_low_rank_change(path, layer, tensors, own)
         change = _build_fused_change(path, layer, layer_format, tensors, own)
         left = _check_fits(change, layer)
-    except ConfigError:
+    except ConfigError:  # is a ValueError, too
         raise
     except KeyError as error:
         raise ConfigError(f"{path} lacks a matrix of {where}: {error.args[0]}") from error
@@ -211,14 +210,14 @@ def _build_fused_change(
         raise ConfigError(
             f"{path} holds BOFT of PEFT with {len(tensors['boft_R'])} butterfly factors, and only one is served"
         )
-    held: dict[str, Any] = {name: float(each) if name in NUMBERS else each.float() for name, each in tensors.items()}
-    rank, factor = min((len(held[name]) for name in layer_format.ranked if name in held), default=None), 1.0
+    held = Tensors({name: float(each) if name in NUMBERS else each for name, each in tensors.items()})
+    rank, factor = min((len(tensors[name]) for name in layer_format.ranked if name in tensors), default=None), 1.0
     if rank == 0:
         raise ValueError("a rank of 0")
     if layer_format.ranked:
-        factor = _compute_factor(path, layer, held, settings, rank)
+        factor = _compute_factor(path, layer, tensors, settings, rank)
         held.pop("alpha", None)
-    return FusedChange(layer_format, held, rank, factor, settings, _scales_inputs(layer, held, settings))
+    return FusedChange(layer_format, held, rank, factor, settings, _scales_inputs(layer, tensors, settings))
 
 
 def _scales_inputs(layer: Layer, tensors: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
@@ -240,7 +239,9 @@ def _check_fits(change: FusedChange, layer: Layer) -> list[str]:
     """
     import torch
 
-    tensors = _Recorder({name: each if name in NUMBERS else each.to("meta") for name, each in change.tensors.items()})
+    tensors = Tensors(
+        {name: each if name in NUMBERS else each.to("meta") for name, each in change.tensors.data.items()}
+    )
     shapes = {"weight": layer.shape, **({"bias": layer.shape[:1]} if layer.has_bias else {})}
     dataclasses.replace(change, tensors=tensors).compute(
         {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
@@ -248,23 +249,11 @@ def _check_fits(change: FusedChange, layer: Layer) -> list[str]:
     return sorted(change.tensors.keys() - tensors.read)
 
 
-class _Recorder(UserDict[str, Any]):
-    """A dictionary that records the keys of the values read."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.read: set[str] = set()
-        super().__init__(values)
-
-    def __getitem__(self, key: str) -> Any:
-        self.read.add(key)
-        return super().__getitem__(key)
-
-
 def _read_settings(path: Path, header: Header) -> dict[str, Any]:
     """Return PEFT's settings by component: from the metadata that diffusers writes, or from PEFT's own file.
 
     Raises:
-        ConfigError: they describe another kind than LoRA, or PEFT's file is missing.
+        ConfigError: they cannot be read, or PEFT's file is missing.
     """
     stated = _read_object(header.metadata.get(DIFFUSERS_KEY, "{}"), f"the metadata of {path}")
     peft_file = path.with_name(PEFT_FILE)
