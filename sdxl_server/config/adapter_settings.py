@@ -17,12 +17,12 @@ class AdapterConfig:
         {"type": "string", "pattern": r"^[\w.-]{1,64}$", "x-accepted": "a name of letters, digits, - _ and ."},
         "its name in requests",
     )
-    path: str = declare(any_text("a .safetensors file"), "LoRA file, inside the archive or absolute")
+    path: str = declare(any_text("a .safetensors file"), "LoRA or other adapter file, inside the archive or absolute")
     scale: float = declare(real(-100, 100), "default strength", value=1.0)
     fuse: bool = declare(
         switch(),
         "true: added to the weights for all requests, at no cost, and requests cannot name it; false: applied when a "
-        "request names it, only with openvino",
+        "request names it, only plain LoRA with openvino",
         value=False,
     )
     scheduler: str | Mapping[str, Any] | None = declare(

@@ -34,7 +34,9 @@ UNSERVED_CHANNELS = {
 PREDICTIONS = ("epsilon", "v_prediction", "v_prediction_ztsnr")
 # Other content of such files, by a pattern of its names. The first match counts, after whole models.
 UNSERVED_CONTENTS = {
-    "a LoRA or another adapter of a model": r"^lora_|lora[_.](up|down|A|B)\b|\.lora\.|hada_w|lokr_w|oft_|\.on_input$",
+    "a LoRA or another adapter of a model": (
+        r"^(lora|lycoris)_|lora[_.](up|down|A|B)\b|\.lora\.|hada_w|lokr_w|oft_|\.(on_input|ia3_l|diff(_b)?|set_weight)$"
+    ),
     "a ControlNet": r"^control_model\.|^controlnet_",
     "an IP-Adapter": r"^(image_proj|ip_adapter)\.",
     "a textual inversion": r"^(emb_params|clip_[lg])$",

@@ -115,7 +115,7 @@ def _list_registered(
                 f"{defaults['num_inference_steps']}"
             )
         if not adapter.config.fuse:
-            registered[adapter.config.name] = RegisteredAdapter(adapter.config.scale, adapter.rank, defaults)
+            registered[adapter.config.name] = RegisteredAdapter(adapter.config.scale, adapter.rank or 0, defaults)
     return registered
 
 

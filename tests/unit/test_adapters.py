@@ -17,8 +17,9 @@ from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.convert.ldm_names import list_ldm_names
 from sdxl_server.diffusion.generation import generate, run_to_end
 from sdxl_server.errors import ConfigError, RequestError
+from sdxl_server.model.adapters.changes import LowRankChange
 from sdxl_server.model.adapters.layer_names import ATTENTION_PROCESSORS, Layer, index_layers, list_layers
-from sdxl_server.model.adapters.lora_files import DIFFUSERS_KEY, PEFT_FILE, LowRankChange, load_lora
+from sdxl_server.model.adapters.lora_files import DIFFUSERS_KEY, PEFT_FILE, load_lora
 from sdxl_server.model.describe import describe_pipeline
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from tests.unit.pipelines import load, make_picture
@@ -242,6 +243,7 @@ def test_other_namings_give_each_layer_its_matrices(
     assert changes.keys() == {layer for layer in matrices if is_whole or layer.component == "unet"}
     for layer, change in changes.items():
         down, up = matrices[layer]
+        assert isinstance(change, LowRankChange)
         assert torch.equal(change.down, down)
         assert torch.equal(change.up, up.flatten(1))
         stated = ALPHA if naming == "compiled" and layer.component == "unet" else alpha
@@ -273,6 +275,7 @@ def load_one(layers: Mapping[str, Layer], folder: Path, tensors: Mapping[str, to
     good = {name: torch.ones(shape) for name, shape in GOOD.items()}
     _, changes = load_lora(save({**good, **tensors}, folder / "lora.safetensors"), layers)
     (change,) = changes.values()
+    assert isinstance(change, LowRankChange)
     return change
 
 
@@ -281,7 +284,7 @@ def test_textual_inversions_are_set_aside(
 ) -> None:
     embeddings = {f"bundle_emb.{each}": torch.ones(2, 64) for each in ("fox.clip_l", "fox.clip_g", "<owl>.clip_l")}
     load_one(layers, tmp_path, embeddings)
-    assert "lora.safetensors: its textual inversions are left out: '<owl>, fox'" in caplog.text
+    assert "lora.safetensors: its textual inversions need an entry in handler.embeddings, too: '<owl>, fox'" in caplog.text
     with pytest.raises(ConfigError, match="holds no tensor of a LoRA"):
         load_lora(save(embeddings, tmp_path / "alone.safetensors"), layers)
 
@@ -365,20 +368,11 @@ def test_distilled_schedulers_are_offered_with_adapters(tiny_model: Path, files:
         ({DOWN: (4, 64)}, r"lacks a matrix of unet\.mid_block.*attn2\.to_k: up"),
         ({**GOOD, "lora_unet_down_blocks_9.lora_up.weight": (1, 1)}, r"no layer: lora_unet_down_blocks_9\.lora_up"),
         ({**GOOD, f"{LAYER}.scale": (1,)}, rf"this model has no layer: {LAYER}\.scale"),
-        ({**GOOD, f"{LAYER}.dora_scale": (64, 1)}, "holds DoRA, and only LoRA is served"),
-        ({f"{LAYER}.hada_w1_a": (4, 64)}, "holds LoHa"),
-        ({f"{LAYER}.lokr_w1": (4, 64)}, "holds LoKr"),
-        ({f"{LAYER}.diff": (64, 64)}, "holds whole weights"),
-        ({**GOOD, f"{LAYER}.diff_b": (64,)}, "holds biases"),
-        ({f"{LAYER}.weight": (64,), f"{LAYER}.on_input": ()}, r"holds \(IA\)³, and only LoRA is served"),
-        ({"unet.mid_block.attentions.0.attn2.to_k.ia3_l": (64, 1)}, r"holds \(IA\)³"),
-        ({f"{LAYER}.{name}.weight": (64, 64) for name in ("a1", "a2", "b1", "b2")}, "holds GLoRA"),
-        ({f"{LAYER}.oft_blocks": (4, 16, 16)}, "holds OFT"),
-        ({"clip_l": (2, 32), "clip_g": (2, 32)}, "holds a textual inversion, and only LoRA is served"),
+        ({"clip_l": (2, 32), "clip_g": (2, 32)}, "holds a textual inversion, no LoRA or other adapter"),
         ({"decoder.conv_in.weight": (4, 4, 3, 3)}, "holds a VAE alone"),
         (
             {f"{each}.x.weight": (4, 4) for each in ("model.diffusion_model", "first_stage_model")},
-            "holds a whole model, and only LoRA is served",
+            "holds a whole model, no LoRA or other adapter",
         ),
         ({f"diffusion_model.{LAYER}.lora_down.weight": (4, 64)}, "no layer: diffusion_model"),
         ({DOWN: (4, 768), UP: (64, 4)}, r"made for Stable Diffusion 1\.x: unet.* has weights of 64×64, .* down 4×768"),
@@ -436,7 +430,7 @@ def test_a_file_of_peft_needs_its_settings(tiny_model: Path, files: Mapping[str,
     with pytest.raises(ConfigError, match="needs PEFT's settings: put its adapter_config.json next to it"):
         adapt(tiny_model, path)
     (tmp_path / PEFT_FILE).write_text(json.dumps({"r": RANK, "lora_alpha": 8, "use_dora": True}))
-    with pytest.raises(ConfigError, match="holds DoRA"):
+    with pytest.raises(ConfigError, match=r"lacks the magnitudes of unet\..*, and its settings have use_dora"):
         adapt(tiny_model, path)
 
 

@@ -20,39 +20,36 @@ MATRIX_BY_SUFFIX = {
     ".lora.up.weight": "up",
     "_lora.down.weight": "down",  # its attention processors'
     "_lora.up.weight": "up",
+    ".lora_B.bias": "up_bias",
+    ".dora_scale": "dora_scale",
+    ".lora_magnitude_vector": "magnitude",  # PEFT's
+    ".lora_magnitude_vector.weight": "magnitude",
+    **{f".{name}": name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
+    **{f".lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    **{f".{name}.weight": name for name in ("a1", "a2", "b1", "b2", "bm")},  # GLoRA
+    **{f".{name}": name for name in ("oft_blocks", "oft_diag", "rescale")},
+    **{".oft_R.weight": "oft_R", ".boft_R": "boft_R", ".boft_s": "boft_s", ".ia3_l": "ia3_l"},  # PEFT's
+    **{".diff": "diff", ".diff_b": "diff_b", ".w_norm": "diff", ".b_norm": "diff_b", ".set_weight": "set_weight"},
     ".alpha": "alpha",
-}
-# Other kinds of adapters, by a pattern of their tensors' names.
-UNSERVED_ADAPTERS = {
-    "DoRA": r"\.(dora_scale|lora_magnitude_vector)\b",
-    "LoHa": r"\.hada_",
-    "LoKr": r"\.lokr_",
-    "GLoRA": r"\.([ab][12]|bm)\.weight$",
-    "(IA)³": r"\.(on_input|ia3_l)\b",
-    "OFT": r"\.oft_",
-    "BOFT": r"\.boft_",
-    "VeRA": r"\.vera_",
-    "whole weights (.diff)": r"\.diff$",
-    "biases": r"\.(diff_b|lora_B\.bias)$",
-    "weights of normalisations": r"\.[bw]_norm$",
+    **{".on_input": "on_input", ".weight": "weight"},  # (IA)³
 }
 # The prefixes of a component's layers: with dots, and with underscores as in kohya's files. OneTrainer writes clip_l.,
 # or for ComfyUI diffusion_model. and text_encoders.; clip_h is the encoder of Stable Diffusion 2.x.
 LAYER_PREFIXES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     UNET: (
         ("unet.", "base_model.model.", "diffusion_model.", "model.diffusion_model.", "lora_unet.", ""),
-        ("lora_unet_", "lycoris_"),
+        ("lora_unet_", "lycoris_unet_", "lycoris_"),
     ),
     "text_encoder": (
         (
             *("text_encoder.", "lora_te1.", "lora_te.", "clip_l.", "clip_h."),
             *("text_encoders.clip_l.transformer.", "text_encoders.clip_h.transformer."),
         ),
-        ("lora_te1_", "lora_te_"),
+        ("lora_te1_", "lora_te_", "lycoris_te1_", "lycoris_te_"),
     ),
     "text_encoder_2": (
         ("text_encoder_2.", "lora_te2.", "clip_g.", "text_encoders.clip_g.transformer."),
-        ("lora_te2_",),
+        ("lora_te2_", "lycoris_te2_"),
     ),
 }
 # diffusers' attention processors name no layers.
@@ -74,12 +71,14 @@ class Layer:
     Attributes:
         component: of the pipeline.
         name: its module's name in the component.
-        shape: of its weights: outputs, inputs, and for a convolution height and width.
+        shape: of its weights: outputs, inputs, and for a convolution height and width; channels of a normalisation.
+        has_bias: it has a bias as well.
     """
 
     component: str
     name: str
     shape: tuple[int, ...]
+    has_bias: bool
 
     @property
     def weight(self) -> str:
@@ -91,7 +90,8 @@ def index_layers(pipeline: Any, text_encoders: tuple[str, ...]) -> dict[str, Lay
     """Return a pipeline's layers by every name that files give them."""
     by_name: dict[str, Layer] = {}
     for component in (UNET, *text_encoders):
-        layers = list_layers(component, getattr(pipeline, component))
+        module = getattr(pipeline, component)
+        layers = [*list_layers(component, module), *list_normalisations(component, module)]
         ldm_names: dict[str, str] = {}
         if component == UNET:
             ldm_names = list_ldm_names((each.weight for each in layers), pipeline.unet.config.layers_per_block)
@@ -101,13 +101,24 @@ def index_layers(pipeline: Any, text_encoders: tuple[str, ...]) -> dict[str, Lay
 
 
 def list_layers(component: str, module: Any) -> list[Layer]:
-    """Return a component's layers that adapters can change: linear layers and convolutions."""
+    """Return a component's layers that matrices can change: linear layers and convolutions."""
     import torch
 
+    return _list_modules(component, module, (torch.nn.Linear, torch.nn.Conv2d))
+
+
+def list_normalisations(component: str, module: Any) -> list[Layer]:
+    """Return a component's normalisations that have weights."""
+    import torch
+
+    return _list_modules(component, module, (torch.nn.GroupNorm, torch.nn.LayerNorm))
+
+
+def _list_modules(component: str, module: Any, classes: tuple[Any, ...]) -> list[Layer]:
     return [
-        Layer(component, name, tuple(each.weight.shape))
+        Layer(component, name, tuple(each.weight.shape), each.bias is not None)
         for name, each in module.named_modules()
-        if isinstance(each, (torch.nn.Linear, torch.nn.Conv2d))
+        if isinstance(each, classes) and each.weight is not None
     ]
 
 

@@ -8,8 +8,9 @@ from typing import Any
 from sdxl_server.config.adapter_settings import AdapterConfig
 from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.errors import ConfigError
+from sdxl_server.model.adapters.changes import LowRankChange
 from sdxl_server.model.adapters.layer_names import Layer, index_layers
-from sdxl_server.model.adapters.lora_files import LowRankChange, load_lora
+from sdxl_server.model.adapters.lora_files import Change, load_lora
 from sdxl_server.model.families import Family
 from sdxl_server.model.folders import shorten_digest
 
@@ -23,19 +24,19 @@ class Adapter:
     Attributes:
         config: its entry in handler.adapters.
         sha256: the digest of its file.
-        ranks: by layer.
+        ranks: by layer; None in a format without ranks.
         changes: by layer; empty after they were fused.
     """
 
     config: AdapterConfig
     sha256: str
-    ranks: Mapping[Layer, int]
+    ranks: Mapping[Layer, int | None]
     changes: Mapping[Layer, LowRankChange]
 
     @property
-    def rank(self) -> int:
+    def rank(self) -> int | None:
         """The largest rank of its layers."""
-        return max(self.ranks.values())
+        return max((each for each in self.ranks.values() if each is not None), default=None)
 
     def describe(self, scale: float | None = None) -> dict[str, Any]:
         """Return its entry in a report.
@@ -79,10 +80,30 @@ def load_adapters(
         except ConfigError as error:
             raise ConfigError(f"{key}.path: {error}") from error
         ranks = {layer: each.rank for layer, each in changes.items()}
-        adapters.append(Adapter(entry, digest, ranks, {} if entry.fuse else changes))
+        low_rank = {} if entry.fuse else select_low_rank(changes, key, entry.path)
+        adapters.append(Adapter(entry, digest, ranks, low_rank))
         if not entry.fuse:
             _check_usable(adapters[-1], key, config, compiled)
     return tuple(adapters)
+
+
+def select_low_rank(changes: Mapping[Layer, Change], key: str, path: str) -> dict[Layer, LowRankChange]:
+    """Return the changes of a file that requests can name. They must all be of low rank.
+
+    Args:
+        key: the adapter's entry, in messages.
+
+    Raises:
+        ConfigError: names the file's other formats.
+    """
+    low_rank = {layer: each for layer, each in changes.items() if isinstance(each, LowRankChange)}
+    kinds = {kind for each in changes.values() if not isinstance(each, LowRankChange) for kind in each.kinds}
+    if kinds:
+        raise ConfigError(
+            f"{key}.fuse: false takes plain LoRA, and {path} holds {', '.join(sorted(kinds))}, which can only be added "
+            "to the weights: use fuse: true"
+        )
+    return low_rank
 
 
 def _check_usable(adapter: Adapter, key: str, config: HandlerConfig, compiled: Sequence[str]) -> None:
@@ -97,14 +118,14 @@ def _check_usable(adapter: Adapter, key: str, config: HandlerConfig, compiled: S
             f"{key}.fuse: false takes a model that openvino compiles, but it does not compile {', '.join(outside)}: "
             "use fuse: true, or pt2.backend: openvino with compile_unet and compile_text_encoders"
         )
-    if adapter.rank > config.max_adapter_rank:
+    if (adapter.rank or 0) > config.max_adapter_rank:
         raise ConfigError(
             f"{key}.path: its rank is {adapter.rank}, and handler.max_adapter_rank is {config.max_adapter_rank}: raise "
             "the limit, or use fuse: true"
         )
 
 
-def fuse_adapter(pipeline: Any, changes: Mapping[Layer, LowRankChange], *, scale: float) -> None:
+def fuse_adapter(pipeline: Any, changes: Mapping[Layer, Change], *, scale: float) -> None:
     """Add an adapter's changes to the weights, summed in float32.
 
     Raises:
@@ -113,12 +134,15 @@ def fuse_adapter(pipeline: Any, changes: Mapping[Layer, LowRankChange], *, scale
     import torch
 
     for layer, change in changes.items():
-        weight = getattr(pipeline, layer.component).get_submodule(layer.name).weight
-        added = (change.up.float() @ change.down.flatten(1).float()) * (change.factor * scale)
-        fused = (weight.data.float() + added.reshape(weight.shape)).to(weight.dtype)
-        if not torch.isfinite(fused).all():
-            raise ConfigError(f"at scale {scale:g} {layer.component}.{layer.weight} is too large for {weight.dtype}")
-        weight.data = fused
+        parameters = dict(getattr(pipeline, layer.component).get_submodule(layer.name).named_parameters(recurse=False))
+        weights = {name: each.data.float() for name, each in parameters.items()}
+        for name, added in change.compute(weights).items():
+            fused = (weights[name] + added * scale).to(parameters[name].dtype)
+            if not torch.isfinite(fused).all():
+                raise ConfigError(
+                    f"at scale {scale:g} {layer.component}.{layer.name}.{name} is too large for {fused.dtype}"
+                )
+            parameters[name].data = fused
 
 
 def compute_ranks(adapters: Sequence[Adapter], config: HandlerConfig) -> dict[str, dict[str, int]]:
