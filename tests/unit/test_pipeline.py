@@ -93,7 +93,7 @@ def test_auto_suits_the_arithmetic_however_it_is_set(options: dict[str, Any], dt
 
 def test_a_hint_of_float32_draws_the_float32_image(tiny_model: Path) -> None:
     pt2 = {"backend": "openvino", "options": {"config": {"INFERENCE_PRECISION_HINT": "float32"}}}
-    loaded = load(tiny_model, pt2, dtype="auto", graphs="static", warm_up=True)
+    loaded = load(tiny_model, pt2, dtype="auto", graphs="static", warm_up=True, **UNET_ONLY)
     assert (loaded.dtype, loaded.pipeline.unet.dtype) == ("float32", torch.float32)
     assert np.abs(make_picture(loaded) - make_picture(load(tiny_model))).max() <= 1  # a rounding of the last bit
 
