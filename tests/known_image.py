@@ -115,7 +115,7 @@ def make_image_and_noise() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def compute_trained_levels(config: Mapping[str, Any]) -> torch.Tensor:
-    """Return the cumulative alphas of the training; a test asks for those of few models many times."""
+    """Return the cumulative alphas of the training, made once for each model."""
     return _compute_trained_levels(json.dumps({**config}))
 
 

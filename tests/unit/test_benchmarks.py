@@ -183,7 +183,7 @@ def test_each_part_takes_the_inputs_that_are_drawn_for_it(tiny_model: Path, name
 
 
 def test_parts(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of a text encoder, whose library is imported fastest: six processes run."""
+    """Six processes measure a text encoder, because its library is imported fastest."""
     path, output = write_configurations(tmp_path, EAGER, OURS, BROKEN, PEER), tmp_path / "figures.json"
     command = ["parts", "--model", str(tiny_model), "--parts", "text_encoder", "--configurations", str(path)]
     command += ["--size", "64", "--turns", "3"]

@@ -446,7 +446,7 @@ def test_what_is_no_pure_method_is_refused() -> None:
 
 
 class Wide(torch.nn.Module):
-    """Linear layers whose weights are those of a file."""
+    """Linear layers with weights from a file."""
 
     def __init__(self, weights: dict[str, torch.Tensor]) -> None:
         super().__init__()

@@ -68,8 +68,8 @@ def test_one_graph_for_all_sizes_from_the_cache_too(tmp_path: Path, pipeline: An
         assert report.traced is is_first
         assert report.operators_outside == ()
         assert all(model.loaded_from_cache is not is_first for model in report.models)
-    # A single row or column is another graph: in that of dynamic lengths OpenVINO is wrong by 13 to 60% at 1×1, on a
-    # lower level too.
+    # A single row or column is another graph: with dynamic lengths OpenVINO is wrong by 13 to 60% at 1×1, on a lower
+    # level too.
     if part == "unet":
         assert measure(function, method, make_call(pipeline, part, 1, 1, 1, 77)) < 1e-5
         assert len(function.backend.reports) == 2
