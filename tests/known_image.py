@@ -1,6 +1,8 @@
 """Draw a known image with a model that is never wrong, which shows whether a scheduler samples correctly."""
 
+import functools
 import inspect
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -42,8 +44,7 @@ def find_fault(
     for is_partial in (False,) if is_same else (False, True):
         scheduler = build_scheduler(config, name, options, partial=is_partial)
         if not hasattr(scheduler, "precondition_outputs"):
-            trained = diffusers.DDIMScheduler.from_config(config)
-            difference = (scheduler.alphas_cumprod.sqrt() - trained.alphas_cumprod.sqrt()).abs().max()
+            difference = (scheduler.alphas_cumprod.sqrt() - compute_trained_levels(config).sqrt()).abs().max()
             if difference > MAX_LEVEL_DIFFERENCE:
                 return f"its noise levels differ from the training's by {difference:.2f}"
         for strength in strengths:
@@ -79,14 +80,13 @@ def draw_known(
         For each step the timestep, the due shares of image and noise, what the UNet gets, and the image. At the end no
         timestep, and the result instead of what the UNet gets.
     """
-    generator = torch.Generator().manual_seed(0)
-    image, noise = (torch.randn(1, 4, SIDE, SIDE, generator=generator) for _ in range(2))
-    noise -= _project(noise, image) * image
+    image, noise = make_image_and_noise()
+    generator = torch.Generator().manual_seed(1)  # another seed than the image's
     more = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     begin = 0 if strength is None else (STEPS - int(STEPS * strength)) * scheduler.order
     if hasattr(scheduler, "set_begin_index"):  # as diffusers' pipelines do
         scheduler.set_begin_index(begin)
-    latents, alphas = None, diffusers.DDIMScheduler.from_config(config).alphas_cumprod.double().clamp(min=1e-12)
+    latents, alphas = None, compute_trained_levels(config).double().clamp(min=1e-12)
     for timestep in scheduler.timesteps[begin:]:
         image_share, noise_share = compute_shares(scheduler, timestep, alphas)
         if latents is None and strength is not None:
@@ -104,6 +104,25 @@ def draw_known(
             output = (image - offset) / scheduler.precondition_outputs(zero, one, sigma)
         latents = scheduler.step(output, timestep, latents, **more).prev_sample
     yield None, 1.0, 0.0, latents, image
+
+
+@functools.cache
+def make_image_and_noise() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return an image, and noise that holds nothing of it."""
+    generator = torch.Generator().manual_seed(0)
+    image, noise = (torch.randn(1, 4, SIDE, SIDE, generator=generator) for _ in range(2))
+    return image, noise - _project(noise, image) * image
+
+
+def compute_trained_levels(config: Mapping[str, Any]) -> torch.Tensor:
+    """Return the cumulative alphas of the training, made once for each model."""
+    return _compute_trained_levels(json.dumps({**config}))
+
+
+@functools.cache
+def _compute_trained_levels(config: str) -> torch.Tensor:
+    levels: torch.Tensor = diffusers.DDIMScheduler.from_config(json.loads(config)).alphas_cumprod
+    return levels
 
 
 def compute_shares(scheduler: Any, timestep: Any, alphas: Any) -> tuple[float, float]:

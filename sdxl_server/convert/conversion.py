@@ -1,5 +1,6 @@
 """Convert a single-file checkpoint into a folder for diffusers, one component after the other."""
 
+import functools
 import json
 import logging
 import shutil
@@ -120,14 +121,20 @@ def write_temporary_settings(settings: Settings) -> Iterator[Path]:
 
 def write_vocabulary(folder: Path) -> None:
     """Write CLIP's vocabulary: the bytes, the bytes at the end of a word, then each merge in order."""
+    for name, content in _build_vocabulary().items():
+        (folder / name).write_text(content)
+
+
+@functools.cache
+def _build_vocabulary() -> Mapping[str, str]:
+    """Return the contents of both files; a model has two tokenizers."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     lines = (SETTINGS_FOLDER / "merges.txt").read_text().splitlines()
     letters = list(bytes_to_unicode().values())
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *(line.replace(" ", "") for line in lines[1:])]
     vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+    return {"merges.txt": "\n".join(lines) + "\n", "vocab.json": json.dumps(vocabulary, ensure_ascii=False)}
 
 
 @contextmanager

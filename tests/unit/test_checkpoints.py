@@ -1,6 +1,7 @@
 """Single-file checkpoints: recognised, refused by name, and converted into folders that draw the same image."""
 
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -29,7 +30,12 @@ ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "
 
 
 def make_pipeline(layout: str, channels: int = 4) -> Any:
-    """Return a tiny pipeline with CLIP's whole vocabulary. Its text encoders differ in width."""
+    """Return a tiny pipeline with CLIP's whole vocabulary. Its text encoders differ in width. Tests may change it."""
+    return copy.deepcopy(_make_pipeline(layout, channels))
+
+
+@functools.cache
+def _make_pipeline(layout: str, channels: int) -> Any:
     from tools import random_model
 
     original = random_model.CONFIGURATIONS
@@ -284,21 +290,23 @@ def test_full_disk_is_refused_before_anything_is_made(
     assert not (tmp_path / "model").exists()
 
 
-@pytest.mark.parametrize("page", [False, True])
-def test_file_on_the_hub(make_file: Callable[..., Any], tmp_path: Path, page: bool) -> None:
-    """The page's repository also has a configuration next to the file, and one of another file."""
+def test_files_on_the_hub(make_file: Callable[..., Any], tmp_path: Path) -> None:
+    """One is named by its page and has a configuration next to it. The other one's folder has none."""
     pipeline = make_file("sdxl")
     content = (tmp_path / "tiny.safetensors").read_bytes()
-    name, revision = "sub/tiny.safetensors", "a" * 40
+    name, other, revision = "sub/tiny.safetensors", "other/tiny.safetensors", "a" * 40
     program = (
-        "import pathlib, sys; from sdxl_server.convert import conversion, recognition; import Download_model; "
-        "recognition.SETTINGS_FOLDER = pathlib.Path('settings'); sys.exit(Download_model.main(sys.argv[1:]))"
+        "import pathlib, sys; from sdxl_server.convert import conversion, recognition; import Download_model\n"
+        "recognition.SETTINGS_FOLDER = pathlib.Path('settings')\n"
+        "for number, model in enumerate(sys.argv[1:]):\n"
+        "    ended = Download_model.main(['--model', model, '--dtype', 'fp32', '--output-dir', f'model{number}'])\n"
+        "    assert ended == 0\n"
     )
-    model = f"https://huggingface.co/somebody/model/blob/{revision}/{name}" if page else f"somebody/model/{name}"
-    configs = {"sub/tiny.yml": LDM_V, "tiny.yaml": b"other"} if page else {}
-    with Hub("somebody/model", revision, {name: content, "README.md": b"", **configs}) as hub:
+    models = f"https://huggingface.co/somebody/model/blob/{revision}/{name}", f"somebody/model/{other}"
+    files = {name: content, other: content, "sub/tiny.yml": LDM_V, "tiny.yaml": b"other", "README.md": b""}
+    with Hub("somebody/model", revision, files) as hub:
         result = subprocess.run(
-            [sys.executable, "-c", program, "--model", model, "--dtype", "fp32", "--output-dir", "model"],
+            [sys.executable, "-c", program, *models],
             cwd=tmp_path,
             env={**os.environ, "HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1", "PYTHONPATH": str(ROOT)},
             capture_output=True,
@@ -306,13 +314,15 @@ def test_file_on_the_hub(make_file: Callable[..., Any], tmp_path: Path, page: bo
             check=False,
         )
         assert result.returncode == 0, result.stderr
-        assert hub.get_fetched() == (["sub/tiny.yml", name] if page else [name])
-    assert ("v_prediction (by the .yml next to the file)" in result.stdout) == page
-    check_same_weights(tmp_path / "model", pipeline)
-    record = json.loads((tmp_path / "model/source.json").read_text())
-    assert (record["model"], record["revision"]) == (f"somebody/model/{name}", revision)
-    assert record["sha256"] == hashlib.sha256(content).hexdigest()
-    assert not list((tmp_path / "model").glob("single_file*"))
+        assert hub.get_fetched() == ["sub/tiny.yml", name, other]
+    told = [line for line in result.stdout.splitlines() if "Stable Diffusion XL" in line]
+    assert ["v_prediction (by the .yml next to the file)" in line for line in told] == [True, False]
+    for number, each in enumerate((name, other)):
+        check_same_weights(tmp_path / f"model{number}", pipeline)
+        record = json.loads((tmp_path / f"model{number}/source.json").read_text())
+        assert (record["model"], record["revision"]) == (f"somebody/model/{each}", revision)
+        assert record["sha256"] == hashlib.sha256(content).hexdigest()
+        assert not list((tmp_path / f"model{number}").glob("single_file*"))
 
 
 @pytest.mark.parametrize("kind", ["file", "file of diffusers", "folder", "pipeline"])

@@ -158,7 +158,8 @@ def test_cudagraphs_on_a_cpu_stops_the_load(tiny_model: Path) -> None:
 def test_each_module_of_a_class_counts_its_graphs() -> None:
     x, counts = torch.randn(4, 16), []
     for seed in range(2):
-        module = make_module(seed=seed)
+        torch.manual_seed(seed)
+        module = torch.nn.Linear(16, 8).requires_grad_(False)  # torch's own kernel, so g++ has nothing to compile
         compiled = compile_method(module.forward, CompileConfig.parse("inductor"))
         assert measure_error(compiled(x), module(x)) < 1e-6
         compiled(x)

@@ -1,9 +1,8 @@
 """CompiledFunction: what is traced once is neither traced nor converted at the next start, and stays right."""
 
 import asyncio
-import itertools
+import importlib
 import pkgutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers.modeling_outputs import BaseModelOutput
 
 from openvino_backend import CompiledFunction, compile_ahead
 from openvino_backend.deferred import infer_shapes
 from openvino_backend.models import CompiledModel
 from tests.unit.modules import Bessel, TimeEmbedding, make_module, measure_error, needs_bf16
-from tools.server import ROOT
 
 pytestmark = pytest.mark.usefixtures("inference")
 
@@ -167,29 +166,29 @@ def test_views_of_one_weight_are_told_apart(tmp_path: Path) -> None:
         assert function.backend.reports[0].traced is is_traced
 
 
-def print_before_and_after(folder: Path, code: str) -> list[list[str]]:
-    """Return the words that a program prints at two starts, and at one after `x * 2` in it became `x * 3`."""
-    printed = []
-    for text in (code, code, code.replace("x * 2", "x * 3")):
-        (folder / "changing.py").write_text(text)
-        command = [sys.executable, "-c", "import changing", str(folder / "cache")]
-        environment = {"PYTHONPATH": f"{folder}:{ROOT}"}
-        finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-        printed.append(finished.stdout.split())
-    return printed
+def compute_before_and_after(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> list[tuple[float, bool]]:
+    """Return what a module computes, and whether torch traced it, at two starts and at one with `x * 3` for `x * 2`.
+
+    Args:
+        code: it defines `make_module()`. Each start imports it anew, from a folder of its own.
+    """
+    computed = []
+    for start, text in enumerate((code, code, code.replace("x * 2", "x * 3"))):
+        path = folder / f"{start}/changing.py"
+        path.parent.mkdir()
+        path.write_text(text)
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(path.parent)
+            patch.delitem(sys.modules, "changing", raising=False)
+            module = importlib.import_module("changing").make_module()
+            function = CompiledFunction(module.forward, make_options(folder / "cache"))
+            computed.append((float(function(torch.ones(1))), function.backend.reports[0].traced))
+    return computed
 
 
-def test_changed_source_is_traced_anew(tmp_path: Path) -> None:
-    code = (
-        "import sys, torch\n"
-        "from openvino_backend import CompiledFunction\n"
-        "class M(torch.nn.Module):\n"
-        "    def forward(self, x):\n"
-        "        return x * 2\n"
-        "function = CompiledFunction(M().forward, {'model_caching': True, 'cache_dir': sys.argv[1]})\n"
-        "with torch.no_grad(): print(float(function(torch.ones(1))), function.backend.reports[0].traced)\n"
-    )
-    assert print_before_and_after(tmp_path, code) == [["2.0", "True"], ["2.0", "False"], ["3.0", "True"]]
+def test_changed_source_is_traced_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import torch\nclass M(torch.nn.Module):\n    def forward(self, x):\n        return x * 2\nmake_module = M\n"
+    assert compute_before_and_after(tmp_path, monkeypatch, code) == [(2.0, True), (2.0, False), (3.0, True)]
 
 
 def test_damaged_function_is_traced_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -446,46 +445,45 @@ def test_what_is_no_pure_method_is_refused() -> None:
         CompiledFunction(torch.sin)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_mapped_weights_take_no_memory_once_released(tmp_path: Path) -> None:
-    code = """
-import sys, torch
-from safetensors.torch import load_file, save_file
-from openvino_backend import CompiledFunction, compile_ahead
-
 class Wide(torch.nn.Module):
-    def __init__(self, weights):
+    """Linear layers with weights from a file."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
         super().__init__()
         self.weights = torch.nn.ParameterDict(weights).requires_grad_(False)
-    def forward(self, x):
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         for weight in self.weights.values():
             x = torch.nn.functional.linear(x, weight)
         return x
 
-path, release, is_ahead = sys.argv[1], sys.argv[2] == "True", sys.argv[3] == "True"
-save_file({str(i): (torch.randn(2048, 2048) / 45).half() for i in range(8)}, path)
-module = Wide(load_file(path))
-x = torch.randn(2, 2048).half()
-options = {"release_weights": release, "config": {"INFERENCE_PRECISION_HINT": "f32"}}
-with torch.no_grad():
+
+def measure_resident(path: Path) -> int:
+    """Return how much memory the mapping of a file takes, in MiB."""
+    smaps = Path("/proc/self/smaps").read_text().split("\n")
+    at = [i for i, line in enumerate(smaps) if line.endswith(str(path))]
+    resident = [line for i in at for line in smaps[i + 1 : i + 6] if line.startswith("Rss")]
+    return sum(int(line.split()[1]) for line in resident) // 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("is_ahead", [False, True])
+@pytest.mark.parametrize("release", [False, True])
+def test_mapped_weights_take_no_memory_once_released(tmp_path: Path, release: bool, is_ahead: bool) -> None:
+    path, x = tmp_path / "weights.safetensors", torch.randn(2, 2048).half()
+    save_file({str(i): (torch.randn(2048, 2048) / 45).half() for i in range(8)}, path)
+    module = Wide(load_file(path))
     expected = module(x)
+    assert measure_resident(path) >= 64
+    options = {"release_weights": release, "config": {"INFERENCE_PRECISION_HINT": "f32"}}
     function = CompiledFunction(module.forward, options, dynamic_shapes={"x": (0,)})
     if is_ahead:
         with compile_ahead():
             function(x)
     result = function(x)
-    smaps = open("/proc/self/smaps").read().split("\\n")
-    at = [i for i, line in enumerate(smaps) if line.endswith(path)]
-    resident = sum(int(line.split()[1]) for i in at for line in smaps[i + 1 : i + 6] if line.startswith("Rss"))
-    is_near = float((result - expected).norm() / expected.norm()) < 0.01
-    print(resident // 1024, is_near, torch.equal(module(x), expected))
-"""
-    for release, is_ahead in itertools.product((False, True), repeat=2):
-        command = [sys.executable, "-c", code, str(tmp_path / "weights.safetensors"), str(release), str(is_ahead)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        megabytes, *is_right = done.stdout.split()
-        assert is_right == ["True", "True"], done.stderr
-        assert (int(megabytes) < 8) is release  # of 64
+    assert (measure_resident(path) < 8) is release
+    assert measure_error(result, expected) < 0.01
+    assert torch.equal(module(x), expected)
 
 
 class Blocks(torch.nn.Module):

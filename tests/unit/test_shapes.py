@@ -68,13 +68,19 @@ def test_one_graph_for_all_sizes_from_the_cache_too(tmp_path: Path, pipeline: An
         assert report.traced is is_first
         assert report.operators_outside == ()
         assert all(model.loaded_from_cache is not is_first for model in report.models)
+    # A single row or column is another graph: with dynamic lengths OpenVINO is wrong by 13 to 60% at 1×1, on a lower
+    # level too.
+    if part == "unet":
+        assert measure(function, method, make_call(pipeline, part, 1, 1, 1, 77)) < 1e-5
+        assert len(function.backend.reports) == 2
 
 
 def test_operators_outside_have_free_sizes_too(pipeline: Any) -> None:
     options = {"strict": False, "disabled_ops": ["aten.silu.default", "aten.upsample_nearest2d.default"]}
-    function = CompiledFunction(pipeline.unet.forward, options, dynamic_shapes=DYNAMIC_SHAPES["unet"])
+    method = pipeline.vae._decode
+    function = CompiledFunction(method, options, dynamic_shapes=DYNAMIC_SHAPES["vae"])
     for call in CALLS[:4]:
-        assert measure(function, pipeline.unet.forward, make_call(pipeline, "unet", *call)) < 1e-5
+        assert measure(function, method, make_call(pipeline, "vae", *call)) < 1e-5
     (report,) = function.backend.reports
     assert report.operators_outside == ("aten.silu.default", "aten.upsample_nearest2d.default")
 
@@ -97,14 +103,6 @@ def test_arithmetic_is_that_of_a_graph_for_one_size(tiny_model: Path, precision:
         assert errors[0] < 1.5 * errors[1] + 1e-3, (call, errors)
         assert errors[0] < 0.1
     assert (len(free.backend.reports), len(fixed.backend.reports)) == (1, 1)
-
-
-def test_a_single_row_or_column_is_another_graph(pipeline: Any) -> None:
-    """In the graph of dynamic lengths OpenVINO is wrong by 13 to 60% at 1×1, on a lower level too."""
-    function = CompiledFunction(pipeline.unet.forward, {}, dynamic_shapes=DYNAMIC_SHAPES["unet"])
-    for call in (CALLS[0], (1, 1, 1, 77)):
-        assert measure(function, pipeline.unet.forward, make_call(pipeline, "unet", *call)) < 1e-5, call
-    assert len(function.backend.reports) == 2
 
 
 def test_a_shape_can_have_a_graph_of_its_own(pipeline: Any) -> None:
