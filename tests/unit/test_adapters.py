@@ -284,7 +284,9 @@ def test_textual_inversions_are_set_aside(
 ) -> None:
     embeddings = {f"bundle_emb.{each}": torch.ones(2, 64) for each in ("fox.clip_l", "fox.clip_g", "<owl>.clip_l")}
     load_one(layers, tmp_path, embeddings)
-    assert "lora.safetensors: its textual inversions need an entry in handler.embeddings, too: '<owl>, fox'" in caplog.text
+    assert (
+        "lora.safetensors: its textual inversions need an entry in handler.embeddings, too: '<owl>, fox'" in caplog.text
+    )
     with pytest.raises(ConfigError, match="holds no tensor of a LoRA"):
         load_lora(save(embeddings, tmp_path / "alone.safetensors"), layers)
 
