@@ -108,7 +108,7 @@ def _convert(vectors: Any, dtype: Any) -> Any:
 def _add_tokens(tokenizer: Any, encoder: Any, tokens: Sequence[str], rows: Sequence[Any]) -> None:
     """Add a token for each row, and the rows to a text encoder."""
     import torch
-    from tokenizers import AddedToken
+    from transformers import AddedToken
 
     tokenizer.add_tokens([AddedToken(each, normalized=False) for each in tokens])
     embedding = encoder.get_input_embeddings()
