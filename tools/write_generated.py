@@ -13,6 +13,7 @@ from typing import Any
 
 from sdxl_server.api.openapi import build_openapi
 from sdxl_server.config.adapter_settings import AdapterConfig
+from sdxl_server.config.control_settings import ControlConfig
 from sdxl_server.config.declaration import NEEDED, list_declarations
 from sdxl_server.config.settings import (
     PUBLISHED_KEYS_WITHOUT_EFFECT,
@@ -110,6 +111,7 @@ def make_settings_page() -> str:
     tables: Mapping[str, str] = {
         "handler": make_settings_table(HandlerConfig),
         "adapters": make_settings_table(AdapterConfig),
+        "controls": make_settings_table(ControlConfig),
         "published": make_table(["key", "instead"], ([f"`{k}`", v] for k, v in PUBLISHED_KEYS_WITHOUT_EFFECT.items())),
         "pt2": make_settings_table(CompileConfig),
         "options": make_options_table(),

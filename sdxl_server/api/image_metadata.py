@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sdxl_server import __version__
-from sdxl_server.model.describe import describe_arithmetic, describe_vae, list_applied_adapters
+from sdxl_server.model.describe import describe_arithmetic, describe_vae, list_applied_adapters, list_applied_controls
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.model.tiling import describe_tiles
 from sdxl_server.request.fields import GenerationRequest
@@ -26,6 +26,7 @@ def describe_image(
             "model": loaded.config.model_path,
             "weights_sha256": loaded.weights_sha256,
             **({"adapters": applied} if (applied := list_applied_adapters(loaded, request)) else {}),
+            **({"controls": controls} if (controls := list_applied_controls(loaded, request)) else {}),
             **({"vae": vae} if (vae := describe_vae(loaded))["path"] or vae["lossy"] else {}),
             **({"weighted_prompts": True} if loaded.config.weighted_prompts else {}),
             **({"vae_tiles": tiles} if (tiles := describe_tiles(request, loaded.config)) else {}),

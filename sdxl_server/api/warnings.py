@@ -42,7 +42,8 @@ def list_warnings(loaded: LoadedPipeline, request: GenerationRequest, *, earlier
         given = [name for name in PROMPTS if name.startswith("negative") and getattr(request, name)]
         warnings += [f"{name} has no effect: {why}" for name in given]
     for name, upload in (("strength", "image"), ("resize_mode", "image"), ("invert_mask", MASK)):
-        if getattr(request, name) is not None and getattr(request, upload) is None:
+        is_used = name == "resize_mode" and request.control is not None
+        if getattr(request, name) is not None and getattr(request, upload) is None and not is_used:
             warnings.append(f"{name} has no effect without {'a mask' if upload == MASK else 'an image'}")
     if request.mask_image is not None:
         warnings += warn_of_mask(request.mask_image)

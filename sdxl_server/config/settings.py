@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sdxl_server.config.adapter_settings import read_adapter_settings
+from sdxl_server.config.control_settings import read_control_settings
 from sdxl_server.config.declaration import SCHEDULER, declare, read_section
 from sdxl_server.errors import ConfigError
 from sdxl_server.schemas import any_text, choice, describe_schema, is_valid, real, shares, shorten, switch, whole
@@ -99,6 +100,13 @@ class HandlerConfig:
         null="none",
     )
     max_adapter_rank: int = declare(whole(1, 1024), "maximum sum of the ranks of a request's adapters", value=128)
+    controls: Sequence[Any] | None = declare(
+        {"type": "array", "maxItems": 20, "x-accepted": "a list of controls, each of the keys below"},
+        "models that follow a control image, such as edges (T2I-Adapter)",
+        value=None,
+        null="none",
+    )
+    max_controls: int = declare(whole(1, 10), "maximum controls of a request, each with an image", value=2)
     num_inference_steps: int | None = declare(
         whole(1, 1000),
         "default denoising steps",
@@ -268,7 +276,11 @@ class HandlerConfig:
                 )
                 raw = {key: value for key, value in raw.items() if key not in ignored}
         config: Self = read_section(cls, raw, "handler")
-        config = dataclasses.replace(config, adapters=read_adapter_settings(config.adapters or ()) or None)
+        config = dataclasses.replace(
+            config,
+            adapters=read_adapter_settings(config.adapters or ()) or None,
+            controls=read_control_settings(config.controls or ()) or None,
+        )
         for width, height in config.read_sizes():
             if width % 8 or height % 8 or not MIN_SIDE <= min(width, height) <= max(width, height) <= config.max_side:
                 raise ConfigError(

@@ -57,6 +57,7 @@ def build_contract(
         samplers=samplers,
         max_clip_skip=min(getattr(pipeline, each).config.num_hidden_layers for each in family.text_encoders) - 1,
         adapters=_list_registered(adapters, config, samplers),
+        controls={each.name: each.scale for each in config.controls or ()},
     )
     properties = build_properties(limits, defaults=defaults, lacking=family.lacks)
     batch = 2 if has_halves(defaults["guidance_scale"], unet_config) else 1

@@ -9,6 +9,7 @@ from typing import Any
 
 from sdxl_server.config.settings import CompileConfig, HandlerConfig
 from sdxl_server.model.adapters.registry import Adapter
+from sdxl_server.model.controls.registry import Control
 from sdxl_server.model.families import Family
 from sdxl_server.model.tiling import compute_tile_side
 from sdxl_server.request.contract import Contract
@@ -29,6 +30,7 @@ class LoadedPipeline:
         parts: the compiled components by name, each with its OpenVINOBackend. None stands for another backend.
         contract: what requests may ask for.
         adapters: the registered adapters, fused or named by requests.
+        controls: the registered controls.
     """
 
     pipeline: Any
@@ -41,6 +43,7 @@ class LoadedPipeline:
     parts: Mapping[str, Any]
     contract: Contract
     adapters: tuple[Adapter, ...]
+    controls: tuple[Control, ...]
 
     @property
     def tile_side(self) -> int | None:

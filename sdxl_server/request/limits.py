@@ -21,6 +21,7 @@ class Limits:
         samplers: diffusers' schedulers that sample this model correctly, each with its options.
         max_clip_skip: the layers of the smaller text encoder, less one.
         adapters: the adapters that requests can name.
+        controls: the default scale of each control that requests can name.
     """
 
     config: HandlerConfig = HandlerConfig()
@@ -30,3 +31,4 @@ class Limits:
     samplers: Samplers = dataclasses.field(default_factory=dict)
     max_clip_skip: int = 11
     adapters: Mapping[str, RegisteredAdapter] = dataclasses.field(default_factory=dict)
+    controls: Mapping[str, float] = dataclasses.field(default_factory=dict)
