@@ -33,14 +33,10 @@ def add_out_of_place(graph: torch.fx.Graph) -> None:
     """Give additions in place a new result, where no view shows the change. Later uses of the tensor get the result."""
     places = {node: place for place, node in enumerate(graph.nodes)}
     for node in graph.find_nodes(op="call_function", target=aten.add_.Tensor):
-        changed, added = node.args[:2]
+        changed = node.args[0]
         earlier = [user for user in changed.users if places[user] < places[node]]
-        is_tensor = isinstance(added, torch.fx.Node) and isinstance(added.meta["val"], torch.Tensor)
-        if (
-            is_tensor
-            and added.meta["val"].dtype == changed.meta["val"].dtype
-            and all(map(_is_new, [changed, *earlier]))
-        ):
+        types = [getattr(each.meta["val"], "dtype", None) for each in node.all_input_nodes]
+        if len(types) == 2 and types[0] == types[1] and all(map(_is_new, [changed, *earlier])):
             node.target = aten.add.Tensor
             changed.replace_all_uses_with(node, delete_user_cb=lambda user, at=places[node]: places[user] > at)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from sdxl_server.config.control_settings import CONTROL_SCALE
 from sdxl_server.errors import RequestError
-from sdxl_server.request.uploads import Upload, read_upload
+from sdxl_server.request.uploads import read_upload
 from sdxl_server.schemas import Schema, choice, load_json, read_value, real, shorten
 
 CONTROL_EXAMPLE = '[{"name": "edges", "image": "<base64>", "scale": 0.8, "from": 0, "to": 0.8}]'
@@ -99,20 +99,21 @@ def _read_control(key: str, given: Any, schema: Schema, scales: Mapping[str, flo
     read: dict[str, Any] = {}
     for name, value in given.items():
         if name not in properties:
-            raise RequestError(
-                f"{key}.{shorten(name)} is not a key; the keys are {', '.join(properties)}", param="control"
-            )
+            raise _refuse(key, shorten(name), f"is not a key; the keys are {', '.join(properties)}")
         if name != "image" and value is not None:
             try:
                 read[name] = read_value(value, properties[name])
             except ValueError as error:
-                raise RequestError(f"{key}.{name} {error}", param="control") from error
+                raise _refuse(key, name, str(error)) from error
     for name in NEEDED_KEYS:
         if given.get(name) is None:
-            raise RequestError(f"{key}.{name} is missing; a control takes {CONTROL_EXAMPLE}", param="control")
+            raise _refuse(key, name, f"is missing; a control takes {CONTROL_EXAMPLE}")
     begin, end = read.get("from", 0.0), read.get("to", 1.0)
     if begin >= end:
-        raise RequestError(f"{key} takes a greater to than from, not from {begin:g} to {end:g}", param="control")
-    scale = read.get("scale", scales[read["name"]])
-    image: Upload = read_upload(f"{key}.image", given["image"], max_side=max_side)
-    return RequestControl(read["name"], image, scale, begin, end)
+        raise _refuse(key, "to", f"takes a share above from, {begin:g}, not {end:g}")
+    image = read_upload(f"{key}.image", given["image"], max_side=max_side)
+    return RequestControl(read["name"], image, read.get("scale", scales[read["name"]]), begin, end)
+
+
+def _refuse(key: str, name: str, message: str) -> RequestError:
+    return RequestError(f"{key}.{name} {message}", param=f"{key}.{name}")

@@ -90,6 +90,8 @@ def is_inside(timestep: float, interval: tuple[float, float], *, trained: int) -
         trained: the number of training timesteps.
     """
     begin, end = interval
+    if (begin, end) == (0, 1):  # some schedulers have other timesteps than the training
+        return True
     return round(trained * (1 - end)) <= timestep <= round(trained * (1 - begin))
 
 

@@ -1,7 +1,9 @@
 """Controls (T2I-Adapter), compared with diffusers' own pipelines in eager PyTorch."""
 
+import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from sdxl_server.api.bodies import read_fields
+from sdxl_server.api.image_metadata import describe_image
+from sdxl_server.api.warnings import list_warnings
 from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.diffusion.generation import generate, run_to_end
-from sdxl_server.model.describe import describe_pipeline
+from sdxl_server.errors import ConfigError, RequestError
+from sdxl_server.model.describe import describe_pipeline, list_uncompiled_components
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
+from sdxl_server.sampling.step_plan import build_step_plan, is_inside
 from tests.unit.pipelines import UNET_ONLY, encode, load, make_picture, make_pictures
 from tools.random_model import CONFIGURATIONS, make_pipeline, save_pipeline
 
@@ -91,7 +98,8 @@ def control(model: Path, pt2: Any, *paths: Path, **settings: Any) -> LoadedPipel
 
 
 def name_control(name: str = "a", image: Image.Image = OUTLINE, **more: Any) -> dict[str, Any]:
-    return {"name": name, "image": encode(image), **more}
+    """Return a control of a request; `begin` is its `from`, a word of Python."""
+    return {"name": name, "image": encode(image), **{"from" if key == "begin" else key: more[key] for key in more}}
 
 
 @pytest.fixture(scope="module")
@@ -162,10 +170,10 @@ def test_from_and_to_are_shares_of_the_denoising(loaded: LoadedPipeline, model: 
     adapter = diffusers.T2IAdapter.from_pretrained(folder)
     first_half = draw_with_diffusers(model, adapter, OUTLINE, scale=0.8, adapter_conditioning_factor=0.5)
     assert measure(make_picture(loaded, control=[name_control(to=0.5)]), first_half) <= 1
-    second = make_picture(loaded, control=[name_control(**{"from": 0.5})])
+    second = make_picture(loaded, control=[name_control(begin=0.5)])
     assert measure(second, first_half) > 20
     # no step is in this interval
-    never = make_picture(loaded, control=[name_control(**{"from": 0.9, "to": 0.95})])
+    never = make_picture(loaded, control=[name_control(begin=0.9, to=0.95)])
     assert np.array_equal(never, make_picture(loaded))
 
 
@@ -239,3 +247,275 @@ def test_a_static_graph_takes_controls(model: Path, folder: Path, eager_controll
             measure(make_picture(fixed, **fields), make_picture(eager_controlled, width=128, height=128, **fields)) <= 1
         )
     assert describe_pipeline(fixed)["graphs"] == 2  # of the UNet and of the control
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"channels": (32, 64), "downscale_factor": 8, "adapter_type": "full_adapter"},
+        {"channels": (32, 64), "downscale_factor": 8, "adapter_type": "full_adapter", "in_channels": 1},
+        {"channels": (32,), "downscale_factor": 8, "adapter_type": "light_adapter", "num_res_blocks": 3},
+    ],
+)
+def test_adapters_of_stable_diffusion_1(tmp_path: Path, config: dict[str, Any]) -> None:
+    """Their first map has the size of the latents, because the first block has attention."""
+    pipeline = make_pipeline("tiny-sd")
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    unet = {**CONFIGURATIONS["tiny-sd"]["unet"], **blocks}
+    if config["adapter_type"] == "light_adapter":
+        unet |= {"block_out_channels": (32, 32)}
+    pipeline.register_modules(unet=diffusers.UNet2DConditionModel(in_channels=4, out_channels=4, **unet))
+    save_pipeline(pipeline, tmp_path / "model")
+    adapter = make_adapter(**config)
+    adapter.save_pretrained(tmp_path / "folder")
+    copy = tmp_path / "alone.safetensors"
+    copy.write_bytes((tmp_path / "folder" / WEIGHTS).read_bytes())
+    loaded = control(tmp_path / "model", None, tmp_path / "folder", copy)
+    image = OUTLINE.convert("L") if adapter.config.in_channels == 1 else OUTLINE
+    expected = draw_with_diffusers(tmp_path / "model", adapter, image, scale=0.8)
+    for name in "ab":
+        assert measure(make_picture(loaded, control=[name_control(name)]), expected) <= 1
+    assert measure(make_picture(loaded), expected) > 5
+
+
+def test_reports_name_the_controls(
+    compiled_controlled: LoadedPipeline, folder: Path, file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    digests = [hashlib.sha256(each.read_bytes()).hexdigest() for each in (folder / WEIGHTS, file)]
+    told = [
+        {"name": name, "kind": "t2i_adapter", "sha256": digest, "scale": 0.8}
+        for name, digest in zip("ab", digests, strict=True)
+    ]
+    report = describe_pipeline(compiled_controlled)
+    assert report["controls"] == told
+    assert [len(report["openvino"][part]) for part in ("unet", "control_a", "control_b")] == [1, 1, 1]
+    request = compiled_controlled.contract.check(
+        {"prompt": "a fox", "resize_mode": "pad", "control": [name_control("b", scale=0.5, to=0.75)]}
+    )
+    described = describe_image(compiled_controlled, request, 0, unet_calls=1)
+    applied = {"scale": 0.5, "from": 0.0, "to": 0.75}
+    assert described["made_with"]["controls"] == [told[1] | applied]
+    assert described["request"]["control"] == [{"name": "b", **applied}]
+    assert list_warnings(compiled_controlled, request) == []
+    with pytest.raises(RequestError, match=r"^control\[0\]\.image is missing"):  # the metadata has no images
+        compiled_controlled.contract.check(json.loads(json.dumps(described["request"])))
+    plain = compiled_controlled.contract.check({"prompt": "a fox"})
+    described = describe_image(compiled_controlled, plain, 0, unet_calls=1)
+    assert "controls" not in described["made_with"]
+    assert "control" not in described["request"]
+
+
+def test_only_named_controls_wait_for_compilation(model: Path, folder: Path, file: Path) -> None:
+    loaded = control(model, "openvino", folder, file, **UNET_ONLY)
+    check = loaded.contract.check
+    assert list_uncompiled_components(loaded, check({"prompt": "a fox"})) == ["unet"]
+    named = check({"prompt": "a fox", "control": [name_control("b")]})
+    assert list_uncompiled_components(loaded, named) == ["unet", "control_b"]
+
+
+def test_a_form_takes_controls_as_json(eager_controlled: LoadedPipeline) -> None:
+    contract, given = eager_controlled.contract, [name_control(scale=0.5)]
+    for text in (json.dumps(given), json.dumps(given[0])):
+        values = {"prompt": b"a fox", "seed": b"1", "control": text.encode()}
+        fields = read_fields(values, content_type="multipart/form-data", properties=contract.properties, aliases={})
+        (read,) = contract.check(fields).control or ()
+        assert (read.name, read.scale, read.image.size) == ("a", 0.5, (128, 128))
+
+
+def test_the_images_of_controls_are_resized(eager_controlled: LoadedPipeline) -> None:
+    check, wide = eager_controlled.contract.check, name_control(image=draw_outline(256, 128, colour="red"))
+    request = check({"prompt": "a fox", "width": 128, "height": 128, "control": [wide, name_control("b")]})
+    assert [each.image.size for each in request.control or ()] == [(128, 128)] * 2
+    padded = check({"prompt": "a fox", "width": 128, "height": 128, "control": [wide], "resize_mode": "pad"})
+    (read,) = padded.control or ()
+    assert read.image.getpixel((64, 0)) == (0, 0, 0)  # bars hold no edges
+    started = check({"prompt": "a fox", "image": encode(OUTLINE), "control": [wide]})  # the image decides
+    assert (started.width, started.height) == started.image.size == (128, 128)
+    url = {**wide, "image": "data:image/png;base64," + wide["image"]}
+    assert check({"prompt": "a fox", "control": [url]}).width > 128
+
+
+BROKEN = encode(OUTLINE)[:200]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (name_control("z"), r"control\[0\]\.name takes one of a, b, not 'z'"),
+        (["a"], r"control takes a list of at most 2 such as .*, of the controls a, b, not 'a'"),
+        ("a", r"control takes a list of at most 2 such as .*, not 'a'"),
+        ("[{", r"control takes a list of at most 2 such as .*, not '\[\{'"),
+        (7, "control takes a list .*, not 7"),
+        ([name_control()] * 3, r"control takes a list of at most 2 .*, not 3"),
+        ([name_control()] * 2, "control takes each control once, not a, a"),
+        (name_control(scale=11), r"control\[0\]\.scale takes a number from 0 to 10, not 11"),
+        (name_control(scale=float("nan")), r"control\[0\]\.scale takes a number from 0 to 10, not nan"),
+        (name_control(scale="1"), r"control\[0\]\.scale takes a number from 0 to 10, not '1'"),
+        (name_control(scale=True), r"control\[0\]\.scale takes a number from 0 to 10, not True"),
+        ([name_control(), name_control("b", to=1.5)], r"control\[1\]\.to takes a number from 0 to 1, not 1\.5"),
+        (name_control(begin=0.5, to=0.5), r"control\[0\]\.to takes a share above from, 0\.5, not 0\.5"),
+        (name_control(weight=1), r"control\[0\]\.'weight' is not a key; the keys are name, image, scale, from, to"),
+        ({"name": "a"}, r"control\[0\]\.image is missing"),
+        ({"name": "a", "image": None}, r"control\[0\]\.image is missing"),
+        ({"image": encode(OUTLINE)}, r"control\[0\]\.name is missing"),
+        ({"name": "a", "image": BROKEN}, r"control\[0\]\.image takes a whole image as JPEG"),
+        ({"name": "a", "image": "http://host/a.png"}, r"control\[0\]\.image takes base64, not 'http:"),
+        ({"name": "a", "image": 3}, r"control\[0\]\.image takes an image in base64, not 3"),
+        ({"name": "a", "image": encode(Image.new("RGB", (4, 4)))}, r"control\[0\]\.image takes sides of 8 to"),
+    ],
+)
+def test_wrong_controls_of_a_request_are_reported_in_a_line(
+    eager_controlled: LoadedPipeline, given: Any, told: str
+) -> None:
+    with pytest.raises(RequestError, match=f"^{told}") as error:
+        eager_controlled.contract.check({"prompt": "a fox", "control": given})
+    assert str(error.value).startswith(str(error.value.param))
+    assert "\n" not in str(error.value)
+
+
+def test_a_server_without_controls_says_so(eager: LoadedPipeline) -> None:
+    for given in ([name_control()], name_control()):
+        with pytest.raises(RequestError, match="control takes an empty list: this server has no controls, not 1"):
+            eager.contract.check({"prompt": "a fox", "control": given})
+    assert eager.contract.check({"prompt": "a fox", "control": []}).control is None
+
+
+def test_a_schedule_without_training_timesteps_takes_no_interval(eager_controlled: LoadedPipeline) -> None:
+    def plan(**interval: float) -> Any:
+        request = eager_controlled.contract.check({"prompt": "a fox", "control": name_control(**interval)})
+        scheduler = diffusers.EDMEulerScheduler()
+        scheduler.set_timesteps(4)
+        return build_step_plan(scheduler, request, unet_config={}, half=0.5)
+
+    assert plan().total == 4
+    assert is_inside(-1.2, (0, 1), trained=1000)
+    with pytest.raises(RequestError, match="^control takes shares of the training timesteps, and EulerDis.* has none"):
+        plan(to=0.5)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda each: each.pop("adapter.conv_in.bias"), r"lacks 1 tensors of its T2IAdapter, such as adapter\.conv_in"),
+        (lambda each: each.update({"adapter.more": torch.ones(1)}), "not of a T2IAdapter: adapter.more"),
+        (lambda each: each["adapter.conv_in.bias"].fill_(torch.nan), "not finite in float32: adapter.conv_in.bias"),
+        (
+            lambda each: each.update({"adapter.conv_in.bias": torch.ones(33)}),
+            "takes 32 numbers for adapter.conv_in.bias, not 33",
+        ),
+        (lambda each: (each.clear(), each.update({"control_model.a": torch.ones(1)})), "a ControlNet, which is not se"),
+        (lambda each: (each.clear(), each.update({"ip_adapter.1.a": torch.ones(1)})), "an IP-Adapter, which is not se"),
+        (lambda each: (each.clear(), each.update({"lora_unet_a.alpha": torch.ones(1)})), "holds a LoRA .*; a control"),
+        (lambda each: (each.clear(), each.update({"a": torch.ones(1)})), "tensors of unknown kind, such as a; a contr"),
+        (
+            lambda each: each.update({"adapter.conv_in.weight": torch.ones(32, 7, 3, 3)}),
+            "192, 256, 768 channels, not 7",
+        ),
+    ],
+)
+def test_a_spoiled_file_is_refused_in_a_line(
+    model: Path, folder: Path, tmp_path: Path, spoil: Callable[[Any], Any], told: str
+) -> None:
+    path, tensors = tmp_path / "wrong.safetensors", load_file(folder / WEIGHTS)
+    spoil(tensors)
+    save_file(tensors, path)
+    with pytest.raises(ConfigError, match=rf"^handler\.controls\[0\]\.path: .*wrong\.safetensors .*{told}") as error:
+        control(model, None, path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (
+            {"downscale_factor": 8, "adapter_type": "full_adapter"},
+            "holds a T2I-Adapter for Stable Diffusion 1.x or 2.x",
+        ),
+        (
+            {"channels": (32, 64, 128, 128)},
+            "does not fit this model: for 512x512 pixels its UNet takes feature maps of 32",
+        ),
+        ({"channels": (32, 64, 64, 64, 64)}, "does not fit this model"),
+        ({"downscale_factor": 8}, "does not fit this model"),
+    ],
+)
+def test_an_adapter_of_another_model_is_refused_in_a_line(
+    model: Path, tmp_path: Path, config: dict[str, Any], told: str
+) -> None:
+    make_adapter(**config).save_pretrained(tmp_path / "other")
+    with pytest.raises(ConfigError, match=rf"^handler\.controls\[0\]\.path: .*other {told}"):
+        control(model, None, tmp_path / "other")
+
+
+def test_an_xl_adapter_is_refused_by_stable_diffusion_1(tiny_sd_model: Path, folder: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"for Stable Diffusion XL \(full_adapter_xl\), and this model is Stable Diffu"
+    ):
+        control(tiny_sd_model, None, folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda path: (path / WEIGHTS).rename(path / "model.bin"), "pickle"),
+        (lambda path: (path / WEIGHTS).unlink(), "has no weights of a T2IAdapter"),
+        (lambda path: (path / WEIGHTS).write_bytes(b"PK\x03\x04"), "is a pickle of PyTorch's"),
+        (
+            lambda path: (path / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes()[:-9]),
+            "is damaged, or was not fetched",
+        ),
+        (lambda path: (path / "config.json").unlink(), "has no readable config.json of a T2IAdapter"),
+        (lambda path: change(path, _class_name="ControlNetModel"), r"holds a ControlNet \('ControlNetModel'\), which"),
+        (lambda path: change(path, _class_name="AutoencoderKL"), "holds 'AutoencoderKL'; a control is a T2IAdapter"),
+        (lambda path: change(path, adapter_type="big"), "config.json does not describe a T2IAdapter: Unsupported"),
+        (lambda path: change(path, channels="many"), "config.json does not describe a T2IAdapter"),
+        (lambda path: change(path, quantization_config={}), "quantised"),
+    ],
+)
+def test_a_spoiled_folder_is_refused_in_a_line(
+    model: Path, folder: Path, tmp_path: Path, spoil: Callable[[Path], Any], told: str
+) -> None:
+    path = tmp_path / "spoiled"
+    path.mkdir()
+    for each in folder.iterdir():
+        (path / each.name).write_bytes(each.read_bytes())
+    spoil(path)
+    with pytest.raises(ConfigError, match=rf"^handler\.controls\[0\]\.path: .*{told}") as error:
+        control(model, None, path)
+    assert "\n" not in str(error.value)
+
+
+def change(folder: Path, **config: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+
+
+@pytest.mark.parametrize("path", ["none", "none.safetensors", "adapter.pth"])
+def test_a_missing_file_or_a_pickle_is_refused_in_a_line(model: Path, tmp_path: Path, path: str) -> None:
+    (tmp_path / "adapter.pth").write_bytes(b"\x80")
+    told = "use the model's .safetensors file" if path.endswith(".pth") else "cannot be read"
+    with pytest.raises(ConfigError, match=rf"^handler\.controls\[0\]\.path: .*{path}.* {told}"):
+        control(model, None, tmp_path / path)
+
+
+@pytest.mark.parametrize(
+    ("entries", "told"),
+    [
+        ([{}], r"controls\[0\]\.name is missing; it takes a name of letters"),
+        ([{"name": "a"}], r"controls\[0\]\.path is missing; it takes a folder or a \.safetensors file"),
+        (
+            [{"name": "a", "path": "a", "kind": "lora"}],
+            r"controls\[0\]\.kind takes one of t2i_adapter, or null .* 'lora'",
+        ),
+        ([{"name": "a", "path": "a", "scale": -1}], r"controls\[0\]\.scale takes a number from 0 to 10, not -1"),
+        ([{"name": "a", "path": "a"}] * 2, r"controls\[1\]\.name takes a name that no other control has, not 'a'"),
+        ([3], r"controls\[0\] takes keys and values, not 3"),
+        ("edges", "controls takes a list of controls"),
+    ],
+)
+def test_wrong_settings_are_reported_in_a_line(entries: Any, told: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^handler\.{told}"):
+        HandlerConfig.parse({"controls": entries})
