@@ -384,7 +384,7 @@ def test_a_server_without_controls_says_so(eager: LoadedPipeline) -> None:
 
 
 def test_a_schedule_without_training_timesteps_takes_no_interval(eager_controlled: LoadedPipeline) -> None:
-    def plan(**interval: float) -> Any:
+    def plan(**interval: Any) -> Any:
         request = eager_controlled.contract.check({"prompt": "a fox", "control": name_control(**interval)})
         scheduler = diffusers.EDMEulerScheduler()
         scheduler.set_timesteps(4)
