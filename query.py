@@ -58,9 +58,11 @@ exit codes:
 
 
 def read_value(text: str) -> Any:
-    """Return a field's value: JSON, or else the text itself."""
+    """Return a field's value: JSON, or else the text itself. The `image` of an object is a file, as in `control`."""
     try:
-        return json.loads(text)
+        return json.loads(
+            text, object_hook=lambda at: at | {"image": encode_file(at["image"])} if "image" in at else at
+        )
     except (ValueError, RecursionError):
         return text
 

@@ -18,7 +18,7 @@ RESIDUALS = "down_intrablock_additional_residuals"  # the UNet's argument
 
 @dataclass(frozen=True)
 class Residuals:
-    """What one control adds in the UNet, scaled, inside an interval of the denoising."""
+    """The scaled feature maps of a control, which the UNet adds inside an interval of the denoising."""
 
     tensors: Sequence[Any]
     interval: tuple[float, float]

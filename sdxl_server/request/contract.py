@@ -121,8 +121,8 @@ class Contract:
             return read_upload(named[name], value, max_side=self.limits.config.max_side)
         try:
             read = read_value(value, schema) if declaration.read is None else declaration.read(value, self.limits)
-        except RequestError:
-            raise
+        except RequestError as error:  # of a part of the value; its message names that
+            raise RequestError(str(error), param=named[name]) from error
         except ValueError as error:
             raise RequestError(f"{named[name]} {error}", param=named[name]) from error
         if isinstance(read, list):

@@ -116,4 +116,4 @@ def _read_control(key: str, given: Any, schema: Schema, scales: Mapping[str, flo
 
 
 def _refuse(key: str, name: str, message: str) -> RequestError:
-    return RequestError(f"{key}.{name} {message}", param=f"{key}.{name}")
+    return RequestError(f"{key}.{name} {message}")

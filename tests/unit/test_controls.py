@@ -372,7 +372,7 @@ def test_wrong_controls_of_a_request_are_reported_in_a_line(
 ) -> None:
     with pytest.raises(RequestError, match=f"^{told}") as error:
         eager_controlled.contract.check({"prompt": "a fox", "control": given})
-    assert str(error.value).startswith(str(error.value.param))
+    assert error.value.param == "control"
     assert "\n" not in str(error.value)
 
 
