@@ -58,9 +58,9 @@ def resize_controls(used: dict[str, Any], given: Mapping[str, Any], limits: Limi
         used, given: see `resize_images`.
     """
     controls = used["control"]
-    size, how = (used["width"], used["height"]), used.setdefault("resize_mode", "crop")
     if "image" not in used:
-        size, how = _set_size(used, given, limits, controls[0].image.pixels.size)
+        _set_size(used, given, limits, controls[0].image.pixels.size)
+    size, how = (used["width"], used["height"]), used["resize_mode"]
     used["control"] = tuple(
         dataclasses.replace(each, image=_resize(each.image.pixels, size, how, bars="black")) for each in controls
     )

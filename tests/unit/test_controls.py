@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from sdxl_server.api.bodies import read_fields
 from sdxl_server.api.image_metadata import describe_image
+from sdxl_server.api.openai import OpenAIApi
 from sdxl_server.api.warnings import list_warnings
 from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.diffusion.generation import generate, run_to_end
@@ -316,13 +317,17 @@ def test_only_named_controls_wait_for_compilation(model: Path, folder: Path, fil
     assert list_uncompiled_components(loaded, named) == ["unet", "control_b"]
 
 
-def test_a_form_takes_controls_as_json(eager_controlled: LoadedPipeline) -> None:
+def test_forms_and_other_apis_take_controls(eager_controlled: LoadedPipeline) -> None:
     contract, given = eager_controlled.contract, [name_control(scale=0.5)]
     for text in (json.dumps(given), json.dumps(given[0])):
         values = {"prompt": b"a fox", "seed": b"1", "control": text.encode()}
         fields = read_fields(values, content_type="multipart/form-data", properties=contract.properties, aliases={})
         (read,) = contract.check(fields).control or ()
         assert (read.name, read.scale, read.image.size) == ("a", 0.5, (128, 128))
+    body = {"body": json.dumps({"prompt": "a fox", "control": given}).encode()}
+    request, warnings = OpenAIApi().read(body, content_type="application/json", contract=contract)
+    assert [each.name for each in request.control or ()] == ["a"]
+    assert warnings == []
 
 
 def test_the_images_of_controls_are_resized(eager_controlled: LoadedPipeline) -> None:

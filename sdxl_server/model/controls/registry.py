@@ -41,9 +41,8 @@ class Control:
         Args:
             of_request: how a request uses it.
         """
-        return {"name": self.config.name, "kind": self.kind, "sha256": self.sha256, "scale": self.config.scale} | (
-            of_request
-        )
+        about = {"name": self.config.name, "kind": self.kind, "sha256": self.sha256, "scale": self.config.scale}
+        return {**about, **of_request}
 
 
 def name_component(config: ControlConfig) -> str:

@@ -5,6 +5,7 @@ Read are diffusers' folders, and files in diffusers' or TencentARC's naming.
 
 import hashlib
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from sdxl_server.model.folders import (
     check_links,
     is_weights,
     load_json_object,
-    write_redownload_command,
 )
 from sdxl_server.schemas import shorten
 
@@ -32,7 +32,7 @@ MODEL_BY_TYPE = {
 BLOCK = re.compile(r"^(adapter\.)?body\.\d+\.")
 # Input channels of the first layer, after pixels became channels: the image's channels, and the pixels of a side.
 FIRST_LAYER = {64: (1, 8), 192: (3, 8), 256: (1, 16), 768: (3, 16)}
-SIDE = 512  # pixels of the image that checks the shapes
+CELLS = 32  # along a side of the image that checks the shapes
 
 
 def load_t2i_adapter(path: Path, pipeline: Any, family: Family, dtype: str) -> tuple[Any, str, int]:
@@ -96,7 +96,8 @@ def _find_file(path: Path) -> tuple[Path, Mapping[str, Any] | None]:
             f"a ControlNet ({shorten(held)}), which is not served yet" if "ControlNet" in str(held) else shorten(held)
         )
         raise ConfigError(f"{path} holds {kind}; a control is a {CLASS}")
-    check_component(path, remedy=write_redownload_command(path))
+    command = ["hf", "download", "<its id on the hub>", "--local-dir", f"{path}-whole"]
+    check_component(path, remedy=shlex.join(command))
     files = [each for each in sorted(path.glob("*.safetensors")) if is_weights(each.name)]
     if not files:
         raise ConfigError(f"{path} has no weights of a {CLASS}, such as diffusion_pytorch_model.safetensors")
@@ -111,8 +112,8 @@ def _read_header(path: Path) -> Header:
         raise ConfigError(str(error)) from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
-    content = describe_content(header)
     if not any(BLOCK.match(name) for name in header.shapes):
+        content = describe_content(header)
         is_later = content in ("a ControlNet", "an IP-Adapter")
         raise ConfigError(f"{path} holds {content}{', which is not served yet' * is_later}; a control is a T2I-Adapter")
     return header
@@ -185,14 +186,16 @@ def _check_fits(path: Path, module: Any, pipeline: Any) -> int:
     """
     import torch
 
-    image = torch.empty(1, module.config.in_channels, SIDE, SIDE, device="meta")
-    made = [tuple(each.shape[1:]) for each in module(image)]
-    cells = SIDE // pipeline.vae_scale_factor
+    side = CELLS * module.config.downscale_factor
+    made = [
+        tuple(each.shape[1:]) for each in module(torch.empty(1, module.config.in_channels, side, side, device="meta"))
+    ]
+    cells = side // pipeline.vae_scale_factor
     taken = list_residual_shapes(pipeline.unet, cells, cells)
     if made != taken[: len(made)]:
         shown = [", ".join("×".join(map(str, each)) for each in shapes) for shapes in (taken, made)]
         raise ConfigError(
-            f"{path} does not fit this model: for {SIDE}x{SIDE} pixels its UNet takes feature maps of {shown[0]}, and "
+            f"{path} does not fit this model: for {side}x{side} pixels its UNet takes feature maps of {shown[0]}, and "
             f"the adapter makes {shown[1]}"
         )
     return len(made)
