@@ -85,9 +85,11 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def name_as_original(name: str) -> str:
-    """Return a tensor's name in TencentARC's layout, where all layers of the blocks are counted."""
+def name_as_original(name: str, *, is_light: bool = False) -> str:
+    """Return a tensor's name in TencentARC's layout, where the layers of all blocks are counted, but for light ones."""
     name = name.removeprefix("adapter.")
+    if is_light:
+        return name.replace("resnets", "body")
     name = re.sub(r"body\.(\d)\.resnets\.(\d)", lambda found: f"body.{int(found[1]) * 2 + int(found[2])}", name)
     return re.sub(r"body\.(\d)\.in_conv", lambda found: f"body.{int(found[1]) * 2}.in_conv", name)
 
@@ -272,12 +274,15 @@ def test_adapters_of_stable_diffusion_1(tmp_path: Path, config: dict[str, Any]) 
     save_pipeline(pipeline, tmp_path / "model")
     adapter = make_adapter(**config)
     adapter.save_pretrained(tmp_path / "folder")
-    copy = tmp_path / "alone.safetensors"
+    is_light = config["adapter_type"] == "light_adapter"
+    named = {name_as_original(name, is_light=is_light): each for name, each in adapter.state_dict().items()}
+    save_file(named, tmp_path / "original.safetensors")
+    copy = tmp_path / "diffusers.safetensors"
     copy.write_bytes((tmp_path / "folder" / WEIGHTS).read_bytes())
-    loaded = control(tmp_path / "model", None, tmp_path / "folder", copy)
+    loaded = control(tmp_path / "model", None, tmp_path / "folder", tmp_path / "original.safetensors", copy)
     image = OUTLINE.convert("L") if adapter.config.in_channels == 1 else OUTLINE
     expected = draw_with_diffusers(tmp_path / "model", adapter, image, scale=0.8)
-    for name in "ab":
+    for name in "abc":
         assert measure(make_picture(loaded, control=[name_control(name)]), expected) <= 1
     assert measure(make_picture(loaded), expected) > 5
 
