@@ -314,6 +314,17 @@ def test_reports_name_the_controls(
     assert "control" not in described["request"]
 
 
+def test_the_plain_file_of_two_variants_is_read(model: Path, folder: Path, tmp_path: Path) -> None:
+    half = {name: each.half() for name, each in load_file(folder / WEIGHTS).items()}
+    save_file(half, tmp_path / WEIGHTS.replace("safetensors", "fp16.safetensors"))
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    digests = []
+    for _ in range(2):
+        digests += [control(model, None, tmp_path).controls[0].sha256]
+        (tmp_path / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes())
+    assert digests[1] == hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest() != digests[0]
+
+
 def test_only_named_controls_wait_for_compilation(model: Path, folder: Path, file: Path) -> None:
     loaded = control(model, "openvino", folder, file, **UNET_ONLY)
     check = loaded.contract.check

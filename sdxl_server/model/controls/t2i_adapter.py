@@ -14,21 +14,12 @@ from sdxl_server.convert.recognition import describe_content
 from sdxl_server.convert.weights_files import CheckpointError, Header, check_not_quantised, read_safetensors_header
 from sdxl_server.errors import ConfigError
 from sdxl_server.model.families import Family
-from sdxl_server.model.folders import (
-    check_component,
-    check_links,
-    is_weights,
-    load_json_object,
-)
+from sdxl_server.model.folders import FP16_MARK, check_component, check_links, is_weights, load_json_object
 from sdxl_server.schemas import shorten
 
 CLASS = "T2IAdapter"  # diffusers'
 FULL, FULL_XL, LIGHT = "full_adapter", "full_adapter_xl", "light_adapter"
-MODEL_BY_TYPE = {
-    FULL_XL: "Stable Diffusion XL",
-    FULL: "Stable Diffusion 1.x or 2.x",
-    LIGHT: "Stable Diffusion 1.x or 2.x",
-}
+MODELS = {True: "Stable Diffusion XL", False: "Stable Diffusion 1.x or 2.x"}  # by Family.is_xl
 BLOCK = re.compile(r"^(adapter\.)?body\.\d+\.")
 # Input channels of the first layer, after pixels became channels: the image's channels, and the pixels of a side.
 FIRST_LAYER = {64: (1, 8), 192: (3, 8), 256: (1, 16), 768: (3, 16)}
@@ -58,10 +49,11 @@ def load_t2i_adapter(path: Path, pipeline: Any, family: Family, dtype: str) -> t
             module = diffusers.T2IAdapter.from_config(config)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}/config.json does not describe a {CLASS}: {error}") from error
-    kind = module.config.adapter_type
-    if (kind == FULL_XL) is not family.is_xl:
-        own = "Stable Diffusion XL" if family.is_xl else "Stable Diffusion 1.x or 2.x"
-        raise ConfigError(f"{path} holds a T2I-Adapter for {MODEL_BY_TYPE[kind]} ({kind}), and this model is {own}")
+    kind, is_xl = module.config.adapter_type, module.config.adapter_type == FULL_XL
+    if is_xl is not family.is_xl:
+        raise ConfigError(
+            f"{path} holds a T2I-Adapter for {MODELS[is_xl]} ({kind}), and this model is {MODELS[family.is_xl]}"
+        )
     _check_tensors(header, stored, module)
     count = _check_fits(path, module, pipeline)
     own_dtype = getattr(torch, dtype)
@@ -101,7 +93,7 @@ def _find_file(path: Path) -> tuple[Path, Mapping[str, Any] | None]:
     files = [each for each in sorted(path.glob("*.safetensors")) if is_weights(each.name)]
     if not files:
         raise ConfigError(f"{path} has no weights of a {CLASS}, such as diffusion_pytorch_model.safetensors")
-    return files[0], config  # without a variant's mark a name comes first
+    return min(files, key=lambda each: FP16_MARK in each.name), config
 
 
 def _read_header(path: Path) -> Header:
