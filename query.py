@@ -57,9 +57,9 @@ exit codes:
 
 
 def read_value(text: str) -> Any:
-    """Return a field's value: JSON, or else the text itself."""
+    """Return a field's value: JSON, or else the text itself. The `image` of an object is a file, as in `control`."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_hook=lambda a: {**a, "image": encode_file(a["image"])} if "image" in a else a)
     except (ValueError, RecursionError):
         return text
 

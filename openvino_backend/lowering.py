@@ -29,6 +29,26 @@ def find_composites(graph: torch.fx.Graph) -> set[Any]:
     return {each for each in operators if is_composite(each) and each not in _KNOWN and each not in _RULES}
 
 
+def add_out_of_place(graph: torch.fx.Graph) -> None:
+    """Give additions in place a new result, where no view shows the change. Later uses of the tensor get the result."""
+    places = {node: place for place, node in enumerate(graph.nodes)}
+    for node in graph.find_nodes(op="call_function", target=aten.add_.Tensor):
+        changed = node.args[0]
+        earlier = [user for user in changed.users if places[user] < places[node]]
+        types = [getattr(each.meta["val"], "dtype", None) for each in node.all_input_nodes]
+        if len(types) == 2 and types[0] == types[1] and all(map(_is_new, [changed, *earlier])):
+            node.target = aten.add.Tensor
+            changed.replace_all_uses_with(node, delete_user_cb=lambda user, at=places[node]: places[user] > at)
+
+
+def _is_new(node: torch.fx.Node) -> bool:
+    """Say whether an operator's results share no memory with another tensor."""
+    target = node.target
+    if not isinstance(target, OPERATOR) or (is_composite(target) and _RULES.get(target) is not _lower_convolution):
+        return False
+    return all(each.alias_info is None for each in target._schema.returns)
+
+
 def lower(graph: torch.fx.Graph) -> None:
     """Rewrite each composite operator that has a rule."""
     for node in list(graph.nodes):

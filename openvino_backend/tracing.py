@@ -10,7 +10,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from openvino_backend.errors import OpenVINOBackendError
 from openvino_backend.graph_passes import check_flat, copy_constants, write_out_sizes
-from openvino_backend.lowering import find_composites, lower
+from openvino_backend.lowering import add_out_of_place, find_composites, lower
 from openvino_backend.torch_private import OPERATOR, is_mutable, keep_lengths_apart, pytree
 from openvino_backend.weights import KnownWeights
 
@@ -123,6 +123,7 @@ def trace_method(
         with keep_lengths_apart():
             program = torch.export.export(call, tuple(tensors), dynamic_shapes={"tensors": free}, strict=False)
             table = dict(decompositions)
+            add_out_of_place(program.graph)
             composites = find_composites(program.graph)
             if composites or table or _has_mutation(program.graph):
                 known = torch.export.default_decompositions()

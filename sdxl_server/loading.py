@@ -12,6 +12,7 @@ from sdxl_server.errors import ConfigError
 from sdxl_server.model.adapters.registry import compute_ranks, load_adapters
 from sdxl_server.model.compiling import choose_graphs, compile_components, list_components_to_compile
 from sdxl_server.model.contract_builder import build_contract
+from sdxl_server.model.controls.registry import load_controls
 from sdxl_server.model.diffusers_pipeline import load_diffusers_pipeline
 from sdxl_server.model.dtypes import check_device, choose_dtype
 from sdxl_server.model.embeddings import load_embeddings
@@ -62,14 +63,22 @@ def load_pipeline(
         compiled = list_components_to_compile(family, config) if compilation.backend == "openvino" else []
         adapters = load_adapters(pipeline, family, config, model_dir=model_dir, compiled=compiled)
         embeddings = load_embeddings(pipeline, family, config, model_dir=model_dir)
+        controls = load_controls(pipeline, family, config, dtype, model_dir=model_dir)
         contract = build_contract(pipeline, family, config, graphs=graphs, adapters=adapters, embeddings=embeddings)
     with reraise_as_config_error("the warm-up failed" if config.warm_up else "the model cannot be made ready"):
         functions, parts = compile_components(
-            pipeline, family, config, compilation, contract=contract, ranks=compute_ranks(adapters, config)
+            pipeline,
+            family,
+            config,
+            compilation,
+            contract=contract,
+            ranks=compute_ranks(adapters, config),
+            controls=controls,
         )
         loaded = LoadedPipeline(
             *(pipeline, config, compilation, dtype, graphs, family, functions, parts, contract, adapters),
             embeddings=embeddings,
+            controls=controls,
             original=describe_original(folder),
         )
         if config.warm_up:

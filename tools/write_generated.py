@@ -13,6 +13,7 @@ from typing import Any
 
 from sdxl_server.api.openapi import build_openapi
 from sdxl_server.config.adapter_settings import AdapterConfig
+from sdxl_server.config.control_settings import ControlConfig
 from sdxl_server.config.declaration import NEEDED, list_declarations
 from sdxl_server.config.embedding_settings import EmbeddingConfig
 from sdxl_server.config.settings import (
@@ -112,6 +113,7 @@ def make_settings_page() -> str:
         "handler": make_settings_table(HandlerConfig),
         "adapters": make_settings_table(AdapterConfig),
         "embeddings": make_settings_table(EmbeddingConfig),
+        "controls": make_settings_table(ControlConfig),
         "published": make_table(["key", "instead"], ([f"`{k}`", v] for k, v in PUBLISHED_KEYS_WITHOUT_EFFECT.items())),
         "pt2": make_settings_table(CompileConfig),
         "options": make_options_table(),

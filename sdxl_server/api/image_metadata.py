@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sdxl_server import __version__
-from sdxl_server.model.describe import describe_arithmetic, describe_vae, list_applied_adapters
+from sdxl_server.model.describe import describe_arithmetic, describe_vae, list_applied_adapters, list_applied_controls
 from sdxl_server.model.embeddings import list_used_embeddings
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.model.tiling import describe_tiles
@@ -30,6 +30,7 @@ def describe_image(
             "weights_sha256": loaded.weights_sha256,
             **({"adapters": applied} if (applied := list_applied_adapters(loaded, request)) else {}),
             **({"embeddings": used} if (used := list_used_embeddings(request, loaded.embeddings)) else {}),
+            **({"controls": controls} if (controls := list_applied_controls(loaded, request)) else {}),
             **({"vae": vae} if (vae := describe_vae(loaded))["path"] or vae["lossy"] else {}),
             **({"weighted_prompts": True} if loaded.config.weighted_prompts else {}),
             **({"vae_tiles": tiles} if (tiles := describe_tiles(request, loaded.config)) else {}),

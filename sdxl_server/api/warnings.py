@@ -47,7 +47,8 @@ def list_warnings(loaded: LoadedPipeline, request: GenerationRequest, *, earlier
     of_masks = ("invert_mask", "mask_blur", "mask_fill", "padding_mask_crop")
     uploads = {"image": ("strength", "resize_mode"), MASK: of_masks}
     for name, upload in ((name, upload) for upload, names in uploads.items() for name in names):
-        if getattr(request, name) is not None and getattr(request, upload) is None:
+        is_used = name == "resize_mode" and request.control is not None
+        if getattr(request, name) is not None and getattr(request, upload) is None and not is_used:
             warnings.append(f"{name} has no effect without {'a mask' if upload == MASK else 'an image'}")
     if request.mask_image is not None:
         warnings += warn_of_mask(request.mask_image)

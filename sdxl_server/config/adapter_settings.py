@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdxl_server.config.declaration import SCHEDULER, declare, read_section
+from sdxl_server.config.declaration import NAME, SCHEDULER, declare, read_section
 from sdxl_server.errors import ConfigError
 from sdxl_server.schemas import any_text, real, shorten, switch, whole
 
@@ -13,10 +13,7 @@ from sdxl_server.schemas import any_text, real, shorten, switch, whole
 class AdapterConfig:
     """An entry of `adapters` in the handler section."""
 
-    name: str = declare(
-        {"type": "string", "pattern": r"^[\w.-]{1,64}$", "x-accepted": "a name of letters, digits, - _ and ."},
-        "its name in requests",
-    )
+    name: str = declare(NAME, "its name in requests")
     path: str = declare(any_text("a .safetensors file"), "LoRA or other adapter file, inside the archive or absolute")
     scale: float = declare(real(-100, 100), "default strength", value=1.0)
     fuse: bool = declare(

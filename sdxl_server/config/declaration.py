@@ -10,6 +10,7 @@ from sdxl_server.errors import ConfigError, cut
 from sdxl_server.schemas import Schema, describe_schema, nullable, read_value, shorten
 
 NEEDED = dataclasses.MISSING  # the default of a setting that has none
+NAME: Schema = {"type": "string", "pattern": r"^[\w.-]{1,64}$", "x-accepted": "a name of letters, digits, - _ and ."}
 SCHEDULER: Schema = {"type": ["string", "object"], "minLength": 1, "x-accepted": "a scheduler as requests name it"}
 
 

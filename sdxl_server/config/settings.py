@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sdxl_server.config.adapter_settings import read_adapter_settings
+from sdxl_server.config.control_settings import read_control_settings
 from sdxl_server.config.declaration import SCHEDULER, declare, read_section
 from sdxl_server.config.embedding_settings import read_embedding_settings
 from sdxl_server.errors import ConfigError
@@ -106,6 +107,13 @@ class HandlerConfig:
         value=None,
         null="none",
     )
+    controls: Sequence[Any] | None = declare(
+        {"type": "array", "maxItems": 20, "x-accepted": "a list of controls, each of the keys below"},
+        "models that follow a control image, such as edges (T2I-Adapter)",
+        value=None,
+        null="none",
+    )
+    max_controls: int = declare(whole(1, 10), "maximum controls of a request, each with an image", value=2)
     num_inference_steps: int | None = declare(
         whole(1, 1000),
         "default denoising steps",
@@ -279,6 +287,7 @@ class HandlerConfig:
             config,
             adapters=read_adapter_settings(config.adapters or ()) or None,
             embeddings=read_embedding_settings(config.embeddings or ()) or None,
+            controls=read_control_settings(config.controls or ()) or None,
         )
         for width, height in config.read_sizes():
             if width % 8 or height % 8 or not MIN_SIDE <= min(width, height) <= max(width, height) <= config.max_side:

@@ -34,11 +34,12 @@ UNSERVED_CHANNELS = {
 PREDICTIONS = ("epsilon", "v_prediction", "v_prediction_ztsnr")
 # Other content of such files, by a pattern of its names. The first match counts, after whole models.
 UNSERVED_CONTENTS = {
+    "a ControlNet": r"^control_model\.|^controlnet_|^lora_controlnet$|^lllite_",
+    "an IP-Adapter": r"^(image_proj|ip_adapter)\.",
+    "a T2I-Adapter": r"^(adapter\.)?body\.\d+\.(block1|in_conv|resnets)\.",
     "a LoRA or another adapter of a model": (
         r"^(lora|lycoris)_|lora[_.](up|down|A|B)\b|\.lora\.|hada_w|lokr_w|oft_|\.(on_input|ia3_l|diff(_b)?|set_weight)$"
     ),
-    "a ControlNet": r"^control_model\.|^controlnet_",
-    "an IP-Adapter": r"^(image_proj|ip_adapter)\.",
     "a textual inversion": r"^(emb_params|clip_[lg])$",
     "a UNet alone, in diffusers' naming": r"^down_blocks\.\d+\.resnets\.",
     "a UNet alone": rf"^({re.escape(UNET_PREFIX)})?input_blocks\.",

@@ -7,6 +7,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
+from sdxl_server.diffusion.controls import bind_controls
 from sdxl_server.diffusion.denoiser import Denoiser, name_failed_step
 from sdxl_server.diffusion.prompt_embedding import choose_chunks, embed_prompts
 from sdxl_server.diffusion.safety import check_safety
@@ -77,7 +78,8 @@ def generate(loaded: LoadedPipeline, request: GenerationRequest) -> Generator[Pr
         FlaggedError: the safety checker flagged an image.
         NotFiniteError: the model returned NaN or infinity; names the step and the seed.
     """
-    functions = bind_adapters(loaded, request)  # large matrices: once for all images, and dropped with this generator
+    # Large matrices and control images: once for all images, and dropped with this generator.
+    functions = bind_controls(loaded, request, bind_adapters(loaded, request))
     request = expand_prompts(request, loaded.embeddings)
     images = []
     for index in range(request.num_images_per_prompt):

@@ -7,8 +7,11 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from PIL import Image
+
 from sdxl_server import metrics
 from sdxl_server.config.settings import MIN_SIDE
+from sdxl_server.diffusion.controls import run_control
 from sdxl_server.diffusion.generation import generate, run_to_end
 from sdxl_server.diffusion.previews import fit_preview
 from sdxl_server.errors import ConfigError, FlaggedError, NotFiniteError, RequestError
@@ -57,7 +60,12 @@ def warm_up(loaded: LoadedPipeline) -> None:
 
 
 def _draw(loaded: LoadedPipeline, request: GenerationRequest) -> None:
-    """Generate an image for nobody. It may be flagged: the safety checker is the last component to run."""
+    """Generate an image for nobody, and run all controls.
+
+    The image may be flagged: the safety checker is the last component to run.
+    """
+    for each in loaded.controls:
+        run_control(loaded, each, Image.new("RGB", (request.width, request.height)))
     with contextlib.suppress(FlaggedError):
         run_to_end(generate(loaded, request))
 

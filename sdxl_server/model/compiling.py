@@ -6,6 +6,7 @@ from typing import Any
 
 from sdxl_server.config.settings import BACKENDS, CompileConfig, HandlerConfig
 from sdxl_server.errors import ConfigError
+from sdxl_server.model.controls.registry import Control, name_component
 from sdxl_server.model.families import Family
 from sdxl_server.model.safety_checker import SAFETY_CHECKER
 from sdxl_server.model.tiling import compute_tile_side, plan_tiles
@@ -19,10 +20,12 @@ DYNAMIC_SHAPES: Mapping[str, Mapping[str, Any]] = {
         "sample": (0, 2, 3),
         "encoder_hidden_states": (0, 1),
         "added_cond_kwargs": {"text_embeds": (0,), "time_ids": (0,)},
+        "down_intrablock_additional_residuals": (0, 2, 3),
     },
     "vae": {"z": (2, 3)},
     VAE_ENCODER: {"x": (2, 3)},
 }
+CONTROL_SHAPES = {"x": (2, 3)}
 
 
 def choose_graphs(config: HandlerConfig, compilation: CompileConfig) -> str | None:
@@ -69,6 +72,7 @@ def list_components_to_compile(family: Family, config: HandlerConfig) -> list[st
         VAE_ENCODER: config.compile_vae,
         **dict.fromkeys(family.text_encoders, config.compile_text_encoders),
         SAFETY_CHECKER: config.safety_checker is not None,
+        **{name_component(each): config.compile_unet for each in config.controls or ()},
     }
     return [name for name, is_wanted in wanted.items() if is_wanted]
 
@@ -81,8 +85,9 @@ def compile_components(
     *,
     contract: Contract,
     ranks: Mapping[str, Mapping[str, int]],
+    controls: Sequence[Control] = (),
 ) -> tuple[Mapping[str, Callable[..., Any]], Mapping[str, Any]]:
-    """Compile the UNet, the VAE's encoder and decoder, the text encoders and the safety checker as configured.
+    """Compile the UNet, the VAE's encoder and decoder, the text encoders, the safety checker and the controls.
 
     Lossless: each component computes the same, in the type of its weights.
 
@@ -113,7 +118,9 @@ def compile_components(
         "vae": decode,
         VAE_ENCODER: encode,
         **{name: getattr(pipeline, name).forward for name in family.text_encoders},
+        **{each.component: each.module.forward for each in controls},
     }
+    free = {**DYNAMIC_SHAPES, **{each.component: CONTROL_SHAPES for each in controls}}
     if config.safety_checker is not None:
         methods[SAFETY_CHECKER] = pipeline.safety_checker.vision_model.forward
     wanted = list_components_to_compile(family, config)
@@ -131,7 +138,7 @@ def compile_components(
             method,
             compilation,
             name=name,
-            dynamic_shapes=None if graphs == "static" else DYNAMIC_SHAPES.get(name),
+            dynamic_shapes=None if graphs == "static" else free.get(name),
             static_shapes=[shapes[name]] if name in shapes else [],
             ranks=ranks.get(name),
         )
@@ -189,6 +196,8 @@ class FixedBatch:
             def choose(value: Any, index: Sequence[int] = index) -> Any:
                 if isinstance(value, Mapping):
                     return {name: choose(each) for name, each in value.items()}
+                if isinstance(value, list):
+                    return [choose(each) for each in value]
                 is_row = isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == rows
                 return value[index] if is_row else value
 

@@ -66,6 +66,7 @@ def build_contract(
         max_clip_skip=min(getattr(pipeline, each).config.num_hidden_layers for each in family.text_encoders) - 1,
         adapters=_list_registered(adapters, config, samplers),
         is_xl=family.is_xl,
+        controls={each.name: each.scale for each in config.controls or ()},
     )
     properties = build_properties(limits, defaults=defaults, lacking=family.lacks)
     for name in properties.keys() & set(PROMPTS) if embeddings else ():

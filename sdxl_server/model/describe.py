@@ -34,6 +34,7 @@ def describe_pipeline(loaded: LoadedPipeline) -> dict[str, Any]:
         "preview": {"kind": config.preview, "lossy": config.preview != "exact"},
         "adapters": [each.describe() for each in loaded.adapters],
         "embeddings": [each.describe() for each in loaded.embeddings],
+        "controls": [each.describe() for each in loaded.controls],
         "weighted_prompts": config.weighted_prompts,
         "graphs": sum(count_component_graphs(loaded, name) for name in loaded.parts),
         "versions": {"sdxl_server": __version__, "openvino_backend": openvino_backend.__version__},
@@ -80,6 +81,12 @@ def list_applied_adapters(loaded: LoadedPipeline, request: GenerationRequest) ->
     ]
 
 
+def list_applied_controls(loaded: LoadedPipeline, request: GenerationRequest) -> list[dict[str, Any]]:
+    """Return the controls that a request names, with its scales and intervals."""
+    registered = {each.config.name: each for each in loaded.controls}
+    return [registered[each.name].describe(**each.describe()) for each in request.control or ()]
+
+
 def count_component_graphs(loaded: LoadedPipeline, name: str) -> int:
     """Return how many graphs of a component the backend runs so far."""
     backend = loaded.parts[name]
@@ -89,8 +96,10 @@ def count_component_graphs(loaded: LoadedPipeline, name: str) -> int:
 
 def list_uncompiled_components(loaded: LoadedPipeline, request: GenerationRequest) -> list[str]:
     """Return the components that are compiled when this request is the first to need them."""
-    needed = (name for name in loaded.parts if name != VAE_ENCODER or request.image is not None)
-    return [name for name in needed if not count_component_graphs(loaded, name)]
+    named = {each.name for each in request.control or ()}
+    unneeded = {each.component for each in loaded.controls if each.config.name not in named}
+    unneeded |= {VAE_ENCODER} if request.image is None else set()
+    return [name for name in loaded.parts if name not in unneeded and not count_component_graphs(loaded, name)]
 
 
 def measure_components(loaded: LoadedPipeline) -> dict[str, dict[str, tuple[float, str]]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from sdxl_server.config.settings import CompileConfig, HandlerConfig
 from sdxl_server.model.adapters.registry import Adapter
+from sdxl_server.model.controls.registry import Control
 from sdxl_server.model.embeddings import Embedding
 from sdxl_server.model.families import Family
 from sdxl_server.model.tiling import compute_tile_side
@@ -31,6 +32,7 @@ class LoadedPipeline:
         contract: what requests may ask for.
         adapters: the registered adapters, fused or named by requests.
         embeddings: what prompts can name.
+        controls: the registered controls.
         original: the model's name and digests; see `describe_original`.
     """
 
@@ -45,6 +47,7 @@ class LoadedPipeline:
     contract: Contract
     adapters: tuple[Adapter, ...]
     embeddings: tuple[Embedding, ...]
+    controls: tuple[Control, ...]
     original: Mapping[str, str]
 
     @property

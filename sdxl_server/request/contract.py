@@ -12,7 +12,7 @@ from sdxl_server.request.adapters import take_tags
 from sdxl_server.request.fields import DECLARATIONS, MAX_SEED, RANDOM_SEED, SCHEDULE_FIELDS, GenerationRequest
 from sdxl_server.request.limits import Limits
 from sdxl_server.request.prompt_weights import check_weights
-from sdxl_server.request.resizing import resize_images
+from sdxl_server.request.resizing import resize_controls, resize_images
 from sdxl_server.request.sampler_names import SAMPLER_NAME, join_sampler_name
 from sdxl_server.request.uploads import MASK, build_white_image, read_upload
 from sdxl_server.schemas import read_value, shorten
@@ -78,6 +78,8 @@ class Contract:
         if "image" in used:
             resize_images(used, read, self.limits, named)
             used.setdefault("strength", 1.0 if MASK in used else 0.8)
+        if used.get("control"):
+            resize_controls(used, read, self.limits, named)
         request = GenerationRequest(**used)
         if self.limits.config.weighted_prompts:
             check_weights(request)
@@ -119,6 +121,8 @@ class Contract:
             return read_upload(named[name], value, max_side=self.limits.config.max_side)
         try:
             read = read_value(value, schema) if declaration.read is None else declaration.read(value, self.limits)
+        except RequestError as error:  # of a part of the value; its message names that
+            raise RequestError(str(error), param=named[name]) from error
         except ValueError as error:
             raise RequestError(f"{named[name]} {error}", param=named[name]) from error
         if isinstance(read, list):

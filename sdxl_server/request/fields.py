@@ -12,14 +12,15 @@ from typing import Any
 from sdxl_server.config.declaration import NEEDED, Declaration, Role, declare, list_declarations
 from sdxl_server.config.settings import MIN_CALLS, MIN_SIDE
 from sdxl_server.request.adapters import build_adapters_schema, read_adapters
+from sdxl_server.request.controls import RequestControl, build_control_schema, read_controls
 from sdxl_server.request.limits import Limits
 from sdxl_server.request.sampler_names import read_sampler
 from sdxl_server.request.samplers import build_sampler_schema
+from sdxl_server.request.upload_limits import IMAGE_FORMATS
 from sdxl_server.schemas import Schema, choice, falling, nullable, pair, real, shares, switch, text, whole
 
 MAX_SEED = 2**32 - 1
 RANDOM_SEED = -1
-IMAGE_FORMATS = ("JPEG", "PNG", "WebP", "AVIF", "GIF", "TIFF", "BMP")  # of uploads; each decoder can be attacked
 SCHEDULES = (
     "StableDiffusionTimesteps",
     "StableDiffusionXLTimesteps",
@@ -102,6 +103,16 @@ class GenerationRequest:
         value=None,
         is_argument=False,
         read=lambda value, limits: read_adapters(value, limits.adapters, max_rank=limits.config.max_adapter_rank),
+    )
+    control: tuple[RequestControl, ...] | None = declare(
+        lambda limits: build_control_schema(limits.controls, limits.config.max_controls),
+        "controls (T2I-Adapter): the result follows the image of each, such as drawn edges, with a `scale`; `from`, "
+        "`to`: shares of the denoising",
+        value=None,
+        is_argument=False,
+        read=lambda value, limits: read_controls(
+            value, limits.controls, most=limits.config.max_controls, max_side=limits.config.max_side
+        ),
     )
     clip_skip: int | None = declare(
         lambda limits: whole(0, limits.max_clip_skip), "number of last layers of the text encoders to skip", value=None
@@ -237,7 +248,8 @@ class GenerationRequest:
             for name, declaration in DECLARATIONS.items()
             if declaration.role is not Role.DELIVERY and not declaration.is_upload
         }
-        return {name: value for name, value in kept.items() if value is not None} | {"seed": self.get_seed(index)}
+        kept |= {"seed": self.get_seed(index), "control": self.control and [each.describe() for each in self.control]}
+        return {name: value for name, value in kept.items() if value is not None}
 
 
 DECLARATIONS: Mapping[str, Declaration] = list_declarations(GenerationRequest)

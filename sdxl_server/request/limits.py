@@ -22,6 +22,7 @@ class Limits:
         max_clip_skip: the layers of the smaller text encoder, less one.
         adapters: the adapters that requests can name.
         is_xl: the model is Stable Diffusion XL, and not 1.x or 2.x.
+        controls: the default scale of each control that requests can name.
     """
 
     config: HandlerConfig = HandlerConfig()
@@ -32,3 +33,4 @@ class Limits:
     max_clip_skip: int = 11
     adapters: Mapping[str, RegisteredAdapter] = dataclasses.field(default_factory=dict)
     is_xl: bool = True
+    controls: Mapping[str, float] = dataclasses.field(default_factory=dict)

@@ -1,5 +1,6 @@
 """Resizing of an uploaded image and its mask, and the size of the result if the request names none."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -43,10 +44,7 @@ def resize_images(used: dict[str, Any], given: Mapping[str, Any], limits: Limits
         RequestError: the mask has neither the aspect of the image nor the aspect of the result.
     """
     image = used["image"].pixels
-    width, height = given.get("width"), given.get("height")
-    if width is None or height is None:
-        used["width"], used["height"] = choose_size(image.size, limits, width=width, height=height)
-    size, how = (used["width"], used["height"]), used.setdefault("resize_mode", "crop")
+    size, how = _set_size(used, given, limits, image.size)
     if MASK in used and used.get("padding_mask_crop") is not None:
         size = _limit_size(image.size, MAX_PASTED * limits.config.max_side)
     used["image"] = _resize(image, size, how, bars="white")
@@ -63,6 +61,33 @@ def resize_images(used: dict[str, Any], given: Mapping[str, Any], limits: Limits
         used[MASK] = binarize_mask(_resize(mask, size, how, bars="white"))  # the bars are never protected
         used[MASK].info[KEPT_DRAWING] = is_kept
         used.setdefault("mask_blur", BLEND_WIDTH)
+
+
+def resize_controls(used: dict[str, Any], given: Mapping[str, Any], limits: Limits, named: Mapping[str, str]) -> None:
+    """Resize the images of controls to the size of the result. Without an image to start from the first one decides.
+
+    Args:
+        used, given: see `resize_images`.
+    """
+    controls = used["control"]
+    if MASK in used and used.get("padding_mask_crop") is not None:
+        raise RequestError(
+            f"{named['control']} is for whole images; leave out {named['padding_mask_crop']}", param=named["control"]
+        )
+    if "image" not in used:
+        _set_size(used, given, limits, controls[0].image.pixels.size)
+    size, how = (used["width"], used["height"]), used["resize_mode"]
+    used["control"] = tuple(
+        dataclasses.replace(each, image=_resize(each.image.pixels, size, how, bars="black")) for each in controls
+    )
+
+
+def _set_size(used: dict[str, Any], given: Mapping[str, Any], limits: Limits, image: Size) -> tuple[Size, str]:
+    """Set the size of the result by the size of an image, where the client gave none. Return it and the resize mode."""
+    width, height = given.get("width"), given.get("height")
+    if width is None or height is None:
+        used["width"], used["height"] = choose_size(image, limits, width=width, height=height)
+    return (used["width"], used["height"]), used.setdefault("resize_mode", "crop")
 
 
 def _resize(image: Any, size: Size, how: str, *, bars: str) -> Any:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from sdxl_server.errors import RequestError
 
+IMAGE_FORMATS = ("JPEG", "PNG", "WebP", "AVIF", "GIF", "TIFF", "BMP")  # of uploads; each decoder can be attacked
 MAX_FIELDS = 100  # of a form
 MAX_SEGMENTS = 10_000  # of a JPEG, chunks of a PNG or WebP, tags of a TIFF; 24 MB in chunks of 4 KB have 6,000
 MAX_SCANS = 40  # of a progressive JPEG; each scan visits all pixels, and encoders write 10 scans

@@ -12,8 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdxl_server.errors import RequestError
-from sdxl_server.request.fields import IMAGE_FORMATS
-from sdxl_server.request.upload_limits import MAX_JPEG_PIXELS, MAX_PIXELS, MAX_UPLOAD_SIDE, check_segments
+from sdxl_server.request.upload_limits import (
+    IMAGE_FORMATS,
+    MAX_JPEG_PIXELS,
+    MAX_PIXELS,
+    MAX_UPLOAD_SIDE,
+    check_segments,
+)
 from sdxl_server.schemas import shorten
 
 MASK = "mask_image"

@@ -46,6 +46,8 @@ def build_step_plan(
         RequestError: no step is left, or the guidance interval is wrong.
     """
     timesteps = list_timesteps(scheduler, request)
+    if any((each.begin, each.end) != (0, 1) for each in request.control or ()):
+        _check_has_timesteps(scheduler, request, "control")
     is_split = has_halves(request.guidance_scale, unet_config)
     guided = _list_guided(scheduler, request, timesteps) if is_split else [True] * len(timesteps)
     made = set(range(len(timesteps)))
@@ -75,14 +77,31 @@ def _list_guided(scheduler: Any, request: GenerationRequest, timesteps: Sequence
             f"guidance_interval takes two shares, the second greater, not {begin:g} and {end:g}",
             param="guidance_interval",
         )
+    _check_has_timesteps(scheduler, request, "guidance_interval")
+    trained = scheduler.config.num_train_timesteps
+    return [is_inside(each, (begin, end), trained=trained) for each in timesteps]
+
+
+def is_inside(timestep: float, interval: tuple[float, float], *, trained: int) -> bool:
+    """Say whether a timestep is inside an interval of the denoising.
+
+    Args:
+        interval: two shares.
+        trained: the number of training timesteps.
+    """
+    begin, end = interval
+    if (begin, end) == (0, 1):  # some schedulers have other timesteps than the training
+        return True
+    return round(trained * (1 - end)) <= timestep <= round(trained * (1 - begin))
+
+
+def _check_has_timesteps(scheduler: Any, request: GenerationRequest, param: str) -> None:
     if hasattr(scheduler, "precondition_outputs"):
         raise RequestError(
-            f"guidance_interval takes shares of the training timesteps, and {request.scheduler} has none; "
-            "leave it out, or name another scheduler",
-            param="guidance_interval",
+            f"{param} takes shares of the training timesteps, and {request.scheduler} has none; leave it out, or name "
+            "another scheduler",
+            param=param,
         )
-    trained = scheduler.config.num_train_timesteps
-    return [round(trained * (1 - end)) <= each <= round(trained * (1 - begin)) for each in timesteps]
 
 
 def spread_calls(count: int, *, total: int) -> list[int]:

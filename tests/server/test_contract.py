@@ -302,19 +302,20 @@ def test_readme_snippets(server: LocalServer, tmp_path: Path) -> None:
     pages = "".join((ROOT / name).read_text() for name in ("README.md", "docs/requests.md"))
     blocks = re.findall(r"```(bash|python)\n(.+?)```", pages, re.DOTALL)
     snippets = [(kind, text) for kind, text in blocks if "localhost:8080" in text or "query.py" in text]
-    assert [kind for kind, _ in snippets] == ["bash", "bash", "python", "bash", "python", "bash"]
+    assert [kind for kind, _ in snippets] == ["bash", "bash", "python", "bash", "bash", "python", "python", "bash"]
     (tmp_path / "key_file.json").write_bytes((server.folder / "key_file.json").read_bytes())
     (tmp_path / "list.txt").write_text("a cat\na dog\n")
     address = server.url.rpartition("/predictions")[0]
     (tmp_path / "query.py").write_text((ROOT / "query.py").read_text().replace("http://localhost:8080", address))
     for kind, text in snippets:
-        here = text.replace("http://localhost:8080", address).replace("1024x1024", "128x128")
+        here = text.replace("http://localhost:8080", address).replace("1024x1024", "128x128").replace("=1024", "=128")
         shell = [sys.executable, "-c"] if kind == "python" else ["bash", "-ec"]
         done = subprocess.run([*shell, here], cwd=tmp_path, env=make_environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     made = {path.name for path in tmp_path.glob("*.[jp][pn]g") if not path.name.startswith("output-")}
     previews = {f"fox-preview-{i}.png" for i in (1, 2, 3)}
-    assert made == {"fox.png", "fox-3.png", *previews, "curl.jpg", "requests.jpg", "openai.png"}
+    assert made == {"fox.png", "fox-3.png", *previews, "curl.jpg", "requests.jpg", "openai.png", "a1111.png"}
+    assert json.loads((tmp_path / "metadata.json").read_text())["request"]["seed"] == 7
     assert len(list(tmp_path.glob("output-*.jpg"))) == 3
     Image.open(tmp_path / "openai.png").save(tmp_path / "openai.jpg", quality=90)
     names = ("curl.jpg", "requests.jpg", "openai.jpg")

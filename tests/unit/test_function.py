@@ -374,6 +374,53 @@ def test_results_are_new_tensors(tmp_path: Path) -> None:
         assert function.backend.reports[0].traced is is_traced
 
 
+class Adding(torch.nn.Module):
+    """Adds in place to a result that is read before and after, twice, to a view, and in another type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(2, 2, 1)
+
+    def forward(self, x: torch.Tensor, more: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = self.conv(x)
+        before = y * 2
+        y += more
+        y += before
+        z = self.conv(y)
+        z[:, :1].add_(more[:, :1])
+        viewed = z[:, 1:]
+        z += more
+        whole = (x * 8).to(torch.int32)
+        whole += more.to(torch.int64)
+        return before, y, z, viewed, whole
+
+
+def test_additions_in_place_are_seen_where_they_were() -> None:
+    module, inputs = Adding().eval(), (torch.randn(1, 2, 3, 3), torch.randn(1, 2, 3, 3))
+    with torch.no_grad():
+        expected = module(*inputs)
+    function = CompiledFunction(module.forward)
+    for result, each in zip(function(*inputs), expected, strict=True):
+        assert result.dtype == each.dtype
+        torch.testing.assert_close(result, each)
+
+
+def test_an_addition_in_place_needs_no_second_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Residual(torch.nn.Module):
+        def forward(self, x: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
+            y = x * 2
+            kept = (y,)
+            y += more
+            return y + kept[0]
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("torch traces again")
+
+    monkeypatch.setattr("torch.export.ExportedProgram.run_decompositions", refuse)
+    x = torch.randn(3, 4)
+    assert torch.equal(CompiledFunction(Residual().forward)(x, torch.ones(3, 4)), 2 * (x * 2 + 1))
+
+
 def test_results_that_cannot_be_kept_are_traced_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Naming(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Any]:

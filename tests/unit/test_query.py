@@ -879,6 +879,17 @@ def test_fields_are_sent(client: Client, server: Server) -> None:
     assert sent == given | rest | {"adapters": adapters, "scheduler": "Euler a"}
 
 
+def test_images_in_objects_are_files(client: Client, server: Server) -> None:
+    Path("edges.png").write_bytes(b"an image")
+    named, image = {"name": "edges", "scale": 0.5}, base64.b64encode(b"an image").decode()
+    client.save("--field", "control=" + json.dumps([{**named, "image": "edges.png"}]))
+    assert json.loads(server.requests[0].body)["control"] == [{**named, "image": image}]
+    given = json.dumps({**named, "image": "missing.png"})
+    with pytest.raises(SystemExit, match="2"):
+        client.run("--prompt", "x", "--field", f"control={given}")
+    assert "--field: cannot read missing.png: No such file" in client.capsys.readouterr().err
+
+
 def test_several_images_and_previews(client: Client, server: Server) -> None:
     events = [complete(index=i, partial_image_index=k) for i in (0, 1) for k in (0, 1)]
     server.steps = [answer(b"".join([*events, complete(index=0), complete(index=1)]))]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import requests
 
-from sdxl_server.request.fields import IMAGE_FORMATS
+from sdxl_server.request.upload_limits import IMAGE_FORMATS
 from tests.newer_browsers import find_newer
 from tools.server import ROOT, find_free_ports
 from web.__main__ import main

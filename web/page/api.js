@@ -53,11 +53,16 @@ export async function* draw(fields, signal) {
 }
 
 export async function encodeFields(fields) {
-  const body = { ...fields };
-  for (const [name, value] of Object.entries(body)) {
-    if (value instanceof Blob) body[name] = await encode(value);
-  }
-  return JSON.stringify(body);
+  return JSON.stringify(await encodeFiles(fields));
+}
+
+// Returns a value with its files in base64. Those of controls are in objects of a list.
+async function encodeFiles(value) {
+  if (value instanceof Blob) return encode(value);
+  if (Array.isArray(value)) return Promise.all(value.map(encodeFiles));
+  if (value === null || typeof value !== "object") return value;
+  const pairs = Object.entries(value).map(async ([name, each]) => [name, await encodeFiles(each)]);
+  return Object.fromEntries(await Promise.all(pairs));
 }
 
 export async function ask(path, { type = "application/json", ...options } = {}) {

@@ -1,0 +1,119 @@
+"""The controls that requests can name, and how requests name them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sdxl_server.config.control_settings import CONTROL_SCALE
+from sdxl_server.errors import RequestError
+from sdxl_server.request.uploads import read_upload
+from sdxl_server.schemas import Schema, choice, load_json, read_value, real, shorten
+
+CONTROL_EXAMPLE = '[{"name": "edges", "image": "<base64>", "scale": 0.8, "from": 0, "to": 0.8}]'
+NEEDED_KEYS = ("name", "image")
+
+
+@dataclass(frozen=True)
+class RequestControl:
+    """A control of a request.
+
+    Attributes:
+        image: an Upload, then the Pillow image in the size of the result.
+        begin, end: shares of the denoising, as in guidance_interval.
+    """
+
+    name: str
+    image: Any
+    scale: float
+    begin: float = 0.0
+    end: float = 1.0
+
+    def describe(self) -> dict[str, Any]:
+        """Return it as requests name it, without its image."""
+        return {"name": self.name, "scale": self.scale, "from": self.begin, "to": self.end}
+
+
+def build_control_schema(scales: Mapping[str, float], most: int) -> Schema:
+    """Return the JSON Schema of a request's controls.
+
+    Args:
+        scales: the default scale of each registered control, by name.
+        most: the maximum number of controls.
+    """
+    if not scales:
+        return {"type": "array", "maxItems": 0, "x-accepted": "an empty list: this server has no controls"}
+    properties = {
+        "name": choice(*scales),
+        "image": {"type": "string", "contentEncoding": "base64"},
+        "scale": CONTROL_SCALE,
+        "from": real(0, 1),
+        "to": real(0, 1),
+    }
+    item = {
+        "type": "object",
+        "required": list(NEEDED_KEYS),
+        "additionalProperties": False,
+        "properties": properties,
+    }
+    accepted = f"a list of at most {most} such as {CONTROL_EXAMPLE}, of the controls {', '.join(scales)}"
+    return {"type": "array", "items": item, "maxItems": most, "x-accepted": accepted}
+
+
+def read_controls(
+    value: Any, scales: Mapping[str, float], *, most: int, max_side: int
+) -> tuple[RequestControl, ...] | None:
+    """Return the controls of a request with their decoded images; None if there are none.
+
+    Args:
+        value: a list, or its JSON text from a form. A single control needs no list.
+        scales, most: see `build_control_schema`.
+        max_side: see `read_upload`.
+
+    Raises:
+        ValueError: what is accepted and what was given. The message continues the field's name.
+        RequestError: names the entry and its key.
+    """
+    schema = build_control_schema(scales, most)
+    refused = f"takes {schema['x-accepted']}, not "
+    if isinstance(value, str):
+        try:
+            value = load_json(value)
+        except ValueError as error:
+            raise ValueError(refused + shorten(value)) from error
+    value = [value] if isinstance(value, Mapping) else value
+    if not isinstance(value, list):
+        raise ValueError(refused + shorten(value))
+    if len(value) > schema["maxItems"]:
+        raise ValueError(f"{refused}{len(value)}")
+    read = [_read_control(f"control[{index}]", each, schema, scales, max_side) for index, each in enumerate(value)]
+    names = [each.name for each in read]
+    if len(set(names)) < len(names):
+        raise ValueError(f"takes each control once, not {', '.join(names)}")
+    return tuple(read) or None
+
+
+def _read_control(key: str, given: Any, schema: Schema, scales: Mapping[str, float], max_side: int) -> RequestControl:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"takes {schema['x-accepted']}, not {shorten(given)}")
+    properties = schema["items"]["properties"]
+    read: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in properties:
+            raise _refuse(key, shorten(name), f"is not a key; the keys are {', '.join(properties)}")
+        if name != "image" and value is not None:
+            try:
+                read[name] = read_value(value, properties[name])
+            except ValueError as error:
+                raise _refuse(key, name, str(error)) from error
+    for name in NEEDED_KEYS:
+        if given.get(name) is None:
+            raise _refuse(key, name, f"is missing; a control takes {CONTROL_EXAMPLE}")
+    begin, end = read.get("from", 0.0), read.get("to", 1.0)
+    if begin >= end:
+        raise _refuse(key, "to", f"takes a share above from, {begin:g}, not {end:g}")
+    image = read_upload(f"{key}.image", given["image"], max_side=max_side)
+    return RequestControl(read["name"], image, read.get("scale", scales[read["name"]]), begin, end)
+
+
+def _refuse(key: str, name: str, message: str) -> RequestError:
+    return RequestError(f"{key}.{name} {message}")
