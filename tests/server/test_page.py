@@ -69,8 +69,9 @@ def test_form_is_the_servers(page: Page, server: LocalServer) -> None:
     """A field that the server gains appears, and what it says to a value stands at the field."""
     schema = server.read_document("openapi.json")["components"]["schemas"]["GenerationRequest"]["properties"]
     page.locator("summary", has_text="More settings").click()
-    others = {"image", "mask_image", "strength", "invert_mask", "resize_mode", "stream", "response_format", "adapters"}
-    assert schema["adapters"]["maxItems"] == 0
+    others = {"image", "mask_image", "strength", "invert_mask", "resize_mode", "stream", "response_format"}
+    others |= {"adapters", "control"}
+    assert schema["adapters"]["maxItems"] == schema["control"]["maxItems"] == 0
     for name, each in schema.items():
         if name not in others:
             field = page.locator(f".field.{name}")
