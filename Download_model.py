@@ -210,7 +210,7 @@ def check_folder(folder: Path, record: dict[str, str]) -> None:
         return
     path = folder / RECORD
     held = json.loads(path.read_text()) if path.exists() else {"model": "files of another origin"}
-    held.pop(DIGEST, None)  # it follows from the rest, and older versions did not write it
+    held.pop(DIGEST, None)  # the other entries imply it, and older versions did not write it
     if held != record:
         is_held, is_wanted = " ".join(held.values()), " ".join(record.values())
         raise DownloadError(
