@@ -20,7 +20,7 @@ from tests.unit.pipelines import EAGER, count_graphs, load, make_picture
 def test_schedulers_share_one_graph(compiled: LoadedPipeline) -> None:
     graphs = describe_pipeline(compiled)["graphs"]
     for name in ("DDIMScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"):
-        make_picture(compiled, scheduler=name)
+        make_picture(compiled, scheduler=name, num_inference_steps=2)
     assert describe_pipeline(compiled)["graphs"] == graphs
 
 
@@ -72,10 +72,13 @@ def test_no_size_takes_the_place_of_another(tiny_model: Path, cached: dict[str, 
     one = {**cached, "options": {**cached["options"], "max_graphs": 1}}
     loaded = load(tiny_model, one, warm_up=True)
     before = make_picture(loaded)
-    for width, height in ((64, 64), (72, 200), (256, 64), (104, 136), (120, 128)):
-        for guidance in (5.0, 1.0):
-            fields: dict[str, Any] = {"width": width, "height": height, "guidance_scale": guidance}
-            assert np.abs(make_picture(loaded, **fields) - make_picture(eager, **fields)).max() <= 1
+    for width, height, guidance in (
+        *((64, 64, 1.0), (64, 64, 5.0), (72, 200, 5.0), (72, 200, 1.0), (256, 64, 1.0), (104, 136, 5.0)),
+        (120, 128, 1.0),
+    ):
+        fields: dict[str, Any] = {"width": width, "height": height, "guidance_scale": guidance}
+        fields["num_inference_steps"] = 2
+        assert np.abs(make_picture(loaded, **fields) - make_picture(eager, **fields)).max() <= 1
     assert count_graphs(loaded) == [1, 1, 0, 1, 1]
     assert np.array_equal(make_picture(loaded), before)
     again = load(tiny_model, one)
