@@ -106,6 +106,13 @@ async def jobs(postgres: LocalPostgres, tmp_path: Path) -> AsyncIterator[Jobs]:
 
 
 @pytest.fixture
+def brief(monkeypatch: Patch) -> None:
+    """Wait less for a database that is away."""
+    monkeypatch.setattr(database, "CONNECT_SECONDS", 1)
+    monkeypatch.setattr(database, "QUERY_SECONDS", 2)
+
+
+@pytest.fixture
 def server() -> Iterator[Server]:
     with Server() as server:
         server.listen()
@@ -282,8 +289,8 @@ async def test_a_lost_worker(jobs: Jobs) -> None:
     assert len(await jobs.database.fetch("SELECT id FROM procrastinate_jobs")) == 1
 
 
-async def test_the_database_is_away(jobs: Jobs, postgres: LocalPostgres, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(database, "QUERY_SECONDS", 2)
+@pytest.mark.usefixtures("brief")
+async def test_the_database_is_away(jobs: Jobs, postgres: LocalPostgres) -> None:
     await jobs.order("order-01")
     lease = await jobs.find_lease("order-01")
     await jobs.store.start(lease)
@@ -535,6 +542,7 @@ def test_mistakes(client: TestClient, method: str, path: str, body: Any, words: 
     assert words in refused.json()["error"]["message"]
 
 
+@pytest.mark.usefixtures("brief")
 def test_the_api_without_a_database(client: TestClient, postgres: LocalPostgres) -> None:
     postgres.run_sql("ALTER TABLE image_jobs RENAME TO elsewhere")
     missing = client.get("/jobs")

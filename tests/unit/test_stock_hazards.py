@@ -8,10 +8,12 @@ import copy
 import hashlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import openvino
 import pytest
@@ -27,12 +29,12 @@ from tests.unit.test_hazards import (
     TIME,
     Attention,
     Table,
-    call_in_fresh_process,
     make_convolutions,
     make_input,
     name_layers,
 )
 
+Result = TypeVar("Result")
 pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("inference")]
 AOT = {"aot_autograd": True}
 
@@ -64,6 +66,11 @@ class Seen:
     inductor_graphs: int
     log: tuple[str, ...]
     writes_options: bool
+
+
+def call_in_fresh_process(function: Callable[..., Result], *args: Any) -> Result:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 class Stock:

@@ -198,15 +198,15 @@ def test_lighter_words_stand_between_the_prompt_and_an_empty_one(eager: LoadedPi
     torch.testing.assert_close(half[7:], whole[7:], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("skip", [None, 0, 1])
-@pytest.mark.parametrize("guidance", [5.0, 1.0])
+@pytest.mark.parametrize(("skip", "guidance"), [(None, 5.0), (0, 1.0), (1, 5.0)])
 @pytest.mark.parametrize("kind", ["eager", "eager_sd"])
 def test_weights_of_one_are_diffusers_own_picture(
     request: pytest.FixtureRequest, kind: str, guidance: float, skip: int | None
 ) -> None:
     loaded: LoadedPipeline = request.getfixturevalue(kind)
     fields: dict[str, Any] = {"clip_skip": skip, "guidance_scale": guidance, "num_inference_steps": 2}
-    image, mask = Image.linear_gradient("L").resize((128, 128)), Image.new("L", (128, 128), 255)
+    fields |= {"width": 64, "height": 64}
+    image, mask = Image.linear_gradient("L").resize((64, 64)), Image.new("L", (64, 64), 255)
     sides: list[dict[str, Any]] = [{"negative_prompt": "blue"}, {}, {"image": encode(image)}]
     sides.append({"negative_prompt": "blue", "image": encode(image), "mask_image": encode(mask)})
     if loaded.family.is_xl:
@@ -236,10 +236,10 @@ def test_what_stands_beyond_77_tokens_is_drawn(demo: LoadedPipeline, plain_demo:
     fields = {"guidance_scale": 1.5, "num_inference_steps": 8}
     prompts = [", " * 75 + SCENE.format(each) for each in (colour, "white")]
     assert find_thing(draw(demo, prompt=prompts[0], **fields)) == colour
-    assert subtract(*(draw(plain_demo, prompt=each, **fields) for each in prompts)) == 0
+    assert subtract(*(draw(plain_demo, prompt=each, num_inference_steps=1) for each in prompts)) == 0
 
 
-@pytest.mark.parametrize(("weight", "colour"), [(0.5, "red"), (1, "yellow"), (2, "yellow")])
+@pytest.mark.parametrize(("weight", "colour"), [(0.5, "red"), (2, "yellow")])
 def test_a_weight_decides_between_two_parts(demo: LoadedPipeline, weight: float, colour: str) -> None:
     prompt = f"{SCENE.format('red')} BREAK ({SCENE.format('yellow')}:{weight})"
     assert find_thing(draw(demo, prompt=prompt, guidance_scale=1.5, num_inference_steps=8)) == colour
