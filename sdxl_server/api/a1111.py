@@ -92,6 +92,8 @@ class A1111Api(NativeApi):
         Raises:
             RequestError: names the field as A1111 does, what is accepted and what was given.
         """
+        if contract.limits.adapters:  # A1111 has no other way to name them
+            contract = contract.apply_tags()
         given = read_fields(values, content_type=content_type or JSON, properties={}, aliases={})
         known = {name: value for name, value in given.items() if name in self.names and value not in (None, "")}
         if read_as(known, "enable_hr", switch(), False):

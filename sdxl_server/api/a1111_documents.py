@@ -145,6 +145,13 @@ def list_adapters(loaded: LoadedPipeline) -> list[dict[str, Any]]:
     return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in names]
 
 
+def list_embeddings(loaded: LoadedPipeline) -> dict[str, Any]:
+    """Return the embeddings that prompts can name."""
+    rest = {"step": None, "sd_checkpoint": None, "sd_checkpoint_name": None}
+    shapes = {each.name: {"shape": sum(each.widths.values()), "vectors": each.vectors} for each in loaded.embeddings}
+    return {"loaded": {name: {**rest, **shape} for name, shape in shapes.items()}, "skipped": {}}
+
+
 def list_vaes(loaded: LoadedPipeline) -> list[dict[str, Any]]:
     """Return the VAE of the configuration, if it is not the model's own."""
     path = loaded.config.vae_path
@@ -177,7 +184,7 @@ A1111_DOCUMENTS: Mapping[str, Document] = {
     "png-info": read_png_info,
     "memory": lambda *_: measure_memory(),
     "upscalers": _hold([NOTHING]),
-    "embeddings": _hold({"loaded": {}, "skipped": {}}),
+    "embeddings": lambda loaded, *_: list_embeddings(loaded),
     "scripts": _hold({"txt2img": [], "img2img": []}),
     "cmd-flags": _hold({}),
     **{

@@ -1,11 +1,12 @@
 """The request contract: checks the fields of a client and returns a request."""
 
 import copy
+import dataclasses
 import difflib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from sdxl_server.errors import RequestError
 from sdxl_server.request.adapters import take_tags
@@ -86,6 +87,11 @@ class Contract:
         self._check_size(request, named)
         self._check_work(request, list(dict.fromkeys(named[name] for name in WORK_FIELDS if name in read)))
         return request
+
+    def apply_tags(self) -> Self:
+        """Return a contract that applies adapters' tags in prompts, as `lora_tags` does."""
+        config = dataclasses.replace(self.limits.config, lora_tags=True)
+        return dataclasses.replace(self, limits=dataclasses.replace(self.limits, config=config))
 
     def check_sample(self, fields: Mapping[str, Any]) -> GenerationRequest:
         """Return the request with these fields, and with white images where it must have images.

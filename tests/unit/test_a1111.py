@@ -18,6 +18,7 @@ from sdxl_server.api.a1111_documents import A1111_DOCUMENTS
 from sdxl_server.api.http import HttpRequest, Response
 from sdxl_server.api.metadata import read_metadata
 from sdxl_server.errors import RequestError
+from sdxl_server.model.embeddings import Embedding
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.request.adapters import RegisteredAdapter
 from sdxl_server.service import Service, describe_error
@@ -208,11 +209,16 @@ def test_values_without_an_effect_need_no_warning() -> None:
 
 
 def test_tags_of_adapters_are_applied() -> None:
-    config = dataclasses.replace(LIMITS.config, lora_tags=True)
-    limits = dataclasses.replace(LIMITS, config=config, adapters={"outline": RegisteredAdapter(1.0, 4, {})})
+    """Also without lora_tags: A1111's API has no other way to name them."""
+    limits = dataclasses.replace(LIMITS, adapters={"outline": RegisteredAdapter(1.0, 4, {})})
     request, warnings = read(contract=make_contract(limits), prompt="a fox <lora:outline:0.5>")
     assert (request.prompt, request.adapters) == ("a fox", ({"name": "outline", "scale": 0.5},))
     assert warnings == []
+    with pytest.raises(RequestError, match="^prompt names the adapter 'owl'; the adapters are: outline$"):
+        read(contract=make_contract(limits), prompt="a fox <lora:owl:0.5>")
+    request, warnings = read(prompt="a fox <lora:owl:0.5>")
+    assert (request.prompt, request.adapters) == ("a fox", None)
+    assert warnings == ["prompt: '<lora:owl:0.5>' left out; this server has no adapters"]
 
 
 @pytest.mark.parametrize(
@@ -442,6 +448,12 @@ def test_lists_name_what_requests_accept(loaded: LoadedPipeline) -> None:
     assert (model["model_name"], model["title"], options["sd_model_checkpoint"]) == ("tiny", "tiny", "tiny")
     assert model["filename"] == "tiny"  # no path of this machine
     assert finish(ask(service, "embeddings")) == {"loaded": {}, "skipped": {}}
+    zork = Embedding("zork", "ab" * 32, 2, {"text_encoder": 768, "text_encoder_2": 1280}, "")
+    (named,) = finish(ask(Service(dataclasses.replace(loaded, embeddings=(zork,))), "embeddings"))["loaded"].items()
+    assert named == (
+        "zork",
+        {"step": None, "sd_checkpoint": None, "sd_checkpoint_name": None, "shape": 2048, "vectors": 2},
+    )
     assert set(SILLY_TAVERN_ASKS) <= A1111_DOCUMENTS.keys()
 
 
