@@ -25,7 +25,7 @@ from sdxl_server.errors import ConfigError
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.service import Service
 
-FIELDS = {"prompt": "a fox", "num_inference_steps": 2, "height": 64, "width": 64, "seed": 1}
+FIELDS: dict[str, Any] = {"prompt": "a fox", "num_inference_steps": 2, "height": 64, "width": 64, "seed": 1}
 
 
 def make_key() -> ec.EllipticCurvePrivateKey:
@@ -85,16 +85,21 @@ def signing(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"c2pa_certificate": str(folder / "chain.pem"), "c2pa_key": write_key(folder / "key.pem", key)}
 
 
-def draw(loaded: LoadedPipeline, marker: Marker, **fields: Any) -> list[bytes]:
-    """Return the files that a stream sends: previews, then the image."""
-    body = json.dumps({**FIELDS, "stream": True, **fields}).encode()
-    response = Service(loaded, marker=marker).answer(HttpRequest({"body": body}, content_type="application/json"))
+def ask(loaded: LoadedPipeline, marker: Marker, path: str = "", **fields: Any) -> bytes:
+    """Return the whole response at a path."""
+    values = {"body": json.dumps(fields).encode()}
+    response = Service(loaded, marker=marker).answer(HttpRequest(values, path=path, content_type="application/json"))
     sent = b""
     try:
         while True:
             sent += next(response.steps) or b""
     except StopIteration as end:
-        sent += end.value
+        return sent + bytes(end.value)
+
+
+def draw(loaded: LoadedPipeline, marker: Marker, **fields: Any) -> list[bytes]:
+    """Return the files that a stream sends: previews, then the image."""
+    sent = ask(loaded, marker, **{**FIELDS, "stream": True, **fields})
     events = [json.loads(line[6:]) for line in sent.splitlines() if line.startswith(b"data: ")]
     return [base64.b64decode(event["b64_json"]) for event in events if "b64_json" in event]
 
@@ -150,6 +155,17 @@ def test_a_signed_manifest(eager: LoadedPipeline, signing: dict[str, Any], outpu
         changed[-40] ^= 1
         assert Reader(f"image/{output_format}", io.BytesIO(changed)).get_validation_state() == "Invalid"
     assert FIELDS.items() <= read_metadata(file, eager.contract.limits)["request"].items()
+
+
+def test_every_api_signs(eager: LoadedPipeline, signing: dict[str, Any]) -> None:
+    marker = Marker(HandlerConfig(marking="c2pa", **signing))
+    native = ask(eager, marker, **FIELDS, output_format="png")
+    openai = json.loads(ask(eager, marker, "v1/images/generations", **FIELDS))["data"][0]["b64_json"]
+    others: dict[str, Any] = {"prompt": "a fox", "steps": 2, "height": 64, "width": 64}
+    a1111 = json.loads(ask(eager, marker, "sdapi/v1/txt2img", **others))["images"][0]
+    for file in (native, base64.b64decode(openai), base64.b64decode(a1111)):
+        assert Reader("image/png", io.BytesIO(file)).get_validation_state() == "Valid"
+        assert find_source(file) == f"{SOURCES}trainedAlgorithmicMedia"
 
 
 def test_wrong_certificates_are_refused_at_the_start(signing: dict[str, Any], tmp_path: Path) -> None:
