@@ -1,7 +1,8 @@
 """Export what the handler uses of the installed package sdxl_server. The guide gives this file its name."""
 
 from sdxl_server.api.http import HttpRequest, ReplyState, Response, find_header, read_id
-from sdxl_server.config.settings import CompileConfig, HandlerConfig, check_is_text
+from sdxl_server.config.compile_settings import CompileConfig
+from sdxl_server.config.settings import HandlerConfig, check_is_text
 from sdxl_server.errors import ConfigError, RequestError, VersionError
 from sdxl_server.loading import load_pipeline
 from sdxl_server.model.describe import measure_components

@@ -64,7 +64,7 @@ class Configuration:
         """
         import jsonschema
 
-        from sdxl_server.config.settings import CompileConfig
+        from sdxl_server.config.compile_settings import CompileConfig
         from sdxl_server.errors import ConfigError
 
         try:

@@ -11,7 +11,7 @@ from benchmarks import native
 from benchmarks.configurations import Configuration
 from benchmarks.parts import INPUTS, Part, list_tensors
 from benchmarks.worker import Engine, Job, compute_error
-from sdxl_server.config.settings import CompileConfig
+from sdxl_server.config.compile_settings import CompileConfig
 from sdxl_server.model.compiling import compile_method, count_graphs
 
 

@@ -69,7 +69,8 @@ def judge_plans(
         count: of prompts.
         images: a folder to save the images in.
     """
-    from sdxl_server.config.settings import CompileConfig, HandlerConfig
+    from sdxl_server.config.compile_settings import CompileConfig
+    from sdxl_server.config.settings import HandlerConfig
     from sdxl_server.diffusion.generation import generate, run_to_end
     from sdxl_server.loading import load_pipeline
 

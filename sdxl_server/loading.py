@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from sdxl_server.config.settings import CompileConfig, HandlerConfig
+from sdxl_server.config.compile_settings import CompileConfig
+from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.diffusion.warm_up import warm_up
 from sdxl_server.errors import ConfigError
 from sdxl_server.model.adapters.registry import compute_ranks, load_adapters

@@ -28,7 +28,8 @@ from sdxl_server.api.native import JSON, EncodedImage, NativeApi, split_chunks
 from sdxl_server.api.openai import OpenAIApi, OpenAIEditApi, describe_model, list_models
 from sdxl_server.api.openapi import build_openapi
 from sdxl_server.api.warnings import list_warnings
-from sdxl_server.config.settings import CompileConfig, HandlerConfig, check_server_keys
+from sdxl_server.config.compile_settings import CompileConfig
+from sdxl_server.config.settings import HandlerConfig, check_server_keys
 from sdxl_server.diffusion.generation import GeneratedImage, Progress, SkippedImage, generate
 from sdxl_server.diffusion.previews import choose_preview_steps, draw_preview
 from sdxl_server.errors import NotFiniteError, RequestError, VersionError, format_error

@@ -13,14 +13,11 @@ from typing import Any
 
 from sdxl_server.api.openapi import build_openapi
 from sdxl_server.config.adapter_settings import AdapterConfig
+from sdxl_server.config.compile_settings import CompileConfig
 from sdxl_server.config.control_settings import ControlConfig
 from sdxl_server.config.declaration import NEEDED, list_declarations
 from sdxl_server.config.embedding_settings import EmbeddingConfig
-from sdxl_server.config.settings import (
-    PUBLISHED_KEYS_WITHOUT_EFFECT,
-    CompileConfig,
-    HandlerConfig,
-)
+from sdxl_server.config.settings import PUBLISHED_KEYS_WITHOUT_EFFECT, HandlerConfig
 from sdxl_server.model.contract_builder import build_contract
 from sdxl_server.model.families import FAMILIES
 from sdxl_server.request.contract import Contract

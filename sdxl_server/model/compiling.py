@@ -4,7 +4,8 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sdxl_server.config.settings import BACKENDS, CompileConfig, HandlerConfig
+from sdxl_server.config.compile_settings import BACKENDS, CompileConfig
+from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.errors import ConfigError
 from sdxl_server.model.controls.registry import Control, name_component
 from sdxl_server.model.families import Family

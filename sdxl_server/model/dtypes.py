@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from sdxl_server.config.settings import CompileConfig, HandlerConfig
+from sdxl_server.config.compile_settings import CompileConfig
+from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.errors import ConfigError
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sdxl_server.config.settings import CompileConfig, HandlerConfig
+from sdxl_server.config.compile_settings import CompileConfig
+from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.diffusion.generation import generate, run_to_end
 from sdxl_server.loading import load_pipeline
 from sdxl_server.model.compiling import VAE_ENCODER

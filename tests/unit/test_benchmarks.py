@@ -18,7 +18,7 @@ from benchmarks.configurations import PARTS, Configuration, ConfigurationError, 
 from benchmarks.parts import Part, list_tensors
 from benchmarks.shortcuts import format_plans, judge_plans, list_plans
 from benchmarks.turns import Figures, MeasuringError, Row, format_starts, measure_in_turns
-from sdxl_server.config.settings import CompileConfig
+from sdxl_server.config.compile_settings import CompileConfig
 from tools import random_model
 from tools.server import ROOT
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from sdxl_server.config.settings import PUBLISHED_KEYS_WITHOUT_EFFECT, CompileConfig, HandlerConfig, check_server_keys
+from sdxl_server.config.compile_settings import CompileConfig
+from sdxl_server.config.settings import PUBLISHED_KEYS_WITHOUT_EFFECT, HandlerConfig, check_server_keys
 from sdxl_server.errors import ConfigError
 from tools.server import ROOT
 

@@ -19,7 +19,8 @@ from prometheus_client import REGISTRY
 from openvino_backend.deferred import infer_shapes
 from openvino_backend.models import CompiledModel
 from sdxl_server import __version__
-from sdxl_server.config.settings import CompileConfig, HandlerConfig
+from sdxl_server.config.compile_settings import CompileConfig
+from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.errors import ConfigError
 from sdxl_server.model.compiling import compile_method
 from sdxl_server.model.describe import count_component_graphs, describe_pipeline
@@ -36,7 +37,7 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has
 INDUCTOR = {"backend": "inductor"}
 STOCK = """
 import sys, torch
-from sdxl_server.config.settings import CompileConfig
+from sdxl_server.config.compile_settings import CompileConfig
 from sdxl_server.model.compiling import compile_method
 from tests.unit.modules import Bessel, make_module
 

@@ -17,7 +17,8 @@ from openvino_backend import CompiledFunction
 from openvino_backend.precision import find_kind, read_flags
 from sdxl_server.api.http import HttpRequest
 from sdxl_server.api.image_metadata import describe_image
-from sdxl_server.config.settings import CompileConfig, HandlerConfig
+from sdxl_server.config.compile_settings import CompileConfig
+from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.errors import ConfigError
 from sdxl_server.loading import load_pipeline
 from sdxl_server.model.compiling import VAE_ENCODER
@@ -178,7 +179,8 @@ sys.addaudithook(tell)
 LOAD = """
 import pathlib, sys, time
 from sdxl_server.loading import load_pipeline
-from sdxl_server.config.settings import CompileConfig, HandlerConfig
+from sdxl_server.config.compile_settings import CompileConfig
+from sdxl_server.config.settings import (HandlerConfig)
 pt2 = {"backend": "openvino", "options": {"weight_compression": "int8_sym"}}
 folder = pathlib.Path(sys.argv[1])
 config = HandlerConfig(model_path=folder.name, num_inference_steps=1, compile_text_encoders=False, graphs="static")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from diffusers import EDMEulerScheduler
 
-from sdxl_server.config.settings import CompileConfig, HandlerConfig
+from sdxl_server.config.compile_settings import CompileConfig
+from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.diffusion import generation
 from sdxl_server.diffusion.denoiser import Denoiser
 from sdxl_server.diffusion.generation import GeneratedImage, bind_adapters, build_image_pipeline, generate, run_to_end

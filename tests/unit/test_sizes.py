@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from openvino_backend import GraphLimitError
-from sdxl_server.config.settings import CompileConfig
+from sdxl_server.config.compile_settings import CompileConfig
 from sdxl_server.diffusion.warm_up import choose_sizes
 from sdxl_server.errors import ConfigError, RequestError
 from sdxl_server.model.compiling import choose_graphs

@@ -17,7 +17,8 @@ from demo.oracle import list_components, name_pixels
 from demo.shapes import COLOURS
 from sdxl_server.api.image_metadata import describe_image
 from sdxl_server.api.warnings import list_warnings
-from sdxl_server.config.settings import CompileConfig, HandlerConfig
+from sdxl_server.config.compile_settings import CompileConfig
+from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.diffusion.generation import build_image_pipeline, generate, run_to_end
 from sdxl_server.diffusion.prompt_embedding import MAX_CHUNKS, choose_chunks, embed_prompts
 from sdxl_server.errors import RequestError
