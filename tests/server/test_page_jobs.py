@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import requests
 from PIL import Image
-from playwright.sync_api import Browser, BrowserContext, Page, expect
+from playwright.sync_api import Browser, BrowserContext, Page, Route, expect
 
 from tests.newer_browsers import DELETE_APIS
 from tests.server.browser import (
@@ -205,6 +205,21 @@ def test_another_holder_sees_nothing(browser: Browser, page: Page, nginx: LocalP
     page.goto(f"{page.url}#token={OTHER}")  # the same tab changes its key, and changes it back
     expect(page.locator("#work li")).to_have_count(0)
     page.goto(f"{page.url}#token={nginx.token}")
+    expect_step(page)
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        is_other = route.request.headers.get("authorization") == f"Bearer {OTHER}"
+        held.append(route) if is_other else route.fallback()
+
+    page.route("**/jobs", hold)
+    page.goto(f"{page.url}#token={OTHER}")  # changes back before the server has answered
+    while not held:
+        page.wait_for_timeout(50)
+    page.goto(f"{page.url}#token={nginx.token}")
+    with page.expect_response("**/jobs"):
+        held[0].continue_()
+    page.wait_for_timeout(500)  # the page has read it
     expect_step(page)
     page.get_by_role("button", name="Cancel").click()
     site.wait(lambda: read_states(site) == ["cancelled"])

@@ -26,6 +26,11 @@ function connect() {
   return connecting;
 }
 
+// After the API key has changed. An attempt under way may have used the old one.
+function reconnect() {
+  return connecting ? connecting.then(connect) : connect();
+}
+
 async function reachServer() {
   for (;;) {
     try {
@@ -334,7 +339,7 @@ function listen() {
   find("start-paint").addEventListener("click", paint);
   find("token-change").addEventListener("click", () => askForToken());
   find("token-cancel").addEventListener("click", () => find("token").close());
-  find("token").querySelector("form").addEventListener("submit", () => (keepToken(find("token-input").value.trim()), connect()));
+  find("token").querySelector("form").addEventListener("submit", () => (keepToken(find("token-input").value.trim()), reconnect()));
   for (const kind of ["dragover", "dragleave", "drop"]) {
     addEventListener(kind, (event) => {
       const { types } = event.dataTransfer;
@@ -351,7 +356,7 @@ function listen() {
     event.preventDefault();
     takeFile(event.clipboardData);
   });
-  addEventListener("hashchange", () => (takeToken(), connect()));
+  addEventListener("hashchange", () => (takeToken(), reconnect()));
 }
 
 async function begin() {
