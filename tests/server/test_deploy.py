@@ -465,7 +465,7 @@ def test_basic_authentication_names_the_holder(stubbed: tuple[Stub, Nginx], addr
     ):
         answer = send(authorization)
         assert (answer.status, answer.headers["WWW-Authenticate"]) == (401, "Bearer")  # no browser keeps a password
-        assert "HTTP Basic with its owner's name and the token" in check_a1111_error(answer)
+        assert "HTTP Basic with its holder's name and the API key" in check_a1111_error(answer)
     assert stub.seen == []
 
 
@@ -498,7 +498,7 @@ def test_progress_has_its_query(
 def test_a_key_has_a_plain_name(arguments: list[str]) -> None:
     done = subprocess.run([MAKE_KEY, *arguments], capture_output=True, text=True, timeout=10)
     assert (done.returncode, done.stdout) == (1, "")
-    assert "make-key takes the owner's name" in done.stderr
+    assert "make-key takes the holder's name" in done.stderr
 
 
 class Changed(Nginx):

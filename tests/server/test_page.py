@@ -279,7 +279,7 @@ def test_mask_is_painted_by_keyboard_and_by_touch(page: Page) -> None:
 def test_wrong_and_missing_tokens_are_told_plainly(context: BrowserContext, nginx: LocalProxy) -> None:
     page = open_page(context, nginx, token="wrong")
     dialog = page.get_by_role("dialog", name="API key")
-    expect(dialog).to_contain_text("its token is unknown or revoked")
+    expect(dialog).to_contain_text("its API key is unknown or revoked")
     assert "token" not in page.url
     dialog.get_by_role("textbox").fill(nginx.token)
     dialog.get_by_role("button", name="Use it").click()
