@@ -1,4 +1,4 @@
-"""Open a file of an adapter or of an embedding."""
+"""Open a file of an adapter, an embedding or a control."""
 
 import hashlib
 from pathlib import Path

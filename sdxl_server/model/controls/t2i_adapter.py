@@ -3,7 +3,6 @@
 Read are diffusers' folders, and files in diffusers' or TencentARC's naming.
 """
 
-import hashlib
 import re
 import shlex
 from collections.abc import Mapping
@@ -11,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_server.convert.recognition import describe_content
-from sdxl_server.convert.weights_files import CheckpointError, Header, check_not_quantised, read_safetensors_header
+from sdxl_server.convert.weights_files import CheckpointError, Header, check_not_quantised
 from sdxl_server.errors import ConfigError
+from sdxl_server.model.adapters.files import read_adapter_file
 from sdxl_server.model.families import Family
 from sdxl_server.model.folders import FP16_MARK, check_component, check_links, is_weights, load_json_object
 from sdxl_server.schemas import shorten
@@ -41,7 +41,7 @@ def load_t2i_adapter(path: Path, pipeline: Any, family: Family, dtype: str) -> t
     import torch
 
     file, config = _find_file(path)
-    header = _read_header(file)
+    digest, header = _open(file)
     stored = _name_tensors(header)
     config = config or _read_config(header.path, {name: header.shapes[held] for name, held in stored.items()})
     try:
@@ -65,8 +65,6 @@ def load_t2i_adapter(path: Path, pipeline: Any, family: Family, dtype: str) -> t
             raise ConfigError(f"{header.path} holds numbers that are not finite in {dtype}: {held}")
     module.load_state_dict(tensors, assign=True)
     module.adapter.unshuffle = torch.nn.Identity()
-    with header.path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return module.eval().requires_grad_(False).to(pipeline.unet.device), digest, count
 
 
@@ -96,19 +94,22 @@ def _find_file(path: Path) -> tuple[Path, Mapping[str, Any] | None]:
     return min(files, key=lambda each: FP16_MARK in each.name), config
 
 
-def _read_header(path: Path) -> Header:
+def _open(path: Path) -> tuple[str, Header]:
+    """Return the SHA-256 and the header of a control's file.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+    digest, header = read_adapter_file(path)
     try:
-        header = read_safetensors_header(path)
         check_not_quantised(header)
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     if not any(BLOCK.match(name) for name in header.shapes):
         content = describe_content(header)
         is_later = content in ("a ControlNet", "an IP-Adapter")
         raise ConfigError(f"{path} holds {content}{', which is not served yet' * is_later}; a control is a T2I-Adapter")
-    return header
+    return digest, header
 
 
 def _name_tensors(header: Header) -> dict[str, str]:
