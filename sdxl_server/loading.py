@@ -65,7 +65,9 @@ def load_pipeline(
         adapters = load_adapters(pipeline, family, config, model_dir=model_dir, compiled=compiled)
         embeddings = load_embeddings(pipeline, family, config, model_dir=model_dir)
         controls = load_controls(pipeline, family, config, dtype, model_dir=model_dir)
-        contract = build_contract(pipeline, family, config, graphs=graphs, adapters=adapters, embeddings=embeddings)
+        contract = build_contract(
+            pipeline, family, config, graphs=graphs, adapters=adapters, embeddings=embeddings, controls=controls
+        )
     with reraise_as_config_error("the warm-up failed" if config.warm_up else "the model cannot be made ready"):
         functions, parts = compile_components(
             pipeline,

@@ -8,8 +8,7 @@ from sdxl_server.config.declaration import NAME, declare, read_section
 from sdxl_server.errors import ConfigError
 from sdxl_server.schemas import any_text, choice, real, shorten
 
-T2I_ADAPTER = "t2i_adapter"
-CONTROL_KINDS = (T2I_ADAPTER,)
+T2I_ADAPTER, CONTROLNET, IP_ADAPTER = CONTROL_KINDS = ("t2i_adapter", "controlnet", "ip_adapter")
 CONTROL_SCALE = real(0, 10)
 
 

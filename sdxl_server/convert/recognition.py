@@ -34,7 +34,9 @@ UNSERVED_CHANNELS = {
 PREDICTIONS = ("epsilon", "v_prediction", "v_prediction_ztsnr")
 # Other content of such files, by a pattern of its names. The first match counts, after whole models.
 UNSERVED_CONTENTS = {
-    "a ControlNet": r"^control_model\.|^controlnet_|^lora_controlnet$|^lllite_",
+    "a Control-LoRA": r"^lora_controlnet$",
+    "a ControlNet-LLLite": r"^lllite_",
+    "a ControlNet": r"^(control_model\.)?(controlnet_\w+|zero_convs|input_hint_block)\.|^control_model\.",
     "an IP-Adapter": r"^(image_proj|ip_adapter)\.",
     "a T2I-Adapter": r"^(adapter\.)?body\.\d+\.(block1|in_conv|resnets)\.",
     "a LoRA or another adapter of a model": (
@@ -145,7 +147,8 @@ def describe_content(header: Header) -> str:
         from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
         kind = infer_diffusers_model_type({name: SimpleNamespace(shape=shape) for name, shape in header.shapes.items()})
-        if kind not in ("v1", "v2", "xl_base", "inpainting", "instruct-pix2pix", "controlnet", "upscale"):
+        known = ("v1", "v2", "xl_base", "inpainting", "instruct-pix2pix", "upscale")
+        if kind not in known and not kind.startswith("controlnet"):
             return f"another kind of model ({kind})"
     for kind, pattern in UNSERVED_CONTENTS.items():
         if any(re.search(pattern, name) for name in header.shapes):

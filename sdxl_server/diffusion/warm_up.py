@@ -1,6 +1,7 @@
 """The warm-up: compile every graph before the first request, and fit the previews."""
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import math
@@ -11,13 +12,13 @@ from PIL import Image
 
 from sdxl_server import metrics
 from sdxl_server.config.settings import MIN_SIDE
-from sdxl_server.diffusion.controls import run_control
 from sdxl_server.diffusion.generation import generate, run_to_end
 from sdxl_server.diffusion.previews import fit_preview
 from sdxl_server.errors import ConfigError, FlaggedError, NotFiniteError, RequestError
 from sdxl_server.model.compiling import VAE_ENCODER
 from sdxl_server.model.describe import count_component_graphs, describe_pipeline
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
+from sdxl_server.request.controls import RequestControl
 from sdxl_server.request.fields import GenerationRequest
 
 logger = logging.getLogger(__name__)
@@ -60,12 +61,13 @@ def warm_up(loaded: LoadedPipeline) -> None:
 
 
 def _draw(loaded: LoadedPipeline, request: GenerationRequest) -> None:
-    """Generate an image for nobody, and run all controls.
+    """Generate an image for nobody, with all controls.
 
     The image may be flagged: the safety checker is the last component to run.
     """
-    for each in loaded.controls:
-        run_control(loaded, each, Image.new("RGB", (request.width, request.height)))
+    image = Image.new("RGB", (request.width, request.height))
+    controls = tuple(RequestControl(each.config.name, image, scale=1.0) for each in loaded.controls)
+    request = dataclasses.replace(request, control=controls or None)
     with contextlib.suppress(FlaggedError):
         run_to_end(generate(loaded, request))
 

@@ -7,7 +7,7 @@ from typing import Any
 from sdxl_server.config.compile_settings import BACKENDS, CompileConfig
 from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.errors import ConfigError
-from sdxl_server.model.controls.registry import Control, name_component
+from sdxl_server.model.controls.base import Control
 from sdxl_server.model.families import Family
 from sdxl_server.model.safety_checker import SAFETY_CHECKER
 from sdxl_server.model.tiling import compute_tile_side, plan_tiles
@@ -22,11 +22,12 @@ DYNAMIC_SHAPES: Mapping[str, Mapping[str, Any]] = {
         "encoder_hidden_states": (0, 1),
         "added_cond_kwargs": {"text_embeds": (0,), "time_ids": (0,)},
         "down_intrablock_additional_residuals": (0, 2, 3),
+        "down_block_additional_residuals": (0, 2, 3),
+        "mid_block_additional_residual": (0, 2, 3),
     },
     "vae": {"z": (2, 3)},
     VAE_ENCODER: {"x": (2, 3)},
 }
-CONTROL_SHAPES = {"x": (2, 3)}
 
 
 def choose_graphs(config: HandlerConfig, compilation: CompileConfig) -> str | None:
@@ -73,7 +74,6 @@ def list_components_to_compile(family: Family, config: HandlerConfig) -> list[st
         VAE_ENCODER: config.compile_vae,
         **dict.fromkeys(family.text_encoders, config.compile_text_encoders),
         SAFETY_CHECKER: config.safety_checker is not None,
-        **{name_component(each): config.compile_unet for each in config.controls or ()},
     }
     return [name for name, is_wanted in wanted.items() if is_wanted]
 
@@ -109,6 +109,7 @@ def compile_components(
     # Otherwise dynamo only warns at its limit of recompilations, and continues in eager PyTorch.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     graphs, batch = choose_graphs(config, compilation), contract.batch
+    of_controls = {name: each for control in controls for name, each in control.list_components().items()}
     shapes = _list_static_shapes(pipeline, family, config, contract) if graphs == "both" else {}
     if graphs in ("dynamic", "both"):
         # With this many upsamplers the up blocks take their sizes from the down blocks, as a graph of any size must.
@@ -119,12 +120,12 @@ def compile_components(
         "vae": decode,
         VAE_ENCODER: encode,
         **{name: getattr(pipeline, name).forward for name in family.text_encoders},
-        **{each.component: each.module.forward for each in controls},
+        **{name: each.method for name, each in of_controls.items()},
     }
-    free = {**DYNAMIC_SHAPES, **{each.component: CONTROL_SHAPES for each in controls}}
+    free = {**DYNAMIC_SHAPES, **{name: each.free for name, each in of_controls.items()}}
     if config.safety_checker is not None:
         methods[SAFETY_CHECKER] = pipeline.safety_checker.vision_model.forward
-    wanted = list_components_to_compile(family, config)
+    wanted = [*list_components_to_compile(family, config), *(of_controls if config.compile_unet else ())]
     functions: dict[str, Callable[..., Any]] = {}
     backends: dict[str, Any] = {}
     for name, method in methods.items():
@@ -144,8 +145,9 @@ def compile_components(
             ranks=ranks.get(name),
         )
         backends[name] = functions[name].backend if compilation.backend == "openvino" else None  # type: ignore[attr-defined]
-    if graphs == "static" and "unet" in backends:
-        functions["unet"] = FixedBatch(functions["unet"], batch)
+    if graphs == "static":
+        batched = ["unet", *(name for name, each in of_controls.items() if each.is_batched)]
+        functions |= {name: FixedBatch(functions[name], batch) for name in batched if name in backends}
     return functions, backends
 
 
@@ -169,10 +171,12 @@ def _list_static_shapes(
 
 
 class FixedBatch:
-    """A UNet whose graphs have one batch size. More rows run one batch after another; missing rows are repeated.
+    """A UNet or ControlNet whose graphs have one batch size. More rows run one batch after another.
+
+    Missing rows are repeated.
 
     Args:
-        run: the UNet's function.
+        run: its function.
         batch: the rows of its graphs.
     """
 
@@ -184,8 +188,9 @@ class FixedBatch:
         return FixedBatch(self._run.bind(products), self._batch)  # type: ignore[attr-defined]
 
     def __call__(self, sample: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the prediction in a tuple."""
+        """Return what the function returns, for all rows."""
         import torch
+        from torch.utils import _pytree as pytree
 
         rows = len(sample)
         if rows == self._batch:
@@ -202,8 +207,8 @@ class FixedBatch:
                 is_row = isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == rows
                 return value[index] if is_row else value
 
-            outputs.append(self._run(sample[index], *map(choose, args), **choose(kwargs))[0])
-        return (torch.cat(outputs)[:rows],)
+            outputs.append(self._run(sample[index], *map(choose, args), **choose(kwargs)))
+        return pytree.tree_map(lambda *each: torch.cat(each)[:rows], *outputs)
 
 
 class TorchFunction:

@@ -10,10 +10,12 @@ from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.errors import ConfigError, RequestError
 from sdxl_server.model.adapters.registry import Adapter
 from sdxl_server.model.compiling import compute_half_cost
+from sdxl_server.model.controls.base import Control
 from sdxl_server.model.embeddings import Embedding
 from sdxl_server.model.families import Family
 from sdxl_server.request.adapters import RegisteredAdapter
 from sdxl_server.request.contract import Contract
+from sdxl_server.request.controls import RegisteredControl
 from sdxl_server.request.fields import GenerationRequest, build_properties
 from sdxl_server.request.limits import Limits
 from sdxl_server.request.prompts import PROMPTS
@@ -34,6 +36,7 @@ def build_contract(
     graphs: str | None,
     adapters: Sequence[Adapter] = (),
     embeddings: Sequence[Embedding] = (),
+    controls: Sequence[Control] = (),
 ) -> Contract:
     """Return the contract of a pipeline under a configuration.
 
@@ -66,7 +69,7 @@ def build_contract(
         max_clip_skip=min(getattr(pipeline, each).config.num_hidden_layers for each in family.text_encoders) - 1,
         adapters=_list_registered(adapters, config, samplers),
         is_xl=family.is_xl,
-        controls={each.name: each.scale for each in config.controls or ()},
+        controls={each.config.name: RegisteredControl(each.config.scale, each.modes, each.is_map) for each in controls},
     )
     properties = build_properties(limits, defaults=defaults, lacking=family.lacks)
     for name in properties.keys() & set(PROMPTS) if embeddings else ():

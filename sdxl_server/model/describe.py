@@ -97,7 +97,8 @@ def count_component_graphs(loaded: LoadedPipeline, name: str) -> int:
 def list_uncompiled_components(loaded: LoadedPipeline, request: GenerationRequest) -> list[str]:
     """Return the components that are compiled when this request is the first to need them."""
     named = {each.name for each in request.control or ()}
-    unneeded = {each.component for each in loaded.controls if each.config.name not in named}
+    controls = (each for each in loaded.controls if each.config.name not in named)
+    unneeded = {name for each in controls for name in each.list_components()}
     unneeded |= {VAE_ENCODER} if request.image is None else set()
     return [name for name in loaded.parts if name not in unneeded and not count_component_graphs(loaded, name)]
 

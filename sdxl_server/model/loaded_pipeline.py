@@ -10,7 +10,7 @@ from typing import Any
 from sdxl_server.config.compile_settings import CompileConfig
 from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.model.adapters.registry import Adapter
-from sdxl_server.model.controls.registry import Control
+from sdxl_server.model.controls.base import Control
 from sdxl_server.model.embeddings import Embedding
 from sdxl_server.model.families import Family
 from sdxl_server.model.tiling import compute_tile_side

@@ -14,12 +14,28 @@ NEEDED_KEYS = ("name", "image")
 
 
 @dataclass(frozen=True)
+class RegisteredControl:
+    """What a request can do with a registered control.
+
+    Attributes:
+        scale: the default.
+        modes: of a union ControlNet.
+        is_map: its image shows the result's places, and so gets its size.
+    """
+
+    scale: float
+    modes: tuple[str, ...] = ()
+    is_map: bool = True
+
+
+@dataclass(frozen=True)
 class RequestControl:
     """A control of a request.
 
     Attributes:
-        image: an Upload, then the Pillow image in the size of the result.
+        image: an Upload, then a Pillow image; a map has the size of the result.
         begin, end: shares of the denoising, as in guidance_interval.
+        mode: one of the control's; None for its first.
     """
 
     name: str
@@ -27,53 +43,57 @@ class RequestControl:
     scale: float
     begin: float = 0.0
     end: float = 1.0
+    mode: str | None = None
 
     def describe(self) -> dict[str, Any]:
         """Return it as requests name it, without its image."""
-        return {"name": self.name, "scale": self.scale, "from": self.begin, "to": self.end}
+        mode = {} if self.mode is None else {"mode": self.mode}
+        return {"name": self.name, "scale": self.scale, "from": self.begin, "to": self.end, **mode}
 
 
-def build_control_schema(scales: Mapping[str, float], most: int) -> Schema:
+def build_control_schema(registered: Mapping[str, RegisteredControl], most: int) -> Schema:
     """Return the JSON Schema of a request's controls.
 
     Args:
-        scales: the default scale of each registered control, by name.
+        registered: the controls by name.
         most: the maximum number of controls.
     """
-    if not scales:
+    if not registered:
         return {"type": "array", "maxItems": 0, "x-accepted": "an empty list: this server has no controls"}
     properties = {
-        "name": choice(*scales),
+        "name": choice(*registered),
         "image": {"type": "string", "contentEncoding": "base64"},
         "scale": CONTROL_SCALE,
         "from": real(0, 1),
         "to": real(0, 1),
     }
+    if modes := dict.fromkeys(mode for each in registered.values() for mode in each.modes):
+        properties["mode"] = choice(*modes)
     item = {
         "type": "object",
         "required": list(NEEDED_KEYS),
         "additionalProperties": False,
         "properties": properties,
     }
-    accepted = f"a list of at most {most} such as {CONTROL_EXAMPLE}, of the controls {', '.join(scales)}"
+    accepted = f"a list of at most {most} such as {CONTROL_EXAMPLE}, of the controls {', '.join(registered)}"
     return {"type": "array", "items": item, "maxItems": most, "x-accepted": accepted}
 
 
 def read_controls(
-    value: Any, scales: Mapping[str, float], *, most: int, max_side: int
+    value: Any, registered: Mapping[str, RegisteredControl], *, most: int, max_side: int
 ) -> tuple[RequestControl, ...] | None:
     """Return the controls of a request with their decoded images; None if there are none.
 
     Args:
         value: a list, or its JSON text from a form. A single control needs no list.
-        scales, most: see `build_control_schema`.
+        registered, most: see `build_control_schema`.
         max_side: see `read_upload`.
 
     Raises:
         ValueError: what is accepted and what was given. The message continues the field's name.
         RequestError: names the entry and its key.
     """
-    schema = build_control_schema(scales, most)
+    schema = build_control_schema(registered, most)
     refused = f"takes {schema['x-accepted']}, not "
     if isinstance(value, str):
         try:
@@ -85,14 +105,16 @@ def read_controls(
         raise ValueError(refused + shorten(value))
     if len(value) > schema["maxItems"]:
         raise ValueError(f"{refused}{len(value)}")
-    read = [_read_control(f"control[{index}]", each, schema, scales, max_side) for index, each in enumerate(value)]
+    read = [_read_control(f"control[{index}]", each, schema, registered, max_side) for index, each in enumerate(value)]
     names = [each.name for each in read]
     if len(set(names)) < len(names):
         raise ValueError(f"takes each control once, not {', '.join(names)}")
     return tuple(read) or None
 
 
-def _read_control(key: str, given: Any, schema: Schema, scales: Mapping[str, float], max_side: int) -> RequestControl:
+def _read_control(
+    key: str, given: Any, schema: Schema, registered: Mapping[str, RegisteredControl], max_side: int
+) -> RequestControl:
     if not isinstance(given, Mapping):
         raise ValueError(f"takes {schema['x-accepted']}, not {shorten(given)}")
     properties = schema["items"]["properties"]
@@ -111,8 +133,12 @@ def _read_control(key: str, given: Any, schema: Schema, scales: Mapping[str, flo
     begin, end = read.get("from", 0.0), read.get("to", 1.0)
     if begin >= end:
         raise _refuse(key, "to", f"takes a share above from, {begin:g}, not {end:g}")
+    control, mode = registered[read["name"]], read.get("mode")
+    if mode not in (None, *control.modes):
+        accepted = f"takes one of {', '.join(control.modes)}" if control.modes else "is for union ControlNets"
+        raise _refuse(key, "mode", f"{accepted}, not {mode} for {read['name']}")
     image = read_upload(f"{key}.image", given["image"], max_side=max_side)
-    return RequestControl(read["name"], image, read.get("scale", scales[read["name"]]), begin, end)
+    return RequestControl(read["name"], image, read.get("scale", control.scale), begin, end, mode)
 
 
 def _refuse(key: str, name: str, message: str) -> RequestError:

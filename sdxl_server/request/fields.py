@@ -106,8 +106,8 @@ class GenerationRequest:
     )
     control: tuple[RequestControl, ...] | None = declare(
         lambda limits: build_control_schema(limits.controls, limits.config.max_controls),
-        "controls (T2I-Adapter): the result follows the image of each, such as drawn edges, with a `scale`; `from`, "
-        "`to`: shares of the denoising",
+        "controls (ControlNet, T2I-Adapter, IP-Adapter): the result follows the image of each, such as drawn edges, "
+        "with a `scale`; `from`, `to`: shares of the denoising",
         value=None,
         is_argument=False,
         read=lambda value, limits: read_controls(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.request.adapters import RegisteredAdapter
+from sdxl_server.request.controls import RegisteredControl
 from sdxl_server.request.samplers import Samplers
 
 
@@ -22,7 +23,7 @@ class Limits:
         max_clip_skip: the layers of the smaller text encoder, less one.
         adapters: the adapters that requests can name.
         is_xl: the model is Stable Diffusion XL, and not 1.x or 2.x.
-        controls: the default scale of each control that requests can name.
+        controls: the controls that requests can name.
     """
 
     config: HandlerConfig = HandlerConfig()
@@ -33,4 +34,4 @@ class Limits:
     max_clip_skip: int = 11
     adapters: Mapping[str, RegisteredAdapter] = dataclasses.field(default_factory=dict)
     is_xl: bool = True
-    controls: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    controls: Mapping[str, RegisteredControl] = dataclasses.field(default_factory=dict)

@@ -64,7 +64,7 @@ def resize_images(used: dict[str, Any], given: Mapping[str, Any], limits: Limits
 
 
 def resize_controls(used: dict[str, Any], given: Mapping[str, Any], limits: Limits, named: Mapping[str, str]) -> None:
-    """Resize the images of controls to the size of the result. Without an image to start from the first one decides.
+    """Resize the maps of controls to the size of the result. Without an image to start from the first one decides.
 
     Args:
         used, given: see `resize_images`.
@@ -74,11 +74,15 @@ def resize_controls(used: dict[str, Any], given: Mapping[str, Any], limits: Limi
         raise RequestError(
             f"{named['control']} is for whole images; leave out {named['padding_mask_crop']}", param=named["control"]
         )
-    if "image" not in used:
-        _set_size(used, given, limits, controls[0].image.pixels.size)
-    size, how = (used["width"], used["height"]), used["resize_mode"]
+    maps = [each.name for each in controls if limits.controls[each.name].is_map]
+    if maps and "image" not in used:
+        _set_size(used, given, limits, next(each.image.pixels.size for each in controls if each.name == maps[0]))
+    size, how = (used["width"], used["height"]), used.get("resize_mode", "crop")
     used["control"] = tuple(
-        dataclasses.replace(each, image=_resize(each.image.pixels, size, how, bars="black")) for each in controls
+        dataclasses.replace(
+            each, image=_resize(each.image.pixels, size, how, bars="black") if each.name in maps else each.image.pixels
+        )
+        for each in controls
     )
 
 

@@ -433,8 +433,11 @@ def test_a_schedule_without_training_timesteps_takes_no_interval(eager_controlle
             lambda each: each.update({"adapter.conv_in.bias": torch.ones(33)}),
             "takes 32 numbers for adapter.conv_in.bias, not 33",
         ),
-        (lambda each: (each.clear(), each.update({"control_model.a": torch.ones(1)})), "a ControlNet, which is not se"),
-        (lambda each: (each.clear(), each.update({"ip_adapter.1.a": torch.ones(1)})), "an IP-Adapter, which is not se"),
+        (
+            lambda each: (each.clear(), each.update({"lora_controlnet": torch.ones(1)})),
+            "holds a Control-LoRA; a control is a T2I",
+        ),
+        (lambda each: (each.clear(), each.update({"ip_adapter.1.a": torch.ones(1)})), "holds an IP-Adapter"),
         (lambda each: (each.clear(), each.update({"lora_unet_a.alpha": torch.ones(1)})), "holds a LoRA .*; a control"),
         (lambda each: (each.clear(), each.update({"a": torch.ones(1)})), "tensors of unknown kind, such as a; a contr"),
         (
@@ -459,7 +462,7 @@ def test_a_spoiled_file_is_refused_in_a_line(
     [
         (
             {"downscale_factor": 8, "adapter_type": "full_adapter"},
-            "holds a T2I-Adapter for Stable Diffusion 1.x or 2.x",
+            r"holds a T2I-Adapter \(full_adapter\) for Stable Diffusion 1.x or 2.x",
         ),
         (
             {"channels": (32, 64, 128, 128)},
@@ -479,7 +482,7 @@ def test_an_adapter_of_another_model_is_refused_in_a_line(
 
 def test_an_xl_adapter_is_refused_by_stable_diffusion_1(tiny_sd_model: Path, folder: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"for Stable Diffusion XL \(full_adapter_xl\), and this model is Stable Diffu"
+        ConfigError, match=r"a T2I-Adapter \(full_adapter_xl\) for Stable Diffusion XL, and this model is Stable Diffu"
     ):
         control(tiny_sd_model, None, folder)
 
@@ -488,17 +491,19 @@ def test_an_xl_adapter_is_refused_by_stable_diffusion_1(tiny_sd_model: Path, fol
     ("spoil", "told"),
     [
         (lambda path: (path / WEIGHTS).rename(path / "model.bin"), "pickle"),
-        (lambda path: (path / WEIGHTS).unlink(), "has no weights of a T2IAdapter"),
+        (lambda path: (path / WEIGHTS).unlink(), "has no weights, such as diffusion_pytorch_model"),
         (lambda path: (path / WEIGHTS).write_bytes(b"PK\x03\x04"), "is a pickle of PyTorch's"),
         (
             lambda path: (path / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes()[:-9]),
             "is damaged, or was not fetched",
         ),
-        (lambda path: (path / "config.json").unlink(), "has no readable config.json of a T2IAdapter"),
-        (lambda path: change(path, _class_name="ControlNetModel"), r"holds a ControlNet \('ControlNetModel'\), which"),
-        (lambda path: change(path, _class_name="AutoencoderKL"), "holds 'AutoencoderKL'; a control is a T2IAdapter"),
-        (lambda path: change(path, adapter_type="big"), "config.json does not describe a T2IAdapter: Unsupported"),
-        (lambda path: change(path, channels="many"), "config.json does not describe a T2IAdapter"),
+        (lambda path: (path / "config.json").unlink(), "has no readable config.json of a control"),
+        (
+            lambda path: change(path, _class_name="AutoencoderKL"),
+            "holds 'AutoencoderKL'; a control is a T2I-Adapter or",
+        ),
+        (lambda path: change(path, adapter_type="big"), "spoiled does not describe a T2IAdapter: Unsupported"),
+        (lambda path: change(path, channels="many"), "spoiled does not describe a T2IAdapter: not all"),
         (lambda path: change(path, quantization_config={}), "quantised"),
     ],
 )
@@ -535,7 +540,7 @@ def test_a_missing_file_or_a_pickle_is_refused_in_a_line(model: Path, tmp_path: 
         ([{"name": "a"}], r"controls\[0\]\.path is missing; it takes a folder or a \.safetensors file"),
         (
             [{"name": "a", "path": "a", "kind": "lora"}],
-            r"controls\[0\]\.kind takes one of t2i_adapter, or null .* 'lora'",
+            r"controls\[0\]\.kind takes one of t2i_adapter, controlnet, ip_adapter, or null .* 'lora'",
         ),
         ([{"name": "a", "path": "a", "scale": -1}], r"controls\[0\]\.scale takes a number from 0 to 10, not -1"),
         ([{"name": "a", "path": "a"}] * 2, r"controls\[1\]\.name takes a name that no other control has, not 'a'"),

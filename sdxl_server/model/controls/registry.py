@@ -1,53 +1,40 @@
 """The registered controls: loaded with the model, each of a kind that its file decides."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdxl_server.config.control_settings import T2I_ADAPTER, ControlConfig
+from sdxl_server.config.control_settings import CONTROLNET, T2I_ADAPTER, ControlConfig
 from sdxl_server.config.settings import HandlerConfig
+from sdxl_server.convert.recognition import describe_content
 from sdxl_server.errors import ConfigError
-from sdxl_server.model.controls.t2i_adapter import list_residual_shapes, load_t2i_adapter
+from sdxl_server.model.controls import controlnet, t2i_adapter
+from sdxl_server.model.controls.base import Control, Inputs
+from sdxl_server.model.controls.files import ControlFile, open_control
 from sdxl_server.model.families import Family
+from sdxl_server.schemas import shorten
 
 
-@dataclass(frozen=True, eq=False)
-class Control:
-    """A registered control.
+@dataclass(frozen=True)
+class Kind:
+    """A kind of control.
 
     Attributes:
-        config: its entry in handler.controls.
-        kind: what it is.
-        sha256: the digest of its file.
-        module: the model.
-        residuals: the number of the UNet's inputs that it computes.
+        name: as describe_content names its files.
+        classes: diffusers' classes in the config.json of its folders.
+        load: loads it.
     """
 
-    config: ControlConfig
-    kind: str
-    sha256: str
-    module: Any
-    residuals: int
-
-    @property
-    def component(self) -> str:
-        """Its name among the compiled components."""
-        return name_component(self.config)
-
-    def describe(self, **of_request: Any) -> dict[str, Any]:
-        """Return its entry in a report.
-
-        Args:
-            of_request: how a request uses it.
-        """
-        about = {"name": self.config.name, "kind": self.kind, "sha256": self.sha256, "scale": self.config.scale}
-        return {**about, **of_request}
+    name: str
+    classes: tuple[str, ...]
+    load: Callable[[ControlFile, ControlConfig, Any, Family, str], Control]
 
 
-def name_component(config: ControlConfig) -> str:
-    """Return a control's name among the compiled components."""
-    return f"control_{config.name}"
+KINDS = {
+    T2I_ADAPTER: Kind("a T2I-Adapter", t2i_adapter.CLASSES, t2i_adapter.load_t2i_adapter),
+    CONTROLNET: Kind("a ControlNet", controlnet.CLASSES, controlnet.load_controlnet),
+}
 
 
 def load_controls(
@@ -64,18 +51,51 @@ def load_controls(
     controls = []
     for index, entry in enumerate(config.controls or ()):
         try:
-            module, digest, residuals = load_t2i_adapter(model_dir / entry.path, pipeline, family, dtype)
+            opened = open_control(model_dir / entry.path)
+            kind = find_kind(opened)
         except ConfigError as error:
             raise ConfigError(f"handler.controls[{index}].path: {error}") from error
-        controls.append(Control(entry, T2I_ADAPTER, digest, module, residuals))
+        if entry.kind not in (None, kind):
+            raise ConfigError(
+                f"handler.controls[{index}].kind takes {kind}, which {opened.path} holds, not {entry.kind}"
+            )
+        try:
+            controls.append(KINDS[kind].load(opened, entry, pipeline, family, dtype))
+        except ConfigError as error:
+            raise ConfigError(f"handler.controls[{index}].path: {error}") from error
     return tuple(controls)
 
 
-def list_unet_inputs(controls: Sequence[Control], unet: Any, *, height: int, width: int) -> list[tuple[int, int, int]]:
-    """Return channels, height and width of the UNet's inputs for controls; none without controls.
+def find_kind(opened: ControlFile) -> str:
+    """Return the kind of control in opened files.
+
+    Raises:
+        ConfigError: they hold something else.
+    """
+    held = opened.config and opened.config.get("_class_name")
+    content = shorten(held) if held else describe_content(opened.header)
+    for name, kind in KINDS.items():
+        if held in kind.classes or content == kind.name:
+            return name
+    kinds = " or ".join(kind.name for kind in KINDS.values())
+    raise ConfigError(f"{opened.path} holds {content}; a control is {kinds}")
+
+
+def list_empty_inputs(controls: Sequence[Control], unet: Any, sample: Any) -> Inputs:
+    """Return the UNet's inputs for all registered controls, without an effect.
 
     Args:
-        height, width: of the latents.
+        sample: the UNet's input; rows × channels × height × width.
     """
-    count = max((each.residuals for each in controls), default=0)
-    return list_residual_shapes(unet, height, width)[:count]
+    inputs: dict[str, Any] = {}
+    for each in controls:
+        empty: Mapping[str, Any] = each.list_empty_inputs(unet, sample)
+        inputs |= {name: _merge(inputs.get(name), value) for name, value in empty.items()}
+    return inputs
+
+
+def _merge(one: Any, other: Any) -> Any:
+    """Return the inputs of two controls: those of a kind are the same, or have other names in a dictionary."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return {**one, **{name: _merge(one.get(name), each) for name, each in other.items()}}
+    return other

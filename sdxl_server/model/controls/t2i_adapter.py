@@ -4,112 +4,72 @@ Read are diffusers' folders, and files in diffusers' or TencentARC's naming.
 """
 
 import re
-import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sdxl_server.convert.recognition import describe_content
-from sdxl_server.convert.weights_files import CheckpointError, Header, check_not_quantised
+from sdxl_server.config.control_settings import T2I_ADAPTER, ControlConfig
+from sdxl_server.convert.weights_files import Header
 from sdxl_server.errors import ConfigError
-from sdxl_server.model.adapters.files import read_adapter_file
+from sdxl_server.model.controls.base import Component, Control, Inputs, UNetCall, make_zeros
+from sdxl_server.model.controls.files import ControlFile, build_module, check_family, load_weights
 from sdxl_server.model.families import Family
-from sdxl_server.model.folders import FP16_MARK, check_component, check_links, is_weights, load_json_object
-from sdxl_server.schemas import shorten
 
-CLASS = "T2IAdapter"  # diffusers'
+CLASSES = ("T2IAdapter",)  # diffusers'
+RESIDUALS = "down_intrablock_additional_residuals"  # the UNet's argument
 FULL, FULL_XL, LIGHT = "full_adapter", "full_adapter_xl", "light_adapter"
-MODELS = {True: "Stable Diffusion XL", False: "Stable Diffusion 1.x or 2.x"}  # by Family.is_xl
-BLOCK = re.compile(r"^(adapter\.)?body\.\d+\.")
 # Input channels of the first layer, after pixels became channels: the image's channels, and the pixels of a side.
 FIRST_LAYER = {64: (1, 8), 192: (3, 8), 256: (1, 16), 768: (3, 16)}
 CELLS = 32  # along a side of the image that checks the shapes
 
 
-def load_t2i_adapter(path: Path, pipeline: Any, family: Family, dtype: str) -> tuple[Any, str, int]:
-    """Return a T2I-Adapter, the SHA-256 of its file, and the number of its feature maps.
+class T2IAdapter(Control):
+    """A T2I-Adapter. Its module has no `unshuffle`, which makes channels of pixels: see `prepare_image`."""
 
-    Its `unshuffle`, which makes channels of pixels, is left out: see `prepare_image`.
+    kind = T2I_ADAPTER
+
+    def list_components(self) -> Mapping[str, Component]:
+        """Return the network."""
+        return {self.component: Component(self.module.forward, {"x": (2, 3)})}
+
+    def encode_image(self, functions: Mapping[str, Callable[..., Any]], image: Any, mode: str | None) -> Any:
+        """Return the feature maps of an image."""
+        return list(functions[self.component](prepare_image(self.module, image)))
+
+    def compute_inputs(
+        self, functions: Mapping[str, Callable[..., Any]], encoded: Any, scale: float, call: UNetCall
+    ) -> Inputs:
+        """Return the feature maps times the scale."""
+        return {RESIDUALS: [scale * each for each in encoded]}
+
+    def list_empty_inputs(self, unet: Any, sample: Any) -> Inputs:
+        """Return a zero map for each down block and for the middle."""
+        return {RESIDUALS: [make_zeros(sample, *shape) for shape in list_residual_shapes(unet, *sample.shape[2:])]}
+
+
+def load_t2i_adapter(
+    opened: ControlFile, config: ControlConfig, pipeline: Any, family: Family, dtype: str
+) -> T2IAdapter:
+    """Load a T2I-Adapter.
 
     Args:
         dtype: of its weights, by torch's name.
 
     Raises:
-        ConfigError: the files hold something else, are damaged or do not fit the model.
+        ConfigError: the files are damaged or do not fit the model.
     """
     import diffusers
     import torch
 
-    file, config = _find_file(path)
-    digest, header = _open(file)
-    stored = _name_tensors(header)
-    config = config or _read_config(header.path, {name: header.shapes[held] for name, held in stored.items()})
-    try:
-        with torch.device("meta"):
-            module = diffusers.T2IAdapter.from_config(config)
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path}/config.json does not describe a {CLASS}: {error}") from error
-    kind, is_xl = module.config.adapter_type, module.config.adapter_type == FULL_XL
-    if is_xl is not family.is_xl:
-        raise ConfigError(
-            f"{path} holds a T2I-Adapter for {MODELS[is_xl]} ({kind}), and this model is {MODELS[family.is_xl]}"
-        )
-    _check_tensors(header, stored, module)
-    count = _check_fits(path, module, pipeline)
-    own_dtype = getattr(torch, dtype)
-    tensors = {}
-    loaded = header.load_tensors(stored.values(), torch.float32)
-    for name, held in stored.items():
-        tensors[name] = loaded[held].to(own_dtype)
-        if not torch.isfinite(tensors[name]).all():
-            raise ConfigError(f"{header.path} holds numbers that are not finite in {dtype}: {held}")
-    module.load_state_dict(tensors, assign=True)
+    names = _name_tensors(opened.header)
+    shapes = {name: opened.header.shapes[held] for name, held in names.items()}
+    module = build_module(opened, diffusers.T2IAdapter, opened.config or _read_config(opened.header.path, shapes))
+    kind = module.config.adapter_type
+    check_family(opened, f"a T2I-Adapter ({kind})", is_xl=kind == FULL_XL, wanted=family.is_xl)
+    _check_fits(opened.path, module, pipeline)
+    load_weights(opened, names, module, dtype)
     module.adapter.unshuffle = torch.nn.Identity()
-    return module.eval().requires_grad_(False).to(pipeline.unet.device), digest, count
-
-
-def _find_file(path: Path) -> tuple[Path, Mapping[str, Any] | None]:
-    """Return the weights file of a control, and the settings in its folder; None for a single file.
-
-    Raises:
-        ConfigError: the folder holds another model, or is incomplete.
-    """
-    check_links([path])
-    if not path.is_dir():
-        return path, None
-    config = load_json_object(path / "config.json")
-    held = config.get("_class_name")
-    if held is None:
-        raise ConfigError(f"{path} has no readable config.json of a {CLASS}; name a folder with one, or a file")
-    if held != CLASS:
-        kind = (
-            f"a ControlNet ({shorten(held)}), which is not served yet" if "ControlNet" in str(held) else shorten(held)
-        )
-        raise ConfigError(f"{path} holds {kind}; a control is a {CLASS}")
-    command = ["hf", "download", "<its id on the hub>", "--local-dir", f"{path}-whole"]
-    check_component(path, remedy=shlex.join(command))
-    files = [each for each in sorted(path.glob("*.safetensors")) if is_weights(each.name)]
-    if not files:
-        raise ConfigError(f"{path} has no weights of a {CLASS}, such as diffusion_pytorch_model.safetensors")
-    return min(files, key=lambda each: FP16_MARK in each.name), config
-
-
-def _open(path: Path) -> tuple[str, Header]:
-    """Return the SHA-256 and the header of a control's file.
-
-    Raises:
-        ConfigError: it cannot be read, or holds something else.
-    """
-    digest, header = read_adapter_file(path)
-    try:
-        check_not_quantised(header)
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from error
-    if not any(BLOCK.match(name) for name in header.shapes):
-        content = describe_content(header)
-        is_later = content in ("a ControlNet", "an IP-Adapter")
-        raise ConfigError(f"{path} holds {content}{', which is not served yet' * is_later}; a control is a T2I-Adapter")
-    return digest, header
+    return T2IAdapter(config, opened.sha256, module.to(pipeline.unet.device))
 
 
 def _name_tensors(header: Header) -> dict[str, str]:
@@ -154,25 +114,8 @@ def _read_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
     }
 
 
-def _check_tensors(header: Header, stored: Mapping[str, str], module: Any) -> None:
-    """Refuse a file that lacks a tensor, or has another one or another shape.
-
-    Raises:
-        ConfigError: names the tensor.
-    """
-    expected = {name: tuple(each.shape) for name, each in module.state_dict().items()}
-    if missing := sorted(expected.keys() - stored.keys()):
-        raise ConfigError(f"{header.path} lacks {len(missing)} tensors of its {CLASS}, such as {missing[0]}")
-    for name, held in stored.items():
-        if name not in expected:
-            raise ConfigError(f"{header.path} holds a tensor that is not of a {CLASS}: {held}")
-        if header.shapes[held] != expected[name]:
-            shapes = ["×".join(map(str, each)) for each in (expected[name], header.shapes[held])]
-            raise ConfigError(f"{header.path} takes {shapes[0]} numbers for {held}, not {shapes[1]}")
-
-
-def _check_fits(path: Path, module: Any, pipeline: Any) -> int:
-    """Refuse an adapter whose feature maps do not fit the UNet, and return their number.
+def _check_fits(path: Path, module: Any, pipeline: Any) -> None:
+    """Refuse an adapter without weights whose feature maps do not fit the UNet.
 
     Raises:
         ConfigError: names the maps.
@@ -191,7 +134,6 @@ def _check_fits(path: Path, module: Any, pipeline: Any) -> int:
             f"{path} does not fit this model: for {side}x{side} pixels its UNet takes feature maps of {shown[0]}, and "
             f"the adapter makes {shown[1]}"
         )
-    return len(made)
 
 
 def list_residual_shapes(unet: Any, height: int, width: int) -> list[tuple[int, int, int]]:
