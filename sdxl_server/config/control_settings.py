@@ -23,6 +23,12 @@ class ControlConfig:
     )
     kind: str | None = declare(choice(*CONTROL_KINDS), "its kind; another one is an error", value=None, null="any kind")
     scale: float = declare(CONTROL_SCALE, "default strength", value=0.8)
+    image_encoder: str | None = declare(
+        any_text("a folder"),
+        "folder of an IP-Adapter's CLIP image encoder, relative to its file",
+        value=None,
+        null="image_encoder",
+    )
 
 
 def read_control_settings(entries: Sequence[Any]) -> tuple[ControlConfig, ...]:

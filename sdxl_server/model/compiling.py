@@ -24,6 +24,7 @@ DYNAMIC_SHAPES: Mapping[str, Mapping[str, Any]] = {
         "down_intrablock_additional_residuals": (0, 2, 3),
         "down_block_additional_residuals": (0, 2, 3),
         "mid_block_additional_residual": (0, 2, 3),
+        "cross_attention_kwargs": (0,),  # of IP-Adapters
     },
     "vae": {"z": (2, 3)},
     VAE_ENCODER: {"x": (2, 3)},

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdxl_server.config.control_settings import CONTROLNET, T2I_ADAPTER, ControlConfig
+from sdxl_server.config.control_settings import CONTROLNET, IP_ADAPTER, T2I_ADAPTER, ControlConfig
 from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.convert.recognition import describe_content
 from sdxl_server.errors import ConfigError
-from sdxl_server.model.controls import controlnet, t2i_adapter
+from sdxl_server.model.controls import controlnet, ip_adapter, t2i_adapter
 from sdxl_server.model.controls.base import Control, Inputs
 from sdxl_server.model.controls.files import ControlFile, open_control
 from sdxl_server.model.families import Family
@@ -34,6 +34,7 @@ class Kind:
 KINDS = {
     T2I_ADAPTER: Kind("a T2I-Adapter", t2i_adapter.CLASSES, t2i_adapter.load_t2i_adapter),
     CONTROLNET: Kind("a ControlNet", controlnet.CLASSES, controlnet.load_controlnet),
+    IP_ADAPTER: Kind("an IP-Adapter", (), ip_adapter.load_ip_adapter),
 }
 
 
