@@ -13,6 +13,7 @@ from sdxl_server.model.controls.registry import list_empty_inputs
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.request.controls import RequestControl
 from sdxl_server.request.fields import GenerationRequest
+from sdxl_server.request.masks import crop_map
 from sdxl_server.sampling.step_plan import is_inside
 
 
@@ -64,18 +65,19 @@ def bind_controls(loaded: LoadedPipeline, request: GenerationRequest, functions:
     for each in request.control or ():
         if each.scale:
             control = registered[each.name]
-            active.append(ActiveControl(control, each, _encode(functions, control, each)))
+            image = crop_map(each.image, request) if control.is_map else each.image
+            active.append(ActiveControl(control, each, _encode(functions, control, image, each.mode)))
     return {**functions, "unet": ControlledUNet(loaded, functions, active)}
 
 
-def _encode(functions: Functions, control: Control, request: RequestControl) -> Any:
+def _encode(functions: Functions, control: Control, image: Any, mode: str | None) -> Any:
     """Return the encoded image of a control.
 
     Raises:
         NotFiniteError: it holds NaN or infinity.
     """
     with torch.no_grad():
-        encoded = control.encode_image(functions, request.image, request.mode)
+        encoded = control.encode_image(functions, image, mode)
     for each in torch.utils._pytree.tree_leaves(encoded):
         if isinstance(each, torch.Tensor):
             check_finite(each, f"what the control {control.config.name} makes of its image")

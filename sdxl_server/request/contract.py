@@ -80,7 +80,7 @@ class Contract:
             resize_images(used, read, self.limits, named)
             used.setdefault("strength", 1.0 if MASK in used else 0.8)
         if used.get("control"):
-            resize_controls(used, read, self.limits, named)
+            resize_controls(used, read, self.limits)
         request = GenerationRequest(**used)
         if self.limits.config.weighted_prompts:
             check_weights(request)

@@ -162,17 +162,24 @@ def prepare_drawing(request: GenerationRequest) -> tuple[Any, Any]:
     image, mask = request.image, request.mask_image
     if request.is_crop:
         box, size = choose_crop(request), (request.width, request.height)
-        image, mask = (resize_image(_cut(each, box), size) for each in (image, mask))
+        image, mask = (resize_image(_cut(each, box, "white"), size) for each in (image, mask))
         mask = binarize_mask(mask)
     return fill_mask(image, mask) if request.mask_fill == "surroundings" else image, mask
 
 
-def _cut(image: Any, box: tuple[int, int, int, int]) -> Any:
-    """Return a part of an image, white where the box is outside of the image."""
+def crop_map(map_image: Any, request: GenerationRequest) -> Any:
+    """Return the part of a control's image that belongs to what is drawn; black outside of the image."""
+    if not request.is_crop:
+        return map_image
+    return resize_image(_cut(map_image, choose_crop(request), "black"), (request.width, request.height))
+
+
+def _cut(image: Any, box: tuple[int, int, int, int], colour: str) -> Any:
+    """Return a part of an image, of one colour where the box is outside of the image."""
     from PIL import Image
 
     left, top, right, bottom = box
-    cut = Image.new(image.mode, (right - left, bottom - top), "white")
+    cut = Image.new(image.mode, (right - left, bottom - top), colour)
     cut.paste(image, (-left, -top))
     return cut
 

@@ -63,21 +63,20 @@ def resize_images(used: dict[str, Any], given: Mapping[str, Any], limits: Limits
         used.setdefault("mask_blur", BLEND_WIDTH)
 
 
-def resize_controls(used: dict[str, Any], given: Mapping[str, Any], limits: Limits, named: Mapping[str, str]) -> None:
-    """Resize the maps of controls to the size of the result. Without an image to start from the first one decides.
+def resize_controls(used: dict[str, Any], given: Mapping[str, Any], limits: Limits) -> None:
+    """Resize the maps of controls to the size of the uploaded image or of the result.
+
+    Without an image to start from the first map decides the size of the result.
 
     Args:
         used, given: see `resize_images`.
     """
     controls = used["control"]
-    if MASK in used and used.get("padding_mask_crop") is not None:
-        raise RequestError(
-            f"{named['control']} is for whole images; leave out {named['padding_mask_crop']}", param=named["control"]
-        )
     maps = [each.name for each in controls if limits.controls[each.name].is_map]
     if maps and "image" not in used:
         _set_size(used, given, limits, next(each.image.pixels.size for each in controls if each.name == maps[0]))
-    size, how = (used["width"], used["height"]), used.get("resize_mode", "crop")
+    size = used["image"].size if "image" in used else (used["width"], used["height"])
+    how = used.get("resize_mode", "crop")
     used["control"] = tuple(
         dataclasses.replace(
             each, image=_resize(each.image.pixels, size, how, bars="black") if each.name in maps else each.image.pixels

@@ -200,10 +200,30 @@ def test_controls_combine_with_other_fields(
     assert measure(drawn, make_pictures(compiled_controlled, **fields)) > 20
 
 
-def test_a_crop_around_a_mask_takes_no_control(eager_controlled: LoadedPipeline) -> None:
-    uploads = {"image": encode(draw_outline()), "mask_image": encode(Image.new("L", (128, 128), 255))}
-    with pytest.raises(RequestError, match="^control is for whole images; leave out padding_mask_crop$"):
-        make_pictures(eager_controlled, control=[name_control()], padding_mask_crop=8, **uploads)
+def test_a_crop_around_a_mask_gets_its_part_of_the_map(eager_controlled: LoadedPipeline) -> None:
+    """The crop alone, as an image with its part of the map, draws the same."""
+    start, mask = draw_outline(256, 256, colour="blue"), Image.new("L", (256, 256))
+    mask.paste(255, (64, 64, 128, 128))
+    cropped, places = draw_outline(256, 256), (32, 32, 160, 160)
+    drawn = make_picture(
+        eager_controlled,
+        image=encode(start),
+        mask_image=encode(mask),
+        padding_mask_crop=32,
+        width=128,
+        height=128,
+        mask_blur=0,
+        control=[name_control(image=cropped)],
+    )
+    alone = make_picture(
+        eager_controlled,
+        image=encode(start.crop(places)),
+        mask_image=encode(mask.crop(places)),
+        mask_blur=0,
+        control=[name_control(image=cropped.crop(places))],
+    )
+    assert measure(drawn[32:160, 32:160], alone) <= 1
+    assert np.array_equal(drawn[160:], np.asarray(start).astype(int)[160:])
 
 
 def test_image_to_image_equals_diffusers_own_with_the_maps_added(eager_controlled: LoadedPipeline, model: Path) -> None:
