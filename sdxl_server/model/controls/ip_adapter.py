@@ -248,7 +248,11 @@ def _load_encoder(opened: ControlFile, config: ControlConfig, dtype: Any, *, wid
             f"{opened.path} needs its CLIP image encoder, and {folder} is no folder; name its folder in image_encoder"
         )
     check_component(folder, remedy="hf download h94/IP-Adapter")
-    encoder = load_weights(CLIPVisionModelWithProjection, folder, dtype)
+    try:
+        encoder = load_weights(CLIPVisionModelWithProjection, folder, dtype)
+    except (OSError, RuntimeError, ValueError) as error:
+        line = str(error).splitlines()[0]
+        raise ConfigError(f"{folder} holds no whole CLIP image encoder: {line}") from error
     own = encoder.config.hidden_size if is_plus else encoder.config.projection_dim
     if own != width:
         raise ConfigError(
