@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks import server, shortcuts
+from benchmarks import controls, server, shortcuts
 from benchmarks.comparison import compare_configurations, format_comparison
 from benchmarks.configurations import IMAGE, PARTS, ConfigurationError, choose_configurations
 from benchmarks.machine import describe_machine
@@ -55,6 +55,12 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
         "--pt2", type=yaml.safe_load, default="openvino", help="as in model-config.yaml (default: openvino)"
     )
     plans.add_argument("--handler", type=yaml.safe_load, default={}, help="more settings: {vae_path: ...}")
+    control = commands.add_parser("controls", help="steps without controls, with them unused, and with them")
+    control.add_argument("--model", type=Path, help="a pipeline's folder (default: build/base, of SDXL's real size)")
+    control.add_argument("--sizes", type=int, nargs="+", default=[512], help="in pixels (default: 512)")
+    control.add_argument("--kinds", nargs="+", default=controls.KINDS, choices=controls.KINDS, help="(default: all)")
+    control.add_argument("--turns", type=int, default=3, help="images of each in turns (default: %(default)s)")
+    control.add_argument("--pt2", type=yaml.safe_load, default="openvino", help="(default: openvino)")
     for each in (images, plans):
         each.add_argument("--images", type=Path, metavar="FOLDER", help="save the images here")
     for each in commands.choices.values():
@@ -70,7 +76,7 @@ def complete_options(options: argparse.Namespace) -> None:
     """
     is_quick = getattr(options, "quick", False)
     options.model = (options.model or (DEMO if is_quick else BASE)).resolve()
-    options.size = options.size or (128 if is_quick else 512)
+    options.size = getattr(options, "size", None) or (128 if is_quick else 512)
     options.steps = getattr(options, "steps", None) or (10 if is_quick else 4)
     if not (options.model / "model_index.json").exists():
         raise ConfigurationError(
@@ -119,9 +125,25 @@ def compare_plans(options: argparse.Namespace) -> dict[str, Any]:
     return {"machine": describe_machine(), "shortcuts": [dataclasses.asdict(row) for row in rows]}
 
 
+def compare_controls(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure the steps with controls, and print a table for each size. Return all figures."""
+    complete_options(options)
+    given = {"sizes": options.sizes, "pt2": options.pt2, "kinds": options.kinds, "turns": options.turns}
+    figures = controls.measure_controls(
+        options.model, options.model.with_name(f"{options.model.name}-controls"), **given
+    )
+    for size, rows in figures.items():
+        print(f"\n{size}×{size}\n\n{format_table(controls.format_controls(rows))}", flush=True)
+    return {
+        "machine": describe_machine(),
+        "controls": {k: [dataclasses.asdict(row) for row in figures[k]] for k in figures},
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     options = read_options(argv)
     commands = {"parts": compare_engines, "images": compare_engines, "server": compare_servers}
+    commands["controls"] = compare_controls
     try:
         figures = commands.get(options.command, compare_plans)(options)
     except (ConfigurationError, MeasuringError) as error:

@@ -94,7 +94,7 @@ def name_as_original(name: str, *, is_light: bool = False) -> str:
     return re.sub(r"body\.(\d)\.in_conv", lambda found: f"body.{int(found[1]) * 2}.in_conv", name)
 
 
-def control(model: Path, pt2: Any, *paths: Path, encoder: Path | None = None, **settings: Any) -> LoadedPipeline:
+def control(model: Path, pt2: Any, *paths: Path, encoder: Any = None, **settings: Any) -> LoadedPipeline:
     """Load a model with controls `a`, `b` and so on."""
     more = {} if encoder is None else {"image_encoder": str(encoder)}
     entries = [{"name": name, "path": str(path), **more} for name, path in zip("abc", paths, strict=False)]
