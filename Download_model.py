@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from sdxl_server.convert.digests import digest_file
 from sdxl_server.model.folders import FP16_MARK, explain_broken_link, is_weights
 from sdxl_server.model.sources import (
     GGUF,
@@ -259,11 +260,6 @@ def fetch_file(source: Source, file: SourceFile, target: Path) -> None:
     if is_shard_index:
         rename_shards(partial)
     partial.replace(target)
-
-
-def digest_file(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def is_single_file(model: str) -> bool:

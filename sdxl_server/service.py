@@ -20,7 +20,7 @@ from sdxl_server.api.bodies import check_form
 from sdxl_server.api.content_filter import ContentFilter
 from sdxl_server.api.drawings import Drawing, Drawings
 from sdxl_server.api.http import HttpRequest, Response, build_headers
-from sdxl_server.api.image_files import encode_image
+from sdxl_server.api.image_encoding import encode_image
 from sdxl_server.api.image_metadata import describe_image
 from sdxl_server.api.marking import Marker
 from sdxl_server.api.metadata import read_metadata_request

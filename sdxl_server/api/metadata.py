@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 from sdxl_server.api.bodies import BODY_NAMES, read_fields
 from sdxl_server.api.comfyui import read_graph
-from sdxl_server.api.image_files import XMP_NAMESPACE, XMP_PROPERTY
+from sdxl_server.api.image_encoding import XMP_NAMESPACE, XMP_PROPERTY
 from sdxl_server.api.infotext import read_infotext
 from sdxl_server.errors import RequestError
 from sdxl_server.request.limits import Limits

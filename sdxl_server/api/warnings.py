@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdxl_server.api.bodies import SEND_JSON
-from sdxl_server.api.image_files import has_room
+from sdxl_server.api.image_encoding import has_room
 from sdxl_server.api.image_metadata import describe_image
 from sdxl_server.diffusion.prompt_embedding import build_embeddings_provider, choose_chunks, join_fragments, read_tokens
 from sdxl_server.model.embeddings import expand, replace_names

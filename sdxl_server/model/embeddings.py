@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_server.config.settings import HandlerConfig
+from sdxl_server.convert.digests import compute_autov2
 from sdxl_server.errors import ConfigError
 from sdxl_server.model.embedding_files import read_embedding
 from sdxl_server.model.families import Family
-from sdxl_server.model.folders import shorten_digest
 from sdxl_server.request.fields import GenerationRequest
 from sdxl_server.request.prompts import PROMPTS
 
@@ -47,7 +47,7 @@ class Embedding:
 
     def describe(self) -> dict[str, Any]:
         """Return its entry in a report."""
-        digests = {"sha256": self.sha256, "autov2": shorten_digest(self.sha256)}
+        digests = {"sha256": self.sha256, "autov2": compute_autov2(self.sha256)}
         return {"name": self.name, **digests, "vectors": self.vectors}
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from sdxl_server.convert.digests import compute_autov2
 from sdxl_server.convert.recognition import describe_precision
 from sdxl_server.convert.weights_files import (
     PICKLES,
@@ -56,12 +57,7 @@ def describe_original(folder: Path) -> dict[str, str]:
     name = PurePosixPath(model).name.removesuffix(".safetensors") if isinstance(model, str) else folder.resolve().name
     if not isinstance(sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", sha256):
         return {"model_name": name}
-    return {"model_name": name, "model_sha256": sha256, "model_autov2": shorten_digest(sha256)}
-
-
-def shorten_digest(sha256: str) -> str:
-    """Return the short form of a file's digest on model sites, AutoV2."""
-    return sha256[:10]
+    return {"model_name": name, "model_sha256": sha256, "model_autov2": compute_autov2(sha256)}
 
 
 def check_components(folder: Path, components: Sequence[str]) -> None:

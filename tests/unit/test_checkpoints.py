@@ -16,6 +16,7 @@ import pytest
 
 import Download_model
 from sdxl_server.convert import conversion, recognition
+from sdxl_server.convert.digests import digest_file
 from sdxl_server.model.folders import describe_original
 from tests.hub import Hub
 
@@ -239,7 +240,7 @@ def test_source_is_recorded_and_a_second_run_does_nothing(
     make_file("sdxl")
     arguments = ["--model", "tiny.safetensors", "--output-dir", "model"]
     assert Download_model.main(arguments) == 0
-    digest = Download_model.digest_file(tmp_path / "tiny.safetensors")
+    digest = digest_file(tmp_path / "tiny.safetensors")
     record = {"model": "tiny.safetensors", "revision": digest, "dtype": "fp16"}
     assert json.loads((tmp_path / "model/source.json").read_text()) == {**record, "sha256": digest}
     told = {"model_name": "tiny", "model_sha256": digest, "model_autov2": digest[:10]}

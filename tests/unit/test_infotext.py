@@ -16,7 +16,7 @@ import pytest
 from PIL import ExifTags, Image, PngImagePlugin
 
 from sdxl_server.api.http import HttpRequest
-from sdxl_server.api.image_files import encode_image
+from sdxl_server.api.image_encoding import encode_image
 from sdxl_server.api.infotext import read_clip_skip, read_infotext, write_clip_skip, write_infotext
 from sdxl_server.api.marking import Marker
 from sdxl_server.api.metadata import read_metadata

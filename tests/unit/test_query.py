@@ -29,7 +29,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import query
-from sdxl_server.api.image_files import encode_image
+from sdxl_server.api.image_encoding import encode_image
 from sdxl_server.api.marking import Marker
 from sdxl_server.api.metadata import read_metadata_request
 from sdxl_server.config.settings import HandlerConfig

@@ -1,8 +1,8 @@
 """Open a file of an adapter, an embedding or a control."""
 
-import hashlib
 from pathlib import Path
 
+from sdxl_server.convert.digests import digest_file
 from sdxl_server.convert.weights_files import CheckpointError, Header, read_safetensors_header
 from sdxl_server.errors import ConfigError
 from sdxl_server.model.folders import check_links
@@ -20,8 +20,7 @@ def read_adapter_file(path: Path) -> tuple[str, Header]:
         raise ConfigError(f"{path} is a folder: name a .safetensors file in it ({held or 'it has none'})")
     try:
         header = read_safetensors_header(path)
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = digest_file(path)
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
     except OSError as error:

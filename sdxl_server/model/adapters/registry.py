@@ -7,12 +7,12 @@ from typing import Any
 
 from sdxl_server.config.adapter_settings import AdapterConfig
 from sdxl_server.config.settings import HandlerConfig
+from sdxl_server.convert.digests import compute_autov2
 from sdxl_server.errors import ConfigError
 from sdxl_server.model.adapters.changes import LowRankChange
 from sdxl_server.model.adapters.layer_names import Layer, index_layers
 from sdxl_server.model.adapters.lora_files import Change, load_lora
 from sdxl_server.model.families import Family
-from sdxl_server.model.folders import shorten_digest
 
 LowRankMatrices = dict[str, tuple[Any, Any]]  # (A, B) by the name of a layer's weights, as openvino_backend takes them
 
@@ -47,7 +47,7 @@ class Adapter:
         return {
             "name": self.config.name,
             "sha256": self.sha256,
-            "autov2": shorten_digest(self.sha256),
+            "autov2": compute_autov2(self.sha256),
             "scale": self.config.scale if scale is None else scale,
             "fused": self.config.fuse,
             "rank": self.rank,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdxl_server.api.image_files import encode_image
+from sdxl_server.api.image_encoding import encode_image
 from sdxl_server.api.image_metadata import describe_image
 from sdxl_server.api.marking import Marker
 from sdxl_server.api.metadata import read_metadata
