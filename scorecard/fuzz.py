@@ -21,6 +21,7 @@ PATHS = (
     *(MODEL, f"{MODEL}/1.0", f"{MODEL}/1.0/describe", f"{MODEL}/1.0/openapi.json", f"{MODEL}/1.0/v1/models"),
     *(f"{MODEL}/1.0/v1/images/{end}" for end in ("generations", "edits", "variations")),
     *(f"{MODEL}/1.0/sdapi/v1/{end}" for end in ("txt2img", "img2img", "options", "png-info", "progress")),
+    *(f"{MODEL}/1.0/controlnet/{end}" for end in ("model_list", "module_list", "detect")),
     *(f"{MODEL}/1.0/%2e%2e/%00", f"{MODEL}/9.9", f"{MODEL}/1.0/{'a' * 3000}", f"{MODEL}//1.0//describe"),
     *(f"{MODEL}?prompt=a+fox&steps=1", f"{MODEL}?seed=%ff&seed=%00", "/predictions/none", "/predictions"),
     *("/ping", "/explanations/diffusion_fast", "/v1/models/diffusion_fast:predict", "/invocations", "/wf-predict/x"),
