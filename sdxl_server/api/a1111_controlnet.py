@@ -39,7 +39,7 @@ NO_EQUIVALENT: Mapping[str, Sequence[Any]] = {
     **{"mask": (), "mask_image": (), "effective_region_mask": (), "guess_mode": (False,), "guessmode": (False, 0)},
     **{"advanced_weighting": ([],), "ipadapter_input": ([],)},
 }
-# They change no image here: memory, the second pass, saving, batches, and the size in which edges are drawn.
+# They change no image here: memory, the second pass, saving, batches, and the resolution of a preprocessor.
 SILENT = (
     *("low_vram", "lowvram", "processor_res", "pixel_perfect", "hr_option", "save_detected_map", "is_ui", "input_mode"),
     *("use_preview_as_input", "generated_image", "batch_images", "batch_image_dir", "batch_mask_dir", "output_dir"),

@@ -234,7 +234,7 @@ A1111_DOCUMENTS: Mapping[str, Document] = {
     },
     **{f"refresh-{name}": _hold(None) for name in ("checkpoints", "loras", "vae")},  # nothing can have changed
 }
-# Of sd-webui-controlnet, by path below /controlnet.
+# By path below /controlnet, for sd-webui-controlnet.
 CONTROLNET_DOCUMENTS: Mapping[str, Document] = {
     "version": lambda *_: {"version": 3},
     "settings": lambda loaded, *_: {"control_net_unit_count": loaded.config.max_controls},
