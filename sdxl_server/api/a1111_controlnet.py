@@ -68,16 +68,15 @@ def read_units(scripts: Any, limits: Limits, *, image: Any, warnings: list[str],
         units = [unit for each in own for unit in _list_units(each)]
     if others:
         warnings.append(f"alwayson_scripts has no effect here, and {shorten(others)} is ignored")
-    controls = []
-    for index, each in enumerate(units):
-        if read := _read_unit(f"{UNITS}[{index}]", each, limits, image, warnings):
-            controls.append(read)
-            known = (*READ, *SILENT, *NO_EQUIVALENT)
-            unknown += [f"{UNITS}[{index}].{name}" for name in each if name not in known]
-    if len(controls) > limits.config.max_controls:
+    opened = {f"{UNITS}[{index}]": each for index, each in enumerate(units)}
+    used = {place: unit for place, each in opened.items() if (unit := _open_unit(place, each, warnings))}
+    if len(used) > limits.config.max_controls:
         raise RequestError(
-            f"{UNITS} takes at most {limits.config.max_controls} enabled units, not {len(controls)}", param=UNITS
+            f"{UNITS} takes at most {limits.config.max_controls} enabled units, not {len(used)}", param=UNITS
         )
+    for place in used:
+        unknown += [f"{place}.{name}" for name in opened[place] if name not in (*READ, *SILENT, *NO_EQUIVALENT)]
+    controls = [_read_unit(place, unit, limits, image, warnings) for place, unit in used.items()]
     return {"control": controls} if controls else {}
 
 
@@ -89,8 +88,8 @@ def _list_units(script: Any) -> list[Any]:
     return units
 
 
-def _read_unit(place: str, given: Any, limits: Limits, image: Any, warnings: list[str]) -> dict[str, Any] | None:
-    """Return a control of the request; None for a unit without an effect."""
+def _open_unit(place: str, given: Any, warnings: list[str]) -> dict[str, Any] | None:
+    """Return the values of a unit, each under its whole name; None for a unit without an effect."""
     if not isinstance(given, Mapping):
         raise RequestError(f"{place} takes an object with image and model, not {shorten(given)}", param=UNITS)
     for key in ("image", "input_image"):  # may be an object of image and mask
@@ -98,12 +97,16 @@ def _read_unit(place: str, given: Any, limits: Limits, image: Any, warnings: lis
     unit = {f"{place}.{name}": value for name, value in given.items() if value not in (None, "")}
     if not read_as(unit, f"{place}.enabled", switch(), True):
         return None
-    model, module = unit.get(f"{place}.model", NONE), str(unit.get(f"{place}.module", NONE))
-    if normalize_model_name(model) == NONE:
-        if module.lower() != NONE:
-            warnings.append(f"{place} has no model, and its module {shorten(module)} is ignored")
-        return None
-    name = _find_control(f"{place}.model", model, limits.controls)
+    if normalize_model_name(given.get("model") or NONE) != NONE:
+        return unit
+    if str(module := given.get("module") or NONE).lower() != NONE:
+        warnings.append(f"{place} has no model, and its module {shorten(module)} is ignored")
+    return None
+
+
+def _read_unit(place: str, unit: Mapping[str, Any], limits: Limits, image: Any, warnings: list[str]) -> dict[str, Any]:
+    """Return the control of an enabled unit."""
+    name = _find_control(f"{place}.model", unit[f"{place}.model"], limits.controls)
     control, own = limits.controls[name], _read_image(place, unit, limits)
     if own is None and image is None:
         raise RequestError(f"{place}.image is missing: send the image of the control", param=f"{place}.image")
@@ -112,7 +115,7 @@ def _read_unit(place: str, given: Any, limits: Limits, image: Any, warnings: lis
     warnings += warn_of_effects(unit, {f"{place}.{key}": accepted for key, accepted in NO_EQUIVALENT.items()})
     read = {
         **{"name": name, "image": image if own is None else own, **_read_numbers(place, unit)},
-        **{"resize_mode": None if own is None else resize_mode, **_read_module(place, unit, module, control)},
+        **{"resize_mode": None if own is None else resize_mode, **_read_module(place, unit, control)},
         "mode": _read_word(f"{place}.union_control_type", unit, UNION_TYPES) if control.modes else None,
     }
     return {key: value for key, value in read.items() if value is not None}
@@ -158,8 +161,9 @@ def _read_word(place: str, unit: Mapping[str, Any], values: Mapping[str, Any], o
     return words[word]
 
 
-def _read_module(place: str, unit: Mapping[str, Any], module: str, control: RegisteredControl) -> dict[str, Any]:
+def _read_module(place: str, unit: Mapping[str, Any], control: RegisteredControl) -> dict[str, Any]:
     """Return the keys of a control that preprocess its image."""
+    module = str(unit.get(f"{place}.module", NONE))
     if module.lower() == NONE or not control.is_map and ENCODERS.search(module):
         return {}
     accepted = list_modules([control])
@@ -214,6 +218,7 @@ def read_unit(place: str, text: str, limits: Limits, *, resize_mode: str, warnin
     named = {key.strip().lower().replace(" ", "_"): value.strip() for key, _, value in pairs}
     if found := STARTS.fullmatch(named.get("starting/ending", "")):
         named |= {"guidance_start": found[1], "guidance_end": found[2]}
+    named["module"] = named.get("module", named.get("preprocessor", NONE))
     unit = {f"{place}.{name}": value for name, value in named.items()}
     try:
         name = _find_control(f"{place}.model", named.get("model", NONE), limits.controls)
@@ -227,7 +232,7 @@ def read_unit(place: str, text: str, limits: Limits, *, resize_mode: str, warnin
     read |= {"mode": mode} if mode else {}
     warnings.append(f"control: the metadata lacks the image of {name}; send it again")
     try:
-        return read | _read_module(place, unit, named.get("module", named.get("preprocessor", NONE)), control)
+        return read | _read_module(place, unit, control)
     except RequestError as error:
         warnings.append(str(error))
         return read
