@@ -46,6 +46,7 @@ SILENT = (
     *("batch_input_gallery", "batch_mask_gallery", "batch_modifiers", "animatediff_batch", "multi_inputs_gallery"),
     *("loopback", "inpaint_crop_input_image", "pulid_mode"),
 )
+MAX_CHARACTERS = 1000  # of a unit's text
 COMMAS = re.compile(r", (?![^()]*\))")  # outside of parentheses
 STARTS = re.compile(r"\(([\d.]+), ([\d.]+)\)", re.ASCII)
 
@@ -74,8 +75,9 @@ def read_units(scripts: Any, limits: Limits, *, image: Any, warnings: list[str],
         raise RequestError(
             f"{UNITS} takes at most {limits.config.max_controls} enabled units, not {len(used)}", param=UNITS
         )
-    for place in used:
-        unknown += [f"{place}.{name}" for name in opened[place] if name not in (*READ, *SILENT, *NO_EQUIVALENT)]
+    for place, unit in used.items():
+        known = {f"{place}.{name}" for name in (*READ, *SILENT, *NO_EQUIVALENT)}
+        unknown += [name for name in unit if name not in known]
     controls = [_read_unit(place, unit, limits, image, warnings) for place, unit in used.items()]
     return {"control": controls} if controls else {}
 
@@ -214,7 +216,7 @@ def read_unit(place: str, text: str, limits: Limits, *, resize_mode: str, warnin
         place: the name of the text.
         resize_mode: of the request.
     """
-    pairs = (each.partition(":") for each in COMMAS.split(text))
+    pairs = (each.partition(":") for each in COMMAS.split(text[:MAX_CHARACTERS]))
     named = {key.strip().lower().replace(" ", "_"): value.strip() for key, _, value in pairs}
     if found := STARTS.fullmatch(named.get("starting/ending", "")):
         named |= {"guidance_start": found[1], "guidance_end": found[2]}

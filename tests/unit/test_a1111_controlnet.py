@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ DEFAULTS: dict[str, Any] = {
     **{"processor_res": -1, "threshold_a": -1.0, "threshold_b": -1.0, "guidance_start": 0.0, "guidance_end": 1.0},
     **{"pixel_perfect": False, "control_mode": "Balanced", "inpaint_crop_input_image": True, "hr_option": "Both"},
     **{"save_detected_map": True, "advanced_weighting": None, "effective_region_mask": None, "mask": None},
+    **{"image_fg": None, "mask_image_fg": None},  # Forge's
     **{"pulid_mode": "Fidelity", "union_control_type": "Unknown", "ipadapter_input": None, "mask_image": None},
 }
 
@@ -467,3 +469,11 @@ def test_texts_of_the_extension_are_read(unit: str, control: Any, warnings: list
     assert len(described["warnings"]) == len(warnings)
     for one, other in zip(described["warnings"], warnings, strict=True):
         assert one.startswith(other)
+
+
+def test_long_texts_take_no_time() -> None:
+    unit = "Module: none, Model: edges" + ", a: (" * 100_000
+    units = ", ".join(f"ControlNet {index}: {json.dumps(unit[:9_000])}" for index in range(99))
+    start = time.monotonic()
+    assert len(read_infotext(f"a fox\n{LAST}, {units}", UNIT_LIMITS)["request"]["control"]) == 99
+    assert time.monotonic() - start < 5
