@@ -5,7 +5,8 @@ can then load the folder. The same command continues an interrupted download. mo
 with this file is complete. source.json names the model in the folder.
 
 --model also takes a whole model in one .safetensors, and converts it offline. --vae without --model downloads a VAE
-alone, for vae_path in model-config.yaml. The safety checker of Stable Diffusion 1.x needs --safety-checker.
+alone, for vae_path in model-config.yaml. The option --control downloads and checks a control. The safety checker of
+Stable Diffusion 1.x needs --safety-checker.
 """
 
 import argparse
@@ -46,6 +47,7 @@ RECORD, DIGEST = "source.json", "sha256"
 SETTINGS = (".json", ".txt", ".model")
 PICKLES = (".bin", ".ckpt", ".msgpack", ".pt", ".pth")
 SAFETY_CHECKER = ("safety_checker", "feature_extractor")
+IP_ADAPTER = re.compile(r"ip[-_]?adapter", re.IGNORECASE)
 FILE_ON_HUB = re.compile(r"(?P<model>[\w.-]+/[\w.-]+)/(?P<name>[^?]+)")  # owner/name/file.safetensors
 
 
@@ -246,7 +248,7 @@ def rename_shards(index: Path) -> None:
 def fetch_file(source: Source, file: SourceFile, target: Path) -> None:
     """Download one file, or its missing part; only a complete file gets its name."""
     partial = get_partial_path(target)
-    target.parent.mkdir(exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     is_shard_index = target.name.endswith(".index.json")
     is_edited = is_shard_index or file.content is not None  # so it cannot be continued
     with partial.open("wb" if is_edited else "ab") as stream:
@@ -285,6 +287,12 @@ def open_single_file(model: str, revision: str | None) -> tuple[dict[str, str], 
             raise DownloadError(f"--revision is for a model on the hub, and {model} is a local file: leave it out")
         check_no_pickle(path.name)
         return {"model": path.name, "revision": digest_file(path)}, None, None
+    source, file = find_hub_file(model, revision)
+    return {"model": f"{source.model}/{file.name}", "revision": source.revision}, source, file
+
+
+def find_hub_file(model: str, revision: str | None) -> tuple[Source, SourceFile]:
+    """Return the entry of a file on the hub, and its source."""
     match = FILE_ON_HUB.fullmatch(model)
     if match is None or model.startswith((".", "/")):
         raise DownloadError(
@@ -297,7 +305,7 @@ def open_single_file(model: str, revision: str | None) -> tuple[dict[str, str], 
         names = (each.name for each in source.files if "/" not in each.name)
         held = ", ".join(name for name in names if name.endswith(".safetensors"))
         raise DownloadError(f"{source.model} has no file {match['name']}; it has these .safetensors: {held or 'none'}")
-    return {"model": f"{source.model}/{file.name}", "revision": source.revision}, source, file
+    return source, file
 
 
 def find_original_config(path: Path, source: Source | None, file: SourceFile | None) -> SourceFile | None:
@@ -402,15 +410,76 @@ def fetch_vae(source: Source, folder: Path, dtype: str) -> None:
     """Download the missing files of a VAE."""
     from sdxl_server.model.vaes import FULL_VAE, TINY_VAE
 
-    config, content = read_json(source, CONFIG, "the folder of a VAE")
+    files = select_component(source, dtype, "--vae", what="the folder of a VAE", classes=(FULL_VAE, TINY_VAE))
+    fetch_files(source, files, folder, dtype)
+
+
+def select_component(source: Source, dtype: str, option: str, *, what: str, classes: Sequence[str]) -> list[SourceFile]:
+    """Return the files of a model in diffusers' layout; its config.json comes last.
+
+    Args:
+        what: the folder that the option takes, in words.
+        classes: the accepted classes of diffusers.
+    """
+    config, content = read_json(source, CONFIG, what)
     held = content.get("_class_name") if isinstance(content, dict) else None
-    if held not in (FULL_VAE, TINY_VAE):
-        raise DownloadError(f"--vae takes an {FULL_VAE} or {TINY_VAE}, but {source.model} holds {held}")
+    if held not in classes:
+        article = "an" if classes[0][0] in "AEIOU" else "a"
+        raise DownloadError(f"{option} takes {article} {' or '.join(classes)}, but {source.model} holds {held}")
     inside = {each.name: each for each in source.files}
     weights = select_weights(inside, dtype)
     if not weights:
         raise DownloadError(f"{source.model} has no weights in safetensors with a name that diffusers reads")
-    fetch_files(source, [*(inside[name] for name in weights), config], folder, dtype)
+    return [*(inside[name] for name in weights), config]
+
+
+def download_control(control: str, revision: str | None, *, folder: Path | None, dtype: str) -> None:
+    """Download a control from the hub, and check it. A local control is only checked.
+
+    Raises:
+        DownloadError: with the reason in one line.
+    """
+    from sdxl_server.model.controls.files import open_control
+    from sdxl_server.model.controls.registry import KINDS, find_kind
+
+    control, named_revision = read_hub_page(control)
+    revision, path, encoder = revision or named_revision, Path(control), {}
+    with explain_errors(control, revision):
+        if explained := explain_address(control):
+            raise DownloadError(explained[0])
+        if path.exists():
+            if revision:
+                raise DownloadError(f"--revision is for a control on the hub, and {control} is here: leave it out")
+        elif is_single_file(control):
+            source, file = find_hub_file(control, revision)
+            folder = folder or Path(Path(source.model).name)
+            files = select_image_encoder(source, file, dtype)
+            fetch_files(source, [*files, file], folder, "as stored")
+            path = folder / file.saved_name
+            encoder = {"image_encoder": str((folder / files[0].name).parent.resolve())} if files else {}
+        else:
+            source = open_hub(control, revision or "main")
+            path = folder or Path(Path(source.model).name)
+            classes = [each for kind in KINDS.values() for each in kind.classes]
+            files = select_component(source, dtype, "--control", what="the folder of a control", classes=classes)
+            fetch_files(source, files, path, dtype)
+        kind = KINDS[find_kind(open_control(path))]
+    name = re.sub(r"[^\w.-]+", "-", path.resolve().name.removesuffix(".safetensors"))
+    entry = json.dumps({"name": name, "path": str(path.resolve()), **encoder})
+    print(f"{path} holds {kind.name}. In model-config.yaml: handler: {{controls: [{entry}]}}")
+
+
+def select_image_encoder(source: Source, file: SourceFile, dtype: str) -> list[SourceFile]:
+    """Return the files of an IP-Adapter's image encoder, as h94/IP-Adapter places them; none for other controls."""
+    if not IP_ADAPTER.search(file.name):
+        return []
+    parent = "models/" if "vit-h" in file.name.lower() else "".join(file.name.rpartition("/")[:2])
+    inside = {
+        each.name.removeprefix(f"{parent}image_encoder/"): each
+        for each in source.files
+        if each.name.startswith(f"{parent}image_encoder/")
+    }
+    return [inside[name] for name in (*select_weights(inside, dtype), CONFIG) if name in inside]
 
 
 def read_json(source: Source, name: str, what: str) -> tuple[SourceFile, Any]:
@@ -439,7 +508,7 @@ def fetch_files(source: Source, files: Sequence[SourceFile], folder: Path, dtype
     check_disk_space(folder, needed)
     print(f"{source.model} at {source.revision}: {needed / 1e9:.2f} GB to download, {len(missing)} files into {folder}")
     plain = {
-        each.name.rpartition("/")[0] or "the VAE"
+        each.name.rpartition("/")[0] or source.model
         for each in files
         if each.name.endswith(".safetensors") and FP16_MARK not in each.name
     }
@@ -514,10 +583,11 @@ def explain_errors(model: str, revision: str | None) -> Iterator[None]:
     from huggingface_hub import constants, errors
 
     from sdxl_server.convert.weights_files import CheckpointError
+    from sdxl_server.errors import ConfigError
 
     try:
         yield
-    except CheckpointError as error:
+    except (CheckpointError, ConfigError) as error:
         raise DownloadError(str(error)) from error
     except errors.GatedRepoError as error:
         message = f"{model} is gated: accept its terms on the hub, then set HF_TOKEN to your token"
@@ -544,7 +614,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         f"or owner/name/file.safetensors on the hub; or the address of a page there (default: {DEFAULT_MODEL})",
     )
     add("--revision", help="the hub's branch, tag or commit (default: a pinned commit; other models: main)")
-    add("--output-dir", type=Path, help=f"default: {DEFAULT_FOLDER}, or {DEFAULT_VAE_FOLDER} for a VAE alone")
+    add(
+        "--output-dir",
+        type=Path,
+        help=f"default: {DEFAULT_FOLDER}, {DEFAULT_VAE_FOLDER} for a VAE alone, or the name of a control",
+    )
     add("--dtype", choices=("fp16", "fp32"), default="fp16", help="fp16 halves the download (default: %(default)s)")
     add(
         "--prediction-type",
@@ -556,6 +630,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--vae",
         help="without --model: the hub id or folder of a VAE to download alone, such as madebyollin/sdxl-vae-fp16-fix "
         "or the tiny madebyollin/taesdxl; for a model in one file: a .safetensors or folder with another VAE",
+    )
+    add(
+        "--control",
+        help="a control (ControlNet, T2I-Adapter, IP-Adapter) to download alone and to check: a hub id or folder in "
+        "diffusers' layout, or owner/name/file.safetensors",
     )
     add(
         "--safety-checker",
@@ -573,6 +652,13 @@ def main(argv: Sequence[str] | None = None, *, retry: str = "python Download_mod
     """
     arguments = parse_arguments(argv)
     try:
+        if arguments.control is not None:
+            for name in ("model", "vae", "prediction_type", "safety_checker"):
+                if getattr(arguments, name):
+                    option = name.replace("_", "-")
+                    raise DownloadError(f"--control downloads a control alone: leave out --{option}")
+            download_control(arguments.control, arguments.revision, folder=arguments.output_dir, dtype=arguments.dtype)
+            return 0
         download_model(
             arguments.model,
             arguments.revision,

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import hashlib
 import io
 import itertools
 import json
@@ -12,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
@@ -20,6 +21,8 @@ import psutil
 import requests
 from PIL import Image
 
+from scorecard.site import ADAPTER, CONTROL
+from sdxl_server.request.preprocessing import CANNY, load_opencv
 from sdxl_server.serving.client import send_request
 from tools.proxy import LocalProxy
 from tools.server import LocalServer
@@ -36,24 +39,28 @@ class Outcome:
     Attributes:
         kind: image; busy; refused (4xx); failed (5xx in JSON); cut, when the answer broke off; hung; wrong, when the
             answer is none of these or not the requested image.
+        pixels: the digest of an image's pixels.
+        number: of the request.
     """
 
     kind: str
     seconds: float
     detail: str = ""
+    pixels: str = ""
+    number: int = 0
 
 
 def request_image(server: LocalServer, *, proxy: LocalProxy | None = None, **fields: Any) -> Outcome:
     """Request an image, through a proxy if there is one, and judge the answer."""
     fields = {"prompt": "a red circle on a blue background", "width": 128, "height": 128, **fields}
     start = time.monotonic()
-    kind, detail = "cut", ""
+    kind, detail, pixels = "cut", "", ""
     place, verify = proxy or server, str(proxy.certificate) if proxy else True
     try:
         with send_request(
             "POST", place.url, json=fields, headers=place.get_headers(), timeout=PATIENCE, verify=verify, stream=True
         ) as answer:
-            kind, detail = judge_answer(answer, read_body(answer, start + PATIENCE), fields)
+            kind, detail, pixels = judge_answer(answer, read_body(answer, start + PATIENCE), fields)
     except requests.Timeout:
         kind = "hung"
     except requests.ConnectionError as error:
@@ -61,7 +68,7 @@ def request_image(server: LocalServer, *, proxy: LocalProxy | None = None, **fie
     except requests.RequestException as error:
         detail = str(error)[:200]
     seconds = time.monotonic() - start
-    return Outcome("hung" if seconds > PATIENCE else kind, seconds, detail)
+    return Outcome("hung" if seconds > PATIENCE else kind, seconds, detail, pixels)
 
 
 def read_body(answer: requests.Response, deadline: float) -> bytes:
@@ -81,23 +88,25 @@ def read_body(answer: requests.Response, deadline: float) -> bytes:
     return body
 
 
-def judge_answer(answer: requests.Response, body: bytes, fields: Mapping[str, Any]) -> tuple[str, str]:
-    """Return an outcome's kind and detail."""
+def judge_answer(answer: requests.Response, body: bytes, fields: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Return an outcome's kind, detail and pixels."""
     if answer.status_code == 200:
         try:
             with Image.open(io.BytesIO(body)) as image:
                 image.load()
                 wanted = (fields["width"], fields["height"])
-                return ("image", "") if image.size == wanted else ("wrong", f"{image.size}, not {wanted}")
+                if image.size == wanted:
+                    return "image", "", hashlib.sha256(image.tobytes()).hexdigest()
+                return "wrong", f"{image.size}, not {wanted}", ""
         except OSError as error:
-            return "wrong", str(error)
+            return "wrong", str(error), ""
     try:
         detail = str(json.loads(body))[:200]
     except ValueError:
-        return "wrong", f"{answer.status_code} without JSON: {body[:200]!r}"
+        return "wrong", f"{answer.status_code} without JSON: {body[:200]!r}", ""
     if answer.status_code == 503 and any(kind in detail for kind in ("ServiceUnavailable", "server_busy")):
-        return "busy", detail
-    return ("refused" if answer.status_code < 500 else "failed"), f"{answer.status_code} {detail}"
+        return "busy", detail, ""
+    return ("refused" if answer.status_code < 500 else "failed"), f"{answer.status_code} {detail}", ""
 
 
 def make_fields(number: int) -> dict[str, Any]:
@@ -106,19 +115,40 @@ def make_fields(number: int) -> dict[str, Any]:
     return {"width": width, "height": height, "seed": number, "output_format": kind}
 
 
-def make_any_fields(number: int) -> dict[str, Any]:
-    """Return the fields of a request by its number: of any size and format, guided or not, some with an image."""
+def make_any_fields(number: int, *, has_adapter: bool) -> dict[str, Any]:
+    """Return the fields of a request by its number: of any size and format, with or without guidance.
+
+    Some have an image, and some of these a mask. Some have a control, whose edges the server draws where it can.
+
+    Args:
+        has_adapter: whether some name the adapter of the demonstration model.
+    """
     random = Random(number)
-    width, height, *image = (8 * random.randint(8, 64) for _ in range(4))
+    width, height, *size = (8 * random.randint(8, 64) for _ in range(4))
     fields = {
         **{"width": width, "height": height, "seed": number, "output_format": random.choice(IMAGE_FORMATS)},
         **{"num_inference_steps": random.randint(1, 4), "guidance_scale": random.choice((1.0, 5.0))},
     }
     if random.random() < 0.3:
-        file = io.BytesIO()
-        Image.linear_gradient("L").resize((image[0], image[1])).save(file, "PNG")
-        fields |= {"image": base64.b64encode(file.getvalue()).decode(), "strength": 1}
+        fields |= {"image": _encode(Image.linear_gradient("L").resize((size[0], size[1]))), "strength": 1}
+        if random.random() < 0.5:
+            fields["mask_image"] = _encode(Image.radial_gradient("L").resize((size[0], size[1])))
+    if random.random() < 0.4:
+        shape = Image.radial_gradient("L").point(lambda value: 255 * (value > 90)).resize((size[1], size[0]))
+        preprocess = random.choice((None, CANNY)) if load_opencv() else None
+        edges = {"name": CONTROL, "image": _encode(shape), "scale": random.choice((0.5, 1.0))}
+        fields["control"] = [
+            {**edges, "to": random.choice((0.5, 1)), **({"preprocess": preprocess} if preprocess else {})}
+        ]
+    if has_adapter and random.random() < 0.4:
+        fields["adapters"] = [{"name": ADAPTER, "scale": random.choice((0.5, 1.0))}]
     return fields
+
+
+def _encode(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def keep_requesting(
@@ -143,7 +173,8 @@ def keep_requesting(
 
     def work() -> None:
         while not until(len(outcomes)):
-            outcome = request_image(server, **make(next(numbers)))
+            number = next(numbers)
+            outcome = replace(request_image(server, **make(number)), number=number)
             outcomes.append(outcome)
             if outcome.kind not in ("image", "refused"):
                 time.sleep(0.2)  # as a refused client does

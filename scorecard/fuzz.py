@@ -16,11 +16,14 @@ from typing import Any
 
 from PIL import Image
 
+from scorecard.site import CONTROL
+
 MODEL = "/predictions/diffusion_fast"
 PATHS = (
     *(MODEL, f"{MODEL}/1.0", f"{MODEL}/1.0/describe", f"{MODEL}/1.0/openapi.json", f"{MODEL}/1.0/v1/models"),
     *(f"{MODEL}/1.0/v1/images/{end}" for end in ("generations", "edits", "variations")),
     *(f"{MODEL}/1.0/sdapi/v1/{end}" for end in ("txt2img", "img2img", "options", "png-info", "progress")),
+    *(f"{MODEL}/1.0/controlnet/{end}" for end in ("model_list", "module_list", "detect")),
     *(f"{MODEL}/1.0/%2e%2e/%00", f"{MODEL}/9.9", f"{MODEL}/1.0/{'a' * 3000}", f"{MODEL}//1.0//describe"),
     *(f"{MODEL}?prompt=a+fox&steps=1", f"{MODEL}?seed=%ff&seed=%00", "/predictions/none", "/predictions"),
     *("/ping", "/explanations/diffusion_fast", "/v1/models/diffusion_fast:predict", "/invocations", "/wf-predict/x"),
@@ -78,6 +81,16 @@ PART_HEADS = (  # of a multipart form
     ),
 )
 FORM_ENDS = (b"--b--\r\n", b"", b"--b", b"--c--\r\n")
+TXT2IMG = f"{MODEL}/1.0/sdapi/v1/txt2img"
+CONTROLS = (  # and units of A1111's ControlNet
+    *(b"{}", b"[[]]", b"[null, true, 1, {}]", b"[" * 1000, b"[" + b"{}," * 10_000 + b"{}]", b'{"name": "edges"}'),
+    *(b'[{"name": "edges", "image": "", "scale": %b}]' % number for number in (b"NaN", b"1e999", b"true", b'"1"')),
+    *(b'[{"model": "edges", "image": %b, "enabled": "x"}]' % value for value in (b"{}", b"[]", b'{"image": {}}', b"7")),
+    *(
+        b'[{"model": %b, "weight": {}, "resize_mode": []}]' % value
+        for value in (b'"edges [x]"', b"[]", b"{}", b"1e400")
+    ),
+)
 IMAGE_KINDS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 
 
@@ -112,6 +125,17 @@ def list_requests() -> list[Hostile]:
         *(Hostile(method, MODEL, JSON, {"Content-Type": "application/json"}) for method in METHODS),
         *(_post(form + end, _FORM) for form in forms for end in FORM_ENDS),
         *(make_upload(name, file) for name in ("image", "mask_image") for file in files),
+        *(make_control(file) for file in files),
+        *(make_unit(file) for file in files),
+        *(
+            _post(_make_part(b"control", text.encode("utf-8", "replace")) + forms[0] + FORM_ENDS[0], _FORM)
+            for text in TEXTS
+        ),
+        *(_post(b'{"prompt": "a", "control": ' + value + b"}") for value in CONTROLS),
+        *(
+            _post(b'{"prompt": "a", "alwayson_scripts": {"controlnet": {"args": ' + value + b"}}}", path=TXT2IMG)
+            for value in CONTROLS
+        ),
         *(_post(_make_part(b"prompt", b"a") + _make_part(b"image", file) + FORM_ENDS[0], _FORM) for file in files),
     ]
 
@@ -233,6 +257,19 @@ def make_upload(name: str, file: bytes) -> Hostile:
     """Return a request for one small step from an image."""
     small = {"width": 64, "height": 64, "num_inference_steps": 1, "strength": 1}
     return _post(json.dumps({"prompt": "a", **small, name: _encode(file)}).encode())
+
+
+def make_control(file: bytes) -> Hostile:
+    """Return a request for one small step with a control."""
+    control = [{"name": CONTROL, "image": _encode(file), "preprocess": "canny"}]
+    return _post(json.dumps({"prompt": "a", "width": 64, "height": 64, "control": control}).encode())
+
+
+def make_unit(file: bytes) -> Hostile:
+    """Return a request of A1111's API with a unit of its ControlNet."""
+    units = [{"model": f"{CONTROL} [1a2b3c4d]", "image": {"image": _encode(file)}, "module": "canny"}]
+    body = {"prompt": "a", "width": 64, "height": 64, "alwayson_scripts": {"ControlNet": {"args": units}}}
+    return _post(json.dumps(body).encode(), path=TXT2IMG)
 
 
 def _make_part(name: bytes, content: bytes) -> bytes:

@@ -23,7 +23,7 @@ from scorecard.fuzz import (
     make_upload,
 )
 from scorecard.generated import run_schemathesis
-from scorecard.site import Line, Scale, Site, connect, find_workers, is_open
+from scorecard.site import Line, Scale, Site, add_models, connect, find_workers, is_open
 from sdxl_server.serving.client import send_request
 from tools.proxy import LocalProxy, find_nginx
 from tools.server import LocalServer
@@ -81,7 +81,9 @@ def send_hostile(server: LocalServer, hostile: Hostile) -> str:
 
 def check_fuzz(site: Site, scale: Scale) -> list[Line]:
     """Hostile and generated requests, next to hundreds of connections that send nothing."""
-    small = replace(site, settings={"num_inference_steps": 1, "max_steps": 3, "max_side": 128, **site.settings})
+    small = add_models(
+        replace(site, settings={"num_inference_steps": 1, "max_steps": 3, "max_side": 128, **site.settings})
+    )
     with small.serve() as server, contextlib.ExitStack() as silent:
         before = [process.pid for process in find_workers(server)]
         for _ in range(500):

@@ -21,7 +21,7 @@ from scorecard.clients import (
     request_at_once,
     request_image,
 )
-from scorecard.site import Line, Scale, Site, find_workers
+from scorecard.site import Line, Scale, Site, add_models, find_workers
 from sdxl_server.serving.client import send_request
 from tools.server import read_shipped
 
@@ -51,25 +51,33 @@ def check_soak(site: Site, scale: Scale) -> list[Line]:
 
 
 def check_kinds(site: Site, scale: Scale) -> list[Line]:
-    """Requests of random kinds, as many at once as the queue takes; memory must not grow."""
-    handler = read_shipped()["handler"]
+    """Requests of random kinds, as many at once as the queue takes.
+
+    Memory must not grow. A request gets the same pixels next to others as alone.
+    """
+    handler, site = read_shipped()["handler"], add_models(site)
+    make = partial(make_any_fields, has_adapter=bool(site.settings["adapters"]))
     with site.serve() as server:
         before = [process.pid for process in find_workers(server)]
         clients = handler["max_running"] + handler["max_waiting"]
         # OpenVINO keeps the kernels of earlier sizes up to a bound; the first requests reach the bound.
-        first, _ = keep_requesting(server, lambda done: done >= scale.kinds // 5, clients=clients, make=make_any_fields)
+        warm_up = max(scale.kinds // 5, 1)
+        first, _ = keep_requesting(server, lambda done: done >= warm_up, clients=clients, make=make)
         with Watch(partial(measure_server, server)) as watch:
             outcomes, seconds = keep_requesting(
                 server,
                 lambda done: done >= scale.kinds,
                 clients=clients,
-                make=lambda number: make_any_fields(scale.kinds + number),
+                make=lambda number: make(scale.kinds + number),
             )
+        repeated = outcomes[: scale.repeated]
+        alone = [request_image(server, **make(scale.kinds + each.number)) for each in repeated]
         survived = before == [process.pid for process in find_workers(server)]
     is_flat, growth = judge_growth(watch.samples)
-    passed = survived and {outcome.kind for outcome in [*first, *outcomes]} == {"image"}
-    detail = f"{len(first)} and {len(outcomes)} requests of any kind in {seconds:.0f} s: "
-    detail += f"{count_outcomes(outcomes)}; {growth}"
+    same = sum(one.pixels == other.pixels for one, other in zip(repeated, alone, strict=True))
+    passed = survived and {outcome.kind for outcome in [*first, *outcomes, *alone]} == {"image"} and same == len(alone)
+    detail = f"{len(first)} and {len(outcomes)} requests of any kind of {clients} clients in {seconds:.0f} s: "
+    detail += f"{count_outcomes(outcomes)}; {same} of {len(alone)} with the same pixels alone; {growth}"
     return [Line("kinds", passed and (is_flat or scale.kinds < FEWEST_FOR_GROWTH), detail)]
 
 

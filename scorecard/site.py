@@ -5,7 +5,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ import psutil
 import yaml
 
 from demo.measure import GUIDANCE
+from tools.random_model import save_controlnet
 from tools.server import ROOT, LocalServer, ServerError, make_archive, read_shipped
 
 STEPS = 5
+CONTROL, ADAPTER = "edges", "inverted"  # the registered ones
+ADAPTER_FILE = ROOT / "demo/adapters/inverted/inverted.safetensors"
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Scale:
     requests_after: int = 100
     crowd: int = 200
     kinds: int = 1000
+    repeated: int = 300  # of these, drawn again alone
     fuzzed: int = 1000  # examples of schemathesis
     leavers: int = 50
     bodies: int = 90
@@ -44,6 +48,7 @@ QUICK = Scale(
     requests_after=20,
     crowd=200,
     kinds=100,
+    repeated=50,
     fuzzed=60,
     leavers=10,
     bodies=60,
@@ -90,6 +95,16 @@ class Site:
             make_archive(folder, self.model, settings, handler=self.handler)
             with LocalServer(folder, properties=self.properties) as server:
                 yield server
+
+
+def add_models(site: Site) -> Site:
+    """Return the site with a random ControlNet, and with an adapter of the demonstration model."""
+    folder = site.cache / site.model.name / CONTROL
+    if not folder.exists():
+        save_controlnet(site.model, folder)
+    adapters = [{"name": ADAPTER, "path": str(ADAPTER_FILE)}] if site.model == ROOT / "demo/model" else None
+    models = {"controls": [{"name": CONTROL, "path": str(folder)}], "adapters": adapters}
+    return replace(site, settings={**models, **site.settings})
 
 
 def find_workers(server: LocalServer) -> list[psutil.Process]:

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 from sdxl_server import __version__, metrics
 from sdxl_server.api.a1111 import A1111Api, A1111Img2ImgApi
-from sdxl_server.api.a1111_documents import A1111_DOCUMENTS
+from sdxl_server.api.a1111_controlnet import SCRIPT
+from sdxl_server.api.a1111_documents import A1111_DOCUMENTS, CONTROLNET_DOCUMENTS
 from sdxl_server.api.bodies import check_form
 from sdxl_server.api.content_filter import ContentFilter
 from sdxl_server.api.drawings import Drawing, Drawings
@@ -53,7 +54,8 @@ APIS: Mapping[str, NativeApi] = {
     "sdapi/v1/txt2img": A1111Api(),
     "sdapi/v1/img2img": A1111Img2ImgApi(),
 }
-ERRORS_BELOW: Mapping[str, type[NativeApi]] = {"v1": OpenAIApi, "sdapi": A1111Api}  # the APIs of other paths' errors
+# The APIs of other paths' errors.
+ERRORS_BELOW: Mapping[str, type[NativeApi]] = {"v1": OpenAIApi, "sdapi": A1111Api, SCRIPT: A1111Api}
 
 
 class Service:
@@ -281,6 +283,7 @@ DOCUMENTS: Mapping[str, Callable[[Service, HttpRequest], Any]] = {
     "v1/models": lambda _, http_request: list_models(http_request.model),
     "v1/models/{model}": lambda _, http_request: describe_model(http_request.model),
     **{f"sdapi/v1/{name}": functools.partial(_answer_a1111, build) for name, build in A1111_DOCUMENTS.items()},
+    **{f"{SCRIPT}/{name}": functools.partial(_answer_a1111, build) for name, build in CONTROLNET_DOCUMENTS.items()},
 }
 
 

@@ -192,6 +192,19 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
     prefix_text_encoder_names(folder / "text_encoder/model.safetensors")
 
 
+def save_controlnet(model: Path, folder: Path, *, seed: int = 0) -> None:
+    """Write a ControlNet for the pipeline in a folder; its random weights change the images clearly."""
+    import diffusers
+    import torch
+
+    torch.manual_seed(seed)
+    network = diffusers.ControlNetModel.from_unet(diffusers.UNet2DConditionModel.from_pretrained(model / "unet"))
+    embedding = network.controlnet_cond_embedding.conv_out
+    for layer in (embedding, network.controlnet_mid_block, *network.controlnet_down_blocks):  # zeros before training
+        layer.weight.data.normal_(std=0.3)
+    network.save_pretrained(folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to write the pipeline; replaced if it exists")

@@ -8,12 +8,13 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from pathlib import PureWindowsPath
 from types import MappingProxyType
 from typing import Any
 
 from sdxl_server import __version__
-from sdxl_server.api.bodies import read_fields, read_part
+from sdxl_server.api.a1111_controlnet import UNITS, read_units
+from sdxl_server.api.a1111_values import coerce, normalize_model_name, read_as, warn_of_effects
+from sdxl_server.api.bodies import read_fields
 from sdxl_server.api.infotext import read_clip_skip, write_infotext
 from sdxl_server.api.native import JSON, EncodedImage, NativeApi
 from sdxl_server.api.warnings import warn_of_body, warn_of_tags, warn_of_unknown
@@ -23,7 +24,7 @@ from sdxl_server.request.fields import GenerationRequest
 from sdxl_server.request.sampler_names import SAMPLER_NAME, SCHEDULE_NAMES, name_sampler, normalize_name
 from sdxl_server.request.samplers import AUTOMATIC, split_sampler
 from sdxl_server.request.uploads import MASK, read_upload
-from sdxl_server.schemas import Schema, choice, describe_schema, is_valid, shorten, switch, whole
+from sdxl_server.schemas import Schema, choice, shorten, switch, whole
 
 FIELDS = {  # with an equivalent
     **{"prompt": "prompt", "negative_prompt": "negative_prompt", "width": "width", "height": "height", "seed": "seed"},
@@ -64,7 +65,7 @@ CHECKPOINT = "sd_model_checkpoint"
 VERSION = f"sdxl_server {__version__}"
 THEIRS = {each: name for name, each in FIELDS.items()} | {
     **{"image": "init_images", MASK: "mask", "strength": "denoising_strength", "mask_blur": "mask_blur"},
-    **{"padding_mask_crop": "inpaint_full_res_padding", "quality": "jpeg_quality"},
+    **{"padding_mask_crop": "inpaint_full_res_padding", "quality": "jpeg_quality", "control": UNITS},
 }
 
 
@@ -108,10 +109,14 @@ class A1111Api(NativeApi):
         fields |= _choose_sampler(known, contract)
         settings, warnings = self._read_settings(known, contract)
         fields |= settings | self.read_images(known, contract, warnings)
-        warnings += _warn_of_effects(known, NO_EQUIVALENT)
-        if scripts := known.get("alwayson_scripts"):
-            warnings.append(f"alwayson_scripts has no effect here, and {shorten(scripts)} is ignored")
-        warnings += warn_of_unknown([name for name in given if name not in self.names])
+        warnings += warn_of_effects(known, NO_EQUIVALENT)
+        scripts = known.get("alwayson_scripts")
+        unknown = [name for name in given if name not in self.names]
+        image = fields.get("image")
+        units = read_units(scripts, contract.limits, image=image, warnings=warnings, unknown=unknown)
+        sizes = dict(zip(("width", "height"), contract.size, strict=True)) if units and image is None else {}
+        fields = {**sizes, **fields, **units}  # the image of a unit decides no size in A1111
+        warnings += warn_of_unknown(unknown)
         most = max(COUNTS, key=lambda name: counts[name])
         request = contract.check(fields, names={**THEIRS, "num_images_per_prompt": most})
         self._sends_images = bool(read_as(known, "send_images", switch(), True))
@@ -172,8 +177,9 @@ class A1111Api(NativeApi):
         defaults |= {"seed": -1, "negative_prompt": "", "batch_size": 1, "n_iter": 1}
         if request.scheduler:
             defaults[SAMPLER_NAME], defaults["scheduler"] = name_sampler(request.scheduler)
-        images = {} if known.get("include_init_images") else {"init_images": None, "mask": None}
-        return {**defaults, **known, **{name: None for name in images if name in known}}
+        images: dict[str, Any] = {} if known.get("include_init_images") else {"init_images": None, "mask": None}
+        images |= {"alwayson_scripts": {}} if request.control else {}
+        return {**defaults, **known, **{name: empty for name, empty in images.items() if name in known}}
 
     def _read_settings(self, known: Mapping[str, Any], contract: Contract) -> tuple[dict[str, Any], list[str]]:
         """Return the fields of `override_settings`, and warnings of settings without an effect."""
@@ -192,7 +198,7 @@ class A1111Api(NativeApi):
         if CHECKPOINT in settings and not is_own_model(settings[CHECKPOINT], self._model):
             only = self._model.get("model_name")
             warnings.append(f"{CHECKPOINT}: {shorten(settings[CHECKPOINT])} is ignored; the only model is {only}")
-        warnings += _warn_of_effects(settings, SETTINGS)
+        warnings += warn_of_effects(settings, SETTINGS)
         read = (CLIP_SKIP, CHECKPOINT, "samples_format", "jpeg_quality", *SETTINGS)
         unknown = [f"override_settings.{name}" for name in settings if name not in read]
         return fields, [*warnings, *warn_of_unknown(unknown)]
@@ -221,7 +227,7 @@ class A1111Img2ImgApi(A1111Api):
             "image": read_upload("init_images", images[0], max_side=side),
             **{"resize_mode": RESIZE_MODES[mode], "strength": strength},
         }
-        warnings += _warn_of_effects(known, NO_EQUIVALENT_OF_IMAGES)
+        warnings += warn_of_effects(known, NO_EQUIVALENT_OF_IMAGES)
         if "mask" not in known:
             return fields
         mask = read_upload("mask", known["mask"], max_side=side)
@@ -240,34 +246,9 @@ class A1111Img2ImgApi(A1111Api):
         return fields
 
 
-def read_as(known: Mapping[str, Any], name: str, schema: Schema, default: Any) -> Any:
-    """Return a field that a schema accepts.
-
-    Raises:
-        RequestError: names the field, what is accepted and what was given.
-    """
-    value = coerce(known[name], schema) if name in known else None
-    if value is None:
-        return default
-    if not is_valid(value, schema):
-        raise RequestError(f"{name} takes {describe_schema(schema)}, not {shorten(value)}", param=name)
-    return value
-
-
-def coerce(value: Any, schema: Schema) -> Any:
-    """Return a number or a switch that a client has sent as text, as FastAPI accepts it; None for an absent one."""
-    if "boolean" in schema["type"] and value in (0, 1):
-        return bool(value)
-    if not isinstance(value, str) or "string" in schema["type"]:
-        return value
-    return read_part("", value.encode(errors="backslashreplace"), own="", properties={"": schema})
-
-
 def is_own_model(given: Any, model: Mapping[str, str]) -> bool:
     """Say whether a client names this server's model: by its name, file, title or digest."""
-    name = PureWindowsPath(str(given).partition(" [")[0]).name.casefold()
-    own = [each.casefold() for each in model.values()]
-    return name.removesuffix(".safetensors").removesuffix(".ckpt") in own
+    return normalize_model_name(given) in [each.casefold() for each in model.values()]
 
 
 def _multiply(counts: Mapping[str, int], properties: Mapping[str, Schema]) -> int:
@@ -292,13 +273,3 @@ def _choose_sampler(known: Mapping[str, Any], contract: Contract) -> dict[str, A
     # Some clients name the schedule twice, and older ones in the sampler's name only.
     is_named = ending is not None and word in (AUTOMATIC, ending)
     return {SAMPLER_NAME: sampler, **({} if is_named else {"scheduler": schedule})}
-
-
-def _warn_of_effects(given: Mapping[str, Any], accepted: Mapping[str, Sequence[Any]]) -> list[str]:
-    """Return warnings of values that would have changed the image in A1111.
-
-    Args:
-        accepted: by field, the values without an effect.
-    """
-    left = {name: value for name, value in given.items() if name in accepted and value not in accepted[name]}
-    return [f"{name} has no effect here, and {shorten(value)} is ignored" for name, value in left.items()]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sdxl_server.api.a1111 import CHECKPOINT, CLIP_SKIP, is_own_model
+from sdxl_server.api.a1111_controlnet import NONE, SCRIPT, list_modules, write_model
 from sdxl_server.api.bodies import read_fields
 from sdxl_server.api.drawings import Drawing
 from sdxl_server.api.http import HttpRequest
@@ -14,6 +15,7 @@ from sdxl_server.api.metadata import read_header
 from sdxl_server.api.native import JSON
 from sdxl_server.errors import RequestError
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
+from sdxl_server.request.preprocessing import CANNY, DEFAULT_THRESHOLDS
 from sdxl_server.request.sampler_names import normalize_name
 from sdxl_server.request.samplers import AUTOMATIC, SCHEDULES, list_aliases
 from sdxl_server.request.uploads import read_bytes
@@ -158,6 +160,42 @@ def list_vaes(loaded: LoadedPipeline) -> list[dict[str, Any]]:
     return [{"model_name": os.path.basename(path), "filename": os.path.basename(path)}] if path else []
 
 
+def list_scripts(loaded: LoadedPipeline) -> dict[str, Any]:
+    """Return the names of `alwayson_scripts`; by these, clients know that the server has controls."""
+    names = [SCRIPT] if loaded.controls else []
+    return {"txt2img": names, "img2img": names}
+
+
+def _list_models(loaded: LoadedPipeline) -> list[str]:
+    return [write_model(each.config.name, each.sha256) for each in loaded.controls]
+
+
+def _list_modules(loaded: LoadedPipeline) -> list[str]:
+    return list_modules(loaded.contract.limits.controls.values())
+
+
+def _describe_modules(loaded: LoadedPipeline) -> dict[str, Any]:
+    """Return the preprocessors with their settings."""
+    low, high = DEFAULT_THRESHOLDS
+    named = {"Canny Low Threshold": low, "Canny High Threshold": high}
+    sliders = [{"name": name, "value": value, "min": 0, "max": 255} for name, value in named.items()]
+    modules = _list_modules(loaded)
+    details = {name: {"model_free": False, "sliders": sliders if name == CANNY else []} for name in modules}
+    return {"module_list": modules, "module_detail": details}
+
+
+def _list_types(loaded: LoadedPipeline) -> dict[str, Any]:
+    """Return the types of controls in A1111's form: one with all."""
+    models = ["None", *_list_models(loaded)]
+    every = {
+        "module_list": _list_modules(loaded),
+        "model_list": models,
+        "default_option": NONE,
+        "default_model": "None",
+    }
+    return {"control_types": {"All": every}}
+
+
 def _read_body(http_request: HttpRequest) -> dict[str, Any]:
     return read_fields(http_request.values, content_type=http_request.content_type or JSON, properties={}, aliases={})
 
@@ -185,7 +223,7 @@ A1111_DOCUMENTS: Mapping[str, Document] = {
     "memory": lambda *_: measure_memory(),
     "upscalers": _hold([NOTHING]),
     "embeddings": lambda loaded, *_: list_embeddings(loaded),
-    "scripts": _hold({"txt2img": [], "img2img": []}),
+    "scripts": lambda loaded, *_: list_scripts(loaded),
     "cmd-flags": _hold({}),
     **{
         name: _hold([])
@@ -195,4 +233,12 @@ A1111_DOCUMENTS: Mapping[str, Document] = {
         )
     },
     **{f"refresh-{name}": _hold(None) for name in ("checkpoints", "loras", "vae")},  # nothing can have changed
+}
+# By path below /controlnet, for sd-webui-controlnet.
+CONTROLNET_DOCUMENTS: Mapping[str, Document] = {
+    "version": lambda *_: {"version": 3},
+    "settings": lambda loaded, *_: {"control_net_unit_count": loaded.config.max_controls},
+    "model_list": lambda loaded, *_: {"model_list": _list_models(loaded)},
+    "module_list": lambda loaded, *_: _describe_modules(loaded),
+    "control_types": lambda loaded, *_: _list_types(loaded),
 }

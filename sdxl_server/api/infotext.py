@@ -7,10 +7,11 @@ in A1111 have their own name in the last line; other programs ignore them.
 import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from sdxl_server.api.a1111_controlnet import read_unit, write_unit
 from sdxl_server.config.declaration import Role
 from sdxl_server.errors import RequestError
 from sdxl_server.request.fields import DECLARATIONS, MAX_SEED, GenerationRequest
@@ -18,6 +19,7 @@ from sdxl_server.request.limits import Limits
 from sdxl_server.request.prompts import TAG
 from sdxl_server.request.sampler_names import name_sampler, normalize_name, read_sampler
 from sdxl_server.request.samplers import SAMPLERS
+from sdxl_server.request.uploads import RESIZE_MODES
 from sdxl_server.schemas import load_json, shorten
 
 NEGATIVE = "Negative prompt:"
@@ -33,6 +35,7 @@ NUMBERS = {
 WHOLE = ("num_inference_steps", "seed")
 NUMBER = re.compile(r"[+-]?\d{1,20}(\.\d{0,20})?(e[+-]?\d{1,2})?", re.ASCII)
 WHOLE_NUMBER = re.compile(r"([+-]?\d{1,20})(\.0{0,20})?", re.ASCII)
+UNIT = re.compile(r"ControlNet \d{1,2}", re.ASCII)
 SIZE = re.compile(r"(\d{1,5})\s?x\s?(\d{1,5})", re.ASCII)
 KEY = re.compile(r"\s*(\w[\w \-/]{1,100}):\s*")
 END = re.compile(r"\s*(,|$)")
@@ -58,6 +61,7 @@ def write_infotext(described: Mapping[str, Any]) -> str:
     tags = "".join(
         f" <lora:{each['name']}:{write_value(each['scale'])}>" for each in request.pop("adapters", None) or ()
     )
+    units = _write_units(request.pop("control", None) or (), request.get("resize_mode"), made_with.get("controls"))
     parameters: dict[str, Any] = {"Steps": request.pop("num_inference_steps", None)}
     if scheduler := request.get("scheduler"):
         sampler, schedule = name_sampler(scheduler)
@@ -76,6 +80,7 @@ def write_infotext(described: Mapping[str, Any]) -> str:
         "CFG rescale": request.pop("guidance_rescale", 0.0) or None,
         "Clip skip": write_clip_skip(request.pop("clip_skip", None), is_xl=made_with.get("is_xl", True)),
         **{name: value for name, value in request.items() if _is_chosen(name, value)},
+        **units,
         "Lora hashes": _write_hashes(made_with.get("adapters", ())),
         "TI hashes": _write_hashes(made_with.get("embeddings", ())),
     }
@@ -120,6 +125,7 @@ def build_metadata(prompt: str, negative: str | None, parameters: Mapping[str, s
         request |= {"clip_skip": clip_skip} if clip_skip else {}
     for name in [each for each in parameters if _is_kept(each)]:
         request[name] = _read_own(name, parameters.pop(name), limits)
+    request |= _read_units(parameters, limits, request.get("resize_mode"), warnings)
     left = [f"{name}: {value}" for name, value in parameters.items() if not _is_silent(name)]
     if left:
         shown = ", ".join(shorten(each, length=50) for each in left[:MAX_NAMED])
@@ -243,6 +249,25 @@ def _choose_sampler(sampler: str, schedule: str, limits: Limits, warnings: list[
 
 def _read_sampler(sampler: str, schedule: str, samplers: Mapping[str, Any]) -> str | dict[str, Any]:
     return read_sampler({"name": sampler, **({"schedule": schedule} if schedule else {})}, samplers)
+
+
+def _write_units(controls: Sequence[Mapping[str, Any]], resize_mode: str | None, made_with: Any) -> dict[str, str]:
+    """Return the parameters for an image's controls, as sd-webui-controlnet names them."""
+    digests = {each["name"]: each["sha256"] for each in made_with or ()}
+    how = resize_mode or RESIZE_MODES[0]
+    texts = [write_unit(each, digest=digests.get(each["name"]), resize_mode=how) for each in controls]
+    return {f"ControlNet {index}": text for index, text in enumerate(texts)}
+
+
+def _read_units(
+    parameters: dict[str, str], limits: Limits, resize_mode: str | None, warnings: list[str]
+) -> dict[str, Any]:
+    """Take the parameters of sd-webui-controlnet's units; return the field `control` without images."""
+    texts = {name: parameters.pop(name) for name in list(parameters) if UNIT.fullmatch(name)}
+    how = resize_mode or RESIZE_MODES[0]
+    read = [read_unit(name, text, limits, resize_mode=how, warnings=warnings) for name, text in texts.items()]
+    controls = [each for each in read if each]
+    return {"control": controls} if controls else {}
 
 
 def _read_own(name: str, text: str, limits: Limits) -> Any:

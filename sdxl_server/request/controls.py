@@ -6,11 +6,14 @@ from typing import Any
 
 from sdxl_server.config.control_settings import CONTROL_SCALE
 from sdxl_server.errors import RequestError
-from sdxl_server.request.uploads import read_upload
+from sdxl_server.request.preprocessing import CANNY, DEFAULT_THRESHOLDS, PACKAGE, draw_edges, load_opencv
+from sdxl_server.request.uploads import RESIZE_MODES, read_upload
 from sdxl_server.schemas import Schema, choice, load_json, read_value, real, shorten
 
 CONTROL_EXAMPLE = '[{"name": "edges", "image": "<base64>", "scale": 0.8, "from": 0, "to": 0.8}]'
 NEEDED_KEYS = ("name", "image")
+LOW, HIGH = "low_threshold", "high_threshold"
+OF_OPENCV: Mapping[str, Schema] = {"preprocess": choice(CANNY), LOW: real(0, 255), HIGH: real(0, 255)}
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class RequestControl:
         image: an Upload, then a Pillow image; a map has the size of the result.
         begin, end: shares of the denoising, as in guidance_interval.
         mode: one of the control's; None for its first.
+        resize_mode: how its image gets another aspect. None: as the request says.
+        thresholds: of the edges that replace its image, low and high. None: the image is the finished map.
     """
 
     name: str
@@ -44,11 +49,22 @@ class RequestControl:
     begin: float = 0.0
     end: float = 1.0
     mode: str | None = None
+    resize_mode: str | None = None
+    thresholds: tuple[float, float] | None = None
 
     def describe(self) -> dict[str, Any]:
         """Return it as requests name it, without its image."""
-        mode = {} if self.mode is None else {"mode": self.mode}
-        return {"name": self.name, "scale": self.scale, "from": self.begin, "to": self.end, **mode}
+        edges = {"preprocess": CANNY, **dict(zip((LOW, HIGH), self.thresholds, strict=True))} if self.thresholds else {}
+        return {
+            **{"name": self.name, "scale": self.scale, "from": self.begin, "to": self.end},
+            **({"mode": self.mode} if self.mode else {}),
+            **({"resize_mode": self.resize_mode} if self.resize_mode else {}),
+            **edges,
+        }
+
+    def preprocess(self, image: Any) -> Any:
+        """Return the map of an image in its final size."""
+        return draw_edges(image, *self.thresholds) if self.thresholds else image
 
 
 def build_control_schema(registered: Mapping[str, RegisteredControl], most: int) -> Schema:
@@ -66,6 +82,8 @@ def build_control_schema(registered: Mapping[str, RegisteredControl], most: int)
         "scale": CONTROL_SCALE,
         "from": real(0, 1),
         "to": real(0, 1),
+        "resize_mode": choice(*RESIZE_MODES),
+        **(OF_OPENCV if load_opencv() else {}),
     }
     if modes := dict.fromkeys(mode for each in registered.values() for mode in each.modes):
         properties["mode"] = choice(*modes)
@@ -120,6 +138,8 @@ def _read_control(
     properties = schema["items"]["properties"]
     read: dict[str, Any] = {}
     for name, value in given.items():
+        if name in OF_OPENCV.keys() - properties.keys():
+            raise _refuse(key, name, f"needs the package {PACKAGE}, which this server lacks; send the finished map")
         if name not in properties:
             raise _refuse(key, shorten(name), f"is not a key; the keys are {', '.join(properties)}")
         if name != "image" and value is not None:
@@ -137,8 +157,24 @@ def _read_control(
     if mode not in (None, *control.modes):
         accepted = f"takes one of {', '.join(control.modes)}" if control.modes else "is for union ControlNets"
         raise _refuse(key, "mode", f"{accepted}, not {mode} for {read['name']}")
+    thresholds = _read_thresholds(key, read, is_map=control.is_map)
     image = read_upload(f"{key}.image", given["image"], max_side=max_side)
-    return RequestControl(read["name"], image, read.get("scale", control.scale), begin, end, mode)
+    scale, resize_mode = read.get("scale", control.scale), read.get("resize_mode")
+    return RequestControl(read["name"], image, scale, begin, end, mode, resize_mode, thresholds)
+
+
+def _read_thresholds(key: str, read: Mapping[str, Any], *, is_map: bool) -> tuple[float, float] | None:
+    """Return the thresholds of the edges to draw; None if the image is the finished map."""
+    if "preprocess" not in read:
+        for name in read.keys() & {LOW, HIGH}:
+            raise _refuse(key, name, f"needs preprocess: {CANNY}")
+        return None
+    if not is_map:
+        raise _refuse(key, "preprocess", f"is for controls that take a map, which {read['name']} does not")
+    low, high = (read.get(name, default) for name, default in zip((LOW, HIGH), DEFAULT_THRESHOLDS, strict=True))
+    if low > high:
+        raise _refuse(key, LOW, f"takes a number up to {HIGH}, {high:g}, not {low:g}")
+    return low, high
 
 
 def _refuse(key: str, name: str, message: str) -> RequestError:

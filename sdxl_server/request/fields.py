@@ -17,6 +17,7 @@ from sdxl_server.request.limits import Limits
 from sdxl_server.request.sampler_names import read_sampler
 from sdxl_server.request.samplers import build_sampler_schema
 from sdxl_server.request.upload_limits import IMAGE_FORMATS
+from sdxl_server.request.uploads import RESIZE_MODES
 from sdxl_server.schemas import Schema, choice, falling, nullable, pair, real, shares, switch, text, whole
 
 MAX_SEED = 2**32 - 1
@@ -107,7 +108,7 @@ class GenerationRequest:
     control: tuple[RequestControl, ...] | None = declare(
         lambda limits: build_control_schema(limits.controls, limits.config.max_controls),
         "controls (ControlNet, T2I-Adapter, IP-Adapter): the result follows the image of each, such as drawn edges, "
-        "with a `scale`; `from`, `to`: shares of the denoising",
+        "with a `scale`; `from`, `to`: shares of the denoising; `preprocess: canny` draws the edges of the image",
         value=None,
         is_argument=False,
         read=lambda value, limits: read_controls(
@@ -180,7 +181,7 @@ class GenerationRequest:
         is_argument=False,
     )
     resize_mode: str | None = declare(
-        choice("crop", "pad", "stretch"),
+        choice(*RESIZE_MODES),
         "how `image` gets another aspect: `crop` cuts its edges, `pad` adds white bars, `stretch` distorts it; "
         "default: crop",
         value=None,

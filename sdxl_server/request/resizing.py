@@ -8,6 +8,7 @@ from typing import Any
 
 from sdxl_server.config.settings import MIN_SIDE
 from sdxl_server.errors import RequestError
+from sdxl_server.request.controls import RequestControl
 from sdxl_server.request.limits import Limits
 from sdxl_server.request.masks import (
     BLEND_WIDTH,
@@ -79,10 +80,21 @@ def resize_controls(used: dict[str, Any], given: Mapping[str, Any], limits: Limi
     how = used.get("resize_mode", "crop")
     used["control"] = tuple(
         dataclasses.replace(
-            each, image=_resize(each.image.pixels, size, how, bars="black") if each.name in maps else each.image.pixels
+            each, image=_make_map(each, size, each.resize_mode or how) if each.name in maps else each.image.pixels
         )
         for each in controls
     )
+
+
+def _make_map(control: RequestControl, size: Size, how: str) -> Any:
+    """Return the map of a control in this size. It is made before black bars are added, which are no edges."""
+    from PIL import ImageOps
+
+    image = control.image.pixels
+    if how != "pad":
+        return control.preprocess(_resize(image, size, how, bars="black"))
+    inside = ImageOps.contain(image, size, choose_filter(image))
+    return ImageOps.pad(control.preprocess(inside), size, color="black")
 
 
 def _set_size(used: dict[str, Any], given: Mapping[str, Any], limits: Limits, image: Size) -> tuple[Size, str]:

@@ -22,6 +22,7 @@ from sdxl_server.request.upload_limits import (
 from sdxl_server.schemas import shorten
 
 MASK = "mask_image"
+RESIZE_MODES = ("crop", "pad", "stretch")
 PILLOW_FORMATS = tuple(each.upper() for each in IMAGE_FORMATS)
 ACCEPTED_IMAGE = f"a whole image as {', '.join(IMAGE_FORMATS[:-1])} or {IMAGE_FORMATS[-1]}"
 MIN_UPLOAD_SIDE = 8

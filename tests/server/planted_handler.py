@@ -6,7 +6,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from stable_diffusion_handler import StableDiffusionHandler
 
@@ -50,8 +50,9 @@ class PlantedHandler(StableDiffusionHandler):
             time.sleep(0.5)
             yield b"."
         body = yield from steps
-        if "wrong size" in self.planted and self.served % 5 == 4:
-            file = io.BytesIO()
-            Image.open(io.BytesIO(body)).resize((64, 64)).save(file, "JPEG")
-            return file.getvalue()
-        return body
+        if self.served % 5 != 4 or not {"wrong size", "other pixels"} & set(self.planted):
+            return body
+        file, image = io.BytesIO(), Image.open(io.BytesIO(body))
+        changed = image.resize((64, 64)) if "wrong size" in self.planted else ImageOps.invert(image)
+        changed.save(file, "JPEG")
+        return file.getvalue()

@@ -233,6 +233,11 @@ CLOSED = [
     ("POST", "/sdapi/v1/..%2f..%2fworkflows"),
     ("POST", "/sdapi/v1/txt2img/../../../workflows"),
     ("GET", f"{PREDICTIONS}/1.0/sdapi/v1/samplers%20x"),
+    ("GET", "/controlnet"),
+    ("GET", "/controlnet/model_list/x"),
+    ("GET", "/controlnet/..%2f..%2fworkflows"),
+    ("POST", "/controlnet/model_list"),
+    ("POST", f"{PREDICTIONS}/1.0/controlnet/detect"),
 ]
 
 
@@ -243,7 +248,7 @@ def test_all_but_the_listed_paths_are_closed(server: LocalServer, nginx: Nginx, 
     for method, path in CLOSED:
         answer = nginx.ask(method, path, address=address, **nginx.get_headers())
         assert answer.status in (400, 404), (method, path)  # 400: nginx itself takes no NUL
-        if "/sdapi" in path:
+        if "/sdapi" in path or "/controlnet" in path:
             check_a1111_error(answer)
         else:
             assert answer.error["type"] == "invalid_request_error"

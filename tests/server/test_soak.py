@@ -64,10 +64,7 @@ def check(name: str, site: Site, scale: Scale = SMALL) -> dict[str, bool]:
     return {line.name: line.passed for line in lines}
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.soak) for name in ("kinds", "fuzz")]
-
-
-@pytest.mark.parametrize("name", ["soak", "crowd", "leavers", "queue", "tokens", *SLOW])
+@pytest.mark.parametrize("name", ["soak", "crowd", "leavers", "queue", "tokens"])
 def test_lines_of_one_server(running: Site, name: str) -> None:
     results = check(name, running)
     results.pop("memory", None)  # a few seconds tell nothing of it; the control below shows that it can fail
@@ -75,8 +72,8 @@ def test_lines_of_one_server(running: Site, name: str) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", ["stopped", "kills", "disk", "attacks", "bodies"])
-def test_lines_that_break_their_server(site: Site, name: str) -> None:
+@pytest.mark.parametrize("name", ["kinds", "fuzz", "stopped", "kills", "disk", "attacks", "bodies"])
+def test_lines_with_their_own_server(site: Site, name: str) -> None:
     assert set(check(name, site).values()) == {True}
 
 
@@ -94,8 +91,15 @@ def faulty(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Site:
     return Site(tmp_path_factory.mktemp("cache"), model=tiny_model, handler=PLANTED)
 
 
-def plant(faulty: Site, *faults: str, properties: Mapping[str, str] | None = None, **keys: Any) -> Site:
-    return replace(faulty, keys={"pt2": None, "planted": list(faults), **keys}, properties=properties or {})
+def plant(
+    faulty: Site,
+    *faults: str,
+    properties: Mapping[str, str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    **keys: Any,
+) -> Site:
+    planted = {"pt2": None, "planted": list(faults), **keys}
+    return replace(faulty, keys=planted, properties=properties or {}, settings=settings or {})
 
 
 @pytest.mark.soak
@@ -116,7 +120,8 @@ def test_soak_can_fail(faulty: Site, monkeypatch: pytest.MonkeyPatch, fault: str
     [
         ("kills", ["slow recovery"], {}),
         ("stopped", [], {"responseTimeout": 10}),
-        ("kinds", [], {"handler": {**read_shipped()["handler"], "allowed_sizes": ["128x128"]}}),
+        ("kinds", [], {"settings": {"allowed_sizes": ["128x128"]}}),
+        ("kinds", ["other pixels"], {}),
         ("crowd", [], {"batchSize": 150, "handler": {**read_shipped()["handler"], "max_waiting": 100}}),
         ("fuzz", ["server error"], {}),
         ("attacks", ["long echo"], {}),

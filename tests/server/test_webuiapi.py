@@ -104,6 +104,8 @@ def test_webuiapi_reads_lists(client: Any) -> None:
     for each in (client.get_loras, client.get_upscalers, client.get_embeddings, client.get_memory, client.get_scripts):
         assert each() is not None
     assert client.refresh_checkpoints() is None
+    lists = (client.controlnet_version(), client.controlnet_model_list(), client.controlnet_module_list())
+    assert lists == (3, [], ["none"])  # without controls
     with pytest.raises(RuntimeError, match="steps takes a whole number from 1 to 150, not 999"):
         client.txt2img(prompt="a red fox", steps=999, width=64, height=64)
 

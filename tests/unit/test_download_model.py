@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 import Download_model
 from tests.hub import Hub
@@ -486,3 +488,110 @@ def test_what_is_no_vae_is_refused(vae_hub: Hub, download: Download, tmp_path: P
     check_refused(download("--vae", "x.safetensors"), "--vae without --model takes a folder or a hub id")
     check_refused(download("--model", VAE_ID, "--vae", "VAE"), "--vae without --model downloads a VAE alone")
     assert not (tmp_path / "VAE").exists()
+
+
+CONTROL_ID = "owner/t2i-adapter-canny-1.0"
+CONTROL_CONFIG = json.dumps({"_class_name": "T2IAdapter"}).encode()
+
+
+def write_tensors(*names: str) -> bytes:
+    return save({name: np.ones((2, 2), np.float32) for name in names})
+
+
+ADAPTER = write_tensors("adapter.body.0.in_conv.weight")
+CONTROL_FILES = {
+    "config.json": CONTROL_CONFIG,
+    "diffusion_pytorch_model.fp16.safetensors": write_tensors("adapter.body.0.in_conv.bias"),
+    "diffusion_pytorch_model.safetensors": ADAPTER,
+    "t2i_sketch.safetensors": ADAPTER,
+    "lora.safetensors": write_tensors("lora_unet_a.lora_down.weight"),
+    "sdxl_models/ip-adapter_sdxl.safetensors": write_tensors("image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"),
+    "sdxl_models/ip-adapter_sdxl_vit-h.safetensors": write_tensors(
+        "image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"
+    ),
+    **{
+        f"{place}/image_encoder/{name}": content
+        for place, content in (("models", b"{}"), ("sdxl_models", b"{ }"))
+        for name in ("config.json", "model.safetensors", "pytorch_model.bin")
+    },
+    "README.md": b"not needed",
+}
+
+
+@pytest.fixture
+def control_hub() -> Iterator[Hub]:
+    with Hub(CONTROL_ID, "e" * 40, dict(CONTROL_FILES)) as hub:
+        yield hub
+
+
+def test_a_control_is_downloaded_and_checked(control_hub: Hub, download: Download, tmp_path: Path) -> None:
+    result = download("--control", CONTROL_ID, HF_ENDPOINT=control_hub.url)
+    assert result.returncode == 0, result.stderr
+    assert control_hub.get_fetched()[-1] == "config.json"
+    half = CONTROL_FILES["diffusion_pytorch_model.fp16.safetensors"]
+    folder = tmp_path / "t2i-adapter-canny-1.0"
+    assert read_folder(folder) == {"config.json": CONTROL_CONFIG, "diffusion_pytorch_model.safetensors": half}
+    entry = json.dumps({"name": "t2i-adapter-canny-1.0", "path": str(folder)})
+    assert f"holds a T2I-Adapter. In model-config.yaml: handler: {{controls: [{entry}]}}" in result.stdout
+    again = download("--control", CONTROL_ID, HF_ENDPOINT=control_hub.url)
+    assert "nothing to download" in again.stdout
+    assert "holds a T2I-Adapter" in again.stdout
+    page = f"https://huggingface.co/{CONTROL_ID}/tree/main"
+    single = download("--control", page, "--dtype", "fp32", "--output-dir", "single", HF_ENDPOINT=control_hub.url)
+    assert single.returncode == 0, single.stderr
+    assert read_folder(tmp_path / "single")["diffusion_pytorch_model.safetensors"] == ADAPTER
+
+
+def test_a_control_in_one_file(control_hub: Hub, download: Download, tmp_path: Path) -> None:
+    file = f"{CONTROL_ID}/t2i_sketch.safetensors"
+    result = download("--control", file, "--output-dir", "sketches", HF_ENDPOINT=control_hub.url)
+    assert result.returncode == 0, result.stderr
+    assert read_folder(tmp_path / "sketches") == {"t2i_sketch.safetensors": ADAPTER}
+    assert f'"path": "{tmp_path}/sketches/t2i_sketch.safetensors"' in result.stdout
+    assert "fp16" not in result.stdout
+    local = download("--control", "sketches/t2i_sketch.safetensors")
+    assert "holds a T2I-Adapter" in local.stdout
+    assert [path.name for path in tmp_path.iterdir() if path.name != "home"] == ["sketches"]
+
+
+@pytest.mark.parametrize(("name", "encoder"), [("ip-adapter_sdxl", "sdxl_models"), ("ip-adapter_sdxl_vit-h", "models")])
+def test_an_ip_adapter_comes_with_its_image_encoder(
+    control_hub: Hub, download: Download, tmp_path: Path, name: str, encoder: str
+) -> None:
+    file = f"sdxl_models/{name}.safetensors"
+    result = download("--control", f"{CONTROL_ID}/{file}", HF_ENDPOINT=control_hub.url)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "t2i-adapter-canny-1.0"
+    wanted = (file, *(f"{encoder}/image_encoder/{each}" for each in ("config.json", "model.safetensors")))
+    assert read_folder(folder) == {each: CONTROL_FILES[each] for each in wanted}
+    entry = {"name": name, "path": str(folder / file), "image_encoder": str(folder / encoder / "image_encoder")}
+    assert json.dumps(entry) in result.stdout
+    assert "holds an IP-Adapter" in result.stdout
+
+
+def test_what_is_no_control_is_refused(control_hub: Hub, download: Download, tmp_path: Path) -> None:
+    def refuse(*arguments: str, parts: tuple[str, ...]) -> None:
+        check_refused(download(*arguments, HF_ENDPOINT=control_hub.url), *parts)
+
+    refuse("--control", f"{CONTROL_ID}/lora.safetensors", parts=("holds a LoRA", "a control is a T2I-Adapter or a Co"))
+    refuse("--control", f"{CONTROL_ID}/none.safetensors", parts=("has no file none.safetensors; it has",))
+    refuse("--control", f"{CONTROL_ID}/a.pth", parts=("a.pth",))
+    refuse("--control", CONTROL_ID, "--vae", "x", parts=("--control downloads a control alone: leave out --vae",))
+    refuse("--control", CONTROL_ID, "--safety-checker", parts=("leave out --safety-checker",))
+    refuse("--control", "owner/none", parts=("owner/none is no local file or folder and no public model on the hub",))
+    refuse("--control", "https://civitai.com/models/1", parts=("is no page of a model on huggingface.co",))
+    (tmp_path / "edges").mkdir()
+    refuse("--control", "edges", parts=("edges has no readable config.json of a control",))
+    refuse(
+        "--control", "edges", "--revision", "a", parts=("--revision is for a control on the hub, and edges is here",)
+    )
+    control_hub.files["config.json"] = json.dumps({"_class_name": "AutoencoderKL"}).encode()
+    refuse("--control", CONTROL_ID, parts=("--control takes a T2IAdapter or ControlNet", "holds AutoencoderKL"))
+    del control_hub.files["config.json"]
+    refuse("--control", CONTROL_ID, parts=("is not the folder of a control: it has no config.json",))
+    control_hub.files["config.json"] = CONTROL_CONFIG
+    for name in ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors"):
+        del control_hub.files[name]
+    refuse("--control", CONTROL_ID, parts=("has no weights in safetensors",))
+    control_hub.files["diffusion_pytorch_model.safetensors"] = b"x"
+    refuse("--control", CONTROL_ID, parts=("diffusion_pytorch_model.safetensors", "damaged"))
