@@ -17,14 +17,14 @@ from sdxl_server.model.controls.files import MODELS, ControlFile, build_module, 
 from sdxl_server.model.families import Family
 
 PLAIN, UNION = "ControlNetModel", "ControlNetUnionModel"
-CLASSES = (PLAIN, UNION, "ControlNetModel_Union")  # diffusers', and the union's authors'
+CLASSES = (PLAIN, UNION, "ControlNetModel_Union")  # the last is the name of the union's authors
 DOWN, MIDDLE = "down_block_additional_residuals", "mid_block_additional_residual"  # the UNet's arguments
 SIDES = (0, 2, 3)  # the axes of rows, height and width
-# The kinds of images of a union ControlNet, by its authors' names, each with the number of its input.
 UNION_MODES = {
     **{"openpose": 0, "depth": 1, "scribble": 2, "hed": 2, "pidi": 2, "ted": 2},
     **{"canny": 3, "lineart": 3, "anime_lineart": 3, "mlsd": 3, "normal": 4, "segment": 5, "tile": 6, "repaint": 7},
 }
+"""The kinds of images of a union ControlNet, named by its authors, and the numbers of their inputs."""
 # Settings that decide what a ControlNet takes at each step. It gets what the UNet gets.
 SHARED_SETTINGS = (
     *("cross_attention_dim", "encoder_hid_dim_type", "class_embed_type", "addition_embed_type"),
