@@ -89,7 +89,7 @@ class ControlNet(Control):
             kinds = embedded.new_zeros(rows, config.num_control_type)
             kinds[:, mode] = 1
             index = torch.full((rows,), mode, device=embedded.device)
-            given = {"controlnet_cond": [conditions], "conditioning_scale": [strength]}
+            given = {name: [each] for name, each in given.items()}
             given |= {"control_type": kinds, "control_type_idx": [index]}
         down, middle = functions[self.component](
             call.sample[:, : config.in_channels],
@@ -145,8 +145,6 @@ def load_controlnet(
     is_union = any(name.startswith("control_add_embedding.") for name in names)
     settings = opened.config or _read_config(shapes, pipeline.unet.config, is_union=is_union)
     module = build_module(opened, getattr(diffusers, UNION if is_union else PLAIN), settings)
-    if module.config.controlnet_conditioning_channel_order != "rgb":
-        raise ConfigError(f"{opened.path} takes images in another order of channels; ControlNets for rgb are served")
     _check_fits(opened, module, pipeline)
     load_weights(opened, names, module, dtype)
     module.to(pipeline.unet.device)
@@ -214,6 +212,7 @@ def _check_fits(opened: ControlFile, module: Any, pipeline: Any) -> None:
         "the channels of latents": (pipeline.vae.config.latent_channels, config.in_channels),
         "the channels of images": (3, config.conditioning_channels),
         "the pixels along a cell of latents": (pipeline.vae_scale_factor, side),
+        "controlnet_conditioning_channel_order": ("rgb", config.controlnet_conditioning_channel_order),
         **{name: (unet.config[name], config[name]) for name in SHARED_SETTINGS},
     }
     for name, (wanted, given) in pairs.items():
