@@ -100,7 +100,7 @@ class HandlerConfig:
     )
     controls: Sequence[Any] | None = declare(
         {"type": "array", "maxItems": 20, "x-accepted": "a list of controls, each of the keys below"},
-        "models that follow a control image, such as edges (T2I-Adapter)",
+        "models that follow a control image, such as edges (ControlNet, T2I-Adapter, IP-Adapter)",
         value=None,
         null="none",
     )

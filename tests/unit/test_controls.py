@@ -11,7 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sdxl_server.api.bodies import read_fields
@@ -24,48 +24,25 @@ from sdxl_server.errors import ConfigError, RequestError
 from sdxl_server.model.describe import describe_pipeline, list_uncompiled_components
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.sampling.step_plan import build_step_plan, is_inside
-from tests.unit.pipelines import UNET_ONLY, encode, load, make_picture, make_pictures
+from tests.unit.controls import (
+    OUTLINE,
+    WEIGHTS,
+    Picture,
+    change,
+    control,
+    draw_outline,
+    make_adapter,
+    measure,
+    name_control,
+    write_model,
+)
+from tests.unit.pipelines import UNET_ONLY, encode, make_picture, make_pictures
 from tools.random_model import CONFIGURATIONS, make_pipeline, save_pipeline
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-BLOCKS = {  # as in SDXL three down blocks, with maps of the same places, one of them in the middle
-    "block_out_channels": (32, 64, 64),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "attention_head_dim": (2, 4, 4),
-    "transformer_layers_per_block": (1, 1, 1),
-}
-Picture = np.ndarray[Any, Any]
-
-
-def make_adapter(*, seed: int = 5, **config: Any) -> Any:
-    """Return a T2I-Adapter whose maps change the image clearly."""
-    torch.manual_seed(seed)
-    default = {"channels": (32, 64, 64, 64), "downscale_factor": 16, "adapter_type": "full_adapter_xl"}
-    adapter = diffusers.T2IAdapter(**{**default, **config}).eval()
-    for each in adapter.parameters():
-        each.data *= 2
-    return adapter
-
-
-def draw_outline(width: int = 128, height: int = 128, *, colour: str = "white") -> Image.Image:
-    image = Image.new("RGB", (width, height))
-    ImageDraw.Draw(image).ellipse((width // 4, height // 4, width // 2, height // 2), outline=colour, width=3)
-    return image
-
-
-OUTLINE = draw_outline()
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small Stable Diffusion XL with the blocks of the real one."""
-    pipeline, folder = make_pipeline("tiny"), tmp_path_factory.mktemp("controlled") / "model"
-    torch.manual_seed(1)
-    config = {**CONFIGURATIONS["tiny"]["unet"], **BLOCKS}
-    pipeline.register_modules(unet=diffusers.UNet2DConditionModel(in_channels=4, out_channels=4, **config))
-    save_pipeline(pipeline, folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("controlled") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -92,18 +69,6 @@ def name_as_original(name: str, *, is_light: bool = False) -> str:
         return name.replace("resnets", "body")
     name = re.sub(r"body\.(\d)\.resnets\.(\d)", lambda found: f"body.{int(found[1]) * 2 + int(found[2])}", name)
     return re.sub(r"body\.(\d)\.in_conv", lambda found: f"body.{int(found[1]) * 2}.in_conv", name)
-
-
-def control(model: Path, pt2: Any, *paths: Path, encoder: Any = None, **settings: Any) -> LoadedPipeline:
-    """Load a model with controls `a`, `b` and so on."""
-    more = {} if encoder is None else {"image_encoder": str(encoder)}
-    entries = [{"name": name, "path": str(path), **more} for name, path in zip("abc", paths, strict=False)]
-    return load(model, pt2, controls=HandlerConfig.parse({"controls": entries}).controls, **settings)
-
-
-def name_control(name: str = "a", image: Image.Image = OUTLINE, **more: Any) -> dict[str, Any]:
-    """Return a control of a request; `begin` is its `from`, a word of Python."""
-    return {"name": name, "image": encode(image), **{"from" if key == "begin" else key: more[key] for key in more}}
 
 
 @pytest.fixture(scope="module")
@@ -138,10 +103,6 @@ def draw_with_diffusers(model: Path, adapters: Any, image: Any, *, scale: Any, *
         **{"num_inference_steps": 4, "guidance_scale": 5.0, **arguments},
     )
     return np.asarray(made.images[0]).astype(int)
-
-
-def measure(one: Picture, other: Picture) -> int:
-    return int(np.abs(one - other).max())
 
 
 @pytest.mark.parametrize("size", [(128, 128), (96, 160)])
@@ -539,11 +500,6 @@ def test_a_spoiled_folder_is_refused_in_a_line(
     with pytest.raises(ConfigError, match=rf"^handler\.controls\[0\]\.path: .*{told}") as error:
         control(model, None, path)
     assert "\n" not in str(error.value)
-
-
-def change(folder: Path, **config: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
 
 
 @pytest.mark.parametrize("path", ["none", "none.safetensors", "adapter.pth"])

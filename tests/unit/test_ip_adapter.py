@@ -17,8 +17,8 @@ from sdxl_server.api.image_metadata import describe_image
 from sdxl_server.errors import ConfigError, RequestError
 from sdxl_server.model.describe import describe_pipeline
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
+from tests.unit.controls import control, draw_outline, make_adapter, measure, name_control, write_model
 from tests.unit.pipelines import UNET_ONLY, encode, make_picture, make_pictures
-from tests.unit.test_controls import control, draw_outline, make_adapter, measure, model, name_control  # noqa: F401
 from tools.random_model import make_pipeline, save_pipeline
 
 HIDDEN, PROJECTED, INNER = 32, 24, 64
@@ -81,7 +81,13 @@ def make_ip_adapter(path: Path, unet: Any, kind: str, *, seed: int = 7) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folder(model: Path) -> Path:  # noqa: F811
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small Stable Diffusion XL."""
+    return write_model(tmp_path_factory.mktemp("prompted") / "model")
+
+
+@pytest.fixture(scope="module")
+def folder(model: Path) -> Path:
     """The folder of two IP-Adapters and their image encoder."""
     folder, unet = model.parent, diffusers.UNet2DConditionModel.from_pretrained(model / "unet")
     make_encoder(folder / "image_encoder")
@@ -91,12 +97,12 @@ def folder(model: Path) -> Path:  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def eager_prompted(model: Path, folder: Path) -> LoadedPipeline:  # noqa: F811
+def eager_prompted(model: Path, folder: Path) -> LoadedPipeline:
     return control(model, None, folder / "base.safetensors", folder / "plus.safetensors")
 
 
 @pytest.fixture(scope="module")
-def compiled_prompted(model: Path, folder: Path) -> LoadedPipeline:  # noqa: F811
+def compiled_prompted(model: Path, folder: Path) -> LoadedPipeline:
     """One graph for all sizes, with the layers of both IP-Adapters and a T2I-Adapter's inputs."""
     make_adapter().save_pretrained(folder / "edges")
     paths = (folder / "base.safetensors", folder / "plus.safetensors", folder / "edges")
@@ -109,7 +115,7 @@ def loaded(request: pytest.FixtureRequest) -> LoadedPipeline:
     return chosen
 
 
-def draw_with_diffusers(model: Path, files: dict[str, float], **arguments: Any) -> Any:  # noqa: F811
+def draw_with_diffusers(model: Path, files: dict[str, float], **arguments: Any) -> Any:
     """Return the image of diffusers' own pipeline with IP-Adapters of these scales."""
     pipeline = diffusers.DiffusionPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
@@ -132,7 +138,7 @@ def draw_with_diffusers(model: Path, files: dict[str, float], **arguments: Any) 
 )
 def test_the_image_equals_diffusers_own(
     loaded: LoadedPipeline,
-    model: Path,  # noqa: F811
+    model: Path,
     folder: Path,
     scales: dict[str, float],
     fields: dict[str, Any],
@@ -156,7 +162,7 @@ def test_scale_0_and_an_empty_interval_are_no_control(loaded: LoadedPipeline) ->
 HALVES: tuple[dict[str, Any], ...] = ({"to": 0.5}, {"begin": 0.5})
 
 
-def test_unused_layers_change_nothing(loaded: LoadedPipeline, model: Path) -> None:  # noqa: F811
+def test_unused_layers_change_nothing(loaded: LoadedPipeline, model: Path) -> None:
     assert measure(make_picture(loaded, **SQUARE), make_picture(control(model, None), **SQUARE)) <= 1
 
 
@@ -195,7 +201,7 @@ def test_it_combines_with_a_t2i_adapter_without_compiling(compiled_prompted: Loa
     assert [len(report["openvino"][name]) for name in ("unet", "control_a", "control_b", "control_c")] == [1] * 4
 
 
-def test_a_static_graph_takes_an_image_prompt(model: Path, folder: Path, eager_prompted: LoadedPipeline) -> None:  # noqa: F811
+def test_a_static_graph_takes_an_image_prompt(model: Path, folder: Path, eager_prompted: LoadedPipeline) -> None:
     path = folder / "base.safetensors"
     fixed = control(model, "openvino", path, allowed_sizes=["128x128"], warm_up=True, **UNET_ONLY)
     for fields in ({}, {"guidance_scale": 1.0}):
@@ -263,7 +269,7 @@ def rename(tensors: Any, old: str, new: str) -> None:
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_in_a_line(
-    model: Path,  # noqa: F811
+    model: Path,
     folder: Path,
     tmp_path: Path,
     spoil: Callable[[Any], Any],
@@ -293,7 +299,7 @@ def test_a_file_that_does_not_fit_is_refused_in_a_line(
     ],
 )
 def test_an_encoder_that_does_not_fit_is_refused_in_a_line(
-    model: Path,  # noqa: F811
+    model: Path,
     folder: Path,
     tmp_path: Path,
     spoil: Callable[[Path], Any],

@@ -13,15 +13,23 @@ from sdxl_server.config.control_settings import CONTROLNET, ControlConfig
 from sdxl_server.convert.weights_files import Header
 from sdxl_server.errors import ConfigError
 from sdxl_server.model.controls.base import Component, Control, Inputs, UNetCall, make_zeros
-from sdxl_server.model.controls.files import ControlFile, build_module, check_family, load_weights
+from sdxl_server.model.controls.files import MODELS, ControlFile, build_module, check_family, load_weights
 from sdxl_server.model.families import Family
 
 PLAIN, UNION = "ControlNetModel", "ControlNetUnionModel"
-CLASSES = (PLAIN, UNION)  # diffusers'
+CLASSES = (PLAIN, UNION, "ControlNetModel_Union")  # the last is the name of the union's authors
 DOWN, MIDDLE = "down_block_additional_residuals", "mid_block_additional_residual"  # the UNet's arguments
 SIDES = (0, 2, 3)  # the axes of rows, height and width
-# The kinds of images of a union ControlNet, in the order of its inputs. Smaller models end earlier.
-UNION_MODES = ("openpose", "depth", "scribble", "canny", "normal", "segment", "tile", "repaint")
+UNION_MODES = {
+    **{"openpose": 0, "depth": 1, "scribble": 2, "hed": 2, "pidi": 2, "ted": 2},
+    **{"canny": 3, "lineart": 3, "anime_lineart": 3, "mlsd": 3, "normal": 4, "segment": 5, "tile": 6, "repaint": 7},
+}
+"""The kinds of images of a union ControlNet, named by its authors, and the numbers of their inputs."""
+# Settings that decide what a ControlNet takes at each step. It gets what the UNet gets.
+SHARED_SETTINGS = (
+    *("cross_attention_dim", "encoder_hid_dim_type", "class_embed_type", "addition_embed_type"),
+    *("addition_time_embed_dim", "projection_class_embeddings_input_dim"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +50,9 @@ class ControlNet(Control):
             "sample": SIDES,
             "encoder_hidden_states": (0, 1),
             "controlnet_cond": SIDES,
+            "conditioning_scale": (0,),
             "control_type": (0,),
+            "control_type_idx": (0,),
             "added_cond_kwargs": {"text_embeds": (0,), "time_ids": (0,)},
         }
         return {
@@ -57,24 +67,29 @@ class ControlNet(Control):
 
         pixels = torch.from_numpy(np.asarray(image.convert("RGB")).astype(np.float32) / 255).permute(2, 0, 1)[None]
         embedded = functions[f"{self.component}_image"](pixels.to(self.module.device, self.module.dtype))
-        return embedded, self.modes.index(mode) if mode else 0
+        return embedded, UNION_MODES[mode or self.modes[0]] if self.modes else 0
 
     def compute_inputs(
         self, functions: Mapping[str, Callable[..., Any]], encoded: Any, scale: float, call: UNetCall
     ) -> Inputs:
-        """Return the feature maps for a call of the UNet. The network multiplies them by the scale."""
+        """Return the feature maps for a call of the UNet. The network multiplies them by the scale.
+
+        Where a map is averaged over its places, as for shuffled images, the half without the prompt gets none.
+        """
         import torch
 
         embedded, mode = encoded
         rows, config = len(call.sample), self.module.config
         conditions = embedded.expand(rows, -1, -1, -1)
-        strength = torch.tensor(scale, dtype=embedded.dtype, device=embedded.device)
+        strength = embedded.new_full((rows, 1, 1, 1), scale)
+        if config.global_pool_conditions:
+            strength[: rows // 2] = 0
         given: dict[str, Any] = {"controlnet_cond": conditions, "conditioning_scale": strength}
         if self.modes:
             kinds = embedded.new_zeros(rows, config.num_control_type)
             kinds[:, mode] = 1
-            index = torch.tensor([mode], device=embedded.device)
-            given = {"controlnet_cond": [conditions], "conditioning_scale": [strength]}
+            index = torch.full((rows,), mode, device=embedded.device)
+            given = {name: [each] for name, each in given.items()}
             given |= {"control_type": kinds, "control_type_idx": [index]}
         down, middle = functions[self.component](
             call.sample[:, : config.in_channels],
@@ -123,19 +138,19 @@ def load_controlnet(
 
     names = _name_tensors(opened.header, pipeline.unet.config["layers_per_block"])
     shapes = {name: opened.header.shapes[held] for name, held in names.items()}
+    if "conv_in.weight" not in names:
+        raise ConfigError(f"{opened.path} holds no ControlNet for {' or '.join(MODELS.values())}: it has no conv_in")
     is_xl = any(name.startswith("add_embedding.") for name in names)
     check_family(opened, "a ControlNet", is_xl=is_xl, wanted=family.is_xl)
     is_union = any(name.startswith("control_add_embedding.") for name in names)
     settings = opened.config or _read_config(shapes, pipeline.unet.config, is_union=is_union)
     module = build_module(opened, getattr(diffusers, UNION if is_union else PLAIN), settings)
-    if module.config.controlnet_conditioning_channel_order != "rgb":
-        raise ConfigError(f"{opened.path} takes images in the channel order bgr; ControlNets for rgb are served")
-    _check_fits(opened, module, pipeline.unet)
+    _check_fits(opened, module, pipeline)
     load_weights(opened, names, module, dtype)
     module.to(pipeline.unet.device)
     embedding, module.controlnet_cond_embedding = module.controlnet_cond_embedding, torch.nn.Identity()
-    modes = UNION_MODES[: module.config.num_control_type] if is_union else ()
-    return ControlNet(config, opened.sha256, module, modes, embedding)
+    modes = [name for name, number in UNION_MODES.items() if is_union and number < module.config.num_control_type]
+    return ControlNet(config, opened.sha256, module, tuple(modes), embedding)
 
 
 def _name_tensors(header: Header, layers_per_block: int) -> dict[str, str]:
@@ -158,16 +173,12 @@ def _read_config(
     """Return a ControlNet's settings: those of the UNet that it copies, and what the shapes of its tensors show."""
     config = {name: value for name, value in unet_config.items() if not name.startswith("_")}
     config["in_channels"] = shapes.get("conv_in.weight", (0, 4))[1]
-    blocks, layers = [], []
-    for index, layer in enumerate(
-        _spread(unet_config["transformer_layers_per_block"], unet_config["down_block_types"])
-    ):
-        depth = _count(shapes, rf"down_blocks\.{index}\.attentions\.0\.transformer_blocks\.(\d+)\.norm1\.weight")
-        blocks.append("CrossAttnDownBlock2D" if depth else "DownBlock2D")
-        layers.append(depth or layer)
-    config |= {"down_block_types": blocks, "transformer_layers_per_block": layers}
-    if not any(name.startswith("mid_block.attentions.") for name in shapes):
-        config["mid_block_type"] = "UNetMidBlock2D"
+    transformer = r"\.attentions\.0\.transformer_blocks\.\d+\.norm1\.weight"
+    depths = [_count(shapes, rf"down_blocks\.{i}{transformer}") for i in range(len(unet_config["down_block_types"]))]
+    config["down_block_types"] = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths]
+    middle = _count(shapes, rf"mid_block{transformer}")
+    config["mid_block_type"] = "UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D"
+    config["transformer_layers_per_block"] = [*depths[:-1], middle or depths[-1]]  # the last is the middle's too
     parts = "controlnet_cond_embedding"
     channels = [shapes.get(f"{parts}.conv_in.weight", (16,))[0]]
     channels += [
@@ -182,25 +193,28 @@ def _read_config(
     return config
 
 
-def _spread(value: Any, over: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value] * len(over)
-
-
 def _count(shapes: Mapping[str, Any], pattern: str) -> int:
     return sum(re.fullmatch(pattern, name) is not None for name in shapes)
 
 
-def _check_fits(opened: ControlFile, module: Any, unet: Any) -> None:
-    """Refuse a ControlNet whose feature maps do not fit the UNet.
+def _check_fits(opened: ControlFile, module: Any, pipeline: Any) -> None:
+    """Refuse a ControlNet that takes other inputs than the UNet's, or makes other feature maps.
 
     Raises:
-        ConfigError: names the channels.
+        ConfigError: names what differs.
     """
-    made = [each.out_channels for each in (*module.controlnet_down_blocks, module.controlnet_mid_block)]
+    unet, config = pipeline.unet, module.config
     taken = [channels for channels, _, _ in list_connection_shapes(unet, 64, 64)]
-    if made != taken:
-        shown = [", ".join(map(str, each)) for each in (taken, made)]
-        raise ConfigError(
-            f"{opened.path} does not fit this model: its UNet takes feature maps of {shown[0]} channels, and the "
-            f"ControlNet makes {shown[1]}"
-        )
+    made = [each.out_channels for each in (*module.controlnet_down_blocks, module.controlnet_mid_block)]
+    side = 2 ** (len(config.conditioning_embedding_out_channels) - 1)
+    pairs = {
+        "the channels of feature maps": (taken, made),
+        "the channels of latents": (pipeline.vae.config.latent_channels, config.in_channels),
+        "the channels of images": (3, config.conditioning_channels),
+        "the pixels along a cell of latents": (pipeline.vae_scale_factor, side),
+        "controlnet_conditioning_channel_order": ("rgb", config.controlnet_conditioning_channel_order),
+        **{name: (unet.config[name], config[name]) for name in SHARED_SETTINGS},
+    }
+    for name, (wanted, given) in pairs.items():
+        if wanted != given:
+            raise ConfigError(f"{opened.path} does not fit this model: {name} must be {wanted}, not {given}")

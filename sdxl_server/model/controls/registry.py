@@ -1,5 +1,6 @@
 """The registered controls: loaded with the model, each of a kind that its file decides."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,9 @@ def load_controls(
             controls.append(KINDS[kind].load(opened, entry, pipeline, family, dtype))
         except ConfigError as error:
             raise ConfigError(f"handler.controls[{index}].path: {error}") from error
+    names = Counter(name for each in controls for name in each.list_components())
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ConfigError(f"handler.controls takes other names: two of them have the component {twice[0]}")
     return tuple(controls)
 
 
