@@ -21,7 +21,6 @@ import psutil
 import requests
 from PIL import Image
 
-from scorecard.site import ADAPTER, CONTROL
 from sdxl_server.request.preprocessing import CANNY, load_opencv
 from sdxl_server.serving.client import send_request
 from tools.proxy import LocalProxy
@@ -30,6 +29,7 @@ from tools.server import LocalServer
 PATIENCE = 90  # seconds after which a request counts as hung
 IMAGE_SIZES = ((128, 128), (96, 128))
 IMAGE_FORMATS = ("jpeg", "png", "webp")
+CONTROL, ADAPTER = "edges", "inverted"  # the names of those that are registered
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from scorecard.site import CONTROL
+from scorecard.clients import CONTROL
 
 MODEL = "/predictions/diffusion_fast"
 PATHS = (

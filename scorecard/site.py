@@ -13,11 +13,11 @@ import psutil
 import yaml
 
 from demo.measure import GUIDANCE
+from scorecard.clients import ADAPTER, CONTROL
 from tools.random_model import save_controlnet
 from tools.server import ROOT, LocalServer, ServerError, make_archive, read_shipped
 
 STEPS = 5
-CONTROL, ADAPTER = "edges", "inverted"  # the registered ones
 ADAPTER_FILE = ROOT / "demo/adapters/inverted/inverted.safetensors"
 
 

@@ -93,8 +93,9 @@ def _make_map(control: RequestControl, size: Size, how: str) -> Any:
     image = control.image.pixels
     if how != "pad":
         return control.preprocess(_resize(image, size, how, bars="black"))
-    inside = ImageOps.contain(image, size, choose_filter(image))
-    return ImageOps.pad(control.preprocess(inside), size, color="black")
+    scale = min(size[0] / image.width, size[1] / image.height)
+    inside = max(round(scale * image.width), 1), max(round(scale * image.height), 1)
+    return ImageOps.pad(control.preprocess(resize_image(image, inside)), size, color="black")
 
 
 def _set_size(used: dict[str, Any], given: Mapping[str, Any], limits: Limits, image: Size) -> tuple[Size, str]:

@@ -235,7 +235,7 @@ CLOSED = [
     ("GET", f"{PREDICTIONS}/1.0/sdapi/v1/samplers%20x"),
     ("GET", "/controlnet"),
     ("GET", "/controlnet/model_list/x"),
-    ("GET", "/controlnet/..%2f..%2fworkflows"),
+    ("GET", "/controlnet/x/..%2f..%2fworkflows"),
     ("POST", "/controlnet/model_list"),
     ("POST", f"{PREDICTIONS}/1.0/controlnet/detect"),
 ]

@@ -24,7 +24,7 @@ from sdxl_server.request.controls import RegisteredControl
 from sdxl_server.request.preprocessing import load_opencv
 from sdxl_server.service import Service, describe_error
 from tests.unit.pipelines import encode, load, make_picture
-from tests.unit.test_a1111 import PHOTO, finish, open_images, read
+from tests.unit.test_a1111 import MASK, PHOTO, finish, open_images, read
 from tests.unit.test_a1111 import ask as ask_a1111
 from tests.unit.test_request import LIMITS, make_contract
 from tools.random_model import save_controlnet
@@ -313,6 +313,9 @@ def test_image_to_image_lends_its_image() -> None:
     assert np.array_equal(
         np.asarray(request.control[0].image), np.asarray(draw_disc().resize((64, 64), Image.Resampling.LANCZOS))
     )
+    request, warnings = read(True, CONTRACT, init_images=[start], mask=encode(MASK), **wrap({"model": "edges"}))
+    assert (request.is_crop, warnings) == (True, [])  # A1111's default draws only the masked part
+    assert np.array_equal(np.asarray(request.control[0].image), np.asarray(PHOTO))
 
 
 # Drawings and lists of a model.

@@ -573,7 +573,8 @@ def test_what_is_no_control_is_refused(control_hub: Hub, download: Download, tmp
     def refuse(*arguments: str, parts: tuple[str, ...]) -> None:
         check_refused(download(*arguments, HF_ENDPOINT=control_hub.url), *parts)
 
-    refuse("--control", f"{CONTROL_ID}/lora.safetensors", parts=("holds a LoRA", "a control is a T2I-Adapter or a Co"))
+    lora = f"{CONTROL_ID}/lora.safetensors"
+    refuse("--control", lora, "--output-dir", "lora", parts=("holds a LoRA", "a control is a T2I-Adapter or a Co"))
     refuse("--control", f"{CONTROL_ID}/none.safetensors", parts=("has no file none.safetensors; it has",))
     refuse("--control", f"{CONTROL_ID}/a.pth", parts=("a.pth",))
     refuse("--control", CONTROL_ID, "--vae", "x", parts=("--control downloads a control alone: leave out --vae",))

@@ -85,6 +85,12 @@ def test_edges_are_drawn_in_the_size_of_the_result(mode: str, is_inside: bool, i
     assert not is_inside or not drawn[:48].any() and not drawn[80:].any()
 
 
+@pytest.mark.parametrize("mode", ["crop", "pad", "stretch"])
+@pytest.mark.parametrize("size", [(3000, 8), (8, 3000), (8, 8)])
+def test_images_of_any_aspect_have_edges(size: tuple[int, int], mode: str) -> None:
+    assert read(Image.new("RGB", size), preprocess="canny", resize_mode=mode).image.size == (128, 128)
+
+
 def test_each_control_has_its_own_way() -> None:
     wide, red = draw_disc(256, 128), Image.new("RGB", (256, 128), "red")
     entries = [
