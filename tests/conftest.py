@@ -18,7 +18,7 @@ ONE_SERVER = ("test_contract", "test_metrics", "test_requests", "test_page_devic
 ONE_SITE = ("test_jobs", "test_page_jobs")
 LONGEST = (
     *("server/test_instances", "server/test_deploy", "server/test_jobs", "server/test_page", "server/test_contract"),
-    *("server/test_guide", "server/test_backends", "server/test_soak", "server", "unit/test_benchmarks"),
+    *("server/test_guide", "server/test_units", "server/test_soak", "server", "unit/test_benchmarks"),
     *("unit/test_shapes", "unit/test_adapters", "unit/test_pipeline", "unit/test_sizes", "unit/test_query"),
     *("unit/test_samplers", "unit/test_function", "unit/test_controls", "unit/test_lycoris", "unit/test_graph"),
 )
