@@ -35,7 +35,7 @@ from web.server import PageServer
 pytestmark = [needs_browser, pytest.mark.skipif(find_postgres() is None, reason="postgresql is not installed")]
 OTHER = secrets.token_hex(32)  # another holder's API key
 LONG: dict[str, Any] = {"num_inference_steps": 50, "num_images_per_prompt": 2}  # for some seconds
-ENDLESS = {"num_inference_steps": 150, "num_images_per_prompt": 10}  # until it is cancelled
+ENDLESS: dict[str, Any] = {"num_inference_steps": 150, "num_images_per_prompt": 10}  # until it is cancelled
 
 
 @pytest.fixture(scope="module")
