@@ -14,6 +14,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX ?=
 VENV := .venv
 RUN := $(VENV)/bin/python -m
+# pip leaves compiling to the first import (--no-compile). Without what it writes, each program would compile torch again:
+# a server's start took three times as long.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: audit bench demo environment lint lock page peers sdxl soak test
 

@@ -15,9 +15,10 @@ from tools.random_model import make_pipeline, save_pipeline
 gc.set_threshold(20_000, 20, 20)
 
 ONE_SERVER = ("test_contract", "test_metrics", "test_requests", "test_page_devices", "test_webuiapi")
+ONE_SITE = ("test_jobs", "test_page_jobs")
 LONGEST = (
     *("server/test_instances", "server/test_deploy", "server/test_jobs", "server/test_page", "server/test_contract"),
-    *("server/test_guide", "server/test_backends", "server/test_soak", "server", "unit/test_benchmarks"),
+    *("server/test_guide", "server/test_units", "server/test_soak", "server", "unit/test_benchmarks"),
     *("unit/test_shapes", "unit/test_adapters", "unit/test_pipeline", "unit/test_sizes", "unit/test_query"),
     *("unit/test_samplers", "unit/test_function", "unit/test_controls", "unit/test_lycoris", "unit/test_graph"),
 )
@@ -43,7 +44,8 @@ class FileScheduling(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         path = nodeid.partition("::")[0]
-        return "one server" if Path(path).stem in ONE_SERVER else path
+        groups = (group for group in (ONE_SERVER, ONE_SITE) if Path(path).stem in group)
+        return next(groups, (path,))[0]
 
 
 @pytest.hookimpl(optionalhook=True)

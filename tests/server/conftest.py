@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
+from tests.server import test_jobs
 from tests.server.browser import CHROMIUM, open_context, open_page
 from tests.server.eager import KEPT, PASSED_ON, EagerServer
 from tests.server.test_backends import ask_for_picture
@@ -32,6 +33,12 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
             yield running
             ask_for_picture(running)
             assert running.find_worker() == worker  # it outlived every request
+
+
+@pytest.fixture(scope="package")
+def site(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[test_jobs.Site]:
+    """Jobs with one worker, for the files of tests/conftest.py's ONE_SITE; other files have their own."""
+    yield from test_jobs.serve(tmp_path_factory.mktemp("jobs"), tiny_model, 1)
 
 
 @pytest.fixture(scope="module")

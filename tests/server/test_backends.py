@@ -1,4 +1,4 @@
-"""Each backend behind a real TorchServe: a picture, what ran, and the guide's metrics."""
+"""Each backend behind a real TorchServe: a picture, what ran, and the guide's metrics. OpenVINO: test_units."""
 
 import base64
 import io
@@ -7,7 +7,7 @@ import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import requests
@@ -21,7 +21,20 @@ from tools.server import LocalServer, ServerError, make_archive, read_shipped
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", os.environ.get("CXX", "c++")))), reason="Inductor needs a C++ compiler"
 )
-PARTS = ["unet", "vae", "vae_encoder", "text_encoder", "text_encoder_2"]
+
+
+class Served(Protocol):
+    """What the checks use of a running server."""
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def log(self) -> str: ...
+
+    def get_headers(self) -> dict[str, str]: ...
+
+    def read_document(self) -> dict[str, Any]: ...
 
 
 def make_settings(pt2: Any, **handler: Any) -> str:
@@ -34,7 +47,7 @@ def make_settings(pt2: Any, **handler: Any) -> str:
     return yaml.safe_dump(settings, sort_keys=False)
 
 
-def ask_for_picture(server: LocalServer) -> Image.Image:
+def ask_for_picture(server: Served) -> Image.Image:
     answer = requests.post(server.url, data="a red fox", headers=server.get_headers(), timeout=120)
     assert answer.status_code == 200, answer.text
     assert answer.headers["Content-Type"] == "image/jpeg"
@@ -45,7 +58,7 @@ def ask_for_picture(server: LocalServer) -> Image.Image:
     return picture
 
 
-def ask_for_array(server: LocalServer, **fields: Any) -> list[bytes]:
+def ask_for_array(server: Served, **fields: Any) -> list[bytes]:
     """Return the pixels of each picture."""
     fields = {"prompt": "a red fox", "output_format": "png", **fields}
     headers = {**server.get_headers(), "Accept": "application/json"}
@@ -58,7 +71,7 @@ def ask_for_array(server: LocalServer, **fields: Any) -> list[bytes]:
 ANSWERS_TO_SEEDS = 4 + 4 + 1
 
 
-def check_seeds(server: LocalServer, *, images: int = 4) -> None:
+def check_seeds(server: Served, *, images: int = 4) -> None:
     """Check that a seed means the same picture alone, beside others and as one of several, to the last bit."""
     alone = [ask_for_array(server, seed=seed) for seed in range(4)]
     with ThreadPoolExecutor(4) as pool:
@@ -68,25 +81,20 @@ def check_seeds(server: LocalServer, *, images: int = 4) -> None:
     assert len({each for (each,) in alone}) == 4
 
 
-def serve_pictures(folder: Path, model: Path, settings: str) -> dict[str, Any]:
-    """Serve two pictures and return what the server says of itself; its stopping leaves nothing."""
-    make_archive(folder, model, settings)
-    with LocalServer(folder) as server:
-        processes = server.find_processes()
-        before = server.read_document()
-        first, second = ask_for_picture(server), ask_for_picture(server)
-        assert first.tobytes() != second.tobytes()  # each picture starts from noise of its own
-        report: dict[str, Any] = server.read_document()
-        check_seeds(server)
-        assert report == server.read_document() == before  # the warm-up had compiled everything
-        for stage in ("preprocess", "inference", "postprocess"):
-            found = re.findall(rf"result=\[METRICS\]ts_handler_{stage}\.Milliseconds:([\d.e-]+)\|", server.log)
-            assert len(found) == 2 + ANSWERS_TO_SEEDS  # one for each request, not for each step
-            assert all(float(value) > 0 for value in found)
-        outside = re.findall(r"result=\[METRICS\]OpenVINOOperatorsOutside\.Count:([\d.]+)\|#Part:(\w+)", server.log)
-        assert dict((part, float(value)) for value, part in outside) == dict.fromkeys(report.get("openvino", {}), 0)
-    assert len(processes) >= 2  # the server and its worker
-    assert not [process for process in processes if process.is_running()]
+def check_pictures(server: Served) -> dict[str, Any]:
+    """Ask a server that has just started for pictures; return what it says of itself."""
+    before = server.read_document()
+    first, second = ask_for_picture(server), ask_for_picture(server)
+    assert first.tobytes() != second.tobytes()  # each picture starts from noise of its own
+    report: dict[str, Any] = server.read_document()
+    check_seeds(server)
+    assert report == server.read_document() == before  # the warm-up had compiled everything
+    for stage in ("preprocess", "inference", "postprocess"):
+        found = re.findall(rf"result=\[METRICS\]ts_handler_{stage}\.Milliseconds:([\d.e-]+)\|", server.log)
+        assert len(found) == 2 + ANSWERS_TO_SEEDS  # one for each request, not for each step
+        assert all(float(value) > 0 for value in found)
+    outside = re.findall(r"result=\[METRICS\]OpenVINOOperatorsOutside\.Count:([\d.]+)\|#Part:(\w+)", server.log)
+    assert dict((part, float(value)) for value, part in outside) == dict.fromkeys(report.get("openvino", {}), 0)
     return report
 
 
@@ -105,8 +113,9 @@ def test_inductor_makes_pictures(tmp_path: Path, flat_model: Path) -> None:
     # Inductor takes a minute for each part; the UNet stands for all.
     left_out = dict.fromkeys(("compile_vae", "compile_text_encoders"), False)
     pt2 = {"compile": {"enable": True, "backend": "inductor"}}
-    report = serve_pictures(tmp_path, flat_model, make_settings(pt2, **left_out))
-    check_report(report, "inductor", ["unet"])
+    make_archive(tmp_path, flat_model, make_settings(pt2, **left_out))
+    with LocalServer(tmp_path) as server:
+        check_report(check_pictures(server), "inductor", ["unet"])
 
 
 def check_report(report: dict[str, Any], backend: str, parts: list[str]) -> None:
@@ -114,22 +123,6 @@ def check_report(report: dict[str, Any], backend: str, parts: list[str]) -> None
     assert report["processors"]["torch_threads"] <= report["processors"]["logical"]
     assert report["compiled_parts"] == parts
     assert "openvino" not in report
-
-
-def test_openvino_makes_pictures_and_its_cache_serves_the_second_start(tmp_path: Path, tiny_model: Path) -> None:
-    options = {"device": "CPU", "model_caching": True, "cache_dir": str(tmp_path / "cache")}
-    settings = make_settings({"backend": "openvino", "options": options})
-    for start, is_cached in (("first", False), ("second", True)):
-        folder = tmp_path / start
-        folder.mkdir()
-        report = serve_pictures(folder, tiny_model, settings)
-        assert (report["backend"], report["graphs"], report["graph_breaks"]) == ("openvino", 4, 0)
-        assert report["compiled_parts"] == list(report["openvino"]) == PARTS
-        for part in PARTS:
-            if part == "vae_encoder":  # waits for the first request with an image
-                continue
-            (graph,) = report["openvino"][part]
-            assert {model["loaded_from_cache"] for model in graph["models"]} == {is_cached}
 
 
 @pytest.mark.soak

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 import requests
 
 from sdxl_server.serving.readiness import read_token
+from tests.server.test_backends import make_settings
 from tools.server import ROOT, find_free_ports, make_environment
 
 
@@ -54,8 +56,17 @@ def run_container(folder: Path, model: Path, *arguments: str, host: str = "127.0
             process.wait(timeout=30)
 
 
+def make_source(folder: Path) -> str:
+    """Copy what the entry point reads of the project, with eager PyTorch, which is ready sooner."""
+    folder.mkdir()
+    for name in ("stable_diffusion_handler.py", "pipeline_utils.py", "config.properties", "log4j2.xml"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "model-config.yaml").write_text(make_settings(None))
+    return str(folder)
+
+
 def test_key_is_needed_and_logs_go_to_standard_output(tmp_path: Path, tiny_model: Path) -> None:
-    with run_container(tmp_path, tiny_model) as container:
+    with run_container(tmp_path, tiny_model, "--source", make_source(tmp_path / "source")) as container:
         for headers in ({}, {"Authorization": "Bearer wrong"}):
             answer = requests.post(container.url, data="a red fox", headers=headers, timeout=60)
             assert (answer.status_code, answer.json()["type"]) == (400, "InvalidKeyException")

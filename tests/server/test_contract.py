@@ -355,13 +355,3 @@ def test_without_continuous_batching(tmp_path: Path, tiny_model: Path) -> None:
         address = f"http://127.0.0.1:{running.ports['management_address']}/models/{running.model}?customized=true"
         answer = requests.get(address, headers=running.get_headers("management"), timeout=60)
         assert answer.json()[0]["customizedMetadata"]["backend"] == "eager"
-
-
-def test_a_request_that_torchserve_repeats_for_ever_ends_it(tmp_path: Path, tiny_model: Path) -> None:
-    """It would serve nothing else. A supervisor starts it again."""
-    make_archive(tmp_path, tiny_model, make_settings(None, **LIMITS, warm_up=False))
-    with LocalServer(tmp_path) as running:
-        address = f"http://127.0.0.1:{running.ports['management_address']}/models/{running.model}?customized=true"
-        requests.get(address, headers=running.get_headers("management"), timeout=60)
-        wait_for(lambda: not running.find_processes())
-        assert "it ends now" in running.log

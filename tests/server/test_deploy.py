@@ -1,7 +1,6 @@
 """The shipped nginx.conf before a real TorchServe, the ready check, and systemd's units."""
 
 import base64
-import contextlib
 import http.client
 import io
 import itertools
@@ -19,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import psutil
 import pytest
@@ -94,20 +93,30 @@ class Nginx(LocalProxy):
         return connection
 
 
+class Server(LocalServer):
+    """One that knows the worker that it has started with: it must outlive every request."""
+
+    worker = 0
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self.worker = self.find_worker()
+        return self
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[LocalServer]:
+def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Server]:
     """One request at a time, and two that wait."""
     folder = tmp_path_factory.mktemp("server")
     settings = yaml.safe_load(make_settings(None)) | {"batchSize": 1, "jobQueueSize": 2}
     make_archive(folder, tiny_model, yaml.safe_dump(settings, sort_keys=False))
-    running = LocalServer(folder)
+    running = Server(folder)
     assert check(running) == 1
     with running:
         assert check(running) == 0
-        worker = running.find_worker()
         yield running
         assert check(running, "--answer", "30") == 0
-        assert running.find_worker() == worker
+        assert running.find_worker() == running.worker
     assert check(running) == 1
 
 
@@ -760,32 +769,6 @@ def test_recorded_clients_get_their_pictures(client: str, nginx: Nginx, address:
         assert part in "; ".join(warnings)
 
 
-@needs_nginx
-def test_stored_token_works_after_a_restart(tmp_path: Path, tiny_model: Path) -> None:
-    """As a front end keeps it; TorchServe's own key is another one then."""
-    make_archive(tmp_path, tiny_model, make_settings(None))
-    server = LocalServer(tmp_path)
-    with contextlib.ExitStack() as stack:
-        with server:
-            first = server.key_file.read_text()
-            nginx = stack.enter_context(Nginx(server.ports["inference_address"], key_file=server.key_file))
-            nginx.write_tokens({nginx.token: "open-webui", "f" * 64: "somebody-else"})
-            nginx.command("-s", "reload")
-            wait_for(lambda: list_models(nginx, "f" * 64) == 200)
-            assert list_models(nginx, nginx.token) == 200
-        assert list_models(nginx, nginx.token) == 502
-        with server:
-            assert server.key_file.read_text() != first
-            assert list_models(nginx, nginx.token) == 400  # TorchServe's: it has not been passed on yet
-            nginx.pass_key()
-            nginx.command("-s", "reload")
-            wait_for(lambda: list_models(nginx, nginx.token) == 200)
-            nginx.write_tokens({nginx.token: "open-webui"})
-            nginx.command("-s", "reload")
-            wait_for(lambda: list_models(nginx, "f" * 64) == 401)
-            assert list_models(nginx, nginx.token) == 200
-
-
 def list_models(nginx: Nginx, token: str) -> int:
     """Return the status of the answer to who has this token."""
     return nginx.ask("GET", "/v1/models", address=next(addresses), Authorization=f"Bearer {token}").status
@@ -924,3 +907,27 @@ def test_units_are_understood(tmp_path: Path) -> None:
         timeout=60,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@needs_nginx
+def test_stored_token_works_after_a_restart(server: Server) -> None:
+    """As a front end keeps it; TorchServe's own key is another one then. The other tests' nginx has the first key."""
+    first = server.key_file.read_text()
+    with Nginx(server.ports["inference_address"], key_file=server.key_file) as nginx:
+        nginx.write_tokens({nginx.token: "open-webui", "f" * 64: "somebody-else"})
+        nginx.command("-s", "reload")
+        wait_for(lambda: list_models(nginx, "f" * 64) == 200)
+        assert list_models(nginx, nginx.token) == 200
+        assert server.find_worker() == server.worker
+        server.__exit__(None, None, None)
+        assert list_models(nginx, nginx.token) == 502
+        server.__enter__()
+        assert server.key_file.read_text() != first
+        assert list_models(nginx, nginx.token) == 400  # TorchServe's: it has not been passed on yet
+        nginx.pass_key()
+        nginx.command("-s", "reload")
+        wait_for(lambda: list_models(nginx, nginx.token) == 200)
+        nginx.write_tokens({nginx.token: "open-webui"})
+        nginx.command("-s", "reload")
+        wait_for(lambda: list_models(nginx, "f" * 64) == 401)
+        assert list_models(nginx, nginx.token) == 200

@@ -23,6 +23,7 @@ import requests
 import yaml
 
 from sdxl_server.serving import rolling_restart
+from tests.server import waiting_handler
 from tests.server.eager import wait_for
 from tests.server.test_backends import make_settings
 from tools.instances import NAMES, Instance, LocalBalancer, find_haproxy
@@ -38,7 +39,7 @@ class Site(NamedTuple):
     instances: dict[str, Instance]
     balancer: LocalBalancer
 
-    def ask(self, seed: int, *, steps: int = 20) -> int:
+    def ask(self, seed: int, *, steps: int = 10) -> int:
         """Return the status of a request, 0 where the connection broke."""
         body = {"prompt": "a red fox", "seed": seed, "num_inference_steps": steps}
         try:
@@ -69,7 +70,14 @@ class Logged(NamedTuple):
 
 
 @contextmanager
-def serve(folder: Path, model: Path, settings: str, cores: Sequence[Sequence[int]] | None = None) -> Iterator[Site]:
+def serve(
+    folder: Path,
+    model: Path,
+    settings: str,
+    *,
+    handler: Path | None = None,
+    cores: Sequence[Sequence[int]] | None = None,
+) -> Iterator[Site]:
     """Run HAProxy before three instances, each on its cores, or on all."""
     instances = {}
     for name in NAMES:
@@ -77,7 +85,7 @@ def serve(folder: Path, model: Path, settings: str, cores: Sequence[Sequence[int
         (port,) = find_free_ports(1)
         own = yaml.safe_load(settings)
         own["handler"]["metrics_address"] = f"127.0.0.1:{port}"
-        make_archive(folder / name, model, yaml.safe_dump(own, sort_keys=False))
+        make_archive(folder / name, model, yaml.safe_dump(own, sort_keys=False), handler=handler)
         instances[name] = Instance(folder / name, metrics_port=port)
 
     def start(instance: Instance, its_cores: Sequence[int]) -> Instance:
@@ -95,7 +103,8 @@ def serve(folder: Path, model: Path, settings: str, cores: Sequence[Sequence[int
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Site]:
-    with serve(tmp_path_factory.mktemp("instances"), tiny_model, make_settings(None)) as running:
+    handler = Path(waiting_handler.__file__)
+    with serve(tmp_path_factory.mktemp("instances"), tiny_model, make_settings(None), handler=handler) as running:
         yield running
 
 
@@ -139,7 +148,7 @@ def read_log(site: Site) -> list[Logged]:
 def test_nobody_waits_while_an_instance_is_idle(whole: Site) -> None:
     site = whole
     with ThreadPoolExecutor(6) as pool:
-        asked = [pool.submit(site.ask, seed, steps=40) for seed in range(18)]
+        asked = [pool.submit(site.ask, seed, steps=20) for seed in range(18)]
         wait_for(lambda: is_told(site, waiting=3, sessions=6))
         assert {each.result() for each in asked} == {200}
     logged = read_log(site)[-18:]
@@ -165,7 +174,7 @@ def is_told(site: Site, *, waiting: int, sessions: int) -> bool:
 @pytest.mark.soak
 def test_documents_wait_for_no_picture(site: Site) -> None:
     with ThreadPoolExecutor(6) as pool:
-        pictures = [pool.submit(site.ask, seed, steps=100) for seed in range(6)]
+        pictures = [pool.submit(site.ask, seed, steps=40) for seed in range(6)]
         time.sleep(0.3)
         assert requests.get(f"{site.balancer.url}/1.0/v1/models", timeout=30).status_code == 200
         assert not all(each.done() for each in pictures)
@@ -175,7 +184,7 @@ def test_documents_wait_for_no_picture(site: Site) -> None:
 @pytest.mark.soak
 def test_a_worker_that_is_killed_loses_its_picture_only(site: Site) -> None:
     with ThreadPoolExecutor(6) as pool:
-        asked = [pool.submit(site.ask, seed, steps=50) for seed in range(60)]
+        asked = [pool.submit(site.ask, seed, steps=20) for seed in range(60)]
         time.sleep(0.5)
         (worker,) = (each for each in site.instances["one"].find_processes() if "--sock-type" in each.cmdline())
         worker.kill()
@@ -230,7 +239,7 @@ def test_a_rolling_restart_loses_none_of_300(whole: Site, tmp_path: Path, capsys
     site = whole
     before = {name: each.find_processes()[0].pid for name, each in site.instances.items()}
     with restart_wanted(site, tmp_path) as command, ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(site.ask, seed, steps=50) for seed in range(300)]
+        asked = [pool.submit(site.ask, seed, steps=20) for seed in range(300)]
         code = rolling_restart.main(["--socket", str(site.balancer.socket), "--restart", command, "--wait", "120"])
         under_load = sum(not each.done() for each in asked)
         statuses = Counter(each.result() for each in asked)
@@ -245,7 +254,7 @@ def test_a_rolling_restart_loses_none_of_300(whole: Site, tmp_path: Path, capsys
 def test_600_requests_through_nginx_lose_the_killed_image_only(whole: Site, tmp_path: Path) -> None:
     """Each instance is drained and restarted; then one is killed."""
     site = whole
-    body = {"prompt": "a red fox", "num_inference_steps": 50}
+    body = {"prompt": "a red fox", "num_inference_steps": 20}
     with LocalProxy(site.balancer.port) as proxy:
 
         def ask(seed: int) -> int:
@@ -295,14 +304,14 @@ def test_instances_on_a_core_each_share_the_work(
     for bound in (True, False):
         (tmp_path / str(bound)).mkdir()
         place = [[cores[index % len(cores)]] for index in range(len(NAMES))] if bound else None
-        with serve(tmp_path / str(bound), ROOT / "demo/model", settings, place) as site:
+        with serve(tmp_path / str(bound), ROOT / "demo/model", settings, cores=place) as site:
             haproxy = rolling_restart.Haproxy(site.balancer.socket, "pictures")
             for count in (3, 2, 1):
                 for name in NAMES[count:]:
                     haproxy.set_state(name, "drain")
                 with ThreadPoolExecutor(6) as pool:
                     started = time.monotonic()
-                    assert set(pool.map(site.ask, range(60))) == {200}
+                    assert set(pool.map(lambda seed: site.ask(seed, steps=20), range(60))) == {200}
                 rates[bound, count] = 60 / (time.monotonic() - started)
     with capsys.disabled():
         for (bound, count), rate in rates.items():
@@ -317,7 +326,7 @@ def test_an_instance_that_is_killed_loses_its_picture_only(site: Site, kills: in
     for _ in range(kills):
         restart_dead(site)
         with ThreadPoolExecutor(6) as pool:
-            asked = [pool.submit(site.ask, seed, steps=50) for seed in range(12)]
+            asked = [pool.submit(site.ask, seed, steps=20) for seed in range(12)]
             time.sleep(0.5)
             for process in instance.find_processes():
                 process.kill()

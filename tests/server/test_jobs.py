@@ -20,6 +20,7 @@ import yaml
 from PIL import Image
 
 from jobs.upkeep import LOST
+from tests.server import waiting_handler
 from tests.server.test_backends import make_settings
 from tools.instances import Instance
 from tools.postgres import LocalPostgres, find_postgres
@@ -27,6 +28,7 @@ from tools.proxy import LocalProxy, find_nginx
 from tools.server import ROOT, find_free_ports, make_archive
 
 pytestmark = pytest.mark.skipif(find_postgres() is None, reason="postgresql is not installed")
+HANDLER = Path(waiting_handler.__file__)
 ENDED = {"done", "failed", "cancelled"}
 
 
@@ -141,7 +143,7 @@ def serve(folder: Path, model: Path, count: int) -> Iterator[Site]:
             place.mkdir()
             settings = yaml.safe_load(make_settings(None))
             settings["handler"]["metrics_address"] = f"127.0.0.1:{port}"
-            make_archive(place, model, yaml.safe_dump(settings, sort_keys=False))
+            make_archive(place, model, yaml.safe_dump(settings, sort_keys=False), handler=HANDLER)
             instances.append(stack.enter_context(Instance(place, metrics_port=port)))
         database = stack.enter_context(LocalPostgres())
         site = Site(folder, instances, database)
@@ -167,11 +169,6 @@ def is_up(site: Site) -> bool:
     with contextlib.suppress(requests.RequestException):
         return site.ask("GET", "/no-such-job").status_code == 404
     return False
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Site]:
-    yield from serve(tmp_path_factory.mktemp("jobs"), tiny_model, 1)
 
 
 def test_a_job_becomes_a_picture(site: Site) -> None:
@@ -222,7 +219,7 @@ def test_jobs_through_nginx_belong_to_the_holder_of_the_key(site: Site) -> None:
 
         def find_end() -> requests.Response | None:
             read = requests.get(job, headers=anna, **given)
-            return read if read.json()["state"] == "done" else None
+            return read if read.json().get("state") == "done" else None  # an old process of nginx may answer
 
         ended = site.wait(find_end)
         known = {**anna, "If-None-Match": ended.headers["ETag"]}
@@ -275,7 +272,7 @@ def test_jobs_wait_in_order_and_are_cancelled(site: Site) -> None:
     [(1, "done", None), pytest.param(2, "failed", f"{LOST}; this was attempt 2", marks=pytest.mark.soak)],
 )
 def test_a_job_whose_worker_is_killed_is_taken_up_once(site: Site, kills: int, state: str, message: str | None) -> None:
-    job = site.order(steps=100, num_images_per_prompt=2)["id"]
+    job = site.order(steps=30, num_images_per_prompt=2)["id"]
     for attempt in range(1, kills + 1):
         site.wait(lambda: site.read(job)["state"] == "running" and site.read(job)["attempt"] == attempt)  # noqa: B023
         site.kill("worker0")
@@ -287,7 +284,7 @@ def test_a_job_whose_worker_is_killed_is_taken_up_once(site: Site, kills: int, s
 @pytest.mark.parametrize("seconds", [12, pytest.param(120, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("kind", ["crash", pytest.param("read-only", marks=pytest.mark.soak)])
 def test_a_worker_delivers_after_an_outage(site: Site, kind: str, seconds: float) -> None:
-    first, second = (site.order(steps=150, seed=seed)["id"] for seed in (1, 2))
+    first, second = (site.order(steps=50, seed=seed)["id"] for seed in (1, 2))
     site.wait(lambda: site.read(first)["step"])
     with site.take_database_away(kind):
         time.sleep(seconds)

@@ -28,7 +28,7 @@ from tools.postgres import LocalPostgres, find_postgres
 
 pytestmark = pytest.mark.skipif(find_postgres() is None, reason="postgresql is not installed")
 
-STEPS = 80  # 2 s
+STEPS = 50  # 2 s
 PAUSE_SECONDS = 3
 # Both holders use the same ids:
 ORDERS = {(holder, f"order-{k:03d}"): 2 * k + len(holder) for k in range(98) for holder in ("", "b")}

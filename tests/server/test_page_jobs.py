@@ -27,20 +27,15 @@ from tests.server.browser import (
     open_page,
     wait_for_image,
 )
-from tests.server.test_jobs import Site, is_up, serve
+from tests.server.test_jobs import Site, is_up
 from tools.postgres import find_postgres
 from tools.proxy import LocalProxy
 from web.server import PageServer
 
 pytestmark = [needs_browser, pytest.mark.skipif(find_postgres() is None, reason="postgresql is not installed")]
 OTHER = secrets.token_hex(32)  # another holder's API key
-LONG: dict[str, Any] = {"num_inference_steps": 150, "num_images_per_prompt": 2}  # for some seconds
-ENDLESS = {**LONG, "num_images_per_prompt": 10}  # until it is cancelled
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Site]:
-    yield from serve(tmp_path_factory.mktemp("jobs"), tiny_model, 1)
+LONG: dict[str, Any] = {"num_inference_steps": 50, "num_images_per_prompt": 2}  # for some seconds
+ENDLESS: dict[str, Any] = {"num_inference_steps": 150, "num_images_per_prompt": 10}  # until it is cancelled
 
 
 @pytest.fixture(scope="module")

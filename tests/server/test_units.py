@@ -1,4 +1,4 @@
-"""The commands of systemd's units, run without systemd: instances with a watchdog and one cache, and jobs."""
+"""The commands of systemd's units, run without systemd: instances on OpenVINO, a watchdog, one cache; jobs."""
 
 import re
 import signal
@@ -13,12 +13,13 @@ import psutil
 import pytest
 import requests
 
-from tests.server.test_backends import make_settings
-from tests.server.units import Process, Unit
+from tests.server.test_backends import ask_for_array, check_pictures, make_settings
+from tests.server.units import Instance, Process, Unit
 from tools.postgres import LocalPostgres, find_postgres
 from tools.server import ROOT, find_free_ports
 
 NAMES = ("one", "two")
+PARTS = ["unet", "vae", "vae_encoder", "text_encoder", "text_encoder_2"]
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +105,21 @@ def check_health(folder: Path, name: str) -> list[str]:
     return (folder / "systemctl.log").read_text().splitlines()
 
 
-def test_instances_share_the_cache(folder: Path, instances: dict[str, Process]) -> None:
+def test_instances_draw_and_share_the_cache(folder: Path, instances: dict[str, Process]) -> None:
     """The second reads the models of the first. No other account can write there."""
+    drawn = []
+    for name, is_cached in (("one", False), ("two", True)):
+        instance = Instance(Unit(f"torchserve@{name}.service", folder))
+        report = check_pictures(instance)
+        assert (report["backend"], report["graphs"], report["graph_breaks"]) == ("openvino", 4, 0)
+        assert report["compiled_parts"] == list(report["openvino"]) == PARTS
+        for part in PARTS:
+            if part == "vae_encoder":  # waits for the first request with an image
+                continue
+            (graph,) = report["openvino"][part]
+            assert {model["loaded_from_cache"] for model in graph["models"]} == {is_cached}
+        drawn.append(ask_for_array(instance, seed=7))
+    assert drawn[0] == drawn[1]
     found = {name: read_metrics(folder, name) for name in instances}
     cached = {
         name: sum(float(n) for n in re.findall(r"^sdxl_graphs_from_cache\S* (\S+)$", text, re.M))
@@ -136,8 +150,11 @@ def test_stopped_instance_drains(folder: Path, instances: dict[str, Process]) ->
     """SIGTERM goes to the main process alone (KillMode)."""
     unit = Unit("torchserve@two.service", folder)
     assert unit.read("KillMode") == ["mixed"]
+    family = psutil.Process(instances["two"].pid).children(recursive=True)
+    assert len(family) >= 2  # TorchServe and its worker
     instances["two"].send_signal(signal.SIGTERM)
     assert instances["two"].wait(timeout=60) == 0
+    assert psutil.wait_procs(family, timeout=10)[1] == []
     assert "the requests in flight are finished first" in (folder / f"{unit.name}.log").read_text()
     assert not list(folder.glob("var/lib/sdxl/two/logs/*"))  # the journal has them
 

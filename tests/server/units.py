@@ -7,6 +7,9 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import requests
 
 from tools.server import ROOT
 
@@ -65,3 +68,26 @@ class Unit:
         (folder,) = self.read("WorkingDirectory")
         with (self.folder / f"{self.name}.log").open("a") as log:
             return subprocess.Popen(given, cwd=folder, env=environment, stdout=log, stderr=log, text=True)
+
+
+@dataclass(frozen=True)
+class Instance:
+    """The server of a unit torchserve@NAME.service that runs. It asks for no token."""
+
+    unit: Unit
+
+    @property
+    def url(self) -> str:
+        options = self.unit.make_environment()["OPTIONS"].split()
+        return f"http://127.0.0.1:{options[options.index('--port') + 1]}/predictions/diffusion_fast"
+
+    @property
+    def log(self) -> str:
+        return (self.unit.folder / f"{self.unit.name}.log").read_text()
+
+    def get_headers(self) -> dict[str, str]:
+        return {}
+
+    def read_document(self) -> dict[str, Any]:
+        report: dict[str, Any] = requests.get(f"{self.url}/1.0/describe", timeout=60).json()
+        return report
