@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.request.adapters import RegisteredAdapter
 from sdxl_server.request.samplers import Samplers
+from sdxl_server.request.upscaling import RegisteredUpscaler
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Limits:
         adapters: the adapters that requests can name.
         is_xl: the model is Stable Diffusion XL, and not 1.x or 2.x.
         controls: the default scale of each control that requests can name.
+        upscaler: the one that requests can use.
     """
 
     config: HandlerConfig = HandlerConfig()
@@ -34,3 +36,4 @@ class Limits:
     adapters: Mapping[str, RegisteredAdapter] = dataclasses.field(default_factory=dict)
     is_xl: bool = True
     controls: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    upscaler: RegisteredUpscaler | None = None
