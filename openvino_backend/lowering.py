@@ -178,6 +178,16 @@ def _lower_upsampling(node: torch.fx.Node, *, input: Any, output_size: Any, scal
     return _put(node, _UPSAMPLINGS[node.target], input, output_size)
 
 
+def _lower_prelu(node: torch.fx.Node, *, self: Any, weight: Any) -> torch.fx.Node:
+    """Write a PReLU in the form that OpenVINO fuses to its own."""
+    channels, axes = weight.meta["val"], len(self.meta["val"].shape)
+    slopes = _put(node, aten.view.default, weight, shape := [-1, *[1] * max(axes - 2, 0)])
+    slopes.meta = {"val": channels.view(shape)}
+    negative = _put(node, aten.neg.default, _put(node, aten.relu.default, _put(node, aten.neg.default, self)))
+    positive = _put(node, aten.relu.default, self)
+    return _put(node, aten.add.Tensor, positive, _put(node, aten.mul.Tensor, negative, slopes))
+
+
 _UPSAMPLINGS = {
     each.vec: each.default for each in (aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d)
 }
@@ -202,5 +212,6 @@ _RULES: dict[Any, Callable[..., torch.fx.Node | None]] = {
     aten.chunk.default: _lower_chunk,
     aten.concat.default: _lower_cat,
     aten.pad.default: _lower_pad,
+    aten.prelu.default: _lower_prelu,
     **dict.fromkeys(_UPSAMPLINGS, _lower_upsampling),
 }

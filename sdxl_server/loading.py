@@ -27,6 +27,7 @@ from sdxl_server.model.folders import (
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.model.safety_checker import check_has_safety_checker
 from sdxl_server.model.sources import check_has_pipeline
+from sdxl_server.model.upscaler import load_upscaler
 from sdxl_server.schemas import shorten
 
 _OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can(?:'t|not) allocate memory|bad.alloc", re.IGNORECASE)
@@ -65,8 +66,14 @@ def load_pipeline(
         adapters = load_adapters(pipeline, family, config, model_dir=model_dir, compiled=compiled)
         embeddings = load_embeddings(pipeline, family, config, model_dir=model_dir)
         controls = load_controls(pipeline, family, config, dtype, model_dir=model_dir)
+        upscaler = load_upscaler(pipeline, config, dtype, model_dir=model_dir)
         contract = build_contract(
-            pipeline, family, config, graphs=graphs, adapters=adapters, embeddings=embeddings, controls=controls
+            *(pipeline, family, config),
+            graphs=graphs,
+            adapters=adapters,
+            embeddings=embeddings,
+            controls=controls,
+            upscaler=upscaler,
         )
     with reraise_as_config_error("the warm-up failed" if config.warm_up else "the model cannot be made ready"):
         functions, parts = compile_components(
@@ -77,11 +84,13 @@ def load_pipeline(
             contract=contract,
             ranks=compute_ranks(adapters, config),
             controls=controls,
+            upscaler=upscaler,
         )
         loaded = LoadedPipeline(
             *(pipeline, config, compilation, dtype, graphs, family, functions, parts, contract, adapters),
             embeddings=embeddings,
             controls=controls,
+            upscaler=upscaler,
             original=describe_original(folder),
         )
         if config.warm_up:

@@ -31,7 +31,7 @@ REQUESTS = Counter(
 for _outcome in ("picture", "refused", "busy", "timeout", "failed", "left"):
     REQUESTS.labels(_outcome)  # starts at 0, so that the first event has a rate
 FILTERED = Counter("sdxl_filtered_requests", "Requests that the content filter refused; they count as refused, too")
-CONTROLS = Counter("sdxl_controls", "Requests that drew with a control", ["control"])
+CONTROLS = Counter("sdxl_controls", "Requests that name a control", ["control"])
 REQUESTS_IN_FLIGHT = Gauge("sdxl_requests_in_flight", "Requests in the worker, waiting ones too")
 REQUESTS_WAITING = Gauge("sdxl_requests_waiting", "Requests in the worker without a first step")
 IMAGE_SECONDS = Histogram(

@@ -17,6 +17,7 @@ from sdxl_server import __version__, metrics
 from sdxl_server.api.a1111 import A1111Api, A1111Img2ImgApi
 from sdxl_server.api.a1111_controlnet import SCRIPT
 from sdxl_server.api.a1111_documents import A1111_DOCUMENTS, CONTROLNET_DOCUMENTS
+from sdxl_server.api.a1111_extras import A1111ExtraApi, A1111ExtraBatchApi
 from sdxl_server.api.bodies import check_form
 from sdxl_server.api.content_filter import ContentFilter
 from sdxl_server.api.drawings import Drawing, Drawings
@@ -31,8 +32,9 @@ from sdxl_server.api.openapi import build_openapi
 from sdxl_server.api.warnings import list_warnings
 from sdxl_server.config.compile_settings import CompileConfig
 from sdxl_server.config.settings import HandlerConfig, check_server_keys
-from sdxl_server.diffusion.generation import GeneratedImage, Progress, SkippedImage, generate
+from sdxl_server.diffusion.generation import SkippedImage, generate
 from sdxl_server.diffusion.previews import choose_preview_steps, draw_preview
+from sdxl_server.diffusion.progress import GeneratedImage, Progress
 from sdxl_server.errors import NotFiniteError, RequestError, VersionError, format_error
 from sdxl_server.loading import load_pipeline
 from sdxl_server.model.describe import describe_pipeline, list_uncompiled_components, measure_components
@@ -53,6 +55,8 @@ APIS: Mapping[str, NativeApi] = {
     "v1/images/edits": OpenAIEditApi(),
     "sdapi/v1/txt2img": A1111Api(),
     "sdapi/v1/img2img": A1111Img2ImgApi(),
+    "sdapi/v1/extra-single-image": A1111ExtraApi(),
+    "sdapi/v1/extra-batch-images": A1111ExtraBatchApi(),
 }
 # The APIs of other paths' errors.
 ERRORS_BELOW: Mapping[str, type[NativeApi]] = {"v1": OpenAIApi, "sdapi": A1111Api, SCRIPT: A1111Api}
@@ -149,7 +153,8 @@ class Service:
         """Yield after each step the bytes to send, and None during a long step; return the last bytes."""
         api, seconds, counted, request = response.api, response.seconds, 0.0, drawing.request
         kind, written = response.content_type, b""
-        yield from self._filter_content(response, request)
+        for index in range(1 if request.is_drawn else request.num_images_per_prompt):
+            yield from self._filter_content(response, request.get_single(index))
         uncompiled = list_uncompiled_components(self.loaded, request)
         if uncompiled and request.stream:  # a response without events waits, so that its status can still change
             yield api.write_compiling(uncompiled)
@@ -166,7 +171,8 @@ class Service:
                 if request.stream and not is_last:
                     written = yield from self._write_events(http_request, request, progress, response)
                 if progress.image is not None:
-                    yield from self._filter_content(response, request, progress.image.image)
+                    single = request.get_single(progress.index)
+                    yield from self._filter_content(response, single, progress.image.image)
                     with _add_seconds(seconds, "postprocess"):
                         image = self._encode(http_request, request, progress.image, progress.index, warnings)
                     written += api.write_image(request, image, progress.index, kind=kind, warnings=warnings)
@@ -238,8 +244,8 @@ class Service:
     def _draw_preview(
         self, http_request: HttpRequest, request: GenerationRequest, progress: Progress, response: Response
     ) -> Generator[None, None, bytes | None]:
-        """Return the file of a preview after a step. None: it failed, or the safety checker cannot check it."""
-        if self.loaded.config.safety_checker is not None:
+        """Return the file of a preview after a step. None: it failed, or there is none that the checker can check."""
+        if self.loaded.config.safety_checker is not None or progress.denoiser is None:
             return None
         try:
             preview = yield from self._compute(response.seconds, "inference", draw_preview, self.loaded, progress)

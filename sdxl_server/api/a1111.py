@@ -18,13 +18,16 @@ from sdxl_server.api.bodies import read_fields
 from sdxl_server.api.infotext import read_clip_skip, write_infotext
 from sdxl_server.api.native import JSON, EncodedImage, NativeApi
 from sdxl_server.api.warnings import warn_of_body, warn_of_tags, warn_of_unknown
+from sdxl_server.config.settings import MAX_SIDE
 from sdxl_server.errors import RequestError
 from sdxl_server.request.contract import Contract
 from sdxl_server.request.fields import GenerationRequest
+from sdxl_server.request.hires import SCALE
 from sdxl_server.request.sampler_names import SAMPLER_NAME, SCHEDULE_NAMES, name_sampler, normalize_name
 from sdxl_server.request.samplers import AUTOMATIC, split_sampler
 from sdxl_server.request.uploads import MASK, read_upload
-from sdxl_server.schemas import Schema, choice, shorten, switch, whole
+from sdxl_server.request.upscaling import LANCZOS
+from sdxl_server.schemas import Schema, choice, real, shorten, switch, whole
 
 FIELDS = {  # with an equivalent
     **{"prompt": "prompt", "negative_prompt": "negative_prompt", "width": "width", "height": "height", "seed": "seed"},
@@ -47,6 +50,10 @@ SILENT = (
     *("firstphase_width", "firstphase_height", "hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x"),
     *("hr_resize_y", "hr_checkpoint_name", "hr_sampler_name", "hr_scheduler", "hr_prompt", "hr_negative_prompt"),
 )
+NO_EQUIVALENT_OF_HIRES: Mapping[str, Sequence[Any]] = {
+    **{"hr_checkpoint_name": ("Use same checkpoint",), "hr_sampler_name": ("Use same sampler",)},
+    **{"hr_scheduler": ("Use same scheduler",), "hr_prompt": (), "hr_negative_prompt": ()},
+}
 NO_EQUIVALENT_OF_IMAGES: Mapping[str, Sequence[Any]] = {"latent_mask": (), "initial_noise_multiplier": (1,)}
 FILLS = ("surroundings", "original", "surroundings", "surroundings")  # by A1111's number; the last two fill the latents
 MASK_BLURS = ("mask_blur", "mask_blur_x", "mask_blur_y")
@@ -56,6 +63,7 @@ IMAGE_FIELDS = (
 )
 RESIZE_MODES = ("stretch", "crop", "pad", "stretch")  # by A1111's number; the last one resizes the latents
 DENOISING = 0.75  # A1111's default
+SAME_SCALE = 0.02  # of a second pass, across and down
 SETTINGS: Mapping[str, Sequence[Any]] = {  # without an equivalent, too
     **{"sd_vae": ("Automatic", "None"), "eta_noise_seed_delta": (0,), "forge_additional_modules": ([],)},
 }
@@ -66,6 +74,7 @@ VERSION = f"sdxl_server {__version__}"
 THEIRS = {each: name for name, each in FIELDS.items()} | {
     **{"image": "init_images", MASK: "mask", "strength": "denoising_strength", "mask_blur": "mask_blur"},
     **{"padding_mask_crop": "inpaint_full_res_padding", "quality": "jpeg_quality", "control": UNITS},
+    "hires": "enable_hr",
 }
 
 
@@ -97,11 +106,6 @@ class A1111Api(NativeApi):
             contract = contract.apply_tags()
         given = read_fields(values, content_type=content_type or JSON, properties={}, aliases={})
         known = {name: value for name, value in given.items() if name in self.names and value not in (None, "")}
-        if read_as(known, "enable_hr", switch(), False):
-            raise RequestError(
-                "enable_hr takes false: this server has no second pass; send the wanted width and height",
-                param="enable_hr",
-            )
         properties = contract.properties
         fields = {own: coerce(known[name], properties[own]) for name, own in FIELDS.items() if name in known}
         counts = {name: read_as(known, name, properties["num_images_per_prompt"], 1) for name in COUNTS}
@@ -110,6 +114,13 @@ class A1111Api(NativeApi):
         settings, warnings = self._read_settings(known, contract)
         fields |= settings | self.read_images(known, contract, warnings)
         warnings += warn_of_effects(known, NO_EQUIVALENT)
+        if read_as(known, "enable_hr", switch(), False):
+            fields["hires"] = _read_hires(known, fields, contract)
+            warnings += warn_of_effects(known, NO_EQUIVALENT_OF_HIRES)
+            upscaler = contract.limits.upscaler
+            own = LANCZOS if upscaler is None else upscaler.name
+            if known.get("hr_upscaler", own) != own:
+                warnings.append(f"hr_upscaler is {own} here, and {shorten(known['hr_upscaler'])} is ignored")
         scripts = known.get("alwayson_scripts")
         unknown = [name for name in given if name not in self.names]
         image = fields.get("image")
@@ -257,6 +268,25 @@ def _multiply(counts: Mapping[str, int], properties: Mapping[str, Schema]) -> in
     if batch * repeated > most:
         raise RequestError(f"batch_size x n_iter may be {most} at most, not {batch} x {repeated}", param="n_iter")
     return batch * repeated
+
+
+def _read_hires(known: Mapping[str, Any], fields: Mapping[str, Any], contract: Contract) -> dict[str, Any]:
+    """Return the second pass. Its size is a scale, or a width and a height that keep the aspect."""
+    size = [read_as(known, name, whole(0, MAX_SIDE), 0) for name in ("hr_resize_x", "hr_resize_y")]
+    if any(size):
+        drawn = [fields.get(name) or own for name, own in zip(("width", "height"), contract.size, strict=True)]
+        scales = [wanted / side for wanted, side in zip(size, drawn, strict=True) if wanted]
+        if max(scales) - min(scales) > SAME_SCALE:
+            raise RequestError(
+                f"hr_resize_x and hr_resize_y keep the aspect of {drawn[0]}x{drawn[1]} here, not {size[0]}x{size[1]}",
+                param="hr_resize_x",
+            )
+        scale = scales[0]
+    else:
+        scale = read_as(known, "hr_scale", SCALE, 2.0)
+    strength = read_as(known, "denoising_strength", real(0, 1), DENOISING)
+    steps = read_as(known, "hr_second_pass_steps", whole(0, contract.limits.config.max_steps), 0)
+    return {"scale": scale, "strength": strength, "steps": steps or None}
 
 
 def _choose_sampler(known: Mapping[str, Any], contract: Contract) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from sdxl_server.request.preprocessing import CANNY, DEFAULT_THRESHOLDS
 from sdxl_server.request.sampler_names import normalize_name
 from sdxl_server.request.samplers import AUTOMATIC, SCHEDULES, list_aliases
 from sdxl_server.request.uploads import read_bytes
+from sdxl_server.request.upscaling import LANCZOS
 from sdxl_server.schemas import shorten
 
 LABELS = {"sgm_uniform": "SGM Uniform", "ddim": "DDIM"}
@@ -196,6 +197,13 @@ def _list_types(loaded: LoadedPipeline) -> dict[str, Any]:
     return {"control_types": {"All": every}}
 
 
+def list_upscalers(loaded: LoadedPipeline) -> list[dict[str, Any]]:
+    """Return no upscaler, and the configured one."""
+    if (own := loaded.upscaler) is None:
+        return [NOTHING, {**NOTHING, "name": LANCZOS}]
+    return [NOTHING, {**NOTHING, "name": own.title, "model_name": own.title, "scale": own.scale}]
+
+
 def _read_body(http_request: HttpRequest) -> dict[str, Any]:
     return read_fields(http_request.values, content_type=http_request.content_type or JSON, properties={}, aliases={})
 
@@ -221,7 +229,7 @@ A1111_DOCUMENTS: Mapping[str, Document] = {
     "skip": skip,
     "png-info": read_png_info,
     "memory": lambda *_: measure_memory(),
-    "upscalers": _hold([NOTHING]),
+    "upscalers": lambda loaded, *_: list_upscalers(loaded),
     "embeddings": lambda loaded, *_: list_embeddings(loaded),
     "scripts": lambda loaded, *_: list_scripts(loaded),
     "cmd-flags": _hold({}),

@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sdxl_server.diffusion.generation import Progress
+from sdxl_server.diffusion.progress import Progress
 from sdxl_server.request.fields import GenerationRequest
 
 

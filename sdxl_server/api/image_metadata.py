@@ -9,6 +9,7 @@ from sdxl_server.model.embeddings import list_used_embeddings
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.model.tiling import describe_tiles
 from sdxl_server.request.fields import GenerationRequest
+from sdxl_server.request.upscaling import LANCZOS
 
 
 def describe_image(
@@ -20,9 +21,23 @@ def describe_image(
     import torch
 
     arithmetic = describe_arithmetic(loaded)
+    made_by = {
+        "backend": loaded.compilation.backend or "eager",
+        **({} if arithmetic is None else {"arithmetic": arithmetic, "graphs_for": loaded.graphs}),
+        "versions": {
+            "sdxl_server": __version__,
+            "diffusers": diffusers.__version__,
+            "torch": torch.__version__,
+            "openvino": openvino.__version__,
+        },
+    }
+    upscaler = loaded.upscaler if request.list_enlargements(0) else None
+    made_by = {**({} if upscaler is None else {"upscaler": upscaler.describe()}), **made_by}
+    about = {"request": request.describe(index), **({"warnings": list(warnings)} if warnings else {})}
+    if not request.is_drawn:
+        return {**about, "made_with": made_by}
     return {
-        "request": request.describe(index),
-        **({"warnings": list(warnings)} if warnings else {}),
+        **about,
         "made_with": {
             "model": loaded.config.model_path,
             **loaded.original,
@@ -33,16 +48,10 @@ def describe_image(
             **({"controls": controls} if (controls := list_applied_controls(loaded, request)) else {}),
             **({"vae": vae} if (vae := describe_vae(loaded))["path"] or vae["lossy"] else {}),
             **({"weighted_prompts": True} if loaded.config.weighted_prompts else {}),
-            **({"vae_tiles": tiles} if (tiles := describe_tiles(request, loaded.config)) else {}),
+            **({"vae_tiles": tiles} if (tiles := describe_tiles(request.list_passes()[-1], loaded.config)) else {}),
+            **({"hires_upscaler": LANCZOS if upscaler is None else upscaler.title} if request.hires else {}),
             "dtype": loaded.dtype,
             "unet_calls": unet_calls,
-            "backend": loaded.compilation.backend or "eager",
-            **({} if arithmetic is None else {"arithmetic": arithmetic, "graphs_for": loaded.graphs}),
-            "versions": {
-                "sdxl_server": __version__,
-                "diffusers": diffusers.__version__,
-                "torch": torch.__version__,
-                "openvino": openvino.__version__,
-            },
+            **made_by,
         },
     }

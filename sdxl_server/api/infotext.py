@@ -15,25 +15,31 @@ from sdxl_server.api.a1111_controlnet import read_unit, write_unit
 from sdxl_server.config.declaration import Role
 from sdxl_server.errors import RequestError
 from sdxl_server.request.fields import DECLARATIONS, MAX_SEED, GenerationRequest
+from sdxl_server.request.hires import read_hires
 from sdxl_server.request.limits import Limits
 from sdxl_server.request.prompts import TAG
 from sdxl_server.request.sampler_names import name_sampler, normalize_name, read_sampler
 from sdxl_server.request.samplers import SAMPLERS
 from sdxl_server.request.uploads import RESIZE_MODES
-from sdxl_server.schemas import load_json, shorten
+from sdxl_server.request.upscaling import FACTORS, LANCZOS
+from sdxl_server.schemas import load_json, read_number, shorten
 
 NEGATIVE = "Negative prompt:"
 MIN_PARAMETERS = 3  # of the last line, as in A1111
 MAX_CHARACTERS = 1_000_000
+MAX_STEPS = 1000
+STRENGTH = "Denoising strength"
+HIRES_SCALE, HIRES_STEPS, HIRES_UPSCALER = "Hires upscale", "Hires steps", "Hires upscaler"
 NUMBERS = {
     "Steps": "num_inference_steps",
     "CFG scale": "guidance_scale",
     "CFG rescale": "guidance_rescale",  # SD.Next's
     "Seed": "seed",
-    "Denoising strength": "strength",
+    STRENGTH: "strength",
 }
 WHOLE = ("num_inference_steps", "seed")
 NUMBER = re.compile(r"[+-]?\d{1,20}(\.\d{0,20})?(e[+-]?\d{1,2})?", re.ASCII)
+UPSCALED_BY, UPSCALED_WITH = "Postprocess upscale by", "Postprocess upscaler"
 WHOLE_NUMBER = re.compile(r"([+-]?\d{1,20})(\.0{0,20})?", re.ASCII)
 UNIT = re.compile(r"ControlNet \d{1,2}", re.ASCII)
 SIZE = re.compile(r"(\d{1,5})\s?x\s?(\d{1,5})", re.ASCII)
@@ -76,9 +82,12 @@ def write_infotext(described: Mapping[str, Any]) -> str:
         "Model hash": made_with.get("model_autov2"),
         "Model": made_with.get("model_name"),
         "VAE": PurePath(made_with.get("vae", {}).get("path") or "").name or None,
-        "Denoising strength": request.pop("strength", None),
+        STRENGTH: request.pop("strength", None),
         "CFG rescale": request.pop("guidance_rescale", 0.0) or None,
         "Clip skip": write_clip_skip(request.pop("clip_skip", None), is_xl=made_with.get("is_xl", True)),
+        **_write_hires(request, made_with),
+        UPSCALED_BY: request.pop("upscale", None),
+        UPSCALED_WITH: PurePath(made_with.get("upscaler", {}).get("name", "")).stem or None,
         **{name: value for name, value in request.items() if _is_chosen(name, value)},
         **units,
         "Lora hashes": _write_hashes(made_with.get("adapters", ())),
@@ -110,8 +119,9 @@ def build_metadata(prompt: str, negative: str | None, parameters: Mapping[str, s
     made_with = {own: parameters.pop(name) for name, own in MADE_WITH.items() if name in parameters}
     request: dict[str, Any] = {"prompt": prompt, **({} if negative is None else {"negative_prompt": negative})}
     request |= _read_tags(request, limits, warnings)
-    if any(name.startswith("Hires ") for name in parameters) and "Denoising strength" in parameters:
-        parameters["Hires denoising strength"] = parameters.pop("Denoising strength")  # it is of the second pass
+    request |= _read_hires(parameters, limits)
+    if any(name.startswith("Hires ") for name in parameters) and STRENGTH in parameters:
+        parameters["Hires denoising strength"] = parameters.pop(STRENGTH)  # it is of the second pass
     request |= _read_numbers(parameters, warnings)
     if found := SIZE.fullmatch(parameters.get("Size", "")):
         request |= {"width": int(found[1]), "height": int(found[2])}
@@ -123,6 +133,9 @@ def build_metadata(prompt: str, negative: str | None, parameters: Mapping[str, s
         del parameters["Clip skip"]
         clip_skip = read_clip_skip(int(float(skipped)), is_xl=limits.is_xl)
         request |= {"clip_skip": clip_skip} if clip_skip else {}
+    if limits.upscaler is not None and parameters.get(UPSCALED_BY, "") in map(str, FACTORS):
+        request["upscale"] = int(parameters.pop(UPSCALED_BY))
+        parameters.pop(UPSCALED_WITH, None)
     for name in [each for each in parameters if _is_kept(each)]:
         request[name] = _read_own(name, parameters.pop(name), limits)
     request |= _read_units(parameters, limits, request.get("resize_mode"), warnings)
@@ -195,6 +208,31 @@ def _read_quoted(line: str, start: int) -> tuple[str, int] | None:
     except (ValueError, RecursionError):
         return None
     return (value if isinstance(value, str) else line[start:end], end) if END.match(line, end) else None
+
+
+def _write_hires(request: dict[str, Any], made_with: Mapping[str, Any]) -> dict[str, Any]:
+    """Take the second pass; return its parameters."""
+    hires = request.pop("hires", None)
+    if hires is None:
+        return {}
+    steps, upscaler = hires.get("steps"), made_with.get("hires_upscaler")
+    return {STRENGTH: hires["strength"], HIRES_SCALE: hires["scale"], HIRES_STEPS: steps, HIRES_UPSCALER: upscaler}
+
+
+def _read_hires(parameters: dict[str, str], limits: Limits) -> dict[str, Any]:
+    """Take the parameters of a second pass; return its field. They stay if they do not describe one here."""
+    names = {HIRES_SCALE: "scale", STRENGTH: "strength", HIRES_STEPS: "steps"}
+    given = {own: parameters[name] for name, own in names.items() if name in parameters}
+    if not {"scale", "strength"} <= given.keys() or not all(map(NUMBER.fullmatch, given.values())):
+        return {}
+    try:
+        hires = read_hires({name: read_number(each) for name, each in given.items()}, max_steps=MAX_STEPS)
+    except ValueError:
+        return {}
+    own = {HIRES_UPSCALER: LANCZOS if limits.upscaler is None else limits.upscaler.name}
+    for name in (*names, *(own.items() & parameters.items() and own)):
+        parameters.pop(name, None)
+    return {"hires": hires.describe()}
 
 
 def _read_tags(request: dict[str, Any], limits: Limits, warnings: list[str]) -> dict[str, Any]:

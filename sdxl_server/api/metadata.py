@@ -122,4 +122,5 @@ def _read_own(text: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     request = described.get("request") if isinstance(described, dict) else None
-    return described if isinstance(request, dict) and isinstance(request.get("prompt"), str) else None
+    is_own = isinstance(request, dict) and (isinstance(request.get("prompt"), str) or "upscale" in request)
+    return described if is_own else None

@@ -105,6 +105,13 @@ class HandlerConfig:
         null="none",
     )
     max_controls: int = declare(whole(1, 10), "maximum controls of a request, each with an image", value=2)
+    upscaler_path: str | None = declare(
+        any_text("a .safetensors file"),
+        "file of an upscaler (ESRGAN, Real-ESRGAN, SPAN and others that spandrel reads), inside the archive or "
+        "absolute; needs `pip install --no-deps -r requirements-upscaler.txt`; see docs/models.md",
+        value=None,
+        null="none",
+    )
     num_inference_steps: int | None = declare(
         whole(1, 1000),
         "default denoising steps",
@@ -202,6 +209,9 @@ class HandlerConfig:
         null="any size",
     )
     max_side: int = declare(whole(MIN_SIDE, MAX_SIDE), "largest width and height of an image, in pixels", value=2048)
+    max_upscaled_side: int = declare(
+        whole(MIN_SIDE, 4 * MAX_SIDE), "largest width and height of an upscaled image, in pixels", value=4096
+    )
     max_steps: int = declare(whole(1, 1000), "maximum denoising steps of a request", value=150)
     max_images: int = declare(whole(1, 100), "maximum images of a request", value=10)
     max_megapixel_steps: float = declare(

@@ -42,6 +42,7 @@ UNSERVED_CONTENTS = {
     "a LoRA or another adapter of a model": (
         r"^(lora|lycoris)_|lora[_.](up|down|A|B)\b|\.lora\.|hada_w|lokr_w|oft_|\.(on_input|ia3_l|diff(_b)?|set_weight)$"
     ),
+    "an upscaler": r"^(conv_first|model\.1\.sub\.0|RRDB_trunk\.0|block_1\.c1_r|body\.0)\.",
     "a textual inversion": r"^(emb_params|clip_[lg])$",
     "a UNet alone, in diffusers' naming": r"^down_blocks\.\d+\.resnets\.",
     "a UNet alone": rf"^({re.escape(UNET_PREFIX)})?input_blocks\.",
@@ -106,10 +107,8 @@ def recognise_checkpoint(path: Path, *, prediction: str | None = None) -> Checkp
         CheckpointError: names the content of another file.
     """
     header = read_safetensors_header(path)
-    layout = next(
-        (name for name, parts in LAYOUTS.items() if all(header.has(prefix) for prefix in parts.values())), None
-    )
-    if layout is None or f"{UNET_PREFIX}{INPUT_WEIGHT}" not in header.shapes:
+    layout = find_layout(header)
+    if layout is None:
         raise CheckpointError(
             f"{path} holds {describe_content(header)}, not a whole model of {', '.join(LAYOUT_NAMES.values())}"
         )
@@ -127,6 +126,13 @@ def recognise_checkpoint(path: Path, *, prediction: str | None = None) -> Checkp
     )
 
 
+def find_layout(header: Header) -> str | None:
+    """Return the layout of a whole model; None for another file."""
+    if f"{UNET_PREFIX}{INPUT_WEIGHT}" not in header.shapes:
+        return None
+    return next((name for name, parts in LAYOUTS.items() if all(header.has(prefix) for prefix in parts.values())), None)
+
+
 def describe_precision(header: Header) -> str:
     """Say in a line that the file lost precision; empty if it has no weights in fp8."""
     if not header.fp8:
@@ -139,7 +145,9 @@ def describe_precision(header: Header) -> str:
 
 
 def describe_content(header: Header) -> str:
-    """Return in words what a file without a whole model holds."""
+    """Return in words what a file holds."""
+    if find_layout(header):
+        return "a whole model"
     if header.has("conditioner.embedders.0.model.") and header.has(UNET_PREFIX):
         return "the refiner of Stable Diffusion XL, which is not served"
     # diffusers knows more kinds. It returns v1 for unknown ones.

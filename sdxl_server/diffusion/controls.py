@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from sdxl_server import metrics
 from sdxl_server.diffusion.stand_ins import Functions, check_finite
 from sdxl_server.model.controls.base import Control, UNetCall, add_inputs, complete_inputs
 from sdxl_server.model.controls.registry import list_empty_inputs
@@ -67,7 +66,6 @@ def bind_controls(loaded: LoadedPipeline, request: GenerationRequest, functions:
         if each.scale:
             control = registered[each.name]
             image = crop_map(each.image, request) if control.is_map else each.image
-            metrics.CONTROLS.labels(each.name).inc()
             active.append(ActiveControl(control, each, _encode(functions, control, image, each.mode)))
     return {**functions, "unet": ControlledUNet(loaded, functions, active)}
 

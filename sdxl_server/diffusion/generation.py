@@ -2,72 +2,38 @@
 
 import contextlib
 import contextvars
+import dataclasses
 import inspect
 from collections.abc import Generator
-from dataclasses import dataclass
 from typing import Any
 
+from sdxl_server import metrics
 from sdxl_server.diffusion.controls import bind_controls
 from sdxl_server.diffusion.denoiser import Denoiser, name_failed_step
+from sdxl_server.diffusion.progress import GeneratedImage, ImageWork, Meter, Progress
 from sdxl_server.diffusion.prompt_embedding import choose_chunks, embed_prompts
 from sdxl_server.diffusion.safety import check_safety
 from sdxl_server.diffusion.stand_ins import Functions, TextEncoderStandIn, build_vae, check_finite
+from sdxl_server.diffusion.upscaling import upscale
 from sdxl_server.errors import RequestError
 from sdxl_server.model.adapters.registry import build_low_rank_matrices
 from sdxl_server.model.embeddings import expand_prompts
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.model.safety_checker import SAFETY_CHECKER
+from sdxl_server.model.upscaler import UPSCALER
 from sdxl_server.request.fields import DECLARATIONS, GenerationRequest
-from sdxl_server.request.masks import cover_cells, keep_protected, prepare_drawing
+from sdxl_server.request.masks import cover_cells, keep_protected, prepare_drawing, resize_image
 from sdxl_server.request.prompts import PROMPTS
 from sdxl_server.sampling.schedulers import build_request_scheduler, read_schedule
-from sdxl_server.sampling.step_plan import build_step_plan
+from sdxl_server.sampling.step_plan import StepPlan, build_step_plan
 
 
 class SkippedImage(Exception):
     """Thrown into the generator of `generate`: the image under way is left out, and the next one begins."""
 
 
-@dataclass(frozen=True)
-class GeneratedImage:
-    """A finished image.
-
-    Attributes:
-        image: a Pillow image.
-        unet_calls: the UNet calls made for it, in whole calls. Outside a guidance interval one may count half.
-        calls_of_all: the UNet calls of the full schedule.
-    """
-
-    image: Any
-    unet_calls: float
-    calls_of_all: int
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a request stands after a denoising step.
-
-    Attributes:
-        done, total: steps of the request. A step is a UNet call, made or extrapolated.
-        index: the current image, from 0.
-        step, steps: of this image.
-        denoiser: of this image.
-        share: the part of the request's UNet calls that is made; extrapolated calls do not count. Above 0.
-        image: the finished image, after its last step.
-    """
-
-    done: int
-    total: int
-    index: int
-    step: int
-    steps: int
-    denoiser: Denoiser
-    share: float
-    image: GeneratedImage | None = None
-
-
 def generate(loaded: LoadedPipeline, request: GenerationRequest) -> Generator[Progress, None, list[GeneratedImage]]:
-    """Generate the images of a request, and yield after each denoising step. The last step includes the decoding.
+    """Generate the images of a request, and yield after each step. The last step of each image includes its decoding.
 
     Several requests can be in progress at a time, in one thread. Each has its own pipeline around the same compiled
     components. An image depends on its own seed only, because it is generated alone. Closing the generator stops the
@@ -79,39 +45,113 @@ def generate(loaded: LoadedPipeline, request: GenerationRequest) -> Generator[Pr
         NotFiniteError: the model returned NaN or infinity; names the step and the seed.
     """
     # Large matrices and control images: once for all images, and dropped with this generator.
-    functions = bind_controls(loaded, request, bind_adapters(loaded, request))
+    functions = bind_controls(loaded, request, bind_adapters(loaded, request)) if request.is_drawn else {}
+    for each in request.control or ():
+        metrics.CONTROLS.labels(each.name).inc()
     request = expand_prompts(request, loaded.embeddings)
+    meter = Meter([_plan_work(loaded, request, index) for index in range(request.num_images_per_prompt)])
     images = []
     for index in range(request.num_images_per_prompt):
+        meter.begin(index)
         with contextlib.suppress(SkippedImage):
-            images.append((yield from _generate_image(loaded, request, index, functions)))
+            images.append((yield from _generate_image(loaded, request, index, functions, meter)))
     return images
 
 
+def _plan_work(loaded: LoadedPipeline, request: GenerationRequest, index: int) -> ImageWork:
+    """Return the work on image `index` of a request."""
+    plans = [(each, _plan_steps(loaded, each)) for each in request.list_passes()]
+    upscaler, enlargements = loaded.upscaler, request.list_enlargements(index)
+    return ImageWork(
+        calls=sum(len(plan.costs) for _, plan in plans),
+        tiles=0 if upscaler is None else sum(upscaler.count_tiles(*each) for each in enlargements),
+        drawing=sum(plan.total * each.megapixels for each, plan in plans),
+        upscaling=loaded.contract.measure_upscaling(request, index),
+    )
+
+
+def _plan_steps(loaded: LoadedPipeline, request: GenerationRequest, scheduler: Any = None) -> StepPlan:
+    scheduler = scheduler or build_request_scheduler(loaded.pipeline.scheduler, request)
+    return build_step_plan(scheduler, request, unet_config=loaded.pipeline.unet.config, half=loaded.contract.half)
+
+
 def _generate_image(
-    loaded: LoadedPipeline, request: GenerationRequest, index: int, functions: Functions
+    loaded: LoadedPipeline, request: GenerationRequest, index: int, functions: Functions, meter: Meter
 ) -> Generator[Progress, None, GeneratedImage]:
-    """Run a diffusers pipeline in a greenlet. Its callback leaves the greenlet after each step but the last."""
+    """Draw an image unless it is uploaded, draw it again and enlarge it as the request says."""
+    if request.is_drawn:
+        image = yield from _draw_image(loaded, request, index, functions, meter)
+        image = keep_protected(image, request)
+    else:
+        image = request.image[index]
+    if request.hires is not None:
+        yield meter.measure()
+        if loaded.upscaler is not None:
+            image = yield from _enlarge(loaded, image, request.hires.factor, meter)
+            yield meter.measure()
+        second = _start_second_pass(loaded, request, image)
+        functions = bind_controls(loaded, second, bind_adapters(loaded, second))
+        image = yield from _draw_image(loaded, second, index, functions, meter)
+    if request.upscale is not None:
+        if request.is_drawn:
+            yield meter.measure()
+        image = yield from _enlarge(loaded, image, request.upscale, meter)
+    check_safety(loaded, image, seed=request.get_seed(index) if request.is_drawn else None)
+    calls = sum(each.calls for each in meter.denoisers)
+    generated = GeneratedImage(image, calls, sum(len(each.plan.costs) for each in meter.denoisers))
+    yield meter.measure(generated)
+    return generated
+
+
+def _start_second_pass(loaded: LoadedPipeline, request: GenerationRequest, image: Any) -> GenerationRequest:
+    """Return the request of the second pass, which starts from an image.
+
+    Its image and the maps of controls get the new size.
+    """
+    size, (_, second) = request.drawn_size, request.list_passes()
+    registered = loaded.contract.limits.controls
+    controls = tuple(
+        dataclasses.replace(each, image=resize_image(each.image, size)) if registered[each.name].is_map else each
+        for each in request.control or ()
+    )
+    return dataclasses.replace(second, image=resize_image(image, size), control=controls or None)
+
+
+def _enlarge(loaded: LoadedPipeline, image: Any, factor: int, meter: Meter) -> Generator[Progress, None, Any]:
+    """Enlarge an image by the upscaler. Yield after each tile but the last."""
+    if loaded.upscaler is None:
+        raise ValueError("there is no upscaler")
+    enlarged = None
+    for enlarged in upscale(loaded.upscaler, loaded.functions[UPSCALER], image, factor):
+        meter.count_tile()
+        if enlarged is None:
+            yield meter.measure()
+    return enlarged
+
+
+def _draw_image(
+    loaded: LoadedPipeline, request: GenerationRequest, index: int, functions: Functions, meter: Meter
+) -> Generator[Progress, None, Any]:
+    """Run a diffusers pipeline in a greenlet. Its callback leaves the greenlet after each step but the last.
+
+    Return a Pillow image.
+    """
     import torch
     from greenlet import greenlet
 
     is_grad_enabled = torch.is_grad_enabled()
-
-    def measure(step: int, image: GeneratedImage | None = None) -> Progress:
-        steps, count = pipeline.num_timesteps, request.num_images_per_prompt
-        share = (index + unet.calls / unet.plan.total) / count
-        return Progress(index * steps + step, count * steps, index, step, steps, unet, share, image)
 
     def report_step(_: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         check_finite(tensors["latents"], "the scheduler's result")
         if step + 1 < pipeline.num_timesteps:
             # Each pipeline switches gradients off at its start and back at its end. Another pipeline runs meanwhile.
             with torch.set_grad_enabled(is_grad_enabled):
-                work.parent.switch(measure(step + 1))
+                work.parent.switch(meter.measure())
         return tensors
 
     pipeline = build_image_pipeline(loaded, request, functions)
     unet: Denoiser = pipeline.unet
+    meter.denoisers.append(unet)
     arguments = list_pipeline_arguments(pipeline, request, index)
     chunks = choose_chunks(loaded)
     if chunks and (embedded := embed_prompts(pipeline, request, loaded.family, chunks=chunks)):
@@ -134,11 +174,7 @@ def _generate_image(
     finally:
         if not work.dead:
             work.throw()
-    finished = keep_protected(result, request)
-    check_safety(loaded, finished, seed=request.get_seed(index))
-    image = GeneratedImage(finished, unet.calls, len(unet.plan.costs))
-    yield measure(pipeline.num_timesteps, image)
-    return image
+    return result
 
 
 def _is_graph_limit(error: BaseException) -> bool:
@@ -172,7 +208,7 @@ def build_image_pipeline(loaded: LoadedPipeline, request: GenerationRequest, fun
         name = family.image_to_image if request.mask_image is None else family.inpainting
     chosen = getattr(diffusers, name)
     scheduler = build_request_scheduler(pipeline.scheduler, request)
-    plan = build_step_plan(scheduler, request, unet_config=pipeline.unet.config, half=loaded.contract.half)
+    plan = _plan_steps(loaded, request, scheduler)
     stand_ins = {
         "scheduler": scheduler,
         "unet": Denoiser(pipeline.unet, functions["unet"], request, scheduler, plan),

@@ -18,7 +18,7 @@ from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle, relu, unfol
 
 from sdxl_server import metrics
 from sdxl_server.diffusion.denoiser import name_failed_step
-from sdxl_server.diffusion.generation import Progress
+from sdxl_server.diffusion.progress import Progress
 from sdxl_server.diffusion.stand_ins import build_vae, check_finite
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.model.vaes import choose_vae_methods
@@ -162,6 +162,8 @@ def draw_preview(loaded: LoadedPipeline, progress: Progress) -> Any:
         NotFiniteError: the predicted image holds NaN or infinity.
     """
     pipeline, config, kind = loaded.pipeline, loaded.pipeline.vae.config, loaded.config.preview
+    if progress.denoiser is None:
+        raise ValueError("an image that is not drawn has no previews")
     naming = name_failed_step(progress.denoiser.request, progress.index, progress.denoiser)
     with torch.no_grad(), naming, metrics.PREVIEW_SECONDS.labels(kind).time():
         latents = progress.denoiser.predict() / config.scaling_factor

@@ -36,12 +36,12 @@ class SafetyCheckerStandIn(StandIn):
         return flagged
 
 
-def check_safety(loaded: LoadedPipeline, image: Any, *, seed: int) -> None:
+def check_safety(loaded: LoadedPipeline, image: Any, *, seed: int | None) -> None:
     """Refuse a finished image that the safety checker flags, if the configuration asks for it.
 
     Args:
         image: a Pillow image.
-        seed: of the image.
+        seed: of the image; None for an uploaded one.
 
     Raises:
         FlaggedError: names the seed.
@@ -52,6 +52,8 @@ def check_safety(loaded: LoadedPipeline, image: Any, *, seed: int) -> None:
     checker = SafetyCheckerStandIn(loaded.pipeline.safety_checker, loaded.functions[SAFETY_CHECKER])
     pixels = loaded.pipeline.feature_extractor(image, return_tensors="pt").pixel_values
     if any(checker(pixels.to(checker.device, checker.dtype))):
+        if seed is None:
+            raise FlaggedError("the safety checker flagged the upscaled image, so it is not sent", param="image")
         raise FlaggedError(
             f"the safety checker flagged the image of seed {seed}, so it is not sent; change the prompt or the seed",
             param="prompt",

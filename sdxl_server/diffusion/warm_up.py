@@ -14,12 +14,15 @@ from sdxl_server import metrics
 from sdxl_server.config.settings import MIN_SIDE
 from sdxl_server.diffusion.generation import generate, run_to_end
 from sdxl_server.diffusion.previews import fit_preview
+from sdxl_server.diffusion.upscaling import upscale
 from sdxl_server.errors import ConfigError, FlaggedError, NotFiniteError, RequestError
 from sdxl_server.model.compiling import VAE_ENCODER
 from sdxl_server.model.describe import count_component_graphs, describe_pipeline
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
+from sdxl_server.model.upscaler import UPSCALER
 from sdxl_server.request.controls import RequestControl
 from sdxl_server.request.fields import GenerationRequest
+from sdxl_server.request.upscaling import FACTORS
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +64,7 @@ def warm_up(loaded: LoadedPipeline) -> None:
 
 
 def _draw(loaded: LoadedPipeline, request: GenerationRequest) -> None:
-    """Generate an image for nobody, with all controls.
+    """Generate an image for nobody, with all controls, and run the upscaler.
 
     The image may be flagged: the safety checker is the last component to run.
     """
@@ -70,6 +73,9 @@ def _draw(loaded: LoadedPipeline, request: GenerationRequest) -> None:
     request = dataclasses.replace(request, control=controls or None)
     with contextlib.suppress(FlaggedError):
         run_to_end(generate(loaded, request))
+    if loaded.upscaler is not None:
+        image = Image.new("RGB", (MIN_SIDE, MIN_SIDE))
+        *_, _ = upscale(loaded.upscaler, loaded.functions[UPSCALER], image, FACTORS[0])
 
 
 @contextlib.contextmanager

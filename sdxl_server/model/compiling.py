@@ -11,6 +11,7 @@ from sdxl_server.model.controls.base import Control
 from sdxl_server.model.families import Family
 from sdxl_server.model.safety_checker import SAFETY_CHECKER
 from sdxl_server.model.tiling import compute_tile_side, plan_tiles
+from sdxl_server.model.upscaler import UPSCALER, Upscaler
 from sdxl_server.model.vaes import choose_vae_methods
 from sdxl_server.request.contract import Contract
 
@@ -75,6 +76,7 @@ def list_components_to_compile(family: Family, config: HandlerConfig) -> list[st
         VAE_ENCODER: config.compile_vae,
         **dict.fromkeys(family.text_encoders, config.compile_text_encoders),
         SAFETY_CHECKER: config.safety_checker is not None,
+        UPSCALER: config.upscaler_path is not None,
     }
     return [name for name, is_wanted in wanted.items() if is_wanted]
 
@@ -88,8 +90,9 @@ def compile_components(
     contract: Contract,
     ranks: Mapping[str, Mapping[str, int]],
     controls: Sequence[Control] = (),
+    upscaler: Upscaler | None = None,
 ) -> tuple[Mapping[str, Callable[..., Any]], Mapping[str, Any]]:
-    """Compile the UNet, the VAE's encoder and decoder, the text encoders, the safety checker and the controls.
+    """Compile the UNet, the VAE's encoder and decoder, the text encoders and the optional components.
 
     Lossless: each component computes the same, in the type of its weights.
 
@@ -126,6 +129,8 @@ def compile_components(
     free = {**DYNAMIC_SHAPES, **{name: each.free for name, each in of_controls.items()}}
     if config.safety_checker is not None:
         methods[SAFETY_CHECKER] = pipeline.safety_checker.vision_model.forward
+    if upscaler is not None:
+        methods[UPSCALER] = upscaler.module.forward
     wanted = [*list_components_to_compile(family, config), *(of_controls if config.compile_unet else ())]
     functions: dict[str, Callable[..., Any]] = {}
     backends: dict[str, Any] = {}

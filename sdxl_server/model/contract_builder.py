@@ -13,6 +13,7 @@ from sdxl_server.model.compiling import compute_half_cost
 from sdxl_server.model.controls.base import Control
 from sdxl_server.model.embeddings import Embedding
 from sdxl_server.model.families import Family
+from sdxl_server.model.upscaler import Upscaler, compute_tile_work
 from sdxl_server.request.adapters import RegisteredAdapter
 from sdxl_server.request.contract import Contract
 from sdxl_server.request.controls import RegisteredControl
@@ -21,6 +22,7 @@ from sdxl_server.request.limits import Limits
 from sdxl_server.request.prompts import PROMPTS
 from sdxl_server.request.sampler_names import read_sampler
 from sdxl_server.request.samplers import Samplers
+from sdxl_server.request.upscaling import RegisteredUpscaler, Size
 from sdxl_server.sampling.few_steps import SuitedDefaults, choose_suited_defaults
 from sdxl_server.sampling.schedulers import build_request_scheduler, check_schedule, choose_default, list_samplers
 from sdxl_server.sampling.step_plan import build_step_plan, has_halves
@@ -37,6 +39,7 @@ def build_contract(
     adapters: Sequence[Adapter] = (),
     embeddings: Sequence[Embedding] = (),
     controls: Sequence[Control] = (),
+    upscaler: Upscaler | None = None,
 ) -> Contract:
     """Return the contract of a pipeline under a configuration.
 
@@ -60,6 +63,7 @@ def build_contract(
         "quality": config.jpeg_quality,
         "scheduler": sampler,
     }
+    batch = 2 if has_halves(defaults["guidance_scale"], unet_config) else 1
     limits = Limits(
         config=config,
         own_side=own_side,
@@ -70,11 +74,11 @@ def build_contract(
         adapters=_list_registered(adapters, config, samplers),
         is_xl=family.is_xl,
         controls={each.config.name: RegisteredControl(each.config.scale, each.modes, each.is_map) for each in controls},
+        upscaler=None if upscaler is None else _register_upscaler(upscaler, pipeline, size, batch),
     )
     properties = build_properties(limits, defaults=defaults, lacking=family.lacks)
     for name in properties.keys() & set(PROMPTS) if embeddings else ():
         properties[name]["description"] += f"; it may name the embeddings {', '.join(each.name for each in embeddings)}"
-    batch = 2 if has_halves(defaults["guidance_scale"], unet_config) else 1
     half = compute_half_cost(config, graphs, batch=batch)
     count_calls = functools.partial(_count_calls, pipeline, samplers, half)
     contract = Contract(properties, limits, count_calls, half, batch, family.needs)
@@ -121,6 +125,12 @@ def _list_registered(
         if not adapter.config.fuse:
             registered[adapter.config.name] = RegisteredAdapter(adapter.config.scale, adapter.rank or 0, defaults)
     return registered
+
+
+def _register_upscaler(upscaler: Upscaler, pipeline: Any, size: Size, batch: int) -> RegisteredUpscaler:
+    """Return the upscaler with its work compared with UNet calls for a default request."""
+    tile = compute_tile_work(upscaler, pipeline, size, batch=batch)
+    return RegisteredUpscaler(upscaler.title, lambda size, factor: tile * upscaler.count_tiles(size, factor))
 
 
 def _count_calls(pipeline: Any, samplers: Samplers, half: float, request: GenerationRequest) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 from sdxl_server import __version__
 from sdxl_server.model.compiling import VAE_ENCODER
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
+from sdxl_server.model.upscaler import UPSCALER
 from sdxl_server.model.vaes import is_tiny_vae
 from sdxl_server.request.fields import GenerationRequest
 
@@ -35,6 +36,7 @@ def describe_pipeline(loaded: LoadedPipeline) -> dict[str, Any]:
         "adapters": [each.describe() for each in loaded.adapters],
         "embeddings": [each.describe() for each in loaded.embeddings],
         "controls": [each.describe() for each in loaded.controls],
+        "upscaler": None if loaded.upscaler is None else loaded.upscaler.describe(),
         "weighted_prompts": config.weighted_prompts,
         "graphs": sum(count_component_graphs(loaded, name) for name in loaded.parts),
         "versions": {"sdxl_server": __version__, "openvino_backend": openvino_backend.__version__},
@@ -96,10 +98,13 @@ def count_component_graphs(loaded: LoadedPipeline, name: str) -> int:
 
 def list_uncompiled_components(loaded: LoadedPipeline, request: GenerationRequest) -> list[str]:
     """Return the components that are compiled when this request is the first to need them."""
+    if not request.is_drawn:
+        return [name for name in loaded.parts if name == UPSCALER and not count_component_graphs(loaded, name)]
     named = {each.name for each in request.control or ()}
     controls = (each for each in loaded.controls if each.config.name not in named)
     unneeded = {name for each in controls for name in each.list_components()}
-    unneeded |= {VAE_ENCODER} if request.image is None else set()
+    unneeded |= {VAE_ENCODER} if request.image is None and request.hires is None else set()
+    unneeded |= set() if request.list_enlargements(0) else {UPSCALER}
     return [name for name in loaded.parts if name not in unneeded and not count_component_graphs(loaded, name)]
 
 

@@ -14,6 +14,7 @@ from sdxl_server.model.controls.base import Control
 from sdxl_server.model.embeddings import Embedding
 from sdxl_server.model.families import Family
 from sdxl_server.model.tiling import compute_tile_side
+from sdxl_server.model.upscaler import Upscaler
 from sdxl_server.request.contract import Contract
 
 
@@ -34,6 +35,7 @@ class LoadedPipeline:
         adapters: the registered adapters, fused or named by requests.
         embeddings: what prompts can name.
         controls: the registered controls.
+        upscaler: the configured one.
         original: the model's name and digests; see `describe_original`.
     """
 
@@ -49,6 +51,7 @@ class LoadedPipeline:
     adapters: tuple[Adapter, ...]
     embeddings: tuple[Embedding, ...]
     controls: tuple[Control, ...]
+    upscaler: Upscaler | None
     original: Mapping[str, str]
 
     @property

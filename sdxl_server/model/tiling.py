@@ -1,11 +1,11 @@
-"""Decode large latents in overlapping tiles, which limits the memory. Lossy: each tile is decoded on its own.
+"""Decode or upscale in overlapping tiles, which limits the memory. Lossy: each tile is computed on its own.
 
-All tiles of an image have one size, so that one graph decodes them. They are blended over their overlap as in
+All tiles of an image have one size, so that one graph computes them. They are blended over their overlap as in
 diffusers. The last tile of a row or column is moved back to full size; in diffusers it is narrower.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ OVERLAP_DIVISOR = 4  # two tiles overlap by a fourth of their side, as in diffus
 
 @dataclass(frozen=True)
 class TileAxis:
-    """The tiles of an image along one axis, in latent cells.
+    """The tiles of an image along one axis, in latent cells or pixels.
 
     Attributes:
         size: the length of each tile.
@@ -37,7 +37,7 @@ class TileAxis:
         """Return the weight of each tile at each pixel; shape: tiles, pixels.
 
         Args:
-            block: pixels of a cell.
+            block: pixels of a cell in the result.
         """
         size, overlap = self.size * block, self.overlap * block
         weights = torch.zeros(len(self.starts), self.starts[-1] * block + size)
@@ -59,13 +59,14 @@ def plan_tiles(height: int, width: int, side: int | None) -> tuple[TileAxis, Til
     if side is None or height * width <= side * side:
         return None
     overlap = side // OVERLAP_DIVISOR
+    return place_tiles(height, side, overlap), place_tiles(width, side, overlap)
 
-    def place(length: int) -> TileAxis:
-        size = min(side, length)
-        count = 1 + -(-(length - size) // (side - overlap))
-        return TileAxis(size, tuple(min(index * (side - overlap), length - size) for index in range(count)), overlap)
 
-    return place(height), place(width)
+def place_tiles(length: int, side: int, overlap: int) -> TileAxis:
+    """Return the tiles along an axis of some length; one smaller tile if the length is below their side."""
+    size = min(side, length)
+    count = 1 + -(-(length - size) // (side - overlap))
+    return TileAxis(size, tuple(min(index * (side - overlap), length - size) for index in range(count)), overlap)
 
 
 def compute_tile_side(config: HandlerConfig, cell: int) -> int | None:
@@ -106,10 +107,21 @@ def decode_tiles(decode: Callable[[Any], Any], latents: Any, tiles: tuple[TileAx
         across.size,
         down.size,
     )
+    *_, pixels = blend_tiles(decode, latents, tiles)
+    return pixels
+
+
+def blend_tiles(compute: Callable[[Any], Any], values: Any, tiles: tuple[TileAxis, TileAxis]) -> Iterator[Any]:
+    """Yield the pixels in float32 after each tile. They are whole after the last one.
+
+    Args:
+        compute: returns the pixels of one tile of the values.
+    """
+    down, across = tiles
     pixels = None
     for row, top in enumerate(down.starts):
         for column, left in enumerate(across.starts):
-            tile = decode(latents[..., top : top + down.size, left : left + across.size].contiguous()).float()
+            tile = compute(values[..., top : top + down.size, left : left + across.size].contiguous()).float()
             if pixels is None:
                 block = tile.shape[-1] // across.size
                 shares = [each.compute_weights(block).to(tile.device) for each in tiles]
@@ -117,4 +129,4 @@ def decode_tiles(decode: Callable[[Any], Any], latents: Any, tiles: tuple[TileAx
             y, x = top * block, left * block
             place = (..., slice(y, y + tile.shape[-2]), slice(x, x + tile.shape[-1]))
             pixels[place] += tile * shares[0][row, place[1], None] * shares[1][column, place[2]]
-    return pixels
+            yield pixels

@@ -16,10 +16,11 @@ from sdxl_server.request.prompt_weights import check_weights
 from sdxl_server.request.resizing import resize_controls, resize_images
 from sdxl_server.request.sampler_names import SAMPLER_NAME, join_sampler_name
 from sdxl_server.request.uploads import MASK, build_white_image, read_upload
+from sdxl_server.request.upscaling import FIELDS_WITHOUT_PROMPT
 from sdxl_server.schemas import read_value, shorten
 
 # The fields that decide the work on a request.
-WORK_FIELDS = ("num_inference_steps", *SCHEDULE_FIELDS, "num_images_per_prompt", "width", "height")
+WORK_FIELDS = ("num_inference_steps", *SCHEDULE_FIELDS, "num_images_per_prompt", "width", "height", "hires", "upscale")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Contract:
         for each in reversed(read.get("adapters") or ()):  # the first adapter overrules the others
             used |= self.limits.adapters[each["name"]].defaults
         used |= read
+        if "prompt" not in used and {"image", "upscale"} <= read.keys():
+            return self._check_upscaling(read, named)
         if "prompt" not in used:
             raise RequestError("prompt is missing; send a text", param="prompt")
         for name in self.needs:
@@ -85,6 +88,8 @@ class Contract:
         if self.limits.config.weighted_prompts:
             check_weights(request)
         self._check_size(request, named)
+        self._check_hires(request, named)
+        self._check_upscaled_size(request.drawn_size, request.upscale, named["upscale"])
         self._check_work(request, list(dict.fromkeys(named[name] for name in WORK_FIELDS if name in read)))
         return request
 
@@ -114,17 +119,19 @@ class Contract:
                 raise RequestError(
                     f"{shorten(name)} is not a field; {hint}the fields are {', '.join(self.properties)}", param=name
                 )
-        read = {name: self._check_field(name, value, named) for name, value in fields.items() if value is not None}
+        given = {name: value for name, value in fields.items() if value is not None}
+        side = config.max_side if "prompt" in given else config.max_upscaled_side
+        read = {name: self._check_field(name, value, named, max_side=side) for name, value in given.items()}
         if tagged:
-            given = list(read.get("adapters") or ())
-            together = [*given, *(each for each in tagged if each not in given)]
+            named_ones = list(read.get("adapters") or ())
+            together = [*named_ones, *(each for each in tagged if each not in named_ones)]
             read["adapters"] = self._check_field("adapters", together, named)
         return read
 
-    def _check_field(self, name: str, value: Any, named: Mapping[str, str]) -> Any:
+    def _check_field(self, name: str, value: Any, named: Mapping[str, str], *, max_side: int = 0) -> Any:
         schema, declaration = self.properties[name], DECLARATIONS[name]
         if declaration.is_upload:
-            return read_upload(named[name], value, max_side=self.limits.config.max_side)
+            return value if isinstance(value, tuple) else read_upload(named[name], value, max_side=max_side)
         try:
             read = read_value(value, schema) if declaration.read is None else declaration.read(value, self.limits)
         except RequestError as error:  # of a part of the value; its message names that
@@ -134,6 +141,55 @@ class Contract:
         if isinstance(read, list):
             return tuple(map(int if schema["items"]["type"] == "integer" else float, read))
         return read
+
+    def _check_upscaling(self, read: Mapping[str, Any], named: Mapping[str, str]) -> GenerationRequest:
+        """Return the request that enlarges images and draws nothing.
+
+        Args:
+            read: its checked fields; `image` is an Upload, or several in a tuple.
+        """
+        for name in read:
+            if name not in FIELDS_WITHOUT_PROMPT:
+                message = f"{named[name]} has no effect without a prompt; leave it out, or send prompt"
+                raise RequestError(message, param=named[name])
+        defaults = {name: self.properties[name].get("default") for name in FIELDS_WITHOUT_PROMPT}
+        uploads = read["image"] if isinstance(read["image"], tuple) else (read["image"],)
+        images = tuple(each.pixels for each in uploads)
+        for each in images:
+            self._check_upscaled_size(each.size, read["upscale"], named["image"])
+        width, height = images[0].size
+        used = {**defaults, **read, "image": images, "num_images_per_prompt": len(images)}
+        request = GenerationRequest(prompt="", width=width, height=height, seed=0, **used)
+        self._check_work(request, [named["image"]])
+        return request
+
+    def _check_hires(self, request: GenerationRequest, named: Mapping[str, str]) -> None:
+        if request.hires is None:
+            return
+        param, most = named["hires"], self.limits.config.max_side
+        if request.image is not None:
+            raise RequestError(f"{param} is for images from a prompt alone; leave out {named['image']}", param=param)
+        _, second = request.list_passes()
+        if max(second.width, second.height) > most:
+            raise RequestError(
+                f"{param}: the second pass has sides of at most {most} pixels, not {second.width}x{second.height}; "
+                "reduce its scale, and use upscale for more",
+                param=param,
+            )
+        try:
+            self._check_size(second, named)
+            self.count_calls(second)
+        except RequestError as error:
+            raise RequestError(f"{param}: the second pass: {error}", param=param) from error
+
+    def _check_upscaled_size(self, size: tuple[int, int], factor: int | None, param: str) -> None:
+        most = self.limits.config.max_upscaled_side
+        if factor is not None and factor * max(size) > most:
+            raise RequestError(
+                f"an upscaled image has sides of at most {most} pixels, not {size[0]}x{size[1]} times {factor}; send a "
+                "smaller image or factor",
+                param=param,
+            )
 
     def _check_size(self, request: GenerationRequest, named: Mapping[str, str]) -> None:
         size, allowed = (request.width, request.height), self.limits.allowed_sizes
@@ -145,14 +201,27 @@ class Contract:
             raise RequestError(message, param=fields[0])
 
     def _check_work(self, request: GenerationRequest, given: Sequence[str]) -> None:
-        calls = self.count_calls(request) * request.num_images_per_prompt
-        work, most = calls * request.width * request.height / 1e6, self.limits.config.max_megapixel_steps
+        count, most = request.num_images_per_prompt, self.limits.config.max_megapixel_steps
+        work, parts = 0.0, []
+        for each in request.list_passes():
+            calls = self.count_calls(each) * count
+            work += calls * each.megapixels
+            parts.append(f"{calls:g} UNet calls of {each.width}x{each.height}")
+        if upscaling := sum(self.measure_upscaling(request, index) for index in range(count)):
+            work += upscaling
+            parts.append(f"an upscaling that counts {upscaling:.4g}")
         if work > most:
             raise RequestError(
-                f"images x UNet calls x megapixels may be {most:g} at most, not {calls:g} UNet calls of "
-                f"{request.width}x{request.height} = {work:.4g}; reduce {' or '.join(given) or WORK_FIELDS[0]}",
+                f"images x UNet calls x megapixels may be {most:g} at most, not {' and '.join(parts)} = {work:.4g}; "
+                f"reduce {' or '.join(given) or WORK_FIELDS[0]}",
                 param=next(iter(given), WORK_FIELDS[0]),
             )
+
+    def measure_upscaling(self, request: GenerationRequest, index: int) -> float:
+        """Return the work of enlarging image `index` of a request, in UNet calls x megapixels."""
+        if self.limits.upscaler is None:
+            return 0.0
+        return sum(self.limits.upscaler.measure(*each) for each in request.list_enlargements(index))
 
     def build_schema(self, *, is_form: bool = False) -> dict[str, Any]:
         """Return the JSON Schema of a JSON body, or of a form, where images are files."""
@@ -165,10 +234,12 @@ class Contract:
                     "format": "binary",
                     "description": DECLARATIONS[name].words,
                 }
+        drawn = {"required": ["prompt", *self.needs]}
+        enlarged = {"required": ["image", "upscale"]}
         return {
             "type": "object",
             "additionalProperties": False,
-            "required": ["prompt", *self.needs],
+            **(drawn if self.limits.upscaler is None else {"anyOf": [drawn, enlarged]}),
             "properties": properties,
             "dependentRequired": {MASK: ["image"]},
         }

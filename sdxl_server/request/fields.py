@@ -13,11 +13,13 @@ from sdxl_server.config.declaration import NEEDED, Declaration, Role, declare, l
 from sdxl_server.config.settings import MIN_CALLS, MIN_SIDE
 from sdxl_server.request.adapters import build_adapters_schema, read_adapters
 from sdxl_server.request.controls import RequestControl, build_control_schema, read_controls
+from sdxl_server.request.hires import Hires, build_hires_schema, build_second_pass, read_hires
 from sdxl_server.request.limits import Limits
 from sdxl_server.request.sampler_names import read_sampler
 from sdxl_server.request.samplers import build_sampler_schema
 from sdxl_server.request.upload_limits import IMAGE_FORMATS
 from sdxl_server.request.uploads import RESIZE_MODES
+from sdxl_server.request.upscaling import FIELDS_WITHOUT_PROMPT, build_upscale_schema
 from sdxl_server.schemas import Schema, choice, falling, nullable, pair, real, shares, switch, text, whole
 
 MAX_SEED = 2**32 - 1
@@ -190,6 +192,20 @@ class GenerationRequest:
     strength: float | None = declare(
         real(0, 1), "how much `image` changes; no effect without an image; default: 0.8, or 1 with a mask", value=None
     )
+    hires: Hires | None = declare(
+        lambda limits: build_hires_schema(limits.config.max_steps),
+        "a second pass (hires fix): the image is enlarged by `scale`, with the upscaler if there is one, and drawn "
+        "again from there with `strength` (default: 0.4) and `steps` (default: `num_inference_steps`)",
+        value=None,
+        is_argument=False,
+        read=lambda value, limits: read_hires(value, max_steps=limits.config.max_steps),
+    )
+    upscale: int | None = declare(
+        lambda limits: build_upscale_schema(limits.upscaler),
+        "enlarges each image by this factor with the upscaler; with `image` and without `prompt` nothing is drawn",
+        value=None,
+        is_argument=False,
+    )
     output_format: str = declare(
         choice("jpeg", "png", "webp"), "file format of the images", value="jpeg", role=Role.FILE, is_argument=False
     )
@@ -236,7 +252,44 @@ class GenerationRequest:
     @property
     def image_size(self) -> tuple[int, int]:
         """The width and height of the resulting images, in pixels."""
+        width, height = self.drawn_size
+        return width * (self.upscale or 1), height * (self.upscale or 1)
+
+    @property
+    def drawn_size(self) -> tuple[int, int]:
+        """The width and height of the images before the upscaling."""
+        if self.hires is not None:
+            return self.hires.compute_size(self.width, self.height)
         return self.image.size if self.is_crop else (self.width, self.height)
+
+    def list_passes(self) -> list["GenerationRequest"]:
+        """Return the request of each pass of denoising, the second one without its image."""
+        if not self.is_drawn:
+            return []
+        return [self] if self.hires is None else [self, build_second_pass(self)]
+
+    def list_enlargements(self, index: int) -> list[tuple[tuple[int, int], int]]:
+        """Return the size before each work of the upscaler on image `index`, and its factor."""
+        hires = [] if self.hires is None else [((self.width, self.height), self.hires.factor)]
+        return hires + ([] if self.upscale is None else [(self.get_size(index), self.upscale)])
+
+    def get_size(self, index: int) -> tuple[int, int]:
+        """Return the width and height of image `index` before the upscaling."""
+        return self.drawn_size if self.is_drawn else self.image[index].size
+
+    @property
+    def megapixels(self) -> float:
+        """The drawn pixels."""
+        return self.width * self.height / 1e6
+
+    @property
+    def is_drawn(self) -> bool:
+        """The images are drawn. Without a prompt uploaded images are enlarged."""
+        return bool(self.prompt)
+
+    def get_single(self, index: int) -> "GenerationRequest":
+        """Return the request of one uploaded image that is enlarged; a drawing's request is unchanged."""
+        return self if self.is_drawn else dataclasses.replace(self, image=self.image[index], num_images_per_prompt=1)
 
     def get_seed(self, index: int) -> int:
         """Return the seed of image `index`."""
@@ -247,9 +300,14 @@ class GenerationRequest:
         kept = {
             name: getattr(self, name)
             for name, declaration in DECLARATIONS.items()
-            if declaration.role is not Role.DELIVERY and not declaration.is_upload
+            if (self.is_drawn or name in FIELDS_WITHOUT_PROMPT)
+            and declaration.role is not Role.DELIVERY
+            and not declaration.is_upload
         }
-        kept |= {"seed": self.get_seed(index), "control": self.control and [each.describe() for each in self.control]}
+        if self.is_drawn:
+            control = self.control and [each.describe() for each in self.control]
+            hires = self.hires and self.hires.describe()
+            kept |= {"seed": self.get_seed(index), "control": control, "hires": hires}
         return {name: value for name, value in kept.items() if value is not None}
 
 

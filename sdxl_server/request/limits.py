@@ -8,6 +8,7 @@ from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.request.adapters import RegisteredAdapter
 from sdxl_server.request.controls import RegisteredControl
 from sdxl_server.request.samplers import Samplers
+from sdxl_server.request.upscaling import RegisteredUpscaler
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Limits:
         adapters: the adapters that requests can name.
         is_xl: the model is Stable Diffusion XL, and not 1.x or 2.x.
         controls: the controls that requests can name.
+        upscaler: the one that requests can use.
     """
 
     config: HandlerConfig = HandlerConfig()
@@ -35,3 +37,4 @@ class Limits:
     adapters: Mapping[str, RegisteredAdapter] = dataclasses.field(default_factory=dict)
     is_xl: bool = True
     controls: Mapping[str, RegisteredControl] = dataclasses.field(default_factory=dict)
+    upscaler: RegisteredUpscaler | None = None

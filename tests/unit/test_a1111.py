@@ -239,7 +239,7 @@ def test_tags_of_adapters_are_applied() -> None:
         ({"sampler_index": "Foo"}, "sampler_name", "sampler_name takes a sampler"),
         ({"sampler_name": "Euler", "scheduler": "Foo"}, "scheduler", "takes a schedule, one of automatic, karras"),
         ({"scheduler": 4}, "scheduler", "takes a schedule"),
-        ({"enable_hr": True}, "enable_hr", "enable_hr takes false"),
+        ({"enable_hr": True, "hr_scale": 1}, "hr_scale", "hr_scale takes a number above 1 to 4, not 1"),
         ({"enable_hr": "maybe"}, "enable_hr", "enable_hr takes true or false, not 'maybe'"),
         ({"send_images": 3}, "send_images", "send_images takes true or false, not 3"),
         ({"override_settings": 3}, "override_settings", "override_settings takes an object, not 3"),

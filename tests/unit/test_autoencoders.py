@@ -87,6 +87,7 @@ def test_exact_preview_has_the_tiny_vaes_scaling(tiny_model: Path, folder: Path)
     eager = load(tiny_model, vae_path=str(folder), preview="exact")
     progress = next(generate(eager, eager.contract.check({"prompt": "a red fox", "seed": 1})))
     vae = eager.pipeline.vae
+    assert progress.denoiser is not None
     with torch.no_grad():
         pixels = vae.decode(progress.denoiser.predict() / 0.5, return_dict=False)[0]
     expected = eager.pipeline.image_processor.postprocess(pixels)[0]

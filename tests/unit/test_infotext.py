@@ -149,8 +149,14 @@ A1111: list[tuple[str, dict[str, Any], list[str]]] = [
     (
         "a fox\nSteps: 20, Sampler: DPM++ 2M, Schedule type: Automatic, CFG scale: 7, Seed: 1, Size: 512x512, "
         "Denoising strength: 0.7, Hires upscale: 2, Hires steps: 10, Hires upscaler: Latent, RNG: CPU, Version: v1",
+        {"scheduler": KARRAS, "hires": {"scale": 2, "strength": 0.7, "steps": 10}},
+        ["Hires upscaler: Latent", "RNG: CPU"],
+    ),
+    (
+        "a fox\nSteps: 20, Sampler: DPM++ 2M, Schedule type: Automatic, CFG scale: 7, Seed: 1, Size: 512x512, "
+        "Denoising strength: 0.7, Hires resize: 1024x1024, Hires steps: 10, RNG: CPU, Version: v1",
         {"scheduler": KARRAS},
-        ["Hires upscale: 2", "Hires denoising strength: 0.7", "RNG: CPU"],
+        ["Hires resize: 1024x1024", "Hires denoising strength: 0.7", "RNG: CPU"],
     ),
     (
         "a fox <lora:ink:0.8>, <lora:other:1>\nSteps: 20, Sampler: Euler, Schedule type: SGM Uniform, CFG scale: 1, "

@@ -82,10 +82,11 @@ def test_constraints_are_plain_pins() -> None:
     assert NAME not in read_pins()
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, "requirements-upscaler.txt"])
 def test_requirements_have_their_versions_from_the_constraints(name: str) -> None:
     assert "-c constraints.txt" in read_lines(name)
     assert [line for line in read_names(name) if not re.fullmatch(r"[A-Za-z0-9._-]+", line)] == []
+    assert set(map(canonicalize_name, read_names(name))) <= read_pins().keys()
 
 
 def test_dependencies_have_their_versions_from_the_constraints() -> None:

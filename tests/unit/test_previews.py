@@ -12,8 +12,9 @@ from PIL import Image
 
 from demo.measure import choose_prompts
 from sdxl_server.diffusion import previews
-from sdxl_server.diffusion.generation import Progress, generate
+from sdxl_server.diffusion.generation import generate
 from sdxl_server.diffusion.previews import build_mosaics, draw_preview, fit_colour_map, fit_preview
+from sdxl_server.diffusion.progress import Progress
 from sdxl_server.errors import ConfigError
 from sdxl_server.model.describe import describe_pipeline
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
@@ -129,6 +130,7 @@ def test_stable_diffusion_1_and_any_size(tiny_sd_model: Path) -> None:
 def test_the_scaling_of_the_latents_is_taken_back(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load(tiny_model)
     progress = next(generate(loaded, loaded.contract.check({"prompt": "x"})))
+    assert progress.denoiser is not None
     plain = fit_preview(loaded).draw(progress.denoiser.predict() / 0.13025 * 2 + 0.5)
     config = loaded.pipeline.vae.config
     monkeypatch.setattr(loaded.pipeline.vae, "_internal_dict", type(config)({**config, **MOVED}))

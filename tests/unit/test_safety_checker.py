@@ -20,6 +20,7 @@ from sdxl_server.model.describe import describe_pipeline, measure_components
 from sdxl_server.model.loaded_pipeline import LoadedPipeline
 from sdxl_server.service import APIS, Service, describe_error
 from tests.unit.pipelines import encode, load, make_picture
+from tests.unit.test_upscaling import make_network, save
 from tools.random_model import make_safety_checker
 
 CHECKED = {"safety_checker": "model"}
@@ -205,7 +206,7 @@ def ask(loaded: LoadedPipeline, path: str = "", **fields: Any) -> tuple[str, byt
             return response.headers.get("X-Warning", ""), b"".join([*sent, end.value])
 
 
-@pytest.mark.parametrize("path", APIS)
+@pytest.mark.parametrize("path", [each for each in APIS if "extra" not in each])
 @pytest.mark.parametrize("more", [{}, {"stream": True, "partial_images": 1}, {"num_images_per_prompt": 2}])
 def test_flagged_image_is_an_error_of_every_api(
     make_folder: Callable[[float], Path], path: str, more: dict[str, Any]
@@ -223,6 +224,17 @@ def test_flagged_image_is_an_error_of_every_api(
         assert (status, described["detail"][0]["loc"]) == (422, ["body", "prompt"])
     else:
         assert (status, described["error"]["code"]) == (400, "content_policy_violation" if path else 400)
+
+
+@pytest.mark.parametrize("path", ["", "sdapi/v1/extra-single-image"])
+def test_flagged_upload_is_not_enlarged(make_folder: Callable[[float], Path], path: str, tmp_path: Path) -> None:
+    file = save(make_network(), tmp_path / "double.safetensors")
+    loaded = load(make_folder(ALWAYS), upscaler_path=str(file), **CHECKED)
+    fields: dict[str, Any] = {"image": encode(Image.new("RGB", (128, 128), "red"))}
+    body = json.dumps(fields if path else {**fields, "upscale": 2}).encode()
+    with pytest.raises(RequestError, match="flagged the upscaled image, so it is not sent") as caught:
+        list(Service(loaded).answer(HttpRequest({"body": body}, path, "application/json")).steps)
+    assert caught.value.param == "image"
 
 
 @pytest.mark.parametrize("preview", ["fast", "exact"])

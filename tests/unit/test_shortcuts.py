@@ -14,7 +14,8 @@ from sdxl_server.config.compile_settings import CompileConfig
 from sdxl_server.config.settings import HandlerConfig
 from sdxl_server.diffusion import generation
 from sdxl_server.diffusion.denoiser import Denoiser
-from sdxl_server.diffusion.generation import GeneratedImage, bind_adapters, build_image_pipeline, generate, run_to_end
+from sdxl_server.diffusion.generation import bind_adapters, build_image_pipeline, generate, run_to_end
+from sdxl_server.diffusion.progress import GeneratedImage
 from sdxl_server.errors import NotFiniteError, RequestError
 from sdxl_server.loading import load_pipeline
 from sdxl_server.model.describe import describe_pipeline
