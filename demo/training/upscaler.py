@@ -30,7 +30,7 @@ from sdxl_server.model.upscaler import import_spandrel, load_upscaler
 
 SCALE, FEATURES, LAYERS = 2, 24, 4
 CROP = 24  # pixels of a small drawing
-CANDIDATES = 4  # crops, of which the one with the most detail is learnt
+CANDIDATES = 4  # crops; the one with the most detail is learnt
 LOSS_SCALE = 1000  # gradients are clipped to a norm of 1
 SMALL, LARGE = shapes.IMAGE_SIZE, SCALE * shapes.IMAGE_SIZE
 Enlarge = Callable[[Image.Image], Image.Image]

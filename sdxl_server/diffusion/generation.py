@@ -103,7 +103,7 @@ def _generate_image(
 def _start_second_pass(request: GenerationRequest, image: Any) -> GenerationRequest:
     """Return the request of the second pass, which starts from an image.
 
-    Its image and those of controls get the new size.
+    Its image and the images of controls get the new size.
     """
     size, (_, second) = request.drawn_size, request.list_passes()
     controls = (dataclasses.replace(each, image=resize_image(each.image, size)) for each in request.control or ())
