@@ -59,6 +59,8 @@ def make_controlnet(unet: Any, *, seed: int = 3, **config: Any) -> Any:
     for name, each in made.named_parameters():
         if name.startswith(("controlnet_", "spatial_ch_projs")):  # zeros before a training
             each.data = torch.randn_like(each) * (0.3 if each.dim() == 1 else 0.1)
+        elif name.startswith("control_add_embedding"):
+            each.data *= 4
     return made
 
 
