@@ -70,8 +70,10 @@ def test_form_is_the_servers(page: Page, server: LocalServer) -> None:
     schema = server.read_document("openapi.json")["components"]["schemas"]["GenerationRequest"]["properties"]
     page.locator("summary", has_text="More settings").click()
     others = {"image", "mask_image", "strength", "invert_mask", "resize_mode", "stream", "response_format"}
-    others |= {"adapters", "control"}
+    others |= {"adapters", "control", "upscale"}
     assert schema["adapters"]["maxItems"] == schema["control"]["maxItems"] == 0
+    assert schema["upscale"]["enum"] == [None]
+    expect(page.locator(".field.upscale")).to_have_count(0)
     for name, each in schema.items():
         if name not in others:
             field = page.locator(f".field.{name}")

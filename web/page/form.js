@@ -25,7 +25,8 @@ export class Form {
     this.fields = new Map();
     this.own = own;
     for (const name of order(schema.properties)) {
-      if (schema.properties[name].maxItems === 0) continue; // nothing to choose on this server
+      const { maxItems, enum: choices } = schema.properties[name];
+      if (maxItems === 0 || choices?.every((each) => each === null)) continue; // nothing to choose on this server
       const field = new Field(name, schema.properties[name], schema.required?.includes(name));
       this.fields.set(name, field);
       const place = FIRST.includes(name) ? places.first : WITH_IMAGE.includes(name) ? places.withImage : places.others;
