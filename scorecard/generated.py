@@ -1,6 +1,7 @@
 """Requests that schemathesis generates from the server's OpenAPI document. Some follow it and some break it."""
 
 import json
+import os
 import re
 import subprocess
 import tempfile
@@ -57,6 +58,7 @@ def run_schemathesis(server: LocalServer, *, examples: int, most_steps: int, pat
                 "--continue-on-failure",
             ],
             cwd=folder,
+            env={**os.environ, "SCHEMATHESIS_HOOKS": str(Path(__file__).with_name("generated_hooks.py"))},
             capture_output=True,
             text=True,
         )

@@ -7,6 +7,7 @@ import shutil
 import ssl
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
@@ -94,6 +95,8 @@ class LocalProxy:
         self.pass_key()
         self.command()
         self.process = psutil.Process(int((self.folder / "nginx.pid").read_text()))
+        while not self.process.children():  # a signal to reload that comes earlier waits for the next one
+            time.sleep(0.01)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -63,7 +63,7 @@ def test_torch_is_built_for_cpus() -> None:
     """Unless another index is given. The build of PyPI brings 6 GB for CUDA."""
     text = (FILES / "Dockerfile").read_text()
     assert "\nARG TORCH_INDEX=https://download.pytorch.org/whl/cpu\n" in text
-    (command,) = re.findall(r"pip install --no-cache-dir (.+?) -r requirements", text)
+    (command,) = re.findall(r"pip install --no-cache-dir (.+?) -r requirements.txt", text)
     for index, words in (("https://example.org/cpu", "--extra-index-url https://example.org/cpu"), ("", "")):
         done = subprocess.run(
             ["sh", "-c", f"echo {command}"], env={"TORCH_INDEX": index}, capture_output=True, text=True
