@@ -24,7 +24,7 @@ class ControlRow:
     Attributes:
         seconds: of a step.
         shares: seconds of a step without controls, divided by the seconds of this one, by pairs.
-        memory: what the process grew by when it was loaded, in GB; the UNet is a second one.
+        memory: what the process grew by when a pipeline with it was loaded, in GB.
         first: seconds from the request to its first step, the first time; includes the control's image.
     """
 
