@@ -210,6 +210,13 @@ def test_a_static_graph_takes_an_image_prompt(model: Path, folder: Path, eager_p
         assert measure(make_picture(fixed, **fields, control=named), expected) <= 1
 
 
+def test_an_upscaler_is_registered_too(model: Path, folder: Path) -> None:
+    """Its work is compared with a UNet call, which is counted without an image."""
+    upscaler = Path(__file__).parents[2] / "demo/upscaler/double.safetensors"
+    loaded = control(model, None, folder / "base.safetensors", upscaler_path=str(upscaler))
+    assert loaded.contract.check({"prompt": "a fox", "upscale": 2, "control": [name_control("a", REFERENCE)]}).upscale
+
+
 def test_stable_diffusion_1_takes_all_kinds(tmp_path: Path) -> None:
     pipeline = make_pipeline("tiny-sd")
     save_pipeline(pipeline, tmp_path / "model")

@@ -58,7 +58,7 @@ class ImageAttention(torch.nn.Module):
         Args:
             hidden_states: rows × cells × channels.
             encoder_hidden_states: the text; rows × tokens × width.
-            ip_hidden_states: by IP-Adapter `tokens`, rows × tokens × width, and `scale`, rows × 1 × 1.
+            ip_hidden_states: by IP-Adapter `tokens`, rows × tokens × width, and `scale`, rows × 1 × 1. None: no image.
         """
 
         def split(values: Any) -> Any:
@@ -70,7 +70,8 @@ class ImageAttention(torch.nn.Module):
 
         query = split(attn.to_q(hidden_states))
         total = attend(attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
-        for name, to_key, to_value in zip(self.names, self.to_k_ip, self.to_v_ip, strict=True):
+        layers = zip(self.names, self.to_k_ip, self.to_v_ip, strict=True) if ip_hidden_states is not None else ()
+        for name, to_key, to_value in layers:
             tokens, scale = ip_hidden_states[name]["tokens"], ip_hidden_states[name]["scale"]
             total = total + attend(to_key(tokens), scale * to_value(tokens))  # fewer numbers than the result
         return attn.to_out[1](attn.to_out[0](total))
