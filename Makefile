@@ -31,8 +31,8 @@ sdxl: $(VENV)/served
 
 test: $(VENV)/tested
 	# Idle threads must not spin. A process that dies or hangs ends the run and names its test. tests/conftest.py has the
-	# order. Four processes keep two cores busy, because some wait for servers.
-	OMP_WAIT_POLICY=passive $(RUN) pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
+	# order. Three processes keep two cores busy, because some wait for servers.
+	OMP_WAIT_POLICY=passive $(RUN) pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
 		-o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 
 environment: $(VENV)/tested
