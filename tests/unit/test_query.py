@@ -562,10 +562,10 @@ def test_retry_after_of_any_kind_tells_that_nothing_ran(
 
 
 @pytest.mark.parametrize(
-    ("options", "limit"), [("--retry 9", "--retry 9"), ("--timeout 9", "--timeout 9"), ("--timeout 99", "--retry 60")]
+    ("options", "limit"), [("--retry 9", "--retry 9"), ("--timeout 29", "--timeout 29"), ("--timeout 99", "--retry 60")]
 )
 def test_retry_after_past_the_limit(client: Client, server: Server, clock: Clock, options: str, limit: str) -> None:
-    wait = 30 if options == "--timeout 9" else 61
+    wait = 30 if options == "--timeout 29" else 61
     server.steps = [refuse(429, retry_after=str(wait))]
     shown = client.fail(*options.split(), code=3)
     assert shown == f"query.py: the server answered 429: too many; given up after 0 s ({limit}, Retry-After: {wait})\n"
